@@ -1,0 +1,45 @@
+# The workspace's commands. Each makes the environment first where it is missing.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lab docs check export figures hooks clean-env help
+
+help:                    ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
+
+demo: $(READY)           ## a real run of the fingerprint experiment, with its result table and pictures
+	$(BIN)/gcode_ml run fingerprint --name demo --replace --config nbs/experiments/fingerprint.demo.yaml
+
+test: $(READY)           ## export in sync, notebooks clean, every notebook and every test executed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lab: $(READY)            ## JupyterLab; notebooks are cleaned when they are saved
+	$(BIN)/jupyter lab --config=.jupyter/jupyter_server_config.py --LabApp.default_url=/lab/tree/nbs
+
+docs: $(READY)           ## the site, in _docs
+	$(BIN)/python nbs/_site.py
+
+check: $(READY)          ## only what takes seconds: export, clean notebooks, dependency rule, style
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_sync.py tests/test_imports.py tests/test_style.py
+
+export: $(READY)         ## after editing a notebook
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+figures: $(READY)        ## run the pages in a kernel and keep their outputs for the site
+	for n in $$(git ls-files 'nbs/*.ipynb' | grep -v /experiments/); do GCODE_ML_DATA= OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace $$n || exit 1; done; $(BIN)/nbdev-clean
+
+hooks: $(READY)          ## nbdev's merge and diff drivers for this clone
+	git config --local include.path ../.gitconfig
+	git config --local merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
+	git config --local diff.jupyternotebook.command $(BIN)/nbdev-diff-driver
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' || { echo "gcode_ml needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean-env:               ## remove the environment
+	rm -rf $(VENV)
