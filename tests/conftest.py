@@ -42,3 +42,15 @@ def recordings(tmp_path_factory):
     "A folder of ten simulated recordings, five operations; copy what you mean to break."
     from gcode_ml.fingerprint.simulate import simulate_recordings
     return simulate_recordings(tmp_path_factory.mktemp('recordings'), runs=2)/'runs'
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    "Run a command line in this process, with no real data and a runs folder of its own; returns (exit code, output, error output)."
+    from gcode_ml.lab.command import main
+    monkeypatch.setenv('GCODE_ML_DATA', ''); monkeypatch.setenv('GCODE_ML_RUNS', str(tmp_path/'runs'))
+    def call(*words):
+        capsys.readouterr()
+        try: code = main([*map(str, words), '--quiet'])
+        except SystemExit as e: code = e.code
+        return code, *capsys.readouterr()
+    return call

@@ -4,6 +4,7 @@ from itertools import count
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from fastai.metrics import accuracy
 from gcode_ml.core.callbacks import History
 from gcode_ml.core.fit import schedule
@@ -26,11 +27,11 @@ class Witness(Callback):
         if self.training: next(self.steps)
 
 def fit(folder, batches, generators, patience, begun):
-    "Fit with dropout, shuffling and a one-cycle schedule; without a snapshot where `batches` is `None`."
+    "Fit with dropout, shuffling, gradients of two batches a step and a one-cycle schedule; without a snapshot where `batches` is `None`."
     torch.set_num_threads(1)
     if not generators: snapshot.set_generator_states = lambda states, dls: None
     kept = [] if batches is None else [Snapshot(folder/'fit.safetensors', seconds=1e9, batches=batches)]
-    learn = tiny_learner(model=TinyClassifier(dropout=.3), batch_size=8, metrics=accuracy, cbs=[*kept, schedule('one_cycle', 1e-2), History(folder/'history.csv'), Witness(folder/'begun.txt', patience, begun)])
+    learn = tiny_learner(model=TinyClassifier(dropout=.3), batch_size=8, metrics=accuracy, cbs=[*kept, GradientAccumulation(16), schedule('one_cycle', 1e-2), History(folder/'history.csv'), Witness(folder/'begun.txt', patience, begun)])
     with learn.no_bar(), learn.no_logging(): learn.fit(EPOCHS)
     save_file(learn.model.state_dict(), folder/'weights.safetensors')
     (folder/'recorder.json').write_text(json.dumps([list(map(list, learn.recorder.values)), learn.recorder.lrs, [l.item() for l in learn.recorder.losses]]))

@@ -10,7 +10,7 @@ __all__ = ['InputError', 'check_finite', 'check_choice']
 # %% ../../nbs/core/00_errors.ipynb #df77b44d
 import numpy as np
 
-# %% ../../nbs/core/00_errors.ipynb #bbd6bb14
+# %% ../../nbs/core/00_errors.ipynb #3cfa9ebe
 class InputError(ValueError):
     "A user's mistake or a broken file, told in one sentence."
     def __init__(self,
@@ -21,7 +21,9 @@ class InputError(ValueError):
         hint:str='', # What to do next
     ):
         self.file,self.field,self.expected,self.found,self.hint = str(file),field,expected,found,hint
-        super().__init__(f"{file}: {field}: expected {expected}, found {found}{'; '+hint if hint else ''}.")
+        self.sentence = f"{file}: {field}: expected {expected}, found {found}{'; '+hint if hint else ''}."
+        super().__init__(self.sentence)
+    def __str__(self): return self.sentence # fastai puts words of its own into `args` of what a callback raises
 
 # %% ../../nbs/core/00_errors.ipynb #8f6cc746
 def check_finite(

@@ -7,12 +7,13 @@ Docs: https://example.org/gcode_ml/core/learner.html.md"""
 # %% auto #0
 __all__ = ['Learner', 'set_seed', 'pick_device']
 
-# %% ../../nbs/core/11_learner.ipynb #33fb1160
+# %% ../../nbs/core/11_learner.ipynb #01e84441
 import random
 import numpy as np, torch
 from fastai.callback.core import CancelEpochException
 from fastai.callback.progress import ProgressCallback # gives every Learner its bar and `no_bar`
 from fastai.learner import Learner as FastaiLearner
+from .errors import InputError
 
 # %% ../../nbs/core/11_learner.ipynb #05b09a61
 class Learner(FastaiLearner):
@@ -47,11 +48,13 @@ def set_seed(
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     if deterministic: torch.use_deterministic_algorithms(True, warn_only=True); torch.backends.cudnn.benchmark = False
 
-# %% ../../nbs/core/11_learner.ipynb #2418defb
+# %% ../../nbs/core/11_learner.ipynb #06edd36d
 def pick_device(
     name:str='auto', # `auto`, `cpu`, `cuda` or `mps`
 )->torch.device: # The device
     "The named device; `auto` takes CUDA, then Apple's MPS, then the CPU."
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if name != 'auto' and not there.get(name.split(':')[0]): raise InputError('parameter', 'device', f"auto, or {' or '.join(k for k,v in there.items() if v)} on this machine", repr(name))
     if name != 'auto': return torch.device(name)
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')

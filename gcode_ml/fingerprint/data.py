@@ -186,7 +186,7 @@ def read_sequences(
     return Sequences(check_finite(path, _LAYOUTS[layout][0], sensors.astype('float32'), 'window'), tokens.astype('int64'),
                      arrays.get('decomposed_targets'), arrays.get('operation_type'), layout)
 
-# %% ../../nbs/fingerprint/00_data.ipynb #28ec7c36
+# %% ../../nbs/fingerprint/00_data.ipynb #679080f5
 def select_channels(
     recordings:list, # Recordings that the schema is made from
     modalities='all', # `all` or names of modalities
@@ -198,7 +198,7 @@ def select_channels(
     if shared: names = [c for c in names if all(c in r.channels for r in recordings)]
     if modalities != 'all': names = [c for c in names if modality(c) in modalities]
     for c in controller:
-        if c not in CONTROLLER[1:-1]: raise InputError('controller', 'column', f"one of {', '.join(CONTROLLER[1:-3])}", repr(c))
+        if c not in CONTROLLER[1:-3]: raise InputError('controller', 'column', f"one of {', '.join(CONTROLLER[1:-3])}", repr(c))
     if not names and not controller: raise InputError('modalities', 'names', f"at least one channel; modalities are {', '.join(MODALITIES)}", repr(modalities))
     return names + list(controller)
 

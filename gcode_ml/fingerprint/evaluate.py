@@ -9,8 +9,8 @@ __all__ = ['LINE_BASELINES', 'OPERATION_BASELINES', 'SLOW', 'predict_windows', '
            'score_model', 'score_outcomes', 'audit_recordings', 'plot_measure', 'plot_operation',
            'plot_exact_by_operation']
 
-# %% ../../nbs/fingerprint/40_evaluate.ipynb #0b40fdab
-import numpy as np, pandas as pd, torch
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #3193b6ae
+import numpy as np, pandas as pd, seaborn as sns, torch
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
@@ -210,13 +210,15 @@ def plot_operation(
     "Confusion of the operation, by window."
     return plot_confusion(outcomes.operation, outcomes.operation_said, sorted(set(outcomes.operation)), ax=ax)
 
-# %% ../../nbs/fingerprint/40_evaluate.ipynb #75c38c62
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #ceed5ce7
 def plot_exact_by_operation(
     outcomes:pd.DataFrame, # Model and baseline columns
     ax=None, # Axes
 ): # The axes
     "Exact lines of the model and of the table, for each operation."
     share = outcomes.assign(model=outcomes.written == outcomes.text, lookup=outcomes.line_lookup_time == outcomes.text).groupby('operation')[['model','lookup']].mean()
-    ax = share.rename(columns=dict(model='model, from sensors', lookup='table: class and time given, no sensor')).plot.barh(ax=ax, figsize=(6, .45*len(share)+1.2) if ax is None else None)
-    ax.set(xlabel='lines exact, free-running', ylabel='', xlim=(0,1)); ax.legend(fontsize=8, loc='lower right')
+    ax = share.rename(columns=dict(model='model, from sensors', lookup='table: class and time given, no sensor')).plot.barh(ax=ax, figsize=(6, .4*len(share)+1.2) if ax is None else None, color=sns.color_palette('colorblind')[:2])
+    ax.set(xlabel='lines exact, free-running', ylabel='', xlim=(0,1)); ax.invert_yaxis()
+    ax.legend(fontsize=8, loc='lower center', bbox_to_anchor=(.45, 1), ncols=2, frameon=False)
+    sns.despine(ax=ax)
     return ax

@@ -7,17 +7,10 @@ Docs: https://example.org/gcode_ml/fingerprint/models.html.md"""
 # %% auto #0
 __all__ = ['HEADS', 'ModalityFusion', 'MMDTAELSTM', 'MultiHeadGCodeLM', 'token_scores', 'GCodeFingerprinter', 'LineLoss']
 
-# %% ../../nbs/fingerprint/20_models.ipynb #f1d69eb9
+# %% ../../nbs/fingerprint/20_models.ipynb #49251ef4
 import torch
 from torch import Tensor, nn
-from ..core.layers import MaskedLSTM, SinusoidalPositions, masked_mean
-
-# %% ../../nbs/fingerprint/20_models.ipynb #0506ad4b
-def _without_attention_dropout(stack):
-    "Switch off the dropout of the attention weights in a transformer."
-    for m in stack.modules():
-        if isinstance(m, nn.MultiheadAttention): m.dropout = 0.
-    return stack
+from ..core.layers import MaskedLSTM, SinusoidalPositions, masked_mean, use_byte_dropout
 
 # %% ../../nbs/fingerprint/20_models.ipynb #0cf22e2e
 class ModalityFusion(nn.Module):
@@ -37,7 +30,7 @@ class ModalityFusion(nn.Module):
         weight = self.score(h).masked_fill(~there, -1e4).softmax(2)
         return (weight*there*h).sum(2)
 
-# %% ../../nbs/fingerprint/20_models.ipynb #e872dffd
+# %% ../../nbs/fingerprint/20_models.ipynb #be5ae278
 class MMDTAELSTM(nn.Module):
     "Multi-modal denoising transformer auto-encoder with an LSTM."
     def __init__(self,
@@ -53,7 +46,7 @@ class MMDTAELSTM(nn.Module):
         self.noise,channels = noise,sum(map(len, modalities))
         self.fusion,self.positions = ModalityFusion(modalities, d_model), SinusoidalPositions(d_model)
         layer = nn.TransformerEncoderLayer(d_model, nhead, dim_feedforward, dropout, 'gelu', batch_first=True, norm_first=True)
-        self.transformer = _without_attention_dropout(nn.TransformerEncoder(layer, encoder_layers, norm=nn.LayerNorm(d_model), enable_nested_tensor=False))
+        self.transformer = use_byte_dropout(nn.TransformerEncoder(layer, encoder_layers, norm=nn.LayerNorm(d_model), enable_nested_tensor=False))
         self.reconstruct = nn.Linear(d_model, channels)
         self.lstm,self.norm = MaskedLSTM(d_model, d_model), nn.LayerNorm(d_model)
     def forward(self, inputs, mask):
@@ -67,7 +60,7 @@ class MMDTAELSTM(nn.Module):
 # %% ../../nbs/fingerprint/20_models.ipynb #7ca7562c
 HEADS = 'type','command','param_type','param_val'
 
-# %% ../../nbs/fingerprint/20_models.ipynb #a74c836a
+# %% ../../nbs/fingerprint/20_models.ipynb #08c51d4f
 class MultiHeadGCodeLM(nn.Module):
     "Transformer decoder over tokens of G-code with four heads."
     def __init__(self,
@@ -83,7 +76,7 @@ class MultiHeadGCodeLM(nn.Module):
         self.register_buffer('parts', parts, persistent=False)
         self.embed,self.positions = nn.Embedding(len(parts), d_model), SinusoidalPositions(d_model)
         layer = nn.TransformerDecoderLayer(d_model, nhead, dim_feedforward, dropout, 'gelu', batch_first=True, norm_first=True)
-        self.transformer = _without_attention_dropout(nn.TransformerDecoder(layer, num_layers, norm=nn.LayerNorm(d_model)))
+        self.transformer = use_byte_dropout(nn.TransformerDecoder(layer, num_layers, norm=nn.LayerNorm(d_model)))
         self.heads = nn.ModuleList([nn.Linear(d_model, int(n)) for n in parts.amax(0)+1])
     def forward(self, tokens, memory, mask):
         "Logits of each head `[B,L,classes]` after `tokens` `[B,L]`, looking at `memory` `[B,T,d_model]`."
@@ -126,7 +119,7 @@ class GCodeFingerprinter(nn.Module):
 # %% ../../nbs/fingerprint/20_models.ipynb #3ac6e149
 from fastcore.basics import patch
 
-# %% ../../nbs/fingerprint/20_models.ipynb #5db49c71
+# %% ../../nbs/fingerprint/20_models.ipynb #435e7350
 @patch
 @torch.no_grad()
 def write_lines(self:GCodeFingerprinter,
@@ -138,14 +131,14 @@ def write_lines(self:GCodeFingerprinter,
 )->Tensor: # Tokens `[B,length]`, zero after EOS
     "Lines written greedily, free-running."
     memory,_ = self.backbone(inputs, mask)
-    tokens = torch.full((len(mask),1), bos, device=mask.device)
-    ended = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-    for _ in range(length):
-        logits = {k: v[:,-1] for k,v in self.decoder(tokens, memory, mask).items()}
-        best = token_scores(logits, self.decoder.parts).argmax(-1).masked_fill(ended, 0)
-        tokens,ended = torch.cat([tokens, best[:,None]], 1), ended | (best == eos)
-        if ended.all(): break
-    return nn.functional.pad(tokens[:,1:], (0, length-tokens.shape[1]+1))
+    tokens = torch.zeros(len(mask), length+1, dtype=torch.long, device=mask.device); tokens[:,0] = bos
+    going = torch.arange(len(mask), device=mask.device) # lines that have not ended
+    for i in range(length):
+        logits = {k: v[:,-1] for k,v in self.decoder(tokens[going,:i+1], memory[going], mask[going]).items()}
+        tokens[going,i+1] = token_scores(logits, self.decoder.parts).argmax(-1)
+        going = going[tokens[going,i+1] != eos]
+        if not len(going): break
+    return tokens[:,1:]
 
 # %% ../../nbs/fingerprint/20_models.ipynb #e6db80cb
 class LineLoss(nn.Module):

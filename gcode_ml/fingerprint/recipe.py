@@ -105,7 +105,7 @@ def preprocessing(self:FoldData)->dict: # JSON-able
     "State that turns a recording into inputs, for the bundle."
     return dict(scale=vars(self.scale), tokenizer=self.tokenizer.to_json(), operations=self.operations, window=self.window, stride=self.stride, length=int(self.windows.tokens.shape[1]))
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #21e72f4a
+# %% ../../nbs/fingerprint/50_recipe.ipynb #0dd7e121
 def recipe(
     data='', # Folder of recordings, or a list of them; simulated when empty
     split:str='runs', # `runs` (honest) or `windows` (leaky)
@@ -128,6 +128,7 @@ def recipe(
     cbs=(), # More callbacks
 )->Learner: # With `learn.fold`, `learn.arguments`, and the windows `learn.train`, `learn.valid`, `learn.test`
     "A fingerprinter ready to fit."
+    if d_model % 2 or d_model % nhead: raise InputError('parameter', 'd_model', f'an even number, divisible by nhead ({nhead})', str(d_model))
     recordings = load_recordings(data, seed=seed)[0] if isinstance(data, (str,Path)) else data
     set_seed(seed)
     fold_data,(train,valid,test) = split_windows(recordings, split, fold, folds, seed, tokenizer=tokenizer, window=window, stride=stride, modalities=modalities, shared=shared, controller=controller)
@@ -165,7 +166,7 @@ def _leaky_windows(data, fold, seed):
     inner,valid = random_split(len(train), 1/8, seed+fold)
     return data, (train[inner], train[valid], test)
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #3e409d32
+# %% ../../nbs/fingerprint/50_recipe.ipynb #f52a980d
 def bundle_windows(
     bundle, # From `lab.bundle.load_bundle`
     recordings:list, # Recordings
@@ -173,11 +174,19 @@ def bundle_windows(
     "Windows of recordings for a bundle's model; channels that the model does not know are left out."
     state = bundle.preprocessing
     scale,tokens = ChannelScale(**state['scale']),tokenizer_from_json(state['tokenizer'])
-    if len(tokens) != len(bundle.model.decoder.parts): raise InputError(bundle.folder, 'vocabulary', f'{len(bundle.model.decoder.parts)} tokens, as in the weights', str(len(tokens)))
+    _check_vocabulary(bundle, tokens)
     for r in recordings:
         if not set(r.channels) & set(scale.channels): raise InputError(r.name, 'channels', f"some of the model's, such as {scale.channels[0]}", ', '.join(r.channels[:3]))
     operations = state['operations']+sorted({r.operation for r in recordings}-set(state['operations']))
     return LineWindows([scale.apply(align_channels(r, scale.channels)) for r in recordings], recordings, tokens, operations, state['window'], state['stride'])
+
+# %% ../../nbs/fingerprint/50_recipe.ipynb #d92f255d
+def _check_vocabulary(bundle, tokens):
+    "Refuse a vocabulary whose tokens are not those of the weights, in their order."
+    wanted = bundle.model.decoder.parts.cpu().numpy()
+    if len(tokens) != len(wanted): raise InputError(bundle.folder, 'vocabulary', f'{len(wanted)} tokens, as in the weights', str(len(tokens)))
+    other = (tokens.parts != wanted).any(1)
+    if other.any(): raise InputError(bundle.folder, 'vocabulary', 'the tokens of the weights in their order', f'another token where {tokens.tokens[other.argmax()]} stands')
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #fe33d13d
 def predict_bundle(

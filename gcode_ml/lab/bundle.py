@@ -65,16 +65,17 @@ class Bundle:
     facts:dict # Domain, data, sources, metrics
     folder:Path # Where it was read from
 
-# %% ../../nbs/lab/04_bundle.ipynb #18c0249f
+# %% ../../nbs/lab/04_bundle.ipynb #dd383bfc
 def _model_class(folder, name):
     "A class of one of the package's `models` pages."
-    module,_,cls = name.rpartition('.')
+    module,_,cls = str(name).rpartition('.')
     if not (module.startswith('gcode_ml.') and module.rsplit('.', 1)[-1] in ('models','tiny')): raise InputError(folder/'bundle.json', 'model', 'a class of a gcode_ml models page', repr(name))
-    found = getattr(importlib.import_module(module), cls, None)
+    try: found = getattr(importlib.import_module(module), cls, None)
+    except ImportError: found = None
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)): raise InputError(folder/'bundle.json', 'model', f'a model in {module}', repr(cls))
     return found
 
-# %% ../../nbs/lab/04_bundle.ipynb #ee34f060
+# %% ../../nbs/lab/04_bundle.ipynb #8e928389
 def load_bundle(
     folder, # A bundle's folder, or a run's folder that has one
 )->Bundle: # Ready to predict
@@ -84,8 +85,10 @@ def load_bundle(
     if not (folder/'bundle.json').exists(): raise InputError(folder, 'bundle.json', 'a bundle', 'no such file')
     about = read_json(folder/'bundle.json')
     for k in ('model','arguments','preprocessing','facts'):
-        if k not in about: raise InputError(folder/'bundle.json', k, 'to be there', 'no such key')
-    model = _model_class(folder, about['model'])(**about['arguments'])
+        if not isinstance(about, dict) or k not in about: raise InputError(folder/'bundle.json', k, 'to be there', 'no such key')
+    cls = _model_class(folder, about['model'])
+    try: model = cls(**about['arguments'])
+    except Exception as e: raise InputError(folder/'bundle.json', 'arguments', f'those of {cls.__name__}', f'{type(e).__name__}: {str(e).splitlines()[0][:90]}') from None
     try: model.load_state_dict(load_file(folder/'model.safetensors'))
     except Exception as e: raise InputError(folder/'model.safetensors', 'weights', f"those of {about['model']}", f'{type(e).__name__}: {str(e).splitlines()[0][:90]}') from None
     return Bundle(model.eval(), about['preprocessing'], about['facts'], folder)

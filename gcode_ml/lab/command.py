@@ -1,4 +1,4 @@
-"""The command line: `gcode_ml run`, `runs`, `report`, `compare`, `evaluate`, `check`, `predict`.
+"""The command line: `gcode_ml run`, `parameters`, `runs`, `report`, `compare`, `evaluate`, `check`, `predict`.
 
 Docs: https://example.org/gcode_ml/lab/command.html.md"""
 
@@ -6,23 +6,12 @@ Docs: https://example.org/gcode_ml/lab/command.html.md"""
 
 # %% auto #0
 __all__ = ['show_result', 'run_command', 'parameters_command', 'runs_command', 'report_command', 'check_command',
-           'evaluate_command', 'predict_command', 'parser', 'main']
+           'evaluate_command', 'predict_command', 'record_command', 'parser', 'main']
 
 # %% ../../nbs/lab/07_command.ipynb #6bbdfd5c
 import argparse, sys
 from pathlib import Path
 from ..core.errors import InputError
-
-# %% ../../nbs/lab/07_command.ipynb #d79ecb3d
-def show_result(
-    run, # A finished run
-    result:dict, # Its result
-):
-    "Print the run's table and where its pictures are."
-    from gcode_ml.lab.reports import result_table
-    print(result_table(result).to_string(index=False, float_format=lambda x: f'{x:.3f}', na_rep=''))
-    for f in sorted(run.path('figures').glob('*.png')): print(f'picture  {_short(f)}')
-    print(f"result   {_short(run.path('result.json'))}\nnotebook {_short(run.path('run.ipynb'))}")
 
 # %% ../../nbs/lab/07_command.ipynb #e7631b5e
 def _short(path):
@@ -30,6 +19,17 @@ def _short(path):
     import os
     path = Path(path).resolve()
     return min(str(path), os.path.relpath(path), key=len)
+
+# %% ../../nbs/lab/07_command.ipynb #c94598a7
+def show_result(
+    run, # A finished run
+    result:dict, # Its result
+):
+    "Print the run's table and where its pictures are."
+    from gcode_ml.lab.reports import result_table, wide_table
+    print(wide_table(result_table(result)).to_string(index=False, float_format=lambda x: f'{x:.3f}', na_rep=''))
+    for f in sorted(run.path('figures').glob('*.png')): print(f'picture  {_short(f)}')
+    print(f"result   {_short(run.path('result.json'))}\nnotebook {_short(run.path('run.ipynb'))}")
 
 # %% ../../nbs/lab/07_command.ipynb #c83d1d4f
 def run_command(a):
@@ -99,7 +99,17 @@ def predict_command(a):
     bundle = load_bundle(a.bundle)
     domain_recipe(bundle.facts['domain']).predict_bundle(bundle, a.input).to_csv(sys.stdout, index=False, float_format='%.6g')
 
-# %% ../../nbs/lab/07_command.ipynb #f054eddd
+# %% ../../nbs/lab/07_command.ipynb #6540f46e
+def record_command(a):
+    "`gcode_ml record`: show a run on the page of its experiment."
+    from gcode_ml.lab.experiment import experiment_notebook
+    from gcode_ml.lab.reports import keep_outputs
+    from gcode_ml.lab.runs import find_run
+    run = find_run(a.run, a.runs); notebook = experiment_notebook(run.domain)
+    pictures = notebook.parent.parent/'images'; pictures.mkdir(exist_ok=True)
+    print(f'{keep_outputs(run, notebook, pictures)} cells of {_short(notebook)} show {run.domain}/{run.name}; `nbdev-clean` tidies it')
+
+# %% ../../nbs/lab/07_command.ipynb #ef7dab54
 def parser()->argparse.ArgumentParser: # For all commands
     "The command line's grammar."
     top = argparse.ArgumentParser('gcode_ml', description='Experiments on machine signals and sequences.')
@@ -119,6 +129,7 @@ def parser()->argparse.ArgumentParser: # For all commands
     for name,help in (('report','a page about runs'),('compare','runs side by side')):
         sub = command(name, report_command, help); sub.add_argument('names', nargs='+'); sub.add_argument('-o', '--output', help='HTML file')
     sub = command('evaluate', evaluate_command, 'score a finished run on other data', 'run'); sub.add_argument('--data', required=True); sub.add_argument('-o', '--output', help='JSON file')
+    command('record', record_command, 'show a run on the page of its experiment', 'run')
     command('check', check_command, 'check data', 'domain', 'path')
     command('predict', predict_command, 'apply a bundle', 'bundle', 'input')
     return top

@@ -157,17 +157,17 @@ def figure(self:Run,
     with atomic_path(self.path('figures', f'{name}.png')) as f: figure.savefig(f, dpi=dpi, bbox_inches='tight', format='png')
     return axes
 
-# %% ../../nbs/lab/02_runs.ipynb #48d79d5b
-def library_versions()->dict: # Name -> version
-    "Versions that a result depends on."
-    return {'python': platform.python_version(), **{k: version(k) for k in ('gcode_ml','torch','fastai','numpy','pandas','scikit-learn')}}
-
 # %% ../../nbs/lab/02_runs.ipynb #08cdf5ca
 def _peak_memory():
     "Largest resident size of this process, in MB."
     try: import resource
     except ImportError: return None # Windows
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10), 1)
+
+# %% ../../nbs/lab/02_runs.ipynb #48d79d5b
+def library_versions()->dict: # Name -> version
+    "Versions that a result depends on."
+    return {'python': platform.python_version(), **{k: version(k) for k in ('gcode_ml','torch','fastai','numpy','pandas','scikit-learn')}}
 
 # %% ../../nbs/lab/02_runs.ipynb #a7ed8568
 @patch

@@ -117,7 +117,7 @@ class Snapshot(Callback):
         self.epoch_start = generator_states(self.dls)
         self.save(self.epoch+1, 0)
 
-# %% ../../nbs/lab/03_snapshot.ipynb #80fb8c68
+# %% ../../nbs/lab/03_snapshot.ipynb #cda557ed
 @patch
 def _kept_callbacks(self:Snapshot): return [cb for cb in self.learn.cbs if cb is not self]
 
@@ -127,6 +127,7 @@ def _state(self:Snapshot, tensors):
     learn = self.learn
     return dict(model=pack(learn.model.state_dict(), tensors), opt=pack(learn.opt.state_dict(), tensors),
         loss=pack(learn.loss_func.state_dict() if isinstance(learn.loss_func, torch.nn.Module) else {}, tensors),
+        grads=pack({k: p.grad for k,p in learn.model.named_parameters() if p.grad is not None and p.grad.any()}, tensors), # gathered by `GradientAccumulation`
         generators=pack(generator_states(learn.dls), tensors), epoch_start=pack(self.epoch_start, tensors),
         learner={k: pack(getattr(learn, k), tensors) for k in ('pct_train','train_iter','n_epoch')},
         callbacks={cb.name: _pack_attributes(cb, tensors) for cb in self._kept_callbacks()})
@@ -144,13 +145,15 @@ def save(self:Snapshot,
     with atomic_path(self.path) as f: save_file(tensors, f, metadata=dict(snapshot=header))
     self.since,self.saved = 0,time.monotonic()
 
-# %% ../../nbs/lab/03_snapshot.ipynb #2b945b6c
+# %% ../../nbs/lab/03_snapshot.ipynb #b6c50b24
 @patch
 def _restore(self:Snapshot, header, tensors, at_epoch_start):
     "Put everything back; at the start of an epoch its order of items is drawn anew, from the states of that moment."
     learn,state = self.learn,header['state']
     learn.model.load_state_dict(unpack(state['model'], tensors))
     learn.opt.load_state_dict(unpack(state['opt'], tensors))
+    grads = unpack(state['grads'], tensors)
+    for k,p in learn.model.named_parameters(): p.grad = grads[k].to(p, copy=True) if k in grads else None
     if isinstance(learn.loss_func, torch.nn.Module): learn.loss_func.load_state_dict(unpack(state['loss'], tensors))
     for cb in self._kept_callbacks():
         if cb.name in state['callbacks']: _unpack_attributes(cb, state['callbacks'][cb.name], tensors)

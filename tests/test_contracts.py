@@ -1,0 +1,130 @@
+"What every masked model of the package promises: padding and missing channels change nothing. Models are found, not listed."
+import importlib, inspect
+from pathlib import Path
+import pytest, torch
+from torch import nn
+import gcode_ml
+from gcode_ml.core.layers import MaskedLSTM, length_mask, masked_max, masked_mean, reverse_padded
+from gcode_ml.core.tiny import TinyClassifier
+from gcode_ml.fingerprint.models import GCodeFingerprinter, LineLoss, MMDTAELSTM, MultiHeadGCodeLM
+
+ITEMS,STEPS,EXTRA = 3,7,5 # no other axis of an example is STEPS long
+LENGTHS = torch.tensor([7,4,1])
+
+def masked_models():
+    "Every module class of the models pages and of the shared layers whose `forward` takes a mask, by its name in the package."
+    pages = [f'{p.parent.name}.models' for p in sorted(Path(gcode_ml.__file__).parent.glob('*/models.py'))] + ['core.layers', 'core.tiny']
+    return {f'{page}.{name}': cls for page in pages for name,cls in vars(importlib.import_module(f'gcode_ml.{page}')).items()
+            if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__ == f'gcode_ml.{page}' and 'mask' in inspect.signature(cls.forward).parameters}
+
+def numbers(*shape): return torch.randn(ITEMS, *shape)
+def tokens(): return torch.randint(0, 6, (ITEMS, 5))
+def sensors(): return dict(sensors=numbers(STEPS, 6), present=torch.rand(ITEMS, STEPS, 6) < .8)
+
+PARTS = [[0,0,0,i] for i in range(3)] + [[1,1,0,0],[2,0,1,0],[3,0,0,2]]
+SMALL = dict(d_model=16, nhead=2, dim_feedforward=32)
+MODALITIES = [[0,1],[2],[3,4,5]]
+
+EXAMPLES = { # name in the package -> model and the arguments of its `forward` but for the mask
+    'core.layers.MaskedLSTM': lambda: (MaskedLSTM(6, 8), dict(x=numbers(STEPS, 6))),
+    'core.tiny.TinyClassifier': lambda: (TinyClassifier(channels=6, dropout=.5), dict(x=numbers(STEPS, 6))),
+    'fingerprint.models.MMDTAELSTM': lambda: (MMDTAELSTM(MODALITIES, **SMALL), dict(inputs=sensors())),
+    'fingerprint.models.MultiHeadGCodeLM': lambda: (MultiHeadGCodeLM(PARTS, num_layers=2, **SMALL), dict(tokens=tokens(), memory=numbers(STEPS, 16))),
+    'fingerprint.models.GCodeFingerprinter': lambda: (GCodeFingerprinter(MODALITIES, PARTS, 4, num_layers=2, **SMALL), dict(inputs=dict(sensors(), tokens=tokens()))),
+}
+
+def each(change, value):
+    "Apply `change` to every tensor of nested containers."
+    if torch.is_tensor(value): return change(value)
+    if isinstance(value, dict): return {k: each(change, v) for k,v in value.items()}
+    return type(value)(each(change, v) for v in value)
+
+def leaves(value):
+    "All tensors of nested containers."
+    found = []; each(found.append, value)
+    return found
+
+def in_time(t, steps): return t.dim() > 1 and t.shape[:2] == (ITEMS, steps)
+
+def garbage(like, steps):
+    "Large random values of the type of `like`, `steps` of them."
+    t = 1e3*torch.randn(ITEMS, steps, *like.shape[2:])
+    return t > 0 if like.dtype == torch.bool else t.abs().long() % 6 if like.dtype == torch.long else t
+
+def padded(value, mask, extra):
+    "Put garbage where `mask` is false and in `extra` more steps."
+    def change(t):
+        if not in_time(t, STEPS): return t
+        real = mask.reshape(mask.shape+(1,)*(t.dim()-2))
+        return torch.cat([torch.where(real, t, garbage(t, STEPS)), garbage(t, extra)], 1)
+    return each(change, value)
+
+def real(out, mask):
+    "Outputs at the real steps; all of one that has no time axis."
+    return [t[mask] if in_time(t, mask.shape[1]) else t for t in leaves(out)]
+
+@torch.no_grad()
+def padding_matters(model, inputs):
+    "Largest change of an output when garbage is put behind the real steps, in units of the output."
+    mask,longer = length_mask(LENGTHS, STEPS),length_mask(LENGTHS, STEPS+EXTRA)
+    short,long = real(model(**inputs, mask=mask), mask),real(model(**padded(inputs, mask, EXTRA), mask=longer), longer)
+    return max(((a-b).abs().max()/(1+a.abs().max())).item() for a,b in zip(short, long, strict=True))
+
+def test_every_masked_model_has_an_example():
+    "A new model cannot be forgotten, nor an example outlive its model."
+    assert set(masked_models()) == set(EXAMPLES)
+
+@pytest.mark.parametrize('name', sorted(masked_models()))
+def test_padding_invariance(name):
+    "In evaluation, what stands behind the real steps, and how much of it, changes no output by more than rounding."
+    assert name in EXAMPLES, f'add {name} to EXAMPLES in tests/test_contracts.py'
+    torch.manual_seed(0); model,inputs = EXAMPLES[name]()
+    assert type(model) is masked_models()[name]
+    assert padding_matters(model.eval(), inputs) < 1e-5
+
+class Forgetful(nn.Module):
+    "Does not look at the mask."
+    def forward(self, x, mask): return dict(mean=x.mean(1), steps=x)
+
+class Leaky(nn.Module):
+    "Looks at the mask after a convolution over padding."
+    def __init__(self): super().__init__(); self.conv = nn.Conv1d(6, 4, 3, padding=1)
+    def forward(self, x, mask): return (masked_mean(self.conv(x.mT).mT, mask),)
+
+@pytest.mark.parametrize('model', [Forgetful, Leaky])
+def test_bad_models_are_found(model):
+    "The measure above sees a model that breaks the promise."
+    torch.manual_seed(0); assert padding_matters(model(), dict(x=numbers(STEPS, 6))) > .1
+
+@pytest.mark.parametrize('pool', [masked_mean, masked_max, lambda h, mask: reverse_padded(h, mask)[:,0]])
+def test_pools(pool):
+    "The functions that models are made of."
+    class Pool(nn.Module):
+        def forward(self, x, mask): return pool(x, mask)
+    assert padding_matters(Pool(), dict(x=numbers(STEPS, 6))) < 1e-6
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('name', ['fingerprint.models.MMDTAELSTM', 'fingerprint.models.GCodeFingerprinter'])
+def test_missing_channels(name, train):
+    "Values of channels that are not present change nothing, in training too; a modality, or every channel, may be missing."
+    torch.manual_seed(0); model,args = EXAMPLES[name](); model.train(train)
+    inputs,mask = args['inputs'],length_mask(LENGTHS, STEPS)
+    inputs['present'][0,:,2] = False; inputs['present'][1] = False
+    def out(sensors):
+        torch.manual_seed(1)
+        return model(dict(inputs, sensors=sensors), mask)
+    there,absent = inputs['sensors'],torch.where(inputs['present'], inputs['sensors'], garbage(inputs['sensors'], STEPS))
+    for a,b,c in zip(*(leaves(out(x)) for x in (there, absent, there+1))):
+        assert a.isfinite().all() and torch.equal(a, b)
+        assert not torch.equal(a, c) # what is present does matter
+
+def test_loss_of_missing_channels():
+    "Neither a padded token nor the value of an absent channel counts in the loss."
+    torch.manual_seed(0); model,args = EXAMPLES['fingerprint.models.GCodeFingerprinter'](); model.eval()
+    inputs,loss = args['inputs'],LineLoss(torch.tensor(PARTS))
+    inputs['present'] &= length_mask(LENGTHS, STEPS)[...,None]
+    targets = dict(tokens=torch.tensor([[3,4,5,2,0],[3,2,0,0,0],[4,5,5,5,2]]), operation=torch.tensor([0,1,3]), sensors=inputs['sensors'], present=inputs['present'])
+    out = model(inputs, length_mask(LENGTHS, STEPS))
+    other = {**out, **{k: torch.where((targets['tokens'] != 0)[...,None], out[k], 9.) for k in ('type','command','param_type','param_val')}}
+    wrong = dict(targets, sensors=torch.where(inputs['present'], inputs['sensors'], 1e3))
+    assert loss(out, targets).isfinite() and torch.equal(loss(out, targets), loss(other, wrong))

@@ -1,0 +1,122 @@
+"One experiment from the command line to its pages, once in one go and once killed in the middle."
+import io, os, re, subprocess, sys, time
+import nbformat, numpy as np, pandas as pd, psutil, pytest
+from gcode_ml.core.files import read_json
+from gcode_ml.lab.bundle import load_bundle
+from gcode_ml.lab.command import main
+from gcode_ml.lab.runs import find_run
+
+GIVEN = dict(folds=2, test_folds=1, leaky='no', window=32, stride=64, d_model=8, nhead=1, num_layers=1, encoder_layers=1, dim_feedforward=8, max_epochs=12, batch_size=4, seed=7, device='cpu')
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory): return tmp_path_factory.mktemp('runs')
+
+@pytest.fixture
+def command(command, runs, monkeypatch):
+    "A command line with the runs folder of this file."
+    monkeypatch.setenv('GCODE_ML_RUNS', str(runs))
+    return command
+
+def words(recordings, name): return ['run', 'fingerprint', '--name', name, '-p', f'data={recordings}', *(w for k,v in GIVEN.items() for w in ('-p', f'{k}={v}'))]
+
+def driver_and_kernel_killed(runs, *words):
+    "Start a command in a process of its own and kill it, and its kernel, when the fit has a snapshot."
+    driver = subprocess.Popen([sys.executable, '-c', 'import sys; from gcode_ml.lab.command import main; sys.exit(main())', *words, '--quiet'],
+                              env={**os.environ, 'GCODE_ML_DATA': '', 'GCODE_ML_RUNS': str(runs)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ends = time.time()+60
+    while not [*runs.glob('*/killed/snapshot/*.safetensors')] and driver.poll() is None and time.time() < ends: time.sleep(.005)
+    family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+    for p in family: p.kill()
+    driver.wait(); psutil.wait_procs(family, 10)
+    return family
+
+@pytest.fixture(scope='module')
+def whole(runs, recordings):
+    "A run in one go, and what it printed."
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('GCODE_ML_DATA', ''); m.setenv('GCODE_ML_RUNS', str(runs)); m.setattr(sys, 'stdout', out)
+        assert main([*words(recordings, 'whole'), '--quiet']) == 0
+    return find_run('whole', runs), out.getvalue()
+
+def executed(run): return nbformat.read(run.path('run.ipynb'), as_version=4)
+
+def test_result_is_complete_and_last(whole):
+    "Everything that a result has to say; of the run's own files none is younger."
+    run,_ = whole; result = read_json(run.path('result.json'))
+    assert run.status == 'finished'
+    assert {'status','domain','name','parameters','command','created','seed','split','metrics','baselines','audit','data','table','durations','peak_memory_mb','versions','machine','finished'} <= set(result)
+    assert (result['status'], result['domain'], result['name']) == ('finished', 'fingerprint', 'whole')
+    assert result['data']['recordings'] == 10 and len(result['data']['checksum']) == 16 and result['versions']['gcode_ml'] and result['durations']['total'] > 0
+    files = [f for f in run.folder.rglob('*') if f.is_file() and f.name not in ('run.ipynb', '.lock')]
+    assert max(files, key=lambda f: f.stat().st_mtime_ns).name == 'result.json'
+    assert {'params.json', 'history.csv', 'log.txt'} <= {f.name for f in files} and not [f for f in files if f.suffix == '.tmp']
+
+def test_table_and_pictures(whole):
+    "The table is printed with the model beside its baselines; the pictures are there."
+    run,out = whole; table = pd.DataFrame(read_json(run.path('result.json'))['table'])
+    assert {'model','lookup_time','majority','extra_trees'} <= set(table.name) and {'line exact, free-running','operation'} <= set(table.measure)
+    assert all(word in out for word in {*table.name, *table.measure})
+    pictures = sorted(run.path('figures').glob('*.png'))
+    assert len(pictures) >= 4 and all(f.read_bytes().startswith(b'\x89PNG') and f.name in out for f in pictures) and 'result.json' in out
+
+def test_parameters_are_honoured(whole):
+    "What was given is in the record, in the executed notebook, and in what came of it."
+    run,_ = whole; result = read_json(run.path('result.json'))
+    for k,v in GIVEN.items(): assert result['parameters'][k] == (False if v == 'no' else v)
+    assert result['parameters']['dropout'] == .2 and result['seed'] == 7 and result['split']['computed'] == 1 # `seed` as the notebook had it
+    injected = next(c for c in executed(run).cells if 'injected-parameters' in c.metadata.get('tags', []))
+    assert 'seed = 7' in injected.source and f'run_dir = "{run.folder}"' in injected.source
+    bundle = load_bundle(run.folder); history = pd.read_csv(run.path('history.csv'))
+    assert bundle.model.backbone.reconstruct.in_features == 8 and bundle.preprocessing['stride'] == 64
+    assert len(history) == 12 and set(history.fit) == {'fold-0'}
+    assert not [o for c in executed(run).cells for o in c.get('outputs', []) if o.output_type == 'error']
+
+def test_seed_matters(whole, recordings):
+    "The first losses are those of the seed that was given, not of another."
+    from gcode_ml.fingerprint.data import read_recordings
+    from gcode_ml.fingerprint.recipe import recipe
+    sizes = {k: v for k,v in GIVEN.items() if k not in ('test_folds','leaky','max_epochs')}
+    tested = lambda seed: sorted(set((learn := recipe(read_recordings(recordings), **{**sizes, 'seed': seed})).fold.windows.sources[learn.test]))
+    stage = read_json(whole[0].path('stages', 'fold-0.json'))['value']
+    assert stage['test_recordings'] == tested(7) != tested(42)
+
+def test_resumed_after_kill(whole, runs, recordings, command):
+    "Driver and kernel killed in the middle of the fit, the run is interrupted; resumed, it ends in the very same table."
+    family = driver_and_kernel_killed(runs, *words(recordings, 'killed'))
+    run = find_run('killed', runs); folder = run.folder
+    assert len(family) > 1 and run.status == 'interrupted' and 0 < len(pd.read_csv(folder/'history.csv')) < GIVEN['max_epochs'] and not (folder/'stages').exists()
+    assert command('run', 'fingerprint', '--resume', 'killed')[0] == 0
+    once,again = (read_json(r.path('result.json')) for r in (whole[0], run))
+    for key in ('table','metrics','baselines','audit','split','data','seed','parameters'): assert repr(again[key]) == repr(once[key]), key # `repr`: NaN is not equal to itself
+    a,b = (pd.read_csv(r.path('history.csv')).drop(columns='seconds') for r in (whole[0], run)); pd.testing.assert_frame_equal(a, b, check_exact=True)
+    before = {f: f.stat().st_mtime_ns for f in folder.rglob('*') if f.name != '.lock'}
+    code,out,_ = command('run', 'fingerprint', '--resume', 'killed')
+    assert code == 0 and 'lookup_time' in out and {f: f.stat().st_mtime_ns for f in before} == before # a finished run is only read
+
+def test_commands_on_runs(whole, command, recordings, runs, tmp_path):
+    "The table of runs, the parameters, the score on other data, and a prediction."
+    code,out,_ = command('runs'); assert code == 0 and 'fingerprint/whole' in out and 'finished' in out
+    code,out,_ = command('runs', 'no_such_domain'); assert code == 0 and 'whole' not in out
+    code,out,_ = command('parameters', 'fingerprint'); assert code == 0 and 'seed = 42' in out and 'max_epochs' in out and 'run_dir' not in out
+    code,out,_ = command('evaluate', 'whole', '--data', recordings, '-o', tmp_path/'score.json')
+    assert code == 0 and 'trained on' in out and {r['split'] for r in read_json(tmp_path/'score.json')['table']} == {'trained on','new'}
+    code,out,_ = command('predict', whole[0].folder, recordings/'face_001.parquet')
+    said = pd.read_csv(io.StringIO(out))
+    assert code == 0 and list(said) == ['run','seconds','operation','probability','line'] and set(said.run) == {'face_001'} and said.probability.between(0, 1).all()
+
+def test_evaluation_repeats_the_run(whole, command, recordings, tmp_path):
+    "The bundle, read again and applied to the recordings of the run's test fold, scores what the run says."
+    command('evaluate', 'whole', '--data', recordings, '-o', tmp_path/'score.json')
+    model = lambda rows, split: {r['measure']: r['value'] for r in rows if r['name'] == 'model' and r['split'] == split and not r['measure'].startswith('unique')}
+    ran,scored = model(read_json(whole[0].path('result.json'))['table'], 'runs'),model(read_json(tmp_path/'score.json')['table'], 'new')
+    assert set(scored) <= set(ran)
+    np.testing.assert_allclose([ran[m] for m in scored], list(scored.values()), atol=1e-6)
+
+@pytest.mark.parametrize('kind', ['report', 'compare'])
+def test_pages(whole, command, tmp_path, kind):
+    "A page is one file, with the run's numbers and pictures in it, and asks no other server for anything."
+    code,out,_ = command(kind, 'whole', *(['whole'] if kind == 'compare' else []), '-o', tmp_path/'page.html')
+    page = (tmp_path/'page.html').read_text(encoding='utf-8')
+    assert code == 0 and 'page.html' in out and 'line exact, free-running' in page and 'data:image/png;base64,' in page
+    assert not re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:http|//)[^>]*>|url\(["\']?(?:http|//)[^)]*\)|@import[^;]*;', page) and 'Traceback (most' not in page
