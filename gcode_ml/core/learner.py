@@ -15,7 +15,7 @@ from fastai.callback.progress import ProgressCallback # gives every Learner its 
 from fastai.learner import Learner as FastaiLearner
 from .errors import InputError
 
-# %% ../../nbs/core/11_learner.ipynb #05b09a61
+# %% ../../nbs/core/11_learner.ipynb #998b0a33
 class Learner(FastaiLearner):
     "fastai's `Learner` that can begin with a later epoch and batch."
     resume_from = None # `(epoch, batch, restore)`, set by a snapshot; `restore(at_epoch_start)`
@@ -23,7 +23,7 @@ class Learner(FastaiLearner):
     def fit(self, *args, **kwargs):
         self.fitting = True
         try: super().fit(*args, **kwargs)
-        finally: self.fitting = False
+        finally: self.fitting,self.resume_from = False,None
     def _do_fit(self):
         first,_,restore = self.resume_from or (0,0,None)
         if restore: restore(True)

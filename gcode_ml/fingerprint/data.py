@@ -8,7 +8,7 @@ Docs: https://example.org/gcode_ml/fingerprint/data.html.md"""
 __all__ = ['CONTROLLER', 'MODALITIES', 'modality', 'Recording', 'elapsed_seconds', 'program_start', 'FrozenSensors',
            'frozen_tail', 'recording_from_table', 'sensor_channels', 'read_recording', 'recording_files',
            'read_recordings', 'Sequences', 'read_sequences', 'select_channels', 'align_channels', 'ChannelScale',
-           'fit_scale', 'LineWindows', 'Subset', 'programs', 'check']
+           'fit_scale', 'LineWindows', 'programs', 'check']
 
 # %% ../../nbs/fingerprint/00_data.ipynb #a366f09d
 import warnings
@@ -289,18 +289,6 @@ def batch(self:LineWindows,
     before = torch.cat([torch.full((len(tokens),1), self.tokenizer.vocab['BOS']), tokens[:,:-1]], 1)
     inputs = dict(sensors=values.nan_to_num(0.), present=present & mask[...,None], tokens=before)
     return inputs, mask, dict(tokens=tokens, operation=self.labels[torch.as_tensor(index)], sensors=inputs['sensors'], present=inputs['present'])
-
-# %% ../../nbs/fingerprint/00_data.ipynb #6f38c9ae
-class Subset:
-    "Some windows of a data set, without a copy."
-    def __init__(self,
-        dataset, # Has `batch`, `lengths`
-        index, # Which items
-    ):
-        self.dataset,self.index = dataset,np.asarray(index)
-        self.lengths = dataset.lengths[self.index]
-    def __len__(self): return len(self.index)
-    def batch(self, index): return self.dataset.batch(self.index[np.asarray(index)])
 
 # %% ../../nbs/fingerprint/00_data.ipynb #7560fe97
 def programs(

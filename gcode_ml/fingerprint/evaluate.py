@@ -9,7 +9,7 @@ __all__ = ['LINE_BASELINES', 'OPERATION_BASELINES', 'SLOW', 'predict_windows', '
            'score_model', 'score_outcomes', 'audit_recordings', 'plot_measure', 'plot_operation',
            'plot_exact_by_operation']
 
-# %% ../../nbs/fingerprint/40_evaluate.ipynb #3193b6ae
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #04d8c588
 import numpy as np, pandas as pd, seaborn as sns, torch
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.impute import SimpleImputer
@@ -17,10 +17,10 @@ from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 from ..core.audit import leak_audit, source_table
 from ..core.baselines import TimeLookup, baseline
-from ..core.batch import BatchLoader
+from ..core.batch import BatchLoader, Subset
 from ..core.metrics import bootstrap_interval, unique_tokens, vote
 from ..core.plots import plot_confusion, plot_scores
-from .data import Subset, align_channels, modality
+from .data import align_channels, modality
 from .models import HEADS, token_scores
 from fastai.torch_core import to_device
 
@@ -160,16 +160,17 @@ def _unique_rows(o, split, tokenizer):
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #cade5830
 SLOW = 'environment','light','magnetic'
 
-# %% ../../nbs/fingerprint/40_evaluate.ipynb #063ec27e
-def _answers(recordings, step):
-    "Line number and the coordinates last asked for, at every `step`th row, as numbers."
-    texts = pd.Series(np.concatenate([r.texts for r in recordings]), dtype=str)
-    source = np.repeat([r.name for r in recordings], [len(r) for r in recordings])
-    words = pd.DataFrame({w: texts.str.extract(rf'{w}([-+.\d]+)')[0].astype(float) for w in 'XYZ'}).groupby(source).ffill()
-    table = words.assign(line=np.concatenate([r.lines for r in recordings])).fillna(0.)
-    return table[::step].reset_index(drop=True),source[::step]
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #c82f9497
+def _numbers_of(recordings, series, channels, step):
+    "Every `step`th row as numbers: the answers (line and the position that its text asks for), all other columns, and the source."
+    source = np.repeat([r.name for r in recordings], [len(r) for r in recordings])[::step]
+    controller = pd.concat([r.controller for r in recordings]).select_dtypes('number')[::step].reset_index(drop=True)
+    answers = controller[[c for c in ('gcode_line','posx','posy','posz') if c in controller]]
+    sensors = pd.DataFrame(np.concatenate(list(series.values()))[::step], columns=channels)
+    columns = pd.concat([controller.drop(columns=answers.columns), sensors], axis=1)
+    return columns.loc[:,columns.notna().all() & (columns.nunique() > 1)], answers, source
 
-# %% ../../nbs/fingerprint/40_evaluate.ipynb #ecfc5881
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #5bc169d8
 def audit_recordings(
     recordings:list, # All recordings
     data, # `LineWindows` over them
@@ -183,10 +184,7 @@ def audit_recordings(
     _,present,means = source_table(series)
     slow = [i for i,c in enumerate(channels) if modality(c) in SLOW]
     operation = [r.operation for r in recordings]
-    answers,source = _answers(recordings, step)
-    controller = pd.concat([r.controller for r in recordings]).select_dtypes('number').drop(columns='gcode_line')[::step].reset_index(drop=True)
-    columns = pd.concat([controller, pd.DataFrame(np.concatenate(list(series.values()))[::step], columns=channels)], axis=1)
-    columns = columns.loc[:,columns.notna().all() & (columns.nunique() > 1)]
+    columns,answers,source = _numbers_of(recordings, series, channels, step)
     sides = {k: set(data.sources[i]) for k,i in (('train',train),('test',test))}
     return leak_audit(window_overlap=dict(sources=data.sources, starts=data.windows.start, stops=data.windows.stop, train=train, test=test),
         duplicate_rows=dict(series=series, **sides), affine_copies=dict(columns=columns, answers=answers, sources=source),

@@ -140,6 +140,48 @@ def write_lines(self:GCodeFingerprinter,
         if not len(going): break
     return tokens[:,1:]
 
+# %% ../../nbs/fingerprint/20_models.ipynb #1dbdedcf
+@patch
+def read_sensors(self:GCodeFingerprinter,
+    sensors:Tensor, # Sensor values, `[B,T,C]`
+    present:Tensor, # Where there is a value, `[B,T,C]`
+    mask:Tensor, # `[B,T]`
+)->dict: # `memory` `[B,T,d_model]` and `operation` `[B,operations]`, probabilities
+    "The first program: what the decoder looks at, and the operation."
+    memory,_ = self.backbone(dict(sensors=sensors, present=present), mask)
+    return dict(memory=memory, operation=self.operation(masked_mean(memory, mask)).softmax(-1))
+
+# %% ../../nbs/fingerprint/20_models.ipynb #deb7249d
+@patch
+def next_token(self:GCodeFingerprinter,
+    tokens:Tensor, # A place for BOS, then the tokens written so far, `[B,L]`
+    memory:Tensor, # From `read_sensors`
+    mask:Tensor, # `[B,T]`
+    bos:int=1, # Token that begins a line
+    eos:int=2, # Token that ends it
+)->dict: # `next_tokens` `[B]`, zero after EOS, and `scores` `[B,V]` of all tokens
+    "The second program: the best next token of each line."
+    first = torch.arange(tokens.shape[1], device=tokens.device) == 0
+    logits = self.decoder(tokens.masked_fill(first, bos), memory, mask)
+    scores = token_scores({k: v[:,-1] for k,v in logits.items()}, self.decoder.parts)
+    return dict(next_tokens=scores.argmax(-1).masked_fill((tokens == eos).any(1), 0), scores=scores)
+
+# %% ../../nbs/fingerprint/20_models.ipynb #72109bb5
+def _sensors(channels): return dict(sensors=f'float32[batch,length,{channels}]', present=f'bool[batch,length,{channels}]', mask='bool[batch,length]')
+def _written(vocabulary, size): return dict(tokens=f'int64[batch,tokens]<{vocabulary}', memory=f'float32[batch,length,{size}]', mask='bool[batch,length]')
+
+@patch
+def program_inputs(self:MMDTAELSTM): return dict(forward=_sensors(self.reconstruct.out_features))
+
+@patch
+def program_inputs(self:MultiHeadGCodeLM): return dict(forward=_written(len(self.parts), self.embed.embedding_dim))
+
+# %% ../../nbs/fingerprint/20_models.ipynb #4a519b18
+@patch
+def program_inputs(self:GCodeFingerprinter)->dict: # Method -> input -> type and axes
+    "What the two programs take."
+    return dict(read_sensors=_sensors(self.backbone.reconstruct.out_features), next_token=_written(len(self.decoder.parts), self.operation.in_features))
+
 # %% ../../nbs/fingerprint/20_models.ipynb #e6db80cb
 class LineLoss(nn.Module):
     "Cross entropy of the four heads and of the operation, squared error of the reconstruction."

@@ -8,35 +8,36 @@ Docs: https://example.org/gcode_ml/fingerprint/recipe.html.md"""
 __all__ = ['load_recordings', 'recording_groups', 'run_folds', 'FoldData', 'recipe', 'split_windows', 'bundle_windows',
            'predict_bundle', 'evaluate_bundle']
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #7cf17463
+# %% ../../nbs/fingerprint/50_recipe.ipynb #9c7dbd75
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.callback.training import GradientClip
 from ..core.audit import duplicate_rows
-from ..core.batch import dataloaders
+from ..core.batch import Subset, dataloaders
 from ..core.callbacks import FiniteLoss
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
 from ..core.learner import Learner, pick_device, set_seed
 from ..core.split import check_disjoint, group_holdout, group_kfold, join_sources, random_split
-from .data import (ChannelScale, LineWindows, Subset, align_channels, check, fit_scale, modality, read_recordings,
+from .data import (ChannelScale, LineWindows, align_channels, check, fit_scale, modality, read_recordings,
                                        recording_files, select_channels)
 from .evaluate import model_outcomes
 from .models import GCodeFingerprinter, LineLoss
 from .tokens import tokenizer as make_tokenizer, tokenizer_from_json
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #9f185691
+# %% ../../nbs/fingerprint/50_recipe.ipynb #37d07875
 def load_recordings(
     data='', # Folder of recordings; simulated ones when empty
     progress=None, # For instance `tqdm`
     seed:int=0, # Seed of the simulation
+    runs:int=16, # Simulated runs of each operation
 )->tuple: # Recordings, and what they are: `kind`, `folder`, `checksum`, `recordings`
     "Read the recordings of a run and say which they are."
     if data: return _read(data, 'recorded', progress)
     import tempfile
     from gcode_ml.fingerprint.simulate import simulate_recordings
     with tempfile.TemporaryDirectory() as folder:
-        simulate_recordings(folder, runs=6, seed=seed)
+        simulate_recordings(folder, runs=runs, seed=seed)
         return _read(folder, 'simulated', progress)
 
 def _read(folder, kind, progress):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ..core.errors import InputError
 from ..core.files import atomic_path, read_json, write_json
 
-# %% ../../nbs/lab/04_bundle.ipynb #a43158fe
+# %% ../../nbs/lab/04_bundle.ipynb #8543a850
 def model_card(
     cls, # The model's class
     model, # The model
@@ -40,7 +40,12 @@ def model_card(
 {metrics}
 
 {facts.get('limits', '')}
-"""
+{_programs_table(facts.get('programs', {}))}"""
+
+def _programs_table(programs):
+    "Exported programs and how far they are from the model."
+    rows = [f"| programs/{k} | {max((r.get('difference', 0) for r in p['compared']), default=0):.1e} | {'yes' if p['within'] else 'no'} |" for k,p in programs.items()]
+    return '\n'.join(['', '| program | largest difference from the model | within its tolerance |', '|---|---|---|', *rows, '']) if rows else ''
 
 # %% ../../nbs/lab/04_bundle.ipynb #c07d5f2a
 def save_bundle(

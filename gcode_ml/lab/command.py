@@ -1,4 +1,4 @@
-"""The command line: `gcode_ml run`, `parameters`, `runs`, `report`, `compare`, `evaluate`, `check`, `predict`.
+"""The command line: `gcode_ml run`, `parameters`, `runs`, `report`, `compare`, `evaluate`, `export`, `check`, `predict`.
 
 Docs: https://example.org/gcode_ml/lab/command.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://example.org/gcode_ml/lab/command.html.md"""
 
 # %% auto #0
 __all__ = ['show_result', 'run_command', 'parameters_command', 'runs_command', 'report_command', 'check_command',
-           'evaluate_command', 'predict_command', 'record_command', 'parser', 'main']
+           'evaluate_command', 'export_command', 'predict_command', 'record_command', 'parser', 'main']
 
 # %% ../../nbs/lab/07_command.ipynb #6bbdfd5c
 import argparse, sys
@@ -76,28 +76,46 @@ def check_command(a):
     print('\n'.join(faults) if faults else f'{a.path}: no fault found')
     return 2 if faults else 0
 
-# %% ../../nbs/lab/07_command.ipynb #004f600e
+# %% ../../nbs/lab/07_command.ipynb #fb8936c1
 def evaluate_command(a):
     "`gcode_ml evaluate`: score a finished run's model on another data folder."
     from gcode_ml.lab.bundle import load_bundle
     from gcode_ml.lab.experiment import domain_recipe
     from gcode_ml.lab.reports import finished_result
-    from gcode_ml.lab.runs import find_run
+    from gcode_ml.lab.runs import find_run, table_records
     from gcode_ml.core.files import write_json
     run = find_run(a.run, a.runs); finished_result(run)
     table,facts = domain_recipe(run.domain).evaluate_bundle(load_bundle(run.folder), a.data)
     file = Path(a.output) if a.output else run.path('evaluations', f'{Path(a.data).resolve().name}.json')
-    write_json(file, dict(run=f'{run.domain}/{run.name}', data=str(a.data), table=table.to_dict('records'), **facts))
+    write_json(file, dict(run=f'{run.domain}/{run.name}', data=str(a.data), table=table_records(table), **facts))
     print(table.to_string(index=False, float_format=lambda x: f'{x:.3f}', na_rep=''))
     print(f'result {_short(file)}')
 
-# %% ../../nbs/lab/07_command.ipynb #70432799
+# %% ../../nbs/lab/07_command.ipynb #9cb1ab76
+def export_command(a):
+    "`gcode_ml export`: a finished run's model as programs, each compared with the model."
+    from gcode_ml.lab.bundle import load_bundle
+    from gcode_ml.lab.export import export_bundle, program_table
+    from gcode_ml.lab.reports import finished_result
+    from gcode_ml.lab.runs import find_run
+    run = find_run(a.run, a.runs); finished_result(run)
+    bundle = load_bundle(run.folder)
+    print(program_table(export_bundle(bundle, a.format, a.output)).to_string(index=False, float_format=lambda x: f'{x:.1e}', na_rep=''))
+    print(f"programs {_short(a.output or bundle.folder/'programs')}")
+
+# %% ../../nbs/lab/07_command.ipynb #fd88f6f8
 def predict_command(a):
     "`gcode_ml predict`: apply a bundle to one input; a CSV table on standard output."
     from gcode_ml.lab.bundle import load_bundle
-    from gcode_ml.lab.experiment import domain_recipe
-    bundle = load_bundle(a.bundle)
-    domain_recipe(bundle.facts['domain']).predict_bundle(bundle, a.input).to_csv(sys.stdout, index=False, float_format='%.6g')
+    bundle,arrays = load_bundle(a.bundle),Path(a.input).suffix.lower() == '.npz'
+    if a.format and not arrays: raise InputError('--format', a.format, 'an .npz of prepared arrays', a.input)
+    if arrays:
+        from gcode_ml.lab.export import predict_arrays
+        table = predict_arrays(bundle, a.input, a.format, a.trust)
+    else:
+        from gcode_ml.lab.experiment import domain_recipe
+        table = domain_recipe(bundle.facts['domain']).predict_bundle(bundle, a.input)
+    table.to_csv(sys.stdout, index=False, float_format='%.6g')
 
 # %% ../../nbs/lab/07_command.ipynb #6540f46e
 def record_command(a):
@@ -109,7 +127,7 @@ def record_command(a):
     pictures = notebook.parent.parent/'images'; pictures.mkdir(exist_ok=True)
     print(f'{keep_outputs(run, notebook, pictures)} cells of {_short(notebook)} show {run.domain}/{run.name}; `nbdev-clean` tidies it')
 
-# %% ../../nbs/lab/07_command.ipynb #ef7dab54
+# %% ../../nbs/lab/07_command.ipynb #254816f7
 def parser()->argparse.ArgumentParser: # For all commands
     "The command line's grammar."
     top = argparse.ArgumentParser('gcode_ml', description='Experiments on machine signals and sequences.')
@@ -131,10 +149,13 @@ def parser()->argparse.ArgumentParser: # For all commands
     sub = command('evaluate', evaluate_command, 'score a finished run on other data', 'run'); sub.add_argument('--data', required=True); sub.add_argument('-o', '--output', help='JSON file')
     command('record', record_command, 'show a run on the page of its experiment', 'run')
     command('check', check_command, 'check data', 'domain', 'path')
-    command('predict', predict_command, 'apply a bundle', 'bundle', 'input')
+    sub = command('export', export_command, 'the model of a finished run as programs', 'run'); sub.add_argument('-o', '--output', help='folder of the programs')
+    sub.add_argument('--format', default='all', choices=['exported','onnx','torchscript','all'], help='which programs')
+    sub = command('predict', predict_command, 'apply a bundle', 'bundle', 'input'); sub.add_argument('--format', default='', choices=['exported','onnx','int8','torchscript'], help='a program of the bundle instead of the model, for an .npz')
+    sub.add_argument('--trust', action='store_true', help='the bundle is your own: programs that can run code may be opened')
     return top
 
-# %% ../../nbs/lab/07_command.ipynb #393b41f3
+# %% ../../nbs/lab/07_command.ipynb #608fccf9
 def main(
     argv:list=None, # Words of the command line
 )->int: # Exit code
@@ -143,5 +164,5 @@ def main(
     try: return a.function(a) or 0
     except InputError as e: print(f'gcode_ml: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print(f'\ngcode_ml: interrupted{"; go on with `gcode_ml run "+a.domain+" --resume NAME`, `gcode_ml runs` tells the name" if a.command == "run" else ""}', file=sys.stderr); return 130
-    except RuntimeError as e: print(f'gcode_ml: {e}', file=sys.stderr); return 1
     except BrokenPipeError: return 0
+    except (RuntimeError,OSError) as e: print(f'gcode_ml: {e}', file=sys.stderr); return 1

@@ -47,7 +47,7 @@ class KernelInputError(InputError):
     "An `InputError` that was raised in a kernel: only its sentence came back."
     def __init__(self, sentence): ValueError.__init__(self, sentence); self.sentence = sentence
 
-# %% ../../nbs/lab/05_experiment.ipynb #80bd9bed
+# %% ../../nbs/lab/05_experiment.ipynb #73ee88ec
 def execute(
     notebook, # Notebook to execute
     output, # Where the executed copy goes
@@ -59,7 +59,7 @@ def execute(
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # waiting threads that spin slow down whatever else the machine does
     try: papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False, cwd=os.getcwd(), kernel_name='python3', extra_arguments=['--log-level=ERROR'])
     except papermill.PapermillExecutionError as e:
-        if e.ename == 'InputError': raise KernelInputError(e.evalue) from None
+        if e.ename in {c.__name__ for c in (InputError, *InputError.__subclasses__())}: raise KernelInputError(e.evalue) from None
         raise RuntimeError(f'cell {e.exec_count} failed with {e.ename}: {e.evalue} (see {output})') from None
 
 # %% ../../nbs/lab/05_experiment.ipynb #56d6c2a3
