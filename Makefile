@@ -13,7 +13,7 @@ demo: $(READY)           ## a real run of the fingerprint experiment, with its r
 	$(BIN)/gcode_ml run fingerprint --name demo --replace --config nbs/experiments/fingerprint.demo.yaml
 
 test: $(READY)           ## export in sync, notebooks clean, every notebook and every test executed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: $(READY)            ## JupyterLab; notebooks are cleaned when they are saved
 	$(BIN)/jupyter lab --config=.jupyter/jupyter_server_config.py --LabApp.default_url=/lab/tree/nbs

@@ -24,17 +24,18 @@ from .data import align_channels, modality
 from .models import HEADS, token_scores
 from fastai.torch_core import to_device
 
-# %% ../../nbs/fingerprint/40_evaluate.ipynb #f77cb72d
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #48d9cb09
 def predict_windows(
     model, # `GCodeFingerprinter`
     dataset, # Windows with `batch(index)`
     length:int, # Longest line in tokens
     batch_size:int=128, # Windows at a time
     device='cpu', # Device of the model
+    progress=None, # For instance `tqdm`
 )->dict: # `written` `[N,L]`, `forced` `[N,L]`, `head_right` and `head_real` `[N,4]`, `operation` `[N,K]` probabilities
     "Free-running lines, teacher-forced tokens and operation of every window."
-    model.eval(); parts = []
-    for inputs,mask,targets in BatchLoader(dataset, batch_size):
+    model.eval(); parts = []; dl = BatchLoader(dataset, batch_size)
+    for inputs,mask,targets in progress(dl) if progress else dl:
         inputs,mask,targets = to_device((inputs, mask, targets), device)
         parts.append(_predict_batch(model, inputs, mask, targets, length))
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
@@ -51,15 +52,16 @@ def _predict_batch(model, inputs, mask, targets, length):
                   head_right=right.sum(1), head_real=real.sum(1), operation=out['operation'].softmax(-1))
     return {k: v.cpu().numpy() for k,v in result.items()}
 
-# %% ../../nbs/fingerprint/40_evaluate.ipynb #2069a8be
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #1df08bb3
 def model_outcomes(
     model, # `GCodeFingerprinter`
     data, # `LineWindows`
     test, # Test windows, integers
     device='cpu', # Device of the model
+    progress=None, # For instance `tqdm`
 )->pd.DataFrame: # One row a test window
     "Table of what is true and what the model said."
-    p = predict_windows(model, Subset(data, test), data.tokens.shape[1], device=device)
+    p = predict_windows(model, Subset(data, test), data.tokens.shape[1], device=device, progress=progress)
     target = data.tokens[test].numpy(); real = target != 0
     table = pd.DataFrame(dict(source=data.sources[test], row=data.middle[test], time=data.times[test], text=data.texts[test],
         written=data.tokenizer.decode_batch(p['written']), tokens=real.sum(1), forced_right=((p['forced'] == target) & real).sum(1), written_right=((p['written'] == target) & real).sum(1),

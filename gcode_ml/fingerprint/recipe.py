@@ -189,7 +189,7 @@ def _check_vocabulary(bundle, tokens):
     other = (tokens.parts != wanted).any(1)
     if other.any(): raise InputError(bundle.folder, 'vocabulary', 'the tokens of the weights in their order', f'another token where {tokens.tokens[other.argmax()]} stands')
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #fe33d13d
+# %% ../../nbs/fingerprint/50_recipe.ipynb #e4636d93
 def predict_bundle(
     bundle, # From `lab.bundle.load_bundle`
     path, # A recording
@@ -200,20 +200,21 @@ def predict_bundle(
     said = _bundle_outcomes(bundle, windows)
     return said[['source','time','operation_said','operation_confidence','written']].rename(columns=dict(source='run', time='seconds', operation_said='operation', operation_confidence='probability', written='line'))
 
-def _bundle_outcomes(bundle, windows):
+def _bundle_outcomes(bundle, windows, progress=None):
     "Outcomes of a bundle's model; operations that it does not know cannot be said."
     windows.tokens = torch.nn.functional.pad(windows.tokens, (0, max(0, bundle.preprocessing['length']-windows.tokens.shape[1])))
-    return model_outcomes(bundle.model, windows, np.arange(len(windows)))
+    return model_outcomes(bundle.model, windows, np.arange(len(windows)), progress=progress)
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #a48b376f
+# %% ../../nbs/fingerprint/50_recipe.ipynb #59232782
 def evaluate_bundle(
     bundle, # From `lab.bundle.load_bundle`
     data, # Folder of recordings
+    progress=None, # For instance `tqdm`
 )->tuple: # Table of measures, and facts about the data
     "Score a bundle on recordings; those it was trained on are scored apart."
     from gcode_ml.fingerprint.evaluate import score_model
-    recordings,facts = load_recordings(data)
+    recordings,facts = load_recordings(data, progress)
     seen = set(bundle.facts['trained_on'])
     parts = {'trained on': [r for r in recordings if r.name in seen], 'new': [r for r in recordings if r.name not in seen]}
-    tables = [score_model(_bundle_outcomes(bundle, bundle_windows(bundle, rs)), name).assign(recordings=len(rs)) for name,rs in parts.items() if rs]
+    tables = [score_model(_bundle_outcomes(bundle, bundle_windows(bundle, rs), progress), name).assign(recordings=len(rs)) for name,rs in parts.items() if rs]
     return pd.concat(tables), dict(facts=facts)

@@ -8,8 +8,8 @@ Docs: https://example.org/gcode_ml/lab/command.html.md"""
 __all__ = ['show_result', 'run_command', 'parameters_command', 'runs_command', 'report_command', 'check_command',
            'evaluate_command', 'export_command', 'predict_command', 'record_command', 'parser', 'main']
 
-# %% ../../nbs/lab/07_command.ipynb #6bbdfd5c
-import argparse, sys
+# %% ../../nbs/lab/07_command.ipynb #9de52364
+import argparse, sys, warnings
 from pathlib import Path
 from ..core.errors import InputError
 
@@ -76,7 +76,7 @@ def check_command(a):
     print('\n'.join(faults) if faults else f'{a.path}: no fault found')
     return 2 if faults else 0
 
-# %% ../../nbs/lab/07_command.ipynb #fb8936c1
+# %% ../../nbs/lab/07_command.ipynb #8332a749
 def evaluate_command(a):
     "`gcode_ml evaluate`: score a finished run's model on another data folder."
     from gcode_ml.lab.bundle import load_bundle
@@ -85,7 +85,8 @@ def evaluate_command(a):
     from gcode_ml.lab.runs import find_run, table_records
     from gcode_ml.core.files import write_json
     run = find_run(a.run, a.runs); finished_result(run)
-    table,facts = domain_recipe(run.domain).evaluate_bundle(load_bundle(run.folder), a.data)
+    from tqdm.auto import tqdm
+    table,facts = domain_recipe(run.domain).evaluate_bundle(load_bundle(run.folder), a.data, progress=None if a.quiet else tqdm)
     file = Path(a.output) if a.output else run.path('evaluations', f'{Path(a.data).resolve().name}.json')
     write_json(file, dict(run=f'{run.domain}/{run.name}', data=str(a.data), table=table_records(table), **facts))
     print(table.to_string(index=False, float_format=lambda x: f'{x:.3f}', na_rep=''))
@@ -155,12 +156,13 @@ def parser()->argparse.ArgumentParser: # For all commands
     sub.add_argument('--trust', action='store_true', help='the bundle is your own: programs that can run code may be opened')
     return top
 
-# %% ../../nbs/lab/07_command.ipynb #608fccf9
+# %% ../../nbs/lab/07_command.ipynb #0983e92e
 def main(
     argv:list=None, # Words of the command line
 )->int: # Exit code
     "Entry point of `gcode_ml`."
     a = parser().parse_args(argv)
+    warnings.showwarning = lambda message, *where: print(f'gcode_ml: {message}', file=sys.stderr)
     try: return a.function(a) or 0
     except InputError as e: print(f'gcode_ml: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print(f'\ngcode_ml: interrupted{"; go on with `gcode_ml run "+a.domain+" --resume NAME`, `gcode_ml runs` tells the name" if a.command == "run" else ""}', file=sys.stderr); return 130

@@ -26,7 +26,7 @@ from .snapshot import Snapshot, generator_states, pack, set_generator_states, un
 if importlib.util.find_spec('accelerate') is None: raise InputError('module', 'gcode_ml.lab.distributed', 'accelerate to be installed', 'no such module', "pip install 'gcode_ml[distributed]'")
 from fastai.distributed import DistributedDL, DistributedTrainer
 
-# %% ../../nbs/lab/10_distributed.ipynb #d24e0c52
+# %% ../../nbs/lab/10_distributed.ipynb #c17fcf54
 class BatchShare(DistributedDL):
     "The share of one process in the batches of a loader."
     rng = property(lambda self: self.dl.rng)
@@ -39,11 +39,20 @@ class BatchShare(DistributedDL):
         distributed.broadcast(index, rank)
         return index.tolist()
     def get_idxs(self):
-        index = self._broadcast(list(self.dl.get_idxs()), 0)
-        self.n,size = len(index),self.bs*self.world_size
+        size = self.bs*self.world_size
+        index = self._broadcast(self._order(size), 0)
+        self.n = len(index)
         index += index[:-self.n % self.world_size]; self.n_padded = len(index)
         batches = [index[i:i+size] for i in range(0, len(index), size)]
         return [j for b in batches for j in b[self.rank*len(b)//self.world_size:(self.rank+1)*len(b)//self.world_size]]
+
+# %% ../../nbs/lab/10_distributed.ipynb #4b82b720
+@patch
+def _order(self:BatchShare, size):
+    "Order of the items for batches of all processes together, so that those of like length are met at the same time."
+    own,self.dl.bs = self.dl.bs,size
+    try: return list(self.dl.get_idxs())
+    finally: self.dl.bs = own
 
 # %% ../../nbs/lab/10_distributed.ipynb #b6377c45
 @patch

@@ -229,7 +229,7 @@ def make_programs(
     try: return _make(*_flat(model, method), formats)
     except Exception as e: raise RuntimeError(f"{type(model).__name__}.{method} cannot be exported as {', '.join(formats)}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
 
-# %% ../../nbs/lab/08_export.ipynb #d59ad6f5
+# %% ../../nbs/lab/08_export.ipynb #d1a90d8c
 def read_program(
     data:bytes, # Content of the file
     format:str, # `exported`, `onnx`, `int8` or `torchscript`
@@ -241,14 +241,15 @@ def read_program(
     check_choice('program', 'format', format, SUFFIXES)
     if format in ('exported','torchscript') and not trusted: raise InputError('program', 'format', 'onnx or int8, which run no code on loading', format, 'trust it explicitly if you made it yourself, or export it again from the weights')
     if format == 'exported': return Program(_tensor_call(torch.export.load(io.BytesIO(data)).module()), inputs, outputs)
-    if format == 'torchscript': return Program(_tensor_call(torch.jit.load(io.BytesIO(data), map_location='cpu')), inputs, outputs)
+    if format == 'torchscript':
+        with warnings.catch_warnings(): warnings.simplefilter('ignore', DeprecationWarning); return Program(_tensor_call(torch.jit.load(io.BytesIO(data), map_location='cpu')), inputs, outputs)
     _check_packages('onnxruntime')
     import onnxruntime
     options = onnxruntime.SessionOptions(); options.log_severity_level = 3; options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     return Program(lambda arrays: session.run(outputs, dict(zip(inputs, arrays))), inputs, outputs)
 
-# %% ../../nbs/lab/08_export.ipynb #4c4fb4a8
+# %% ../../nbs/lab/08_export.ipynb #4a435365
 def compare_program(
     eager:Program, # The model
     program:Program, # The program
@@ -258,11 +259,8 @@ def compare_program(
     rows = []
     for sizes in (_sizes(eager.inputs, 2, 5), _sizes(eager.inputs, 3, 1)):
         arrays = {k: v.numpy() for k,v in example_inputs(eager.inputs, sizes, seed=1).items()}
-        try: found = program(arrays)
-        except Exception as e: found = {}; fault = ' '.join(str(e).split())[:200]
-        for k,wanted in eager(arrays).items():
-            row = dict(output=k, **sizes)
-            rows.append(row | (_difference(wanted, found[k], int8) if k in found else dict(within=False, fault=fault)))
+        try: wanted,found = eager(arrays),program(arrays); rows += [dict(output=k, **sizes, **_difference(wanted[k], found[k], int8)) for k in wanted]
+        except Exception as e: rows.append(dict(output=', '.join(eager.outputs), **sizes, within=False, fault=' '.join(str(e).split())[:200]))
     return dict(tolerance=.1 if int8 else 1e-4, within=all(r['within'] for r in rows), compared=rows)
 
 def _difference(wanted, found, int8):
@@ -395,7 +393,7 @@ def _texts(bundle, ids):
     page = importlib.import_module(f"{type(bundle.model).__module__.rpartition('.')[0]}.tokens")
     return page.tokenizer_from_json(bundle.preprocessing['tokenizer']).decode_batch(ids)
 
-# %% ../../nbs/lab/08_export.ipynb #4f5dcee2
+# %% ../../nbs/lab/08_export.ipynb #65567c95
 def predict_arrays(
     bundle, # From `lab.bundle.load_bundle`
     file, # `.npz` with the inputs by name
@@ -410,7 +408,6 @@ def predict_arrays(
     arrays = check_inputs(wanted, read_arrays(file), file)
     longest,parts = int(bundle.preprocessing.get('length', 256)),[]
     for i in range(0, len(next(iter(arrays.values()))), batch_size): parts.append(run_programs(programs, {k: v[i:i+batch_size] for k,v in arrays.items()}, longest))
-    if not parts: raise InputError(file, 'arrays', 'at least one item', 'none')
     return answer_table(bundle, {k: _stack([p[k] for p in parts]) for k in parts[0] if parts[0][k].ndim < 3})
 
 def _stack(parts):
