@@ -24,11 +24,13 @@ from gcode_ml.lab.tracking import Tracker, Tracking
 pytestmark = pytest.mark.filterwarnings('ignore')
 EPOCHS = 4 # of six batches
 
+ELSEWHERE = {'lab.distributed.SharedFit', 'lab.distributed.SharedSnapshot'} # live in a group of processes: tests/test_distributed.py fits, kills and resumes them there
+
 def callbacks():
     "Every callback class of the shared pages by its name in the package."
     pages = [f'{p.parent.name}.{p.stem}' for d in ('core','lab') for p in sorted((Path(gcode_ml.__file__).parent/d).glob('[!_]*.py'))]
     return {f'{page}.{name}': cls for page in pages for name,cls in vars(importlib.import_module(f'gcode_ml.{page}')).items()
-            if inspect.isclass(cls) and issubclass(cls, Callback) and cls.__module__ == f'gcode_ml.{page}' and not name.startswith('_')}
+            if inspect.isclass(cls) and issubclass(cls, Callback) and cls.__module__ == f'gcode_ml.{page}' and not name.startswith('_') and f'{page}.{name}' not in ELSEWHERE}
 
 class Warm(torch.nn.Module):
     "Cross entropy with a temperature that is learnt."

@@ -1,6 +1,7 @@
 "Two processes fit as one does with batches twice as large; a process that dies or hangs ends the run with a sentence, and the fit goes on from its snapshot bit for bit."
 import os, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd, psutil, pytest, torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
@@ -12,6 +13,7 @@ from gcode_ml.core.tiny import TinyClassifier, TinySequences, tiny_learner
 
 pytest.importorskip('accelerate')
 pytestmark = pytest.mark.xdist_group('distributed')
+from gcode_ml.lab import distributed
 from gcode_ml.lab.command import main
 from gcode_ml.lab.distributed import BatchShare, SharedSnapshot, fit_processes
 
@@ -92,7 +94,7 @@ def test_dead_process(fit, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('gcode_ml.lab.experiment.run_experiment', lambda *args: fit('dropout', 'killed', [(Stop, {})], snapshot_batches=2))
     assert main(['run', 'tiny']) == 1
     assert 'gcode_ml: process 1 of 2 was killed by signal 9; the others were stopped' in capsys.readouterr().err
-    assert time.time()-began < 40
+    assert time.time()-began < 120 # not the ten minutes that the others would wait
     continued = load_file(fit('dropout', 'killed', [(Stop, {})], snapshot_batches=2))
     assert all(torch.equal(continued[k], unbroken[k]) for k in unbroken)
     history = pd.read_csv(tmp_path/'history.csv').drop(columns='seconds')
@@ -106,11 +108,16 @@ def test_other_number_of_processes(monkeypatch, refused):
     assert 'processes: expected 2, as before the interruption, found 1' in refused(snapshot._restore, dict(state=dict(everyone={'list': [{'dict': []}]*2})), {}, True)
     assert 'found 1' in refused(snapshot._restore, dict(state={}), {}, True)
 
-def test_hanging_process(fit):
+def test_hanging_process(fit, tmp_path):
     "A process that does not answer is waited for no longer than the time-out."
     began = time.time()
-    with pytest.raises(RuntimeError, match='process 0 of 2 failed with .*; the others were stopped'): fit('plain', callbacks=[(Stop, dict(sleep=True))], timeout=3)
-    assert time.time()-began < 40
+    with pytest.raises(RuntimeError, match='process 0 of 2 failed with .*; the others were stopped'): fit('plain', callbacks=[(Stop, dict(sleep=True))], timeout=5)
+    assert (tmp_path/'stopped').exists() and time.time()-began < 120
+
+def test_bad_parameter(tmp_path, refused):
+    "What a recipe refuses comes back as the same sentence."
+    assert 'd_model: expected an even number' in refused(fit_processes, 'gcode_ml.fingerprint.recipe.recipe', dict(d_model=3), 1, tmp_path, processes=1)
+    assert 'expected cpu or cuda for several processes, found mps' in refused(distributed._join, SimpleNamespace(dls=SimpleNamespace(device='mps')), tmp_path, 0, 2, 1)
 
 def test_orphans_end(tmp_path):
     "The processes end with the one that started them, even when that is killed."
@@ -122,4 +129,4 @@ def test_orphans_end(tmp_path):
         children = psutil.Process(parent.pid).children()
         assert len(children) == 2
     finally: parent.kill(); parent.wait()
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert psutil.wait_procs(children, timeout=5)[1] == []

@@ -7,8 +7,8 @@ Docs: https://example.org/gcode_ml/lab/distributed.html.md"""
 # %% auto #0
 __all__ = ['BatchShare', 'SharedFit', 'SharedSnapshot', 'join_fit', 'fit_processes']
 
-# %% ../../nbs/lab/10_distributed.ipynb #c2b460a1
-import importlib, os, subprocess, sys, threading, time
+# %% ../../nbs/lab/10_distributed.ipynb #d5beaa77
+import importlib.util, os, subprocess, sys, threading, time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -99,7 +99,7 @@ def _plain_model(self:SharedSnapshot):
     try: yield
     finally: self.learn.model = wrapped
 
-# %% ../../nbs/lab/10_distributed.ipynb #06e7cbd4
+# %% ../../nbs/lab/10_distributed.ipynb #6b084e15
 def _named(dotted):
     "The object of a dotted name."
     module,_,name = dotted.rpartition('.')
@@ -112,7 +112,10 @@ def _end_with_parent():
 
 def _join(learn, folder, rank, processes, seconds):
     "Meet the other processes, over NCCL or gloo as the learner's device says."
-    cuda = torch.device(learn.dls.device).type == 'cuda'
+    kind,gpus = torch.device(learn.dls.device).type,torch.cuda.device_count()
+    if kind not in ('cpu','cuda'): raise InputError('parameter', 'device', 'cpu or cuda for several processes', kind)
+    if kind == 'cuda' and processes > gpus: raise InputError('parameter', 'processes', f'at most {gpus}, one a GPU', str(processes))
+    cuda = kind == 'cuda'
     distributed.init_process_group('nccl' if cuda else 'gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=processes, timeout=timedelta(seconds=seconds))
     if rank: set_seed(torch.initial_seed()+rank)
     learn.add_cb(SharedFit(sync_bn=cuda, cpu=not cuda))
