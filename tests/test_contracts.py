@@ -1,12 +1,18 @@
-"What every masked model of the package promises: padding and missing channels change nothing. Models are found, not listed."
+"""What every masked model of the package promises: padding and missing channels change nothing. What every recipe promises: the seed decides, every
+parameter learns, an interruption leaves no trace. Models and recipes are found, not listed; a domain's examples are in `examples_<domain>.py`."""
 import importlib, inspect
 from pathlib import Path
 import pytest, torch
+from fastai.callback.core import Callback
 from torch import nn
 import gcode_ml
 from gcode_ml.core.layers import MaskedLSTM, length_mask, masked_max, masked_mean, reverse_padded
 from gcode_ml.core.tiny import TinyClassifier
-from gcode_ml.fingerprint.models import GCodeFingerprinter, LineLoss, MMDTAELSTM, MultiHeadGCodeLM
+from gcode_ml.core.training import fit
+from gcode_ml.fingerprint.models import LineLoss
+from gcode_ml.lab.experiment import domain_recipe, domains
+from gcode_ml.lab.snapshot import Snapshot
+from examples_fingerprint import PARTS
 
 ITEMS,STEPS,EXTRA = 3,7,5 # no other axis of an example is STEPS long
 LENGTHS = torch.tensor([7,4,1])
@@ -18,19 +24,12 @@ def masked_models():
             if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__ == f'gcode_ml.{page}' and 'mask' in inspect.signature(cls.forward).parameters}
 
 def numbers(*shape): return torch.randn(ITEMS, *shape)
-def tokens(): return torch.randint(0, 6, (ITEMS, 5))
-def sensors(): return dict(sensors=numbers(STEPS, 6), present=torch.rand(ITEMS, STEPS, 6) < .8)
-
-PARTS = [[0,0,0,i] for i in range(3)] + [[1,1,0,0],[2,0,1,0],[3,0,0,2]]
-SMALL = dict(d_model=16, nhead=2, dim_feedforward=32)
-MODALITIES = [[0,1],[2],[3,4,5]]
+def examples(): return {p.stem.removeprefix('examples_'): importlib.import_module(p.stem) for p in sorted(Path(__file__).parent.glob('examples_*.py'))}
 
 EXAMPLES = { # name in the package -> model and the arguments of its `forward` but for the mask
     'core.layers.MaskedLSTM': lambda: (MaskedLSTM(6, 8), dict(x=numbers(STEPS, 6))),
     'core.tiny.TinyClassifier': lambda: (TinyClassifier(channels=6, dropout=.5), dict(x=numbers(STEPS, 6))),
-    'fingerprint.models.MMDTAELSTM': lambda: (MMDTAELSTM(MODALITIES, **SMALL), dict(inputs=sensors())),
-    'fingerprint.models.MultiHeadGCodeLM': lambda: (MultiHeadGCodeLM(PARTS, num_layers=2, **SMALL), dict(tokens=tokens(), memory=numbers(STEPS, 16))),
-    'fingerprint.models.GCodeFingerprinter': lambda: (GCodeFingerprinter(MODALITIES, PARTS, 4, num_layers=2, **SMALL), dict(inputs=dict(sensors(), tokens=tokens()))),
+    **{name: make for module in examples().values() for name,make in getattr(module, 'MODELS', {}).items()}
 }
 
 def each(change, value):
@@ -44,30 +43,33 @@ def leaves(value):
     found = []; each(found.append, value)
     return found
 
-def in_time(t, steps): return t.dim() > 1 and t.shape[:2] == (ITEMS, steps)
+def in_time(t, mask): return t.dim() > 1 and t.shape[:2] == mask.shape
 
 def garbage(like, steps):
     "Large random values of the type of `like`, `steps` of them."
-    t = 1e3*torch.randn(ITEMS, steps, *like.shape[2:])
+    t = 1e3*torch.randn(len(like), steps, *like.shape[2:])
     return t > 0 if like.dtype == torch.bool else t.abs().long() % 6 if like.dtype == torch.long else t
 
 def padded(value, mask, extra):
     "Put garbage where `mask` is false and in `extra` more steps."
     def change(t):
-        if not in_time(t, STEPS): return t
+        if not in_time(t, mask): return t
         real = mask.reshape(mask.shape+(1,)*(t.dim()-2))
-        return torch.cat([torch.where(real, t, garbage(t, STEPS)), garbage(t, extra)], 1)
+        return torch.cat([torch.where(real, t, garbage(t, mask.shape[1])), garbage(t, extra)], 1)
     return each(change, value)
 
 def real(out, mask):
     "Outputs at the real steps; all of one that has no time axis."
-    return [t[mask] if in_time(t, mask.shape[1]) else t for t in leaves(out)]
+    return [t[mask] if in_time(t, mask) else t for t in leaves(out)]
 
 @torch.no_grad()
 def padding_matters(model, inputs):
     "Largest change of an output when garbage is put behind the real steps, in units of the output."
     mask,longer = length_mask(LENGTHS, STEPS),length_mask(LENGTHS, STEPS+EXTRA)
-    short,long = real(model(**inputs, mask=mask), mask),real(model(**padded(inputs, mask, EXTRA), mask=longer), longer)
+    return difference(model, inputs, mask, longer)
+
+def difference(model, inputs, mask, longer):
+    short,long = real(model(**inputs, mask=mask), mask),real(model(**padded(inputs, mask, longer.shape[1]-mask.shape[1]), mask=longer), longer)
     return max(((a-b).abs().max()/(1+a.abs().max())).item() for a,b in zip(short, long, strict=True))
 
 def test_every_masked_model_has_an_example():
@@ -77,7 +79,7 @@ def test_every_masked_model_has_an_example():
 @pytest.mark.parametrize('name', sorted(masked_models()))
 def test_padding_invariance(name):
     "In evaluation, what stands behind the real steps, and how much of it, changes no output by more than rounding."
-    assert name in EXAMPLES, f'add {name} to EXAMPLES in tests/test_contracts.py'
+    assert name in EXAMPLES, f'add {name} to MODELS in tests/examples_<domain>.py'
     torch.manual_seed(0); model,inputs = EXAMPLES[name]()
     assert type(model) is masked_models()[name]
     assert padding_matters(model.eval(), inputs) < 1e-5
@@ -128,3 +130,63 @@ def test_loss_of_missing_channels():
     other = {**out, **{k: torch.where((targets['tokens'] != 0)[...,None], out[k], 9.) for k in ('type','command','param_type','param_val')}}
     wrong = dict(targets, sensors=torch.where(inputs['present'], inputs['sensors'], 1e3))
     assert loss(out, targets).isfinite() and torch.equal(loss(out, targets), loss(other, wrong))
+
+WITH_RECIPE = [d for d in domains() if hasattr(examples().get(d), 'RECIPE')]
+
+def test_every_recipe_has_sizes():
+    "A new recipe cannot be forgotten."
+    assert WITH_RECIPE == domains(), 'give tests/examples_<domain>.py a RECIPE'
+
+@pytest.fixture(scope='module', params=WITH_RECIPE)
+def recipe(request, tmp_path_factory):
+    "A domain's recipe with small sizes: `recipe(seed=…, cbs=…)`; `RECIPE` is a dictionary, or a function of a folder that returns one."
+    sizes = examples()[request.param].RECIPE
+    sizes = sizes(tmp_path_factory.mktemp(request.param)) if callable(sizes) else sizes
+    def make(**kwargs): return domain_recipe(request.param).recipe(**{'seed': 1, 'device': 'cpu', 'max_epochs': 2, **sizes, **kwargs})
+    make.domain = request.param
+    return make
+
+def fitted(learn):
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    return learn
+
+def weights(learn): return [v.clone() for v in learn.model.state_dict().values()]
+def same(a, b): return len(a) == len(b) and all(map(torch.equal, a, b))
+
+class Reached(Callback):
+    "Which parameters have had a gradient that is not zero."
+    order = 5
+    def before_fit(self): self.names = set()
+    def before_step(self): self.names |= {k for k,p in self.model.named_parameters() if p.grad is not None and p.grad.any()}
+
+class PowerCut(Callback):
+    order = 2000
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter) == (1, 0): raise SystemError('power cut')
+
+@pytest.fixture(scope='module')
+def once(recipe): return fitted(recipe(cbs=[Reached()]))
+
+def test_seed_decides(recipe, once):
+    "The same seed gives the same weights to the last bit, another one others."
+    assert same(weights(once), weights(fitted(recipe())))
+    assert not same(weights(once), weights(fitted(recipe(seed=2))))
+
+def test_every_parameter_learns(recipe, once):
+    "A gradient reaches all that can learn."
+    assert {k for k,p in once.model.named_parameters() if p.requires_grad} - once.reached.names == set()
+
+def test_recipe_resumes(recipe, once, tmp_path):
+    "Cut in the second epoch and taken up by a new learner, a fit ends in the same weights."
+    with pytest.raises(SystemError): fitted(recipe(cbs=[Snapshot(tmp_path/'fit.safetensors', batches=1), PowerCut()]))
+    assert same(weights(once), weights(fitted(recipe(cbs=[Snapshot(tmp_path/'fit.safetensors', batches=1)]))))
+
+def test_recipe_respects_the_mask(recipe, once):
+    "Garbage behind the real steps of a batch changes no prediction."
+    if getattr(examples()[recipe.domain], 'FIXED_LENGTH', False): pytest.skip('items of one length')
+    inputs,mask,_ = once.dls.valid.one_batch()
+    longer = torch.nn.functional.pad(mask, (0, EXTRA))
+    class Named(nn.Module):
+        def forward(self, inputs, mask): return once.model(inputs, mask)
+    once.model.eval(); torch.manual_seed(0)
+    with torch.no_grad(): assert difference(Named(), dict(inputs=inputs), mask, longer) < 1e-4

@@ -6,7 +6,7 @@ from gcode_ml.lab.bundle import load_bundle
 from gcode_ml.lab.command import main
 from gcode_ml.lab.runs import find_run
 
-GIVEN = dict(folds=2, test_folds=1, leaky='no', window=32, stride=64, d_model=8, nhead=1, num_layers=1, encoder_layers=1, dim_feedforward=8, max_epochs=12, batch_size=4, seed=7, device='cpu')
+GIVEN = dict(folds=2, test_folds=1, leaky='no', window=32, stride=64, d_model=8, nhead=1, num_layers=1, encoder_layers=1, dim_feedforward=8, max_epochs=12, batch_size=4, seed=7, device='cpu', tracking='tensorboard', augment='noise, time_warp', save_best='valid_loss')
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory): return tmp_path_factory.mktemp('runs')
@@ -66,7 +66,7 @@ def test_parameters_are_honoured(whole):
     for k,v in GIVEN.items(): assert result['parameters'][k] == (False if v == 'no' else v)
     assert result['parameters']['dropout'] == .2 and result['seed'] == 7 and result['split']['computed'] == 1 # `seed` as the notebook had it
     injected = next(c for c in executed(run).cells if 'injected-parameters' in c.metadata.get('tags', []))
-    assert 'seed = 7' in injected.source and f'run_dir = "{run.folder}"' in injected.source
+    assert 'seed = 7' in injected.source and 'augment = "noise, time_warp"' in injected.source and 'clip = 1.0' in injected.source and f'run_dir = "{run.folder}"' in injected.source
     bundle = load_bundle(run.folder); history = pd.read_csv(run.path('history.csv'))
     assert bundle.model.backbone.reconstruct.in_features == 8 and bundle.preprocessing['stride'] == 64
     assert len(history) == 12 and set(history.fit) == {'fold-0'}
@@ -76,7 +76,7 @@ def test_seed_matters(whole, recordings):
     "The first losses are those of the seed that was given, not of another."
     from gcode_ml.fingerprint.data import read_recordings
     from gcode_ml.fingerprint.recipe import recipe
-    sizes = {k: v for k,v in GIVEN.items() if k not in ('test_folds','leaky','max_epochs')}
+    sizes = {k: v for k,v in GIVEN.items() if k not in ('test_folds','leaky','max_epochs','tracking','save_best')}
     tested = lambda seed: sorted(set((learn := recipe(read_recordings(recordings), **{**sizes, 'seed': seed})).fold.windows.sources[learn.test]))
     stage = read_json(whole[0].path('stages', 'fold-0.json'))['value']
     assert stage['test_recordings'] == tested(7) != tested(42)
@@ -120,3 +120,57 @@ def test_pages(whole, command, tmp_path, kind):
     page = (tmp_path/'page.html').read_text(encoding='utf-8')
     assert code == 0 and 'page.html' in out and 'line exact, free-running' in page and 'data:image/png;base64,' in page
     assert not re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:http|//)[^>]*>|url\(["\']?(?:http|//)[^)]*\)|@import[^;]*;', page) and 'Traceback (most' not in page
+
+def test_options_of_every_fit(whole, command):
+    "Options without a line in the cell reach the fit; the command tells them apart from the experiment's own."
+    run,_ = whole
+    assert run.path('checkpoints', 'fold-0', 'best.safetensors').exists()
+    code,out,_ = command('parameters', 'fingerprint'); own,_,shared = out.partition('\noptions of every fit\n')
+    assert code == 0 and 'd_model = ' in own and 'schedule = ' in own and 'averaging = ' in shared and 'tracking = ' in shared and 'run_dir' not in out and 'checkpoint_folder' not in out
+
+@pytest.mark.parametrize('name', ['whole', 'killed'])
+def test_tracker_is_told(whole, runs, name):
+    "TensorBoard has each epoch of the fit once, killed or not, the parameters and the pictures."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = find_run(name, runs); history = pd.read_csv(run.path('history.csv'))
+    events = EventAccumulator(str(run.path('tracking', 'tensorboard')), dict(scalars=0, histograms=0, images=0)).Reload()
+    told = events.Scalars('fold-0/valid_loss')
+    assert [e.step for e in told] == history.epoch.tolist(); np.testing.assert_allclose([e.value for e in told], history.valid_loss, rtol=1e-6)
+    assert {'history','lines','operation'} <= set(events.Tags()['images']) and any(k.startswith('fold-0/gradients/') for k in events.Tags()['histograms'])
+
+def test_processes(command, runs, recordings):
+    "Two processes with the batches of one give its loss curve, but for what is drawn at random in each; half the batch gives another."
+    from gcode_ml.core.callbacks import epoch_table
+    from gcode_ml.core.training import fit
+    from gcode_ml.fingerprint.recipe import recipe
+    pytest.importorskip('accelerate')
+    sizes = dict(folds=2, window=48, stride=32, d_model=8, nhead=1, num_layers=1, encoder_layers=1, dim_feedforward=8, dropout=0., max_epochs=3, learning_rate=.01, seed=7, device='cpu')
+    assert command('run', 'fingerprint', '--name', 'two', '--processes', 2, *(w for k,v in dict(sizes, data=recordings, test_folds=1, leaky='no', baselines='no', batch_size=8).items() for w in ('-p', f'{k}={v}')))[0] == 0
+    run = find_run('two', runs); two = pd.read_csv(run.path('history.csv')).valid_loss
+    def alone(batch_size):
+        learn = recipe(recordings, **sizes, batch_size=batch_size)
+        with learn.no_bar(), learn.no_logging(): fit(learn)
+        return epoch_table(learn).valid_loss
+    np.testing.assert_allclose(two, alone(8), rtol=.01)
+    assert (two-alone(4)).abs().max() > .05*two.max()
+    assert read_json(run.path('result.json'))['parameters']['processes'] == 2 and [*run.path('processes', 'fold-0').glob('process_1.log')]
+
+def test_processes_refused(command):
+    "What several processes cannot do is said before they start."
+    words = ('run', 'fingerprint', '--processes', 2, '-p', 'max_epochs=1', '-p', 'test_folds=1', '-p', 'd_model=8', '-p', 'nhead=1')
+    code,_,err = command(*words, '-p', 'averaging=ema')
+    assert code == 2 and 'parameter: averaging: expected its default with several processes' in err
+
+def test_simulate(command, tmp_path):
+    "Simulated data of a domain, the same for the same seed; bad words end in a sentence."
+    for name in 'ab': assert command('simulate', 'fingerprint', '-o', tmp_path/name, '-p', 'runs=1', '-p', 'seed=3')[0] == 0
+    files = sorted((tmp_path/'a').rglob('*.parquet'))
+    assert len(files) == 5 and all(f.read_bytes() == (tmp_path/'b'/f.relative_to(tmp_path/'a')).read_bytes() for f in files)
+    for words,part in ((('weather', '-o', tmp_path), 'simulate: target: expected one of'), (('fingerprint',), '--output: expected a folder'), (('fingerprint', '-o', tmp_path, '-p', 'machines=2'), 'machines: expected one of runs, seed, operations'),
+                       (('fingerprint', '-o', tmp_path, '-p', 'runs=many'), 'runs: expected int such as 4')):
+        code,_,err = command('simulate', *words); assert code == 2 and part in err
+
+def test_help_is_grouped(command):
+    "Each command once, under its group."
+    code,out,_ = command('--help')
+    assert code == 0 and all(f'\n{group}:\n' in out for group in ('experiments', 'results', 'models', 'data')) and all(len(re.findall(rf'^  {c} ', out, re.M)) == 1 for c in ('run', 'simulate', 'predict', 'report'))

@@ -7,14 +7,15 @@ Docs: https://example.org/gcode_ml/core/batch.html.md"""
 # %% auto #0
 __all__ = ['BatchLoader', 'Subset', 'loader_workers', 'dataloaders']
 
-# %% ../../nbs/core/04_batch.ipynb #5144395d
+# %% ../../nbs/core/04_batch.ipynb #6718e052
 import random
 import numpy as np, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastcore.basics import patch
+from .errors import InputError
 
-# %% ../../nbs/core/04_batch.ipynb #5618e7b6
+# %% ../../nbs/core/04_batch.ipynb #6b92fdea
 class BatchLoader(DataLoader):
     "fastai's `DataLoader` over a data set that gathers whole batches."
     def __init__(self,
@@ -28,7 +29,7 @@ class BatchLoader(DataLoader):
         **kwargs # For fastai's `DataLoader`: `num_workers`, `pin_memory`, `device`, …
     ):
         super().__init__(dataset, bs=bs or batch_size, shuffle=shuffle, indexed=True, **kwargs)
-        self.bucket,self.rng = bucket,random.Random(seed)
+        self.bucket,self.rng,self.among,self.ordered = bucket,random.Random(seed),None,False
     def create_batches(self, samples): yield from map(self.do_batch, self.chunkify(samples))
     def create_batch(self, index): return self.dataset.batch(index)
     def retain(self, batch, index): return batch
@@ -56,14 +57,25 @@ def _by_length(order, lengths, batch_size, bucket, rng):
     rng.shuffle(full)
     return [j for b in full+short for j in b]
 
-# %% ../../nbs/core/04_batch.ipynb #4a88034d
+# %% ../../nbs/core/04_batch.ipynb #174d369c
 @patch
 def get_idxs(self:BatchLoader)->list: # Indices in the order in which they are batched
     "Order of the items for one epoch."
-    order = list(range(self.n))
-    if not self.shuffle: return order
+    order = list(range(self.n)) if self.among is None else list(self.among)
+    if not self.shuffle or self.ordered: return order
     order = self.shuffle_fn(order)
     return _by_length(order, self.dataset.lengths, self.bs, self.bucket, self.rng) if self.bucket else order
+
+# %% ../../nbs/core/04_batch.ipynb #19ffe574
+@patch
+def restrict(self:BatchLoader,
+    index=None, # Items that take part from the next epoch on; all by default
+    ordered:bool=False, # In just this order, without shuffling
+):
+    "Draw from some of the items."
+    if index is not None and not len(index): raise InputError('BatchLoader', 'items', 'at least one that takes part', 'none')
+    self.among,self.ordered = None if index is None else np.asarray(index).tolist(),ordered and index is not None
+    self.n = len(self.dataset) if index is None else len(index)
 
 # %% ../../nbs/core/04_batch.ipynb #796c3bf6
 def loader_workers(

@@ -267,19 +267,19 @@ class MultiTask(_Composite):
         self.reduction = reduction
     def forward(self, prediction, target): return sum(w*l for w,l in zip(self.fixed, self.values(prediction, target)) if w)
 
-# %% ../../nbs/core/10_losses.ipynb #2331784a
-def _own(value, name):
-    "What a task is about: the part of its name, or all of it."
-    return value[name] if isinstance(value, dict) and name in value else value
+# %% ../../nbs/core/10_losses.ipynb #13ce45a3
+def _own(value, name, loss):
+    "What a task is about: the part of its name, or all of it, also where the loss has a head of its own."
+    return value[name] if isinstance(value, dict) and name in value and getattr(loss, 'head', None) is None else value
 
-# %% ../../nbs/core/10_losses.ipynb #cc939b5d
+# %% ../../nbs/core/10_losses.ipynb #656839b0
 @patch
 def values(self:MultiTask,
     prediction, # Dictionary of the heads
     target, # Dictionary of the targets
 )->list: # One tensor a task
     "The loss of each task, before its weight."
-    values = [loss(_own(prediction, name), _own(target, name)) for name,loss in zip(self.names, self.losses)]
+    values = [loss(_own(prediction, name, loss), _own(target, name, loss)) for name,loss in zip(self.names, self.losses)]
     return values if self.reduction == 'mean' else [*map(_items, values)]
 
 # %% ../../nbs/core/10_losses.ipynb #9126405b

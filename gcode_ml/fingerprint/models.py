@@ -182,7 +182,7 @@ def program_inputs(self:GCodeFingerprinter)->dict: # Method -> input -> type and
     "What the two programs take."
     return dict(read_sensors=_sensors(self.backbone.reconstruct.out_features), next_token=_written(len(self.decoder.parts), self.operation.in_features))
 
-# %% ../../nbs/fingerprint/20_models.ipynb #e6db80cb
+# %% ../../nbs/fingerprint/20_models.ipynb #ace19340
 class LineLoss(nn.Module):
     "Cross entropy of the four heads and of the operation, squared error of the reconstruction."
     def __init__(self,
@@ -190,14 +190,21 @@ class LineLoss(nn.Module):
         operation:float=.5, # Weight of the operation
         reconstruction:float=.3, # Weight of the reconstruction
         pad:int=0, # Token that does not count
+        losses:dict=None, # Losses `loss(out, targets)` of the four heads and of `operation`; cross entropy by default
     ):
         super().__init__()
         self.operation,self.reconstruction,self.pad = operation,reconstruction,pad
+        self.losses = nn.ModuleDict({f'of_{k}': v for k,v in (losses or {}).items()}) # `type` is a method of a module
         self.register_buffer('parts', torch.as_tensor(parts), persistent=False)
     def forward(self, out, targets):
         "Weighted sum; `targets` hold `tokens` `[B,L]`, `operation` `[B]`, `sensors` and `present` `[B,T,C]`."
         tokens,there = targets['tokens'],targets['present']
         real,wanted = tokens != self.pad, self.parts[tokens]
-        line = sum(nn.functional.cross_entropy(out[k][real], wanted[...,i][real]) for i,k in enumerate(HEADS))
+        if self.losses:
+            targets = targets | {k: wanted[...,i].masked_fill(~real, -100) for i,k in enumerate(HEADS)}
+            line,operation = sum(self.losses[f'of_{k}'](out, targets) for k in HEADS), self.losses['of_operation'](out, targets)
+        else:
+            line = sum(nn.functional.cross_entropy(out[k][real], wanted[...,i][real]) for i,k in enumerate(HEADS))
+            operation = nn.functional.cross_entropy(out['operation'], targets['operation'])
         error = ((out['reconstruction']-targets['sensors'])**2*there).sum()/there.sum().clamp_min(1)
-        return line + self.operation*nn.functional.cross_entropy(out['operation'], targets['operation']) + self.reconstruction*error
+        return line + self.operation*operation + self.reconstruction*error

@@ -7,14 +7,13 @@ Docs: https://example.org/gcode_ml/lab/bundle.html.md"""
 # %% auto #0
 __all__ = ['model_card', 'save_bundle', 'Bundle', 'load_bundle']
 
-# %% ../../nbs/lab/04_bundle.ipynb #40e13896
-import importlib
+# %% ../../nbs/lab/04_bundle.ipynb #2e034a5d
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from safetensors.torch import load_file, save_file
-from ..core.errors import InputError
-from ..core.files import atomic_path, read_json, write_json
+from safetensors.torch import save_file
+from ..core.files import atomic_path, write_json
+from ..core.saved import load_saved
 
 # %% ../../nbs/lab/04_bundle.ipynb #8543a850
 def model_card(
@@ -70,30 +69,10 @@ class Bundle:
     facts:dict # Domain, data, sources, metrics
     folder:Path # Where it was read from
 
-# %% ../../nbs/lab/04_bundle.ipynb #dd383bfc
-def _model_class(folder, name):
-    "A class of one of the package's `models` pages."
-    module,_,cls = str(name).rpartition('.')
-    if not (module.startswith('gcode_ml.') and module.rsplit('.', 1)[-1] in ('models','tiny')): raise InputError(folder/'bundle.json', 'model', 'a class of a gcode_ml models page', repr(name))
-    try: found = getattr(importlib.import_module(module), cls, None)
-    except ImportError: found = None
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)): raise InputError(folder/'bundle.json', 'model', f'a model in {module}', repr(cls))
-    return found
-
-# %% ../../nbs/lab/04_bundle.ipynb #8e928389
+# %% ../../nbs/lab/04_bundle.ipynb #a7b546a9
 def load_bundle(
     folder, # A bundle's folder, or a run's folder that has one
 )->Bundle: # Ready to predict
     "Read a bundle; runs no code but the package's own."
-    folder = Path(folder)
-    if (folder/'bundle'/'bundle.json').exists(): folder = folder/'bundle'
-    if not (folder/'bundle.json').exists(): raise InputError(folder, 'bundle.json', 'a bundle', 'no such file')
-    about = read_json(folder/'bundle.json')
-    for k in ('model','arguments','preprocessing','facts'):
-        if not isinstance(about, dict) or k not in about: raise InputError(folder/'bundle.json', k, 'to be there', 'no such key')
-    cls = _model_class(folder, about['model'])
-    try: model = cls(**about['arguments'])
-    except Exception as e: raise InputError(folder/'bundle.json', 'arguments', f'those of {cls.__name__}', f'{type(e).__name__}: {str(e).splitlines()[0][:90]}') from None
-    try: model.load_state_dict(load_file(folder/'model.safetensors'))
-    except Exception as e: raise InputError(folder/'model.safetensors', 'weights', f"those of {about['model']}", f'{type(e).__name__}: {str(e).splitlines()[0][:90]}') from None
-    return Bundle(model.eval(), about['preprocessing'], about['facts'], folder)
+    model,about,folder = load_saved(folder)
+    return Bundle(model, about['preprocessing'], about['facts'], folder)

@@ -7,7 +7,7 @@ Docs: https://example.org/gcode_ml/lab/distributed.html.md"""
 # %% auto #0
 __all__ = ['BatchShare', 'SharedFit', 'SharedSnapshot', 'join_fit', 'fit_processes']
 
-# %% ../../nbs/lab/10_distributed.ipynb #d5beaa77
+# %% ../../nbs/lab/10_distributed.ipynb #ad978ec9
 import importlib.util, os, subprocess, sys, threading, time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,9 +20,11 @@ from ..core.callbacks import History, save_checkpoint
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..core.learner import set_seed
+from ..core.training import fit
 from .experiment import KernelInputError
 from .runs import Run, RunProgress
 from .snapshot import Snapshot, generator_states, pack, set_generator_states, unpack
+from .tracking import Tracking
 if importlib.util.find_spec('accelerate') is None: raise InputError('module', 'gcode_ml.lab.distributed', 'accelerate to be installed', 'no such module', "pip install 'gcode_ml[distributed]'")
 from fastai.distributed import DistributedDL, DistributedTrainer
 
@@ -120,7 +122,7 @@ def _join(learn, folder, rank, processes, seconds):
     if rank: set_seed(torch.initial_seed()+rank)
     learn.add_cb(SharedFit(sync_bn=cuda, cpu=not cuda))
 
-# %% ../../nbs/lab/10_distributed.ipynb #da0c5b66
+# %% ../../nbs/lab/10_distributed.ipynb #7887166a
 def _check_equal(model):
     "All processes have the same weights; anything else is a fault of the model, for instance of weights that depend on the batch."
     mine = torch.stack([f(p.detach().double()) for p in model.parameters() for f in (torch.sum, torch.linalg.vector_norm)])
@@ -136,8 +138,11 @@ def _fit(job, folder, rank):
     run,name = Run(job['folder']),job['name']
     learn.add_cb(SharedSnapshot(run.path('snapshot', f'{name}.safetensors'), job['snapshot_batches']))
     learn.add_cbs([_named(dotted)(**values) for dotted,values in job['callbacks'] + job['first']*(rank == 0)])
-    if rank == 0: learn.add_cbs([History(run.path('history.csv'), name), RunProgress(run, name, job['part'], job['parts'])])
-    with learn.no_bar(), learn.no_logging(): learn.fit(job['epochs'])
+    if rank == 0: learn.add_cbs([History(run.path('history.csv'), name), RunProgress(run, name, job['part'], job['parts']), Tracking(run.tracker, fit=name)])
+    with learn.no_bar(), learn.no_logging():
+        if 'options' in vars(learn): fit(learn)
+        else: learn.fit(job['epochs'])
+    run.close_tracker()
     _check_equal(learn.model)
     if rank == 0: save_checkpoint(folder/'weights.safetensors', learn.model, epochs=job['epochs'], processes=job['processes'])
     distributed.barrier(); distributed.destroy_process_group()
@@ -177,11 +182,11 @@ def _watch(started, folder):
     why = f'was killed by signal {-ends[rank]}' if killed else f"failed with {said[0]['sentence'].splitlines()[0][:300]}" if said else f'ended with exit code {ends[rank]}'
     raise RuntimeError(f'process {rank} of {len(started)} {why}; the others were stopped (see {folder}/process_{rank}.log)')
 
-# %% ../../nbs/lab/10_distributed.ipynb #37a17287
+# %% ../../nbs/lab/10_distributed.ipynb #e1f7aaee
 def fit_processes(
     recipe:str, # Dotted name of a function that returns a `Learner`
     arguments:dict, # Its arguments, as JSON can hold them; its batches are those of one process
-    epochs:int, # Epochs of the fit
+    epochs:int, # Epochs of the fit; a learner of `core.training` goes by its own options
     folder, # Run folder: receives history, progress, snapshot, and `processes/<name>/`
     name:str='fit', # Name of the fit in the history
     processes:int=2, # Number of processes; on GPUs not more than there are

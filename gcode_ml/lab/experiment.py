@@ -47,17 +47,18 @@ class KernelInputError(InputError):
     "An `InputError` that was raised in a kernel: only its sentence came back."
     def __init__(self, sentence): ValueError.__init__(self, sentence); self.sentence = sentence
 
-# %% ../../nbs/lab/05_experiment.ipynb #73ee88ec
+# %% ../../nbs/lab/05_experiment.ipynb #ee6468bb
 def execute(
     notebook, # Notebook to execute
     output, # Where the executed copy goes
     parameters:dict, # Values for its `parameters` cell
+    **engine # For papermill's engine: `km`, a kernel that is there already
 ):
     "Execute a notebook with papermill; an `InputError` inside is raised here as the same sentence."
     import papermill
     logging.getLogger('papermill').setLevel(logging.ERROR)
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # waiting threads that spin slow down whatever else the machine does
-    try: papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False, cwd=os.getcwd(), kernel_name='python3', extra_arguments=['--log-level=ERROR'])
+    try: papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False, cwd=os.getcwd(), kernel_name='python3', extra_arguments=['--log-level=ERROR'], **engine)
     except papermill.PapermillExecutionError as e:
         if e.ename in {c.__name__ for c in (InputError, *InputError.__subclasses__())}: raise KernelInputError(e.evalue) from None
         raise RuntimeError(f'cell {e.exec_count} failed with {e.ename}: {e.evalue} (see {output})') from None

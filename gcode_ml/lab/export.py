@@ -36,7 +36,7 @@ def program_inputs(
     if list(inspect.signature(model.forward).parameters) == ['x','mask']: return dict(forward=dict(x=f'float32[batch,length,{_step_size(model)}]', mask='bool[batch,length]'))
     raise InputError(type(model).__name__, 'program_inputs', 'a method that names the inputs of each program', 'none')
 
-# %% ../../nbs/lab/08_export.ipynb #db853f6e
+# %% ../../nbs/lab/08_export.ipynb #d6739546
 _spec = re.compile(r'(float32|int64|bool)\[([^\]]+)\](?:<(\d+))?')
 
 def _parse(name, spec):
@@ -44,7 +44,7 @@ def _parse(name, spec):
     found = _spec.fullmatch(spec)
     if not found: raise InputError(name, 'program_inputs', 'such as float32[batch,length,6] or int64[batch,tokens]<42', repr(spec))
     axes = [int(a) if a.isdigit() else (a.partition('>=')[0], int(a.partition('>=')[2] or 1)) for a in found[2].replace(' ', '').split(',')]
-    return found[1], axes, int(found[3] or 2)
+    return found[1], axes, int(found[3] or (0 if found[1] == 'float32' else 2))
 
 def _axes(inputs):
     "Least size of each axis that has a name; `batch` first, as in every input."
@@ -54,7 +54,7 @@ def _axes(inputs):
             if isinstance(a, tuple): least[a[0]] = max(a[1], least.get(a[0], 1))
     return least
 
-# %% ../../nbs/lab/08_export.ipynb #70df76ca
+# %% ../../nbs/lab/08_export.ipynb #876eb07b
 def example_inputs(
     inputs:dict, # Input -> type and axes
     sizes:dict, # Axis -> size
@@ -64,7 +64,7 @@ def example_inputs(
     g = torch.Generator().manual_seed(seed)
     def example(name, spec):
         kind,axes,high = _parse(name, spec); shape = [a if isinstance(a, int) else sizes[a[0]] for a in axes]
-        if kind == 'float32': return torch.randn(shape, generator=g)
+        if kind == 'float32': return high*(.5+.5*torch.rand(shape, generator=g)) if high else torch.randn(shape, generator=g)
         if kind == 'int64': return torch.randint(high, shape, generator=g)
         if name != 'mask': return torch.rand(shape, generator=g) < .8
         return length_mask(torch.randint(1, shape[1]+1, shape[:1], generator=g).index_fill(0, torch.tensor(0), shape[1]), shape[1])

@@ -117,9 +117,16 @@ class Snapshot(Callback):
         self.epoch_start = generator_states(self.dls)
         self.save(self.epoch+1, 0)
 
-# %% ../../nbs/lab/03_snapshot.ipynb #cda557ed
+# %% ../../nbs/lab/03_snapshot.ipynb #feb23c19
 @patch
-def _kept_callbacks(self:Snapshot): return [cb for cb in self.learn.cbs if cb is not self]
+def _kept_callbacks(self:Snapshot):
+    "The other callbacks by name; the second and the third of a class have a number."
+    named = {}
+    for cb in self.learn.cbs:
+        if cb is self: continue
+        same = sum(k.partition(' ')[0] == cb.name for k in named)
+        named[f'{cb.name} {same+1}' if same else cb.name] = cb
+    return named
 
 @patch
 def _state(self:Snapshot, tensors):
@@ -130,7 +137,7 @@ def _state(self:Snapshot, tensors):
         grads=pack({k: p.grad for k,p in learn.model.named_parameters() if p.grad is not None and p.grad.any()}, tensors), # gathered by `GradientAccumulation`
         generators=pack(generator_states(learn.dls), tensors), epoch_start=pack(self.epoch_start, tensors),
         learner={k: pack(getattr(learn, k), tensors) for k in ('pct_train','train_iter','n_epoch')},
-        callbacks={cb.name: _pack_attributes(cb, tensors) for cb in self._kept_callbacks()})
+        callbacks={name: _pack_attributes(cb, tensors) for name,cb in self._kept_callbacks().items()})
 
 # %% ../../nbs/lab/03_snapshot.ipynb #add9881f
 @patch
@@ -145,7 +152,7 @@ def save(self:Snapshot,
     with atomic_path(self.path) as f: save_file(tensors, f, metadata=dict(snapshot=header))
     self.since,self.saved = 0,time.monotonic()
 
-# %% ../../nbs/lab/03_snapshot.ipynb #b6c50b24
+# %% ../../nbs/lab/03_snapshot.ipynb #04ed3dbc
 @patch
 def _restore(self:Snapshot, header, tensors, at_epoch_start):
     "Put everything back; at the start of an epoch its order of items is drawn anew, from the states of that moment."
@@ -155,8 +162,8 @@ def _restore(self:Snapshot, header, tensors, at_epoch_start):
     grads = unpack(state['grads'], tensors)
     for k,p in learn.model.named_parameters(): p.grad = grads[k].to(p, copy=True) if k in grads else None
     if isinstance(learn.loss_func, torch.nn.Module): learn.loss_func.load_state_dict(unpack(state['loss'], tensors))
-    for cb in self._kept_callbacks():
-        if cb.name in state['callbacks']: _unpack_attributes(cb, state['callbacks'][cb.name], tensors)
+    for name,cb in self._kept_callbacks().items():
+        if name in state['callbacks']: _unpack_attributes(cb, state['callbacks'][name], tensors)
     for k,v in state['learner'].items(): setattr(learn, k, unpack(v, tensors))
     self.epoch_start = unpack(state['epoch_start'], tensors)
     set_generator_states(self.epoch_start if at_epoch_start else unpack(state['generators'], tensors), learn.dls)

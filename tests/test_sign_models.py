@@ -1,0 +1,116 @@
+"Models of sign recognition: sizes, missing points, padding, training with padded batches, freezing, and what is imported."
+import subprocess, sys
+import numpy as np, pytest, torch
+from gcode_ml.core.errors import InputError
+from gcode_ml.core.layers import length_mask
+from gcode_ml.sign.models import MODELS, BiGRU, InceptionV3GRU, MaskedBatchNorm, MotionChannels, SignConv, SignTransformer, create_backbone, create_model, load_backbone
+
+def trainable(m): return sum(p.numel() for p in m.parameters() if p.requires_grad)
+
+@pytest.mark.parametrize('model,count', [(lambda: SignTransformer(), 3_280_627), (lambda: SignTransformer(2048), 3_764_979), (lambda: InceptionV3GRU(), 101_743),
+    (lambda: InceptionV3GRU(hidden1=32, hidden2=24), 206_923), (lambda: SignConv(50), 191_853+1_351), (lambda: SignConv(50, attention=True), 226_984+1_351), (lambda: SignConv(156), 212_205+1_351)])
+def test_parameters(model, count):
+    "Published counts, the head of seven categories apart."
+    assert trainable(model()) == count
+
+def clips(lengths, channels, seed=0):
+    g = torch.Generator().manual_seed(seed); B,T = len(lengths),max(lengths)
+    present = (torch.rand(B, T, channels//2, generator=g) < .8).repeat_interleave(2, -1)
+    return dict(channels=torch.randn(B, T, channels, generator=g), present=present), length_mask(torch.tensor(lengths))
+
+SMALL = dict(transformer=dict(d_model=16, nhead=2, num_layers=2, dim_feedforward=32), iv3_gru={}, conv=dict(width=16), conv_attention=dict(width=16), bigru=dict(width=8))
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_missing_value_may_be_anything(name):
+    "In training too, and the gradient is finite."
+    torch.manual_seed(0); model,_ = create_model(name, channels=52, glosses=4, categories=2, **SMALL[name], **({} if name == 'iv3_gru' else dict(hands=[list(range(21))])))
+    inputs,mask = clips([9,4,1], 52); inputs['present'][1] = False
+    def out(x):
+        torch.manual_seed(1)
+        return model(dict(inputs, channels=x), mask)
+    x = inputs['channels']; a,b = out(x),out(torch.where(inputs['present'], x, torch.nan))
+    assert torch.equal(a['gloss'], b['gloss']) and not torch.equal(a['gloss'], out(x+1)['gloss'])
+    (b['gloss'].sum()+b['category'].sum()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_clip_alone_and_padded(name):
+    "Within 1e-6, and finite without a single real step."
+    torch.manual_seed(0); model = create_model(name, channels=12, glosses=4, categories=2, **SMALL[name])[0].eval()
+    inputs,mask = clips([9,4,1], 12)
+    with torch.no_grad():
+        together = model(inputs, mask)
+        for i,n in enumerate([9,4,1]):
+            alone = model({k: v[i:i+1,:n] for k,v in inputs.items()}, mask[i:i+1,:n])
+            for k in alone: assert (alone[k][0]-together[k][i]).abs().max() < 1e-6
+        assert all(v.isfinite().all() for v in model(inputs, mask & False).values())
+
+def test_padding_does_not_move_batch_norm():
+    "The step of a padded batch is the step of the same clips without padding: statistics come from real frames."
+    torch.manual_seed(0); norm,same = MaskedBatchNorm(4),MaskedBatchNorm(4)
+    x,mask = torch.randn(2, 6, 4),length_mask(torch.tensor([6,3]))
+    real = norm(x, mask)[mask]; same(x[mask][None], torch.ones(1, 9, dtype=torch.bool))
+    assert torch.allclose(norm.running_mean, same.running_mean) and torch.allclose(norm.running_var, same.running_var)
+    assert torch.allclose(real.mean(0), torch.zeros(4), atol=1e-6)
+
+def test_hand_shape_does_not_depend_on_place_and_size():
+    motion = MotionChannels(84, [range(21), range(21, 42)]); x = torch.randn(1, 5, 42, 2)
+    there,mask = torch.ones(1, 5, 84, dtype=torch.bool),torch.ones(1, 5, dtype=torch.bool)
+    def out(points): return motion(dict(channels=points.flatten(2), present=there), mask)[...,:84].unflatten(-1, (-1,2))
+    one,two = out(x),out(x*torch.tensor(2.5)+1)
+    fingers = [i for i in range(42) if i%21]
+    assert torch.allclose(one[:,:,fingers], two[:,:,fingers], atol=1e-4) and not torch.allclose(one[:,:,0], two[:,:,0])
+
+def test_velocity_needs_both_ends():
+    motion = MotionChannels(2); x = torch.arange(6.)[None,:,None].expand(1, 6, 2); seen = torch.ones(1, 6, 2, dtype=torch.bool); seen[:,3] = False
+    assert motion(dict(channels=x, present=seen), torch.ones(1, 6, dtype=torch.bool))[0,:,2].tolist() == [4,4,0,0,4,0]
+
+@pytest.mark.parametrize('bad', [dict(hands=[range(20)]), dict(channels=41, presence=True), dict(hands=[range(10, 31)])])
+def test_hands_are_checked(bad):
+    with pytest.raises(InputError): MotionChannels(**{'channels': 42, **bad})
+
+class ImageNet(torch.nn.Sequential):
+    def __init__(self): super().__init__(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_frozen_means_frozen(frozen):
+    "Running statistics are bit-identical after a training step; and they move where nothing is frozen."
+    torch.manual_seed(0); model = InceptionV3GRU(8, 4, 2, freeze_backbone=frozen); model.backbone = ImageNet().requires_grad_(not frozen)
+    before = {k: v.clone() for k,v in model.backbone.state_dict().items()}; model.train()
+    model(dict(frames=torch.randn(2, 3, 3, 8, 8)), torch.ones(2, 3, dtype=torch.bool))['gloss'].sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.grad is not None], .1).step()
+    same = [torch.equal(v, before[k]) for k,v in model.backbone.state_dict().items()]
+    assert all(same) if frozen else not any(same)
+
+def test_weights_of_a_backbone(tmp_path):
+    "By name, or by order; what does not fit is refused; the checksum is the file's."
+    import hashlib
+    from safetensors.torch import save_file
+    one,two,three = ImageNet(),ImageNet(),ImageNet(); file = tmp_path/'net.safetensors'
+    save_file(one.state_dict(), file)
+    assert load_backbone(two, file) == hashlib.sha256(file.read_bytes()).hexdigest() and torch.equal(one[0].weight, two[0].weight)
+    torch.save({f'other.{k}': v for k,v in one.state_dict().items()}, tmp_path/'net.pt')
+    load_backbone(three, tmp_path/'net.pt', in_order=True); assert torch.equal(one[0].weight, three[0].weight)
+    with pytest.raises(InputError, match='tensors of Linear'): load_backbone(torch.nn.Linear(2, 2), file)
+    torch.save(ImageNet(), tmp_path/'pickle.pt')
+    with pytest.raises(InputError): load_backbone(three, tmp_path/'pickle.pt')
+
+def test_image_nets_are_not_imported():
+    "Neither by the page nor by features: only frames need them."
+    code = "import sys, torch, gcode_ml.sign.models as m; m.InceptionV3GRU(64, 3, 2)(dict(channels=torch.zeros(1,2,64), present=torch.ones(1,2,64)>0), torch.ones(1,2)>0); print([k for k in ('torchvision','timm','fastai','matplotlib') if k in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+
+def test_absent_packages_are_named():
+    try: import torchvision; pytest.skip('torchvision is installed')
+    except (ImportError, RuntimeError): pass
+    with pytest.raises(InputError, match=r'gcode_ml\[vision\]'): create_backbone('inception_v3')
+
+@pytest.mark.parametrize('name,format', [(n,'exported') for n in MODELS]+[('conv','onnx'),('conv','torchscript'),('transformer','torchscript')])
+def test_programs(name, format):
+    "A program answers as the model does, with other numbers of clips and frames."
+    from gcode_ml.lab.export import compare_program, eager_programs, make_programs, program_inputs, read_program
+    if format == 'onnx': pytest.importorskip('onnxruntime'); pytest.importorskip('onnxscript')
+    torch.manual_seed(0); model = create_model(name, channels=12, glosses=4, categories=2, **SMALL[name])[0].eval()
+    made,eager = make_programs(model, format=format),eager_programs(model)['forward']
+    compared = compare_program(eager, read_program(made[format], format, eager.inputs, eager.outputs, trusted=True))
+    assert compared['within'], compared
