@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab docs check export figures hooks clean-env help
+.PHONY: demo test lab docs check bench export figures hooks clean-env help
 
 help:                    ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -23,6 +23,9 @@ docs: $(READY)           ## the site, in _docs
 
 check: $(READY)          ## only what takes seconds: export, clean notebooks, dependency rule, style
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_sync.py tests/test_imports.py tests/test_style.py
+
+bench: $(READY)          ## our ways measured beside others, in bench/results.json; on a quiet machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench
 
 export: $(READY)         ## after editing a notebook
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

@@ -30,13 +30,13 @@ def fit(*cbs, epochs=2, data=None, **kwargs):
 
 def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
-class OneBatch(Callback):
+class FirstGradients(Callback):
     "Stop the gradient of the first training batch for inspection."
     order,run_valid = 900,False
     def after_backward(self):
         if 'gradients' not in vars(self): self.gradients = [p.grad.clone() for p in self.model.parameters()]
 
-def gradients(*cbs, **kwargs): return fit(*cbs, OneBatch(), epochs=1, **kwargs).one_batch.gradients
+def gradients(*cbs, **kwargs): return fit(*cbs, FirstGradients(), epochs=1, **kwargs).first_gradients.gradients
 
 # -- teachers
 
@@ -289,7 +289,7 @@ def test_gradient_under_autocast():
         order = 11
         def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
         def after_pred(self): self.learn.pred = self.pred.float(); self.cast.__exit__(None, None, None)
-    found = write(ScheduledSampling(start=-100.), Cast(), OneBatch(), epochs=1).one_batch.gradients
+    found = write(ScheduledSampling(start=-100.), Cast(), FirstGradients(), epochs=1).first_gradients.gradients
     assert all(g.any() for g in found)
 
 def test_fingerprinter_reads_its_own_tokens():

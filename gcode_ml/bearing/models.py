@@ -259,7 +259,7 @@ def envelope_points(
     need = -(-(2*int(float((highest/rate).max())*n*1.1)+64)//240)*240 # small prime factors
     return None if need >= n-n%2 else need
 
-# %% ../../nbs/bearing/20_models.ipynb #65a21f88
+# %% ../../nbs/bearing/20_models.ipynb #fd15ddc7
 @patch
 def forward(self:OrderFront,
     x:Tensor, # Signals, `[B,T]`
@@ -267,11 +267,12 @@ def forward(self:OrderFront,
     orders:Tensor, # `[B,4]`
 )->Tensor: # `[B,K,3,P]`
     "Evidence of signals."
+    x = x.double() if in_program() else x # ONNX Runtime's transforms of most lengths are poor in single precision
     n,kept = x.shape[-1],self.kept(rate); bands = 1000*self.bands if len(kept) == len(self.bands) else 1000*self.bands[kept]
     hz = (order_places(orders, self.harmonics, self.sidebands)*shaft[:,None,None]).flatten(1).abs()
     width,around = torch.maximum(self.slip*hz, .75*rate[:,None]/n),torch.clamp_min(8*rate[:,None]/n, 25.).expand_as(hz)
     e = self.envelopes(x, rate, bands, envelope_points(n, rate, (hz+around).amax(1)))
-    q = soft_peaks(envelope_spectrum(e), rate/(4*n), hz, width, around, self.sharpness)
+    q = soft_peaks(envelope_spectrum(e, samples=n), rate/(4*n), hz, width, around, self.sharpness).to(hz)
     wide = torch.minimum(bands[:,1], rate[:,None]/2)-bands[:,0]
     q = torch.where((hz+around)[:,None] < wide[...,None], q, NOTHING).unflatten(-1, (3,-1))
     return q if len(kept) == len(self.bands) else q.new_full((len(q), len(self.bands), *q.shape[2:]), NOTHING).index_copy(1, torch.tensor(kept, device=q.device), q)

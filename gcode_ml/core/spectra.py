@@ -52,21 +52,23 @@ def clip_bands(
     if len(kept) < len(bands) or (kept < bands[:len(kept)]).any(): warnings.warn(f'bands end at {half:g} Hz, half the sampling rate: {len(bands)-len(kept)} left out, {int((bands[:,1] > half).sum())-(len(bands)-len(kept))} shortened')
     return kept
 
-# %% ../../nbs/core/30_spectra.ipynb #7a8a7242
+# %% ../../nbs/core/30_spectra.ipynb #b047dc8b
 def band_gain(
     n:int, # Samples of the signal
     rate, # Samples per second: a number, or one an item, `[B]`
     bands, # Edges in Hz, `[K,2]`
     edge=0., # Width in Hz over which the gain falls, 0 for sharp edges; above 0 the edges have gradients
+    both:bool=False, # Also for negative frequencies, where it is 0: n numbers
 )->Tensor: # Gain of each positive frequency, `[K,n//2+1]` or `[B,K,n//2+1]`
     "Gain of ideal (or, with `edge`, logistic) band-passes, 2 within the band."
     rate = torch.as_tensor(rate).double()[...,None,None]; bands = torch.as_tensor(bands, device=rate.device)
-    f = torch.fft.rfftfreq(n, dtype=torch.float64, device=rate.device)*rate # edges fall on the same bins in both precisions
+    bins = torch.arange(n if both else n//2+1, dtype=torch.float64, device=rate.device)
+    f = torch.where(bins <= n//2, bins, -n)/n*rate # edges fall on the same bins in both precisions
     low,high = bands[:,:1],bands[:,1:]
     if edge: return 2*torch.sigmoid((f-low)/edge)*torch.sigmoid((high-f)/edge)
     return 2.*((f >= low)&(f < high))
 
-# %% ../../nbs/core/30_spectra.ipynb #b57e0981
+# %% ../../nbs/core/30_spectra.ipynb #de721306
 def band_analytic(
     x:Tensor, # Signals, `[B,N]`
     rate, # Samples per second: a number, or one an item, `[B]`
@@ -74,7 +76,9 @@ def band_analytic(
     edge=0., # See `band_gain`
 )->Tensor: # Complex, `[B,K,N]`
     "Analytic signal of each band."
-    spectrum = torch.fft.rfft(x)[...,None,:]*band_gain(x.shape[-1], torch.as_tensor(rate).to(x.device), bands, edge).to(x.dtype)
+    both = in_program(); gain = band_gain(x.shape[-1], torch.as_tensor(rate).to(x.device), bands, edge, both).to(x.dtype)
+    if both: return torch.fft.ifft(torch.fft.fft(x)[...,None,:]*gain) # of any length, even or odd
+    spectrum = torch.fft.rfft(x)[...,None,:]*gain
     return torch.fft.ifft(spectrum, n=x.shape[-1]) # the missing negative frequencies are zero
 
 # %% ../../nbs/core/30_spectra.ipynb #ec5087a6
@@ -118,24 +122,28 @@ def band_envelope(
     z = band_analytic(x, rate, bands, edge)
     return _limit(_power(z), points)
 
-# %% ../../nbs/core/30_spectra.ipynb #4e546c33
+# %% ../../nbs/core/30_spectra.ipynb #dc2d9661
 def envelope_spectrum(
     e:Tensor, # Envelopes, `[...,N]`
     pad:int=4, # Length after padding, in lengths of the signal
     bins:int=None, # Only the first bins; all by default
+    samples:int=None, # Samples of the signal, where the envelope has fewer
 )->Tensor: # Magnitudes, `[...,bins]`, pad*N//2+1 at most; the step is rate/(pad*N)
     "Zero-padded magnitude spectrum of envelopes under a Hann window."
     n = e.shape[-1]
-    window = torch.hann_window(n, periodic=False, dtype=e.dtype, device=e.device)
+    samples = samples or n; angle = torch.arange(n, dtype=torch.float64, device=e.device)*(2*math.pi*samples/n/(samples-1))
+    window = (.5-.5*torch.cos(angle)).to(e.dtype)
     return _magnitude(torch.fft.rfft((e-e.mean(-1, keepdim=True))*window, n=pad*n)[...,:bins])
 
-# %% ../../nbs/core/30_spectra.ipynb #e78c2628
+# %% ../../nbs/core/30_spectra.ipynb #03f7ca69
 def prewhiten(
     x:Tensor, # Signals, `[...,N]`
     floor:float=1e-9, # Added to the magnitudes
 )->Tensor: # `[...,N]`
     "Signal with the same phases and a flat spectrum."
-    X = torch.fft.rfft(x-x.mean(-1, keepdim=True))
+    x = x-x.mean(-1, keepdim=True)
+    if in_program(): X = torch.fft.fft(x); return torch.fft.ifft(X/(X.abs()+floor)).real # of any length, even or odd
+    X = torch.fft.rfft(x)
     return torch.fft.irfft(X/(X.abs()+floor), n=x.shape[-1])
 
 # %% ../../nbs/core/30_spectra.ipynb #970ec26c
@@ -336,7 +344,7 @@ def soft_peaks(
     last = (spectrum.shape[-1]-1)*torch.as_tensor(step, device=frequency.device)[...,None]
     return (peak-far.median(-1).values)*(frequency+around <= last)[:,None]
 
-# %% ../../nbs/core/30_spectra.ipynb #6ecd46cf
+# %% ../../nbs/core/30_spectra.ipynb #a7022c87
 class Envelopes(nn.Module):
     "Envelope spectra of several bands; the base of the layers below."
     def __init__(self,
@@ -352,7 +360,7 @@ class Envelopes(nn.Module):
     def spectra(self, x, rate):
         x = prewhiten(x)*x.shape[-1]**.5 if self.whiten else x-x.mean(-1, keepdim=True)
         e = band_envelope(x, rate, self.bands, self.points, self.edge)
-        return envelope_spectrum(e)*(x.shape[-1]/e.shape[-1]), torch.as_tensor(rate, device=x.device)/(4*x.shape[-1])
+        return envelope_spectrum(e, samples=x.shape[-1])*(x.shape[-1]/e.shape[-1]), torch.as_tensor(rate, device=x.device)/(4*x.shape[-1])
 
 # %% ../../nbs/core/30_spectra.ipynb #a0467fde
 class LineScores(Envelopes):
