@@ -43,26 +43,28 @@ def word_by_word(generator, l):
             s = [sum(x for x,c in zip(row[b:b+n], w) if c) for w in book]; top = max(s); e = [math.exp(v-top) for v in s]; found.append([v/sum(e) for v in e])
     return found
 
-@benchmark('soft decoding of 512 words of 25 blocks of the (8,4) code', 'a Python loop over blocks and words', 1/100)
-def soft_blocks(quick):
-    code,l = BlockCode(hamming_8_4(), 25),torch.randn(16 if quick else 512, 200)
-    return lambda: code.bit_probability(code.log_posterior(l)), lambda: word_by_word(hamming_8_4(), l)
+def often(function, times): return lambda: [function() for _ in range(times)]
 
-@benchmark('soft decoding of 64 words of the (24,12) Golay code', 'a decoder in Python, word by word, on the same codebook with NumPy', 1/20)
+@benchmark('soft decoding of 256 words of 25 blocks of the (8,4) code, 100 times', 'a Python loop over blocks and words, once', 1.)
+def soft_blocks(quick):
+    code,l = BlockCode(hamming_8_4(), 25),torch.randn(16 if quick else 256, 200)
+    return often(lambda: code.bit_probability(code.log_posterior(l)), 1 if quick else 100), lambda: word_by_word(hamming_8_4(), l)
+
+@benchmark('soft decoding of 64 words of the (24,12) Golay code, 20 times', 'a decoder in Python, word by word, on the same codebook with NumPy, once', 1.)
 def soft_golay(quick):
     code,l = BlockCode(golay_24_12()),torch.randn(4 if quick else 64, 24); book,words = code.codebook.numpy().astype(int),code.words.numpy().astype(int)
     def one(row):
         s = np.array([row[c == 1].sum() for c in book]); p = np.exp(s-s.max()); p /= p.sum()
         return p@words
-    return lambda: code.bit_probability(code.log_posterior(l)), lambda: [one(r) for r in l.numpy()]
+    return often(lambda: code.bit_probability(code.log_posterior(l)), 1 if quick else 20), lambda: [one(r) for r in l.numpy()]
 
-@benchmark('hard decoding of 20,000 words of BCH(15,7) by a table of syndromes', 'galois.BCH.decode, warm', 1/100)
+@benchmark('hard decoding of 2,000 words of BCH(15,7) by a table of syndromes, 100 times', 'galois.BCH.decode, warm, once', 1.)
 def hard_bch(quick):
     decoder = SyndromeDecoder(bch(15, 7))
     import galois
-    outer = galois.BCH(15, 7); bits = np.random.default_rng(0).integers(0, 2, (200 if quick else 20_000, 15), dtype=np.uint8)
+    outer = galois.BCH(15, 7); bits = np.random.default_rng(0).integers(0, 2, (200 if quick else 2000, 15), dtype=np.uint8)
     field = galois.GF2(bits); outer.decode(field[:10])
-    return lambda: decoder(bits), lambda: outer.decode(field)
+    return often(lambda: decoder(bits), 1 if quick else 100), lambda: outer.decode(field)
 
 def step(m, x, mask):
     "One training step as a function."
@@ -73,7 +75,7 @@ def step(m, x, mask):
 
 def steps(quick, ours, other):
     x,mask = images(128)
-    one,two = step(model(**ours), x, mask),step(model(**other), x, mask); times = 1 if quick else 10
+    one,two = step(model(**ours), x, mask),step(model(**other), x, mask); times = 1 if quick else 8
     return lambda: [one() for _ in range(times)], lambda: [two() for _ in range(times)]
 
 @benchmark('a training step with the (8,4) code, 16 code bits, straight-through', 'the same of 8 free bits', 1.3)
@@ -102,14 +104,14 @@ def batches(quick):
     ours,other = BatchLoader(Subset(sets.items, sets.train[:n]), 128, shuffle=True),DataLoader(TensorDataset(sets.items.batch(sets.train[:n])[0]), 128, shuffle=True)
     return lambda: [x for x,_,_ in ours], lambda: [x for x, in other]
 
-@benchmark('1,000 texts written in one batch', 'one by one', 1/8)
+@benchmark('200 texts written in one batch', 'one by one', 1/8)
 def writing(quick):
-    torch.manual_seed(0); writer = SequenceDecoder(26, 32, 128).eval(); codes = torch.randint(0, 2, (20 if quick else 1000, 32)).float()
+    torch.manual_seed(0); writer = SequenceDecoder(26, 32, 128).eval(); codes = torch.randint(0, 2, (20 if quick else 200, 32)).float()
     return lambda: writer.write(codes, 40), lambda: [writer.write(c[None], 40) for c in codes]
 
 @benchmark('an epoch on the digits through the recipe, with its callbacks and its validation', 'the same model in a bare PyTorch loop', 1.5)
 def epoch(quick):
-    learn = recipe('digits', latent=8, max_epochs=1, beta_warmup_epochs=0); m = recipe('digits', latent=8).model; optimizer,loss = torch.optim.AdamW(m.parameters(), 1e-3),NegativeELBO()
+    learn = recipe('digits', latent=8, max_epochs=2, beta_warmup_epochs=0); m = recipe('digits', latent=8).model; optimizer,loss = torch.optim.AdamW(m.parameters(), 1e-3),NegativeELBO()
     def ours():
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
     def bare():

@@ -164,3 +164,13 @@ def test_postgresql(notebook, tmp_path):
         sweep.drive(Workers(), work=lambda job: dict(value=0., values=[0.], seconds=0.))
         assert [t.state.name for t in Sweep(sweep.folder).study().get_trials()] == ['COMPLETE']*3
     finally: call('pg_ctl', '-D', place/'data', '-m', 'immediate', 'stop')
+
+SPACES = sorted((Path(__file__).parent.parent/'nbs'/'experiments').glob('*.sweep.yaml'))
+
+@pytest.mark.parametrize('file', SPACES, ids=lambda f: f.name.split('.')[0])
+def test_shipped_spaces(file):
+    "Every space file names parameters of its experiment, with values that it takes."
+    from gcode_ml.lab.spaces import read_space
+    from gcode_ml.lab.sweeps import _parameters
+    space = read_space(file); space.check(_parameters(file.name.split('.')[0]), file)
+    assert len(space.dimensions) >= 2

@@ -202,7 +202,7 @@ def whosmat_(path):
     except NotImplementedError: return read_matlab(path, [])
     except Exception as e: raise InputError(path, 'content', 'a whole MATLAB file', f'{type(e).__name__}: {str(e)[:80]}') from None
 
-# %% ../../nbs/bearing/00_data.ipynb #1f57fa85
+# %% ../../nbs/bearing/00_data.ipynb #ebc9420d
 def _labelled(folder, row):
     "The record of one row."
     file = folder/'labels.csv'; name = str(row['file'])
@@ -214,7 +214,8 @@ def _labelled(folder, row):
     path = folder/name
     if not path.resolve().is_relative_to(folder.resolve()): raise InputError(file, 'file', 'a path inside the folder', name)
     text = {k: '' if pd.isna(row.get(k)) else str(row[k]) for k in ('fault','diameter','load','bearing','channel')}
-    record = Record(name, read_signal(path, text.pop('channel')), rate, rpm, fault_name(text.pop('fault'), f'{file}: {name}') if text['fault'] else text.pop('fault'), orders=_row_orders(row, file), **text)
+    facts = {k: number(k) for k in ('sommerfeld',) if pd.notna(row.get(k))}
+    record = Record(name, read_signal(path, text.pop('channel')), rate, rpm, fault_name(text.pop('fault'), f'{file}: {name}') if text['fault'] else text.pop('fault'), orders=_row_orders(row, file), facts=facts, **text)
     return check_record(record)
 
 # %% ../../nbs/bearing/00_data.ipynb #20c348a1
@@ -231,16 +232,17 @@ def read_labels(
     if table.file.duplicated().any(): raise InputError(file, 'file', 'each file once', f'{table.file[table.file.duplicated()].iloc[0]} twice')
     return table.to_dict('records')
 
-# %% ../../nbs/bearing/00_data.ipynb #c6207423
+# %% ../../nbs/bearing/00_data.ipynb #5d0dd5c9
 def write_records(
     folder, # Folder to make
-    records:list, # `Record`s; what is in `facts` is not written
+    records:list, # `Record`s; of what is in `facts` only a Sommerfeld number is written
 ):
     "Write records as one `.npy` each and their table last."
     folder = Path(folder); rows = []
     for r in records:
         with atomic_path(folder/f'{r.name}.npy') as f, open(f, 'wb') as h: np.save(h, r.signal)
         known = {} if r.orders is None else {f'order_{k}': v for k,v in zip(ORDERS, r.orders)}
+        known |= {k: r.facts[k] for k in ('sommerfeld',) if k in r.facts}
         rows.append(dict(file=f'{r.name}.npy', fault=r.fault, diameter=r.diameter, load=r.load, bearing=r.bearing, rpm=r.rpm, fs=r.rate, **known))
     with atomic_path(folder/'labels.csv') as f: pd.DataFrame(rows).to_csv(f, index=False)
 

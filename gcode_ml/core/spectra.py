@@ -68,7 +68,7 @@ def band_gain(
     if edge: return 2*torch.sigmoid((f-low)/edge)*torch.sigmoid((high-f)/edge)
     return 2.*((f >= low)&(f < high))
 
-# %% ../../nbs/core/30_spectra.ipynb #de721306
+# %% ../../nbs/core/30_spectra.ipynb #4367c5d8
 def band_analytic(
     x:Tensor, # Signals, `[B,N]`
     rate, # Samples per second: a number, or one an item, `[B]`
@@ -77,7 +77,7 @@ def band_analytic(
 )->Tensor: # Complex, `[B,K,N]`
     "Analytic signal of each band."
     both = in_program(); gain = band_gain(x.shape[-1], torch.as_tensor(rate).to(x.device), bands, edge, both).to(x.dtype)
-    if both: return torch.fft.ifft(torch.fft.fft(x)[...,None,:]*gain) # of any length, even or odd
+    if both: return torch.fft.ifft(torch.fft.fft(x[...,None,:])*gain) # of any length, even or odd
     spectrum = torch.fft.rfft(x)[...,None,:]*gain
     return torch.fft.ifft(spectrum, n=x.shape[-1]) # the missing negative frequencies are zero
 
@@ -325,7 +325,7 @@ def angular_resample(
     share = (want-a)/(b-a).clamp_min(1e-12)
     return x.gather(1, right-1)*(1-share)+x.gather(1, right)*share
 
-# %% ../../nbs/core/30_spectra.ipynb #4c358c62
+# %% ../../nbs/core/30_spectra.ipynb #083167c6
 def soft_peaks(
     spectrum:Tensor, # Spectra, `[B,K,F]`, positive
     step, # Hz from one bin to the next: a number, or one an item, `[B]`
@@ -342,7 +342,8 @@ def soft_peaks(
     near,far = sample(width, points[0]),sample(around, points[1])
     peak = torch.logsumexp(sharpness*near, -1)/sharpness-math.log(points[0])/sharpness
     last = (spectrum.shape[-1]-1)*torch.as_tensor(step, device=frequency.device)[...,None]
-    return (peak-far.median(-1).values)*(frequency+around <= last)[:,None]
+    median = far.topk(points[1]-(points[1]-1)//2).values[...,-1] if in_program() else far.median(-1).values # ONNX has no median
+    return (peak-median)*(frequency+around <= last)[:,None]
 
 # %% ../../nbs/core/30_spectra.ipynb #a7022c87
 class Envelopes(nn.Module):

@@ -82,7 +82,7 @@ def part_scores(
         if len(r): found.append(error_scores(windows.errors[r].numpy(), predicted[r]).assign(part=s.part.name, family=s.part.family, machine=s.machine['name'], rows=len(r)))
     return pd.concat(found, ignore_index=True).assign(**columns)
 
-# %% ../../nbs/trajectory/40_evaluate.ipynb #cc5bedc0
+# %% ../../nbs/trajectory/40_evaluate.ipynb #2a05839d
 KEYS = ['name','split','fold','seed']
 MEASURES = ('R²','RMSE','MAE','p50','p90','p95','p99')
 
@@ -91,6 +91,7 @@ def score_table(
 )->pd.DataFrame: # `name`, `measure`, `split`, `value`, `low`, `high`, `seeds`
     "Mean over parts and folds, then over seeds, with one standard deviation of the seeds to each side."
     long = scores.melt([*KEYS,'axis','part','machine'], list(MEASURES), var_name='measure')
+    long = long[(long.axis == 'xy') != long.measure.isin(['R²','RMSE'])] # R² and RMSE by axis, the others of both axes together
     long['measure'] = long.measure+' '+long.axis+np.where(long.measure == 'R²', '', ', µm')
     each = long.groupby(['name','measure','split','seed'], sort=False).value.mean().reset_index()
     t = each.groupby(['name','measure','split'], sort=False).value.agg(['mean','std','size']).reset_index(); spread = t['std'].fillna(0)
