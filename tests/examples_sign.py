@@ -21,3 +21,7 @@ MODELS = {
     'sign.models.SignConv': lambda: (SignConv(**SMALL, width=16, num_layers=2, hands=HAND, attention=True), clips()),
     'sign.models.BiGRU': lambda: (BiGRU(**SMALL, width=8), clips()),
 }
+
+def RECIPE(folder): # arguments of the recipe with which it fits in a second or two
+    from gcode_ml.sign.simulate import simulate_clips
+    return dict(data=str(simulate_clips(folder, glosses=3, signers=3, repetitions=2)), width=16, num_layers=2, frames=16, batch_size=8)

@@ -151,7 +151,7 @@ def test_bundle_refuses_other_features(bundle, learn, refused):
 
 def test_recipe_refuses(hard, refused, tmp_path):
     assert 'from 0 to 2' in refused(recipe, hard, fold=3) and 'one of tcn' in refused(recipe, hard, model='gru')
-    assert 'sequence_length' in refused(recipe, hard, sequence_length=10**6) and 'base' in refused(recipe, hard, base='kalman')
+    assert 'shorter windows' in refused(recipe, hard, sequence_length=10**6) and 'base' in refused(recipe, hard, base='kalman')
     assert 'another one to learn from' in refused(recipe, [s for s in hard if s.part.family == 'box'])
     assert 'nothing of these' in refused(load_series, tmp_path) and 'epochs' in refused(recipe, hard, epochs=3)
 

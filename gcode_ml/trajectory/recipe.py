@@ -83,7 +83,7 @@ def fitted_filter(
     some = [(s, rows[a:b]) for s,a,b in zip(windows.series, bounds[:-1], bounds[1:]) if rows[a:b].any()]
     return fit_filter([s for s,_ in some], kind, [r for _,r in some])
 
-# %% ../../nbs/trajectory/50_recipe.ipynb #2b6958dc
+# %% ../../nbs/trajectory/50_recipe.ipynb #e632a672
 def prepare_windows(
     series:list, # From `load_series`
     split:str='part', # `part`, `machine`, `random` (leaks) or `layer` (leaks)
@@ -98,13 +98,12 @@ def prepare_windows(
     check_choice('parameter', 'base', base, FILTERS); groups = split_groups(series, split)
     if not 0 <= fold < len(groups): raise InputError('parameter', 'fold', f'from 0 to {len(groups)-1}', str(fold))
     windows = TrajectoryWindows(series, sequence_length, stride, harmonics, intervals=True)
-    if not len(windows): raise InputError('series', 'length', f'a run of at least {sequence_length} samples', f'at most {windows.run_table.length.max()}', 'a shorter sequence_length')
     sets = split_windows(windows, SPLITS[split], groups[fold], seed=seed+fold)
     scale,found = fit_scale(windows, sets[0]),fitted_filter(windows, sets[0], base)
     windows.attach('filter', [found.predict(s.part)/scale.error_std for s in series])
     return windows, sets, found
 
-# %% ../../nbs/trajectory/50_recipe.ipynb #696702b5
+# %% ../../nbs/trajectory/50_recipe.ipynb #ebbd5771
 def _law(windows, train, weight, control):
     "The law of one mode as a callback, its right side as the input `drive`; the control has a wrong frequency."
     if not weight: return []
@@ -114,7 +113,7 @@ def _law(windows, train, weight, control):
         v = part.velocities(); jump = np.diff(v, axis=0, prepend=v[:1])/windows.rate
         return np.stack([jump[:,k]*coefficients[k][0][0]/windows.scale.error_std[k] for k in range(2)], 1)
     windows.attach('drive', [drive(s.part) for s in windows.series])
-    return [PhysicsLoss(OscillatorLaw([a for _,a in coefficients]), weight)]
+    return [PhysicsLoss(OscillatorLaw([a.tolist() for _,a in coefficients]), weight)]
 
 def _arguments(model, windows, size, layers, heads, dropout, thermal):
     "What the model's class is called with."
