@@ -1,12 +1,18 @@
 "The bearing domain: simulator, transforms and features in batches beside the plain loops, and the fit of the physics."
+import json, os, subprocess, sys, tempfile
+from pathlib import Path
 import numpy as np, scipy.signal as ss, torch
 from scipy.stats import kurtosis, skew
 from bench import benchmark
 from gcode_ml.bearing.data import JOURNAL_FAULTS, RecordWindows
 from gcode_ml.bearing.features import baseline_probabilities, order_features, tabular_features
+from gcode_ml.bearing.recipe import preprocessing, recipe
 from gcode_ml.bearing.simulate import journal_record, rolling_set
 from gcode_ml.bearing.transforms import BANDS
+from gcode_ml.core.errors import InputError
 from gcode_ml.core.spectra import Cwt, Stft, wigner_ville
+from gcode_ml.core.training import fit
+from gcode_ml.lab.bundle import load_bundle, save_bundle
 
 ORDERS = np.array([3.5848, 5.4152, 4.7135, .39828])
 
@@ -108,3 +114,52 @@ def physics_fit(quick):
         windows = RecordWindows(records, 6000 if quick else 12000)
         for size in ('007','014','021'): baseline_probabilities(name, windows, np.flatnonzero(windows.diameters != size), np.flatnonzero(windows.diameters == size))
     return lambda: fold('physics_lr'), lambda: fold('minirocket')
+
+ROCKET = '''
+import sys, time, json, numpy as np
+from aeon.transformations.collection.convolution_based import MiniRocket
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+d = np.load(sys.argv[1])
+def fit():
+    before = time.process_time(); make_pipeline(MiniRocket(random_state=0, n_jobs=1), StandardScaler(with_mean=False), RidgeClassifierCV(alphas=np.logspace(-3, 3, 7))).fit(d['x'], d['y']); return time.process_time()-before
+compile_, warm = fit(), fit()
+print(json.dumps(dict(first=compile_, warm=warm)))
+''' # the first fit compiles, unless an earlier process has left its code in the cache
+
+def rocket_seconds(x, y):
+    "Processor seconds of MiniRocket and a ridge on windows, the compiler left out; by the interpreter that `ROCKET_PYTHON` names, where aeon is installed there."
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder)/'windows.npz'; np.savez(file, x=x[:,None], y=y)
+        done = subprocess.run([os.environ.get('ROCKET_PYTHON', sys.executable), '-c', ROCKET, str(file)], capture_output=True, text=True, env=dict(os.environ, NUMBA_NUM_THREADS='1', OMP_NUM_THREADS='1'))
+    if 'No module named' in done.stderr: raise InputError('minirocket', 'package', 'aeon', 'it is not installed', 'ROCKET_PYTHON may name an interpreter that has it')
+    return json.loads(done.stdout.splitlines()[-1])
+
+def spin(seconds):
+    "Use so much processor time."
+    import time
+    until = time.process_time()+seconds
+    while time.process_time() < until: pass
+
+@benchmark('training of the order net to its final score, evidence of its windows included, one defect size left out of 27 simulated records', 'the fit of MiniRocket and a ridge on the same windows, in a process of its own: its processor time, spent again', 2.)
+def front_end_fit(quick):
+    records = rolling_set(seconds=1 if quick else 10, snr=-5); size = 6000 if quick else 12000
+    windows = RecordWindows(records, size); train = np.flatnonzero(windows.diameters != '007')
+    rocket = rocket_seconds(windows.signals(train)[0].numpy(), windows.labels[train])
+    def net():
+        learn = recipe(records, fold=0, window=size, device='cpu', workers=0, max_epochs=2 if quick else 20)
+        with learn.no_bar(), learn.no_logging(): fit(learn)
+    return net, lambda: spin(rocket['warm']), dict(training_windows=len(train), minirocket_first_fit=rocket['first'], minirocket_fit=rocket['warm'])
+
+@benchmark('a bundle names the fault of 20 windows of one second at 12 kHz, one at a time', '2 ms of processor time for each', 1.)
+def bundle_windows(quick):
+    learn = recipe(rolling_set(seconds=2, snr=-5), window=12000, device='cpu', workers=0, max_epochs=1)
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    folder = tempfile.TemporaryDirectory()
+    save_bundle(folder.name, learn.model, learn.arguments, preprocessing(learn), dict(domain='bearing', data={}, trained_on=[], metrics={}))
+    model = load_bundle(folder.name).model.eval(); folder.cleanup(); batches = [learn.windows.batch([i])[:2] for i in range(20)]
+    def ours():
+        with torch.inference_mode():
+            for inputs,mask in batches: model(inputs, mask)
+    return ours, lambda: spin(.04)

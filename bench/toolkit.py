@@ -73,7 +73,7 @@ def loop(least, quick, **sizes):
         bare(learn, optimizer)
         began = time.process_time(); bare(learn, optimizer); step = (time.process_time()-began)*3/4 # the validation is a quarter of it
         if quick: break
-    steps = 2 if quick else max(10, int(.6/step))
+    steps = 2 if quick else max(50, int(1/step)) # an epoch of a second at least
     folder = Path(tempfile.mkdtemp())
     ours,plain = (learner(steps*size, size, cbs, **sizes) for cbs in (callbacks(folder), []))
     optimizer = torch.optim.AdamW(plain.model.parameters(), 1e-3, weight_decay=1e-2)

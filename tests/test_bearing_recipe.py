@@ -102,6 +102,75 @@ def test_bundle_refuses(bundle, tmp_path, refused):
     for change,words in ((dict(orders=None), 'geometry'), (dict(fault='healthy'), 'healthy'), (dict(fault=''), 'fault of')):
         folder = tmp_path/words.split()[0]; write_records(folder, [Record(**{**vars(r), **change})]); assert words in refused(evaluate_bundle, bundle, folder)
 
+def test_programs_are_the_model(learn):
+    "torch.export, ONNX and TorchScript answer as the model does, at other batches and lengths, down to long windows of real-sized records."
+    pytest.importorskip('onnxruntime'); from gcode_ml.lab.export import compare_program, eager_programs, make_programs, read_program
+    model = learn.model.cpu().eval(); eager = eager_programs(model)['diagnose']
+    assert list(eager.inputs) == ['signal','shaft','rate','orders'] and eager.outputs == ['fault']
+    windows = {n: RecordWindows(rolling_records(1, seed=3), n).batch([0,1])[0] for n in (3001,12000)}
+    for kind,data in make_programs(model, 'diagnose').items():
+        program = read_program(data, kind, eager.inputs, eager.outputs, trusted=True)
+        assert compare_program(eager, program)['within']
+        for inputs in windows.values():
+            arrays = {k: v.numpy() for k,v in inputs.items()}; wanted = eager(arrays)['fault']
+            np.testing.assert_allclose(program(arrays)['fault'], wanted, atol=1e-4*max(1, abs(wanted).max()))
+
+def test_decimated_envelopes_are_whole(records):
+    "Evidence from few points of the envelope is that of all points."
+    x,shaft,rate,orders,_ = RecordWindows(records, 6000).signals([0,9,18]); front = OrderFront()
+    quick = front(x, shaft, rate, orders); slow = front(x, shaft, torch.cat([rate[:2], rate[2:]+1e-3]), orders) # rates that differ: the plain way
+    torch.testing.assert_close(quick, slow, atol=2e-3, rtol=0)
+
+def journal(seconds=1.):
+    "Some records of the simulated journal bearing, two severities."
+    from gcode_ml.bearing.simulate import journal_record
+    return [journal_record(f, v, seed=10*i+j, seconds=seconds, name=f'{f}-{v}') for i,f in enumerate(('healthy','wear','imbalance')) for j,v in enumerate(('mild','severe'))]
+
+def test_temporal_law_calms_the_answers(records):
+    "With a large weight, windows of one record get like answers; without it they differ more."
+    def jumps(weight):
+        learn = fitted(data=records, model='cnn', window=1500, max_epochs=3, temporal_weight=weight, seed=1); w = learn.windows
+        p = predict_windows(learn.model, w, range(len(w))); same = w.record[1:] == w.record[:-1]
+        return np.square(np.diff(p, axis=0)[same]).sum(1).mean()
+    assert jumps(50.) < jumps(0.)
+
+def test_sommerfeld_law_moves_the_severity(tmp_path):
+    "The severity head follows the Sommerfeld number, also from a folder; with a severity head and such a column only."
+    from gcode_ml.bearing.recipe import _asked
+    write_records(tmp_path, journal())
+    def expected(weight):
+        learn = fitted(data=str(tmp_path), split='leak', model='cnn', window=2000, max_epochs=25, severity=.001, sommerfeld_weight=weight, seed=1)
+        levels = torch.tensor([.575,.95]); inputs,mask,_ = learn.windows.batch(range(len(learn.windows)))
+        with torch.no_grad(): said = (learn.model.eval()(inputs, mask)['diameter'].softmax(-1)*levels).sum(-1).numpy()
+        asked = np.array([_asked(r) for r in learn.windows.records])[learn.windows.record]
+        return np.maximum(abs(said-asked)-.1, 0).mean()
+    assert expected(20.) < expected(0.)
+
+def test_laws_refuse(records, refused):
+    assert 'severity above 0' in refused(recipe, records, sommerfeld_weight=.1, window=6000)
+    assert 'sommerfeld: expected a number' in refused(recipe, records, sommerfeld_weight=.1, severity=1., window=6000)
+
+def test_half_precision_without_a_device(records):
+    "Where the device has no such numbers: a warning, single precision, and the same weights."
+    if torch.cuda.is_available(): pytest.skip('the device has them')
+    from gcode_ml.core.speed import check_mixed_precision
+    if check_mixed_precision('cpu')['fp16']: pytest.skip('the processor has them')
+    with pytest.warns(UserWarning): half = fitted(data=records[::2], window=3000, max_epochs=1, precision='fp16')
+    for a,b in zip(half.model.parameters(), fitted(data=records[::2], window=3000, max_epochs=1).model.parameters()): assert torch.equal(a, b)
+
+def test_teacher_with_other_classes(records, bundle, tmp_path, refused):
+    "The teacher's classes in another order are refused, not learned."
+    import json, shutil
+    folder = tmp_path/'teacher'; shutil.copytree(bundle.folder, folder); about = json.loads((folder/'bundle.json').read_text())
+    about['preprocessing']['classes'] = about['preprocessing']['classes'][::-1]; (folder/'bundle.json').write_text(json.dumps(about))
+    assert 'class 0: expected outer as in the student, found ball in the teacher' in refused(recipe, records, model='cnn', window=3000, teacher=str(folder))
+
+@pytest.mark.parametrize('way', [dict(), dict(mixing='mixup'), dict(mixing='cutmix')])
+def test_a_last_batch_of_one(records, way):
+    "A last batch with a single window, or an odd number of them, trains with finite losses."
+    learn = fitted(data=records[::3], model='cnn', window=3000, max_epochs=2, batch_size=11, split='leak', **way)
+    assert np.isfinite(np.array(learn.recorder.values, float)).all()
+
 def test_recipe_refuses(records, refused):
     "What cannot be done is said."
     journal = [Record(f'{f}{d}', np.random.default_rng(0).standard_normal(7000), 20480., 3600., f, d) for f in ('healthy','wear') for d in 'ab']

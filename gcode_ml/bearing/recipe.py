@@ -9,17 +9,19 @@ __all__ = ['DEFAULTS', 'MODEL_DEFAULTS', 'load_records', 'EvidenceWindows', 'Law
            'split_records', 'preprocessing', 'bundle_windows', 'bundle_outcomes', 'predict_bundle', 'evaluate_bundle',
            'simulate']
 
-# %% ../../nbs/bearing/50_recipe.ipynb #a7776abb
+# %% ../../nbs/bearing/50_recipe.ipynb #f259dea3
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from ..core.augment import SpecAugment, create_augmentation
 from ..core.batch import Subset, dataloaders
+from ..core.distillation import check_classes
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
 from ..core.learner import Learner, pick_device, set_seed
 from ..core.losses import MultiTask, create_loss
 from ..core.physics import PhysicsLoss
+from ..core.saved import load_saved
 from ..core.training import fit, training_options
 from .augment import SlowDown
 from .data import FAULTS, RecordWindows, SPLITS, check, read_records, record_files, split_windows
@@ -142,7 +144,7 @@ def _set_augmentations(model, options):
     if options.spec_augment: model.augment = SpecAugment(time_axis=-1); options.values['spec_augment'] = False
     if options.augment in ('light','medium','heavy') and isinstance(model, PatchTransformer): model.augment = create_augmentation('patch_augmentation', preset=options.augment); options.values['augment'] = ''
 
-# %% ../../nbs/bearing/50_recipe.ipynb #805142bb
+# %% ../../nbs/bearing/50_recipe.ipynb #5beb8ebf
 def recipe(
     data='', # What `load_records` takes, or a list of records
     split:str='bearing', # `bearing` (an unseen bearing), `load`, or `leak` (random windows)
@@ -173,6 +175,7 @@ def recipe(
     windows,sets = split_records(records, split, fold, seed, inner, window, stride, simulated, severity > 0)
     order = dict(harmonics=harmonics, sidebands=sidebands, learn_bands=learn_bands, judge=judge, jitter=jitter, contrast=contrast)
     arguments = _model_arguments(model, windows, severity > 0, representation, options, order)
+    if options.teacher and not severity: check_classes(load_saved(options.teacher)[1]['preprocessing'].get('classes', windows.classes), windows.classes, 'teacher')
     net = MODELS[model](**arguments); _set_augmentations(net, options)
     items = EvidenceWindows(windows, net.front) if model == 'order_net' and not learn_bands and not slow_down and not _changes_signal(options) else windows
     weights = dict(lines=physics_weight, temporal=temporal_weight, sommerfeld=sommerfeld_weight)

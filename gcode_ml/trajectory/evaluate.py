@@ -110,28 +110,28 @@ def beaten_filters(
     t = own.rename(columns=dict(mean='model')).merge(best); spread = t['std'].fillna(np.inf)
     return t.assign(met=t.model-t.best > 2*spread)
 
-# %% ../../nbs/trajectory/40_evaluate.ipynb #7aa65471
+# %% ../../nbs/trajectory/40_evaluate.ipynb #9fe8fbf6
 def contour_error(
     actual:np.ndarray, # Position, mm, `[T,2]`
     reference:np.ndarray, # Programmed position at the same instants, mm, `[T,2]`
     rate:float=1000., # Samples a second
     reach:float=.045, # How far in time the path is searched, s
-    block:int=1<<16, # Samples at a time
-)->np.ndarray: # mm, `[T]`
+    rows:np.ndarray=None, # Samples that are wanted; all by default
+    block:int=1<<15, # Samples at a time
+)->np.ndarray: # mm, `[len(rows)]`
     "Distance from the programmed path."
-    n,k = len(actual),int(round(reach*rate)); out = np.empty(n)
+    rows = np.arange(len(actual)) if rows is None else np.asarray(rows); k = int(round(reach*rate)); out = np.empty(len(rows))
     padded = np.concatenate([np.repeat(reference[:1], k, 0), reference, np.repeat(reference[-1:], k, 0)])
-    for a in range(0, n, block):
-        b = min(a+block, n); best = np.full(b-a, np.inf)
-        for j in range(2*k):
-            p,q = padded[a+j:b+j],padded[a+j+1:b+j+1]
-            d = q-p; g = actual[a:b]-p; long = (d**2).sum(1)
-            s = np.clip((g*d).sum(1)/np.maximum(long, 1e-18), 0, 1); g -= s[:,None]*d
-            np.minimum(best, (g**2).sum(1), out=best)
-        out[a:b] = np.sqrt(best)
+    for a in range(0, len(rows), block):
+        r = rows[a:a+block]; best,x,y = np.full(len(r), np.inf),*actual[r].T; px,py = padded[r].T
+        for j in range(1, 2*k+1):
+            qx,qy = padded[r+j].T; dx,dy,gx,gy = qx-px,qy-py,x-px,y-py
+            s = np.clip((gx*dx+gy*dy)/np.maximum(dx*dx+dy*dy, 1e-18), 0, 1)
+            np.minimum(best, (gx-s*dx)**2+(gy-s*dy)**2, out=best); px,py = qx,qy
+        out[a:a+block] = np.sqrt(best)
     return out
 
-# %% ../../nbs/trajectory/40_evaluate.ipynb #9a1da35c
+# %% ../../nbs/trajectory/40_evaluate.ipynb #5421b6e8
 def path_scores(
     actual:np.ndarray, # mm, `[T,2]`
     reference:np.ndarray, # mm, `[T,2]`
@@ -139,9 +139,9 @@ def path_scores(
     rate:float=1000., # Samples a second
 )->dict: # µm: `tracking` and `contour` RMS, and p50, p95, p99 and the largest contour error
     "How far a path is from the programmed one."
-    keep = np.ones(len(actual), bool) if keep is None else keep
-    if not keep.any(): raise InputError('path', 'samples', 'at least one that counts', 'none')
-    c = 1e3*contour_error(actual, reference, rate)[keep]; e = 1e3*(actual-reference)[keep]
+    rows = np.arange(len(actual)) if keep is None else np.flatnonzero(keep)
+    if not len(rows): raise InputError('path', 'samples', 'at least one that counts', 'none')
+    c = 1e3*contour_error(actual, reference, rate, rows=rows); e = 1e3*(actual-reference)[rows]
     return dict(tracking=float(np.sqrt((e**2).sum(1).mean())), contour=float(np.sqrt((c**2).mean())), **{f'p{p}': float(np.percentile(c, p)) for p in (50,95,99)}, max=float(c.max()))
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #cd4025ed
