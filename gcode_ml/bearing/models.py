@@ -220,7 +220,7 @@ def order_places(
 # %% ../../nbs/bearing/20_models.ipynb #9b924b6e
 NOTHING = .5 # Evidence of pure noise
 
-# %% ../../nbs/bearing/20_models.ipynb #73466b5c
+# %% ../../nbs/bearing/20_models.ipynb #3547b8ed
 class OrderFront(nn.Module):
     "How far the lines of each hypothesis stand out, in each band."
     def __init__(self,
@@ -245,7 +245,7 @@ class OrderFront(nn.Module):
         return kept
     def envelopes(self, x, rate, bands, points=None):
         "Squared envelopes `[B,K,points]` of the prewhitened signals, each with mean 1."
-        e = band_envelope(prewhiten(x), rate, bands, points, 40. if self.learn_bands else 0.)
+        e = band_envelope(x, rate, bands, points, 40. if self.learn_bands else 0., whiten=True)
         return e/e.mean(-1, keepdim=True).clamp_min(1e-12)
 
 # %% ../../nbs/bearing/20_models.ipynb #1b3212c8

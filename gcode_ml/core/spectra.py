@@ -135,16 +135,20 @@ def envelope_spectrum(
     window = (.5-.5*torch.cos(angle)).to(e.dtype)
     return _magnitude(torch.fft.rfft((e-e.mean(-1, keepdim=True))*window, n=pad*n)[...,:bins])
 
-# %% ../../nbs/core/30_spectra.ipynb #03f7ca69
+# %% ../../nbs/core/30_spectra.ipynb #47fcdc4f
+def _white(x, floor=1e-9):
+    "Spectrum of which only the phases are kept; in a program of both signs, because an inverse then has any length, even or odd."
+    x = x-x.mean(-1, keepdim=True); X = torch.fft.fft(x) if in_program() else torch.fft.rfft(x)
+    return X/(X.abs()+floor)
+
+# %% ../../nbs/core/30_spectra.ipynb #c16d37db
 def prewhiten(
     x:Tensor, # Signals, `[...,N]`
     floor:float=1e-9, # Added to the magnitudes
 )->Tensor: # `[...,N]`
     "Signal with the same phases and a flat spectrum."
-    x = x-x.mean(-1, keepdim=True)
-    if in_program(): X = torch.fft.fft(x); return torch.fft.ifft(X/(X.abs()+floor)).real # of any length, even or odd
-    X = torch.fft.rfft(x)
-    return torch.fft.irfft(X/(X.abs()+floor), n=x.shape[-1])
+    X = _white(x, floor)
+    return torch.fft.ifft(X).real if in_program() else torch.fft.irfft(X, n=x.shape[-1])
 
 # %% ../../nbs/core/30_spectra.ipynb #970ec26c
 def standardise(
@@ -325,7 +329,7 @@ def angular_resample(
     share = (want-a)/(b-a).clamp_min(1e-12)
     return x.gather(1, right-1)*(1-share)+x.gather(1, right)*share
 
-# %% ../../nbs/core/30_spectra.ipynb #083167c6
+# %% ../../nbs/core/30_spectra.ipynb #c320d7cd
 def soft_peaks(
     spectrum:Tensor, # Spectra, `[B,K,F]`, positive
     step, # Hz from one bin to the next: a number, or one an item, `[B]`
@@ -336,10 +340,8 @@ def soft_peaks(
     points:tuple=(17,65), # Points of the peak and of the surroundings
 )->Tensor: # `[B,K,P]`; zero for centres beyond the spectrum
     "Soft maximum of log spectra near each centre, over the log median around it."
-    def sample(half, count):
-        f = (frequency[...,None]+half[...,None]*torch.linspace(-1, 1, count).to(frequency)).flatten(1).abs()
-        return at_frequencies(spectrum, step, f).unflatten(-1, (-1,count)).clamp_min(1e-12).log()
-    near,far = sample(width, points[0]),sample(around, points[1])
+    places = torch.cat([frequency[...,None]+half[...,None]*torch.linspace(-1, 1, count).to(frequency) for half,count in zip((width,around), points)], -1)
+    near,far = at_frequencies(spectrum, step, places.flatten(1).abs()).unflatten(-1, (-1,sum(points))).clamp_min(1e-12).log().split(points, -1)
     peak = torch.logsumexp(sharpness*near, -1)/sharpness-math.log(points[0])/sharpness
     last = (spectrum.shape[-1]-1)*torch.as_tensor(step, device=frequency.device)[...,None]
     median = far.topk(points[1]-(points[1]-1)//2).values[...,-1] if in_program() else far.median(-1).values # ONNX has no median

@@ -7,8 +7,9 @@ Docs: https://example.org/gcode_ml/fingerprint/decode.html.md"""
 # %% auto #0
 __all__ = ['next_token_scores', 'filtered', 'greedy', 'sample', 'beam', 'LineGrammar', 'line_faults', 'write_texts']
 
-# %% ../../nbs/fingerprint/30_decode.ipynb #998cb382
+# %% ../../nbs/fingerprint/30_decode.ipynb #b637ac2f
 import re
+from collections import Counter
 from functools import lru_cache
 import numpy as np, torch
 from fastcore.basics import patch
@@ -267,18 +268,19 @@ def accepts(self:LineGrammar,
         if state is None: return False
     return False
 
-# %% ../../nbs/fingerprint/30_decode.ipynb #cd46e2d8
+# %% ../../nbs/fingerprint/30_decode.ipynb #d2e18ff7
 def line_faults(
     text:str, # One line
 )->list: # What is wrong with it, empty for G-code
     "Faults that the reader finds in one written line."
     try: program = parse_gcode(text, 'written line')
     except InputError as e: return [str(e)]
-    words = program.words; code = words.letter.astype(str)+words.value.map('{:g}'.format)
-    other = words.letter[~words.letter.isin(['G','M'])]
-    faults = [f'{letter} twice' for letter in other[other.duplicated()].unique()]
-    groups = code[words.letter.isin(['G','M'])].map(_group)
-    return faults + [f'two commands of the group {g}' for g in groups[groups.duplicated()].unique()] + [f'{a} without a number' for a in words.letter[words.value.isna()]]
+    words = [(str(letter),value) for letter,value in zip(program.words.letter, program.words.value)]
+    def twice(names): return [n for n,k in Counter(names).items() if k > 1]
+    faults = [f'{n} is no word' for n in program.extended.name]
+    faults += [f'{n} twice' for n in twice(letter for letter,_ in words if letter not in 'GM')]
+    faults += [f'two commands of the group {g}' for g in twice(_group(f'{letter}{value:g}') for letter,value in words if letter in 'GM')]
+    return faults + [f'{letter} without a number' for letter,value in words if np.isnan(value)]
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #d662552b
 def write_texts(
