@@ -10,14 +10,14 @@ __all__ = ['REPRESENTATIONS', 'BANDS', 'NOTHING', 'JUDGES', 'MODELS', 'JOURNAL_B
            'SpectrogramCNN', 'order_places', 'OrderFront', 'envelope_points', 'MonotoneJudge', 'OrderNet',
            'window_evidence', 'FeatureMLP', 'LinePenalty', 'BandPenalty', 'temporal_penalty', 'sommerfeld_penalty']
 
-# %% ../../nbs/bearing/20_models.ipynb #a322f251
+# %% ../../nbs/bearing/20_models.ipynb #8bd90d1f
 import math, torch
 from torch import Tensor, nn
 from fastcore.basics import patch
 from torch.nn import functional as F
 from ..core.errors import InputError, check_choice
 from ..core.layers import SinusoidalPositions
-from ..core.spectra import Cwt, PseudoWigner, Stft, band_envelope, by_length, envelope_spectrum, in_program, prewhiten, soft_peaks
+from ..core.spectra import Cwt, PseudoWigner, Stft, band_envelope, by_length, envelope_spectrum, in_program, soft_peaks
 
 # %% ../../nbs/bearing/20_models.ipynb #5ef62ea6
 def _at_least(x, least): return x if x.shape[1] >= least else F.pad(x, (0, least-x.shape[1]))

@@ -105,21 +105,22 @@ def _short_envelope(X, n, low, high, points):
     z = torch.fft.ifft(X[...,first:last], n=size)*(2*size/n)
     return _limit(_power(z), points)
 
-# %% ../../nbs/core/30_spectra.ipynb #0a705df1
+# %% ../../nbs/core/30_spectra.ipynb #f9774415
 def band_envelope(
     x:Tensor, # Signals, `[B,N]`
     rate, # Samples per second: a number, or one an item, `[B]`
     bands, # Edges in Hz, `[K,2]`
     points:int=None, # Points of the envelope, even; N by default
     edge=0., # See `band_gain`
+    whiten:bool=False, # Of the prewhitened signals, see `prewhiten`
 )->Tensor: # `[B,K,points]`
     "Squared magnitude of the analytic signal in each band."
     n = x.shape[-1]; rates = torch.as_tensor(rate); one = not in_program() and (rates == rates.reshape(-1)[0]).all()
     if points and (points%2 or points > n): raise InputError('band_envelope', 'points', f'an even number up to {n}', str(points))
     if points and one and not edge:
-        X = torch.fft.rfft(x); cycles = torch.as_tensor(bands, dtype=torch.float64)*n/float(rates.reshape(-1)[0])
+        X = _white(x) if whiten else torch.fft.rfft(x); cycles = torch.as_tensor(bands, dtype=torch.float64)*n/float(rates.reshape(-1)[0])
         return torch.stack([_short_envelope(X, n, *c, points) for c in cycles.tolist()], -2)
-    z = band_analytic(x, rate, bands, edge)
+    z = band_analytic(prewhiten(x) if whiten else x, rate, bands, edge)
     return _limit(_power(z), points)
 
 # %% ../../nbs/core/30_spectra.ipynb #dc2d9661

@@ -78,7 +78,7 @@ def correct_command(a):
     if done.limits: print(f"advice   {done.method}; acceleration up to {done.limits['acceleration']:g} mm/s²; speeds near {', '.join(f'{v:g}' for v in sorted({*done.limits['avoid_x'], *done.limits['avoid_y']}))} mm/s shake the machine")
     print(f'written  {a.output}')
 
-# %% ../../nbs/trajectory/60_commands.ipynb #b7b0bf02
+# %% ../../nbs/trajectory/60_commands.ipynb #0f626364
 def add_commands(
     command, # `command(name, function, help, *words)` makes a command
 ):
@@ -88,4 +88,4 @@ def add_commands(
     sub.add_argument('--method', default='inverse', help='inverse (resampled path), shaper (the best for the firmware), ZV, MZV, ZVD, EI, 2HUMP, 3HUMP, or vertices')
     sub.add_argument('--frequency', type=float, nargs='+', help='Hz, of x and y, with --model filter'); sub.add_argument('--damping', type=float, nargs='+', help='damping ratio of x and y, with --model filter')
     sub.add_argument('--spread', type=float, default=.1, help='how far frequencies may be off'); sub.add_argument('--judge', nargs='*', default=[], help='more machines to print on: soft, bedslinger, hard, corexy, random:SEED')
-    sub.add_argument('--firmware', default='klipper', choices=['klipper','marlin'], help='firmware that sets a shaper'); sub.add_argument('--bed', type=float, nargs=3, default=[220.,220.,250.], help='space of the machine, mm')
+    sub.add_argument('--firmware', default='klipper', choices=['klipper','marlin'], help='firmware that sets a shaper'); sub.add_argument('--bed', type=float, nargs='+', default=[220.,220.,250.], help='space of the machine, mm: its size, or six numbers, least position first')

@@ -101,7 +101,7 @@ def causal_mask(
     "No step sees a later one."
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
 
-# %% ../../nbs/trajectory/20_models.ipynb #384477dd
+# %% ../../nbs/trajectory/20_models.ipynb #a81ef391
 class TrajectoryErrorTransformer(ErrorModel):
     "A causal transformer with an attention-LSTM decoder, on top of a filter."
     unbounded = False
@@ -125,7 +125,7 @@ class TrajectoryErrorTransformer(ErrorModel):
         new = h.shape[1]; h = h if past is None else torch.cat([past, h], 1)
         kept = h[:,max(h.shape[1]-len(self.positions)+1, 0):]; first = min(h.shape[1]-new, max(h.shape[1]-len(self.positions), 0)) if past is not None else 0
         h = h[:,first:]; place = torch.arange(h.shape[1], device=h.device).clamp_max(len(self.positions)-1); hide = causal_mask(h)
-        h = self.decoder(self.encoder(h+self.positions[place], hide))[0]
+        h = self.decoder(self.encoder(h+self.positions[place], hide, is_causal=False))[0] # is_causal only says whether the mask need not be looked at
         h = h+self.attention(h, h, h, attn_mask=hide, need_weights=False)[0]
         return h[:,h.shape[1]-new:],kept
 
