@@ -101,7 +101,7 @@ def causal_mask(
     "No step sees a later one."
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
 
-# %% ../../nbs/trajectory/20_models.ipynb #a81ef391
+# %% ../../nbs/trajectory/20_models.ipynb #c7f0840f
 class TrajectoryErrorTransformer(ErrorModel):
     "A causal transformer with an attention-LSTM decoder, on top of a filter."
     unbounded = False
@@ -122,12 +122,14 @@ class TrajectoryErrorTransformer(ErrorModel):
         self.decoder,self.attention = nn.LSTM(size, size//2, batch_first=True),nn.MultiheadAttention(size//2, max(heads//2, 1), dropout, batch_first=True)
     def states(self, h, past=None):
         "States `[B,T,D]` of the last `T` steps, and the steps to look back at in the next call."
-        new = h.shape[1]; h = h if past is None else torch.cat([past, h], 1)
-        kept = h[:,max(h.shape[1]-len(self.positions)+1, 0):]; first = min(h.shape[1]-new, max(h.shape[1]-len(self.positions), 0)) if past is not None else 0
-        h = h[:,first:]; place = torch.arange(h.shape[1], device=h.device).clamp_max(len(self.positions)-1); hide = causal_mask(h)
-        h = self.decoder(self.encoder(h+self.positions[place], hide, is_causal=False))[0] # is_causal only says whether the mask need not be looked at
+        new,size = h.shape[1],len(self.positions)
+        if past is not None: h = torch.cat([past[:,1-size:], h], 1)
+        kept = h
+        if past is not None: h = h[:,min(h.shape[1]-new, max(h.shape[1]-size, 0)):]
+        hide = causal_mask(h); h = h+self.positions[torch.arange(h.shape[1], device=h.device).clamp_max(size-1)]
+        h = self.decoder(self.encoder(h, hide, is_causal=False))[0] # is_causal only says whether the mask need not be looked at
         h = h+self.attention(h, h, h, attn_mask=hide, need_weights=False)[0]
-        return h[:,h.shape[1]-new:],kept
+        return (h if past is None else h[:,h.shape[1]-new:]),kept
 
 # %% ../../nbs/trajectory/20_models.ipynb #ca767ed8
 MODELS = dict(tcn=ErrorTCN, lstm=ErrorLSTM, transformer=TrajectoryErrorTransformer)
