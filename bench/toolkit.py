@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 
 def callbacks(folder):
     "What a recipe's fit has by default."
-    return [FiniteLoss(), GradientMonitor(), Timing(), History(folder/'history.csv'), TextLog(folder/'train_log.txt')]
+    return [FiniteLoss(), GradientMonitor(alert=1e9), Timing(), History(folder/'history.csv'), TextLog(folder/'train_log.txt')]
 
 def learner(items, batch_size, cbs=(), **sizes):
     "A learner on windows."

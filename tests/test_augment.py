@@ -16,8 +16,9 @@ PAGES = sorted(f'{p.parent.name}.{p.stem}' for f in ('augment.py', 'mixing.py') 
 MODULES = [importlib.import_module(f'gcode_ml.{p}') for p in PAGES] # a domain's page fills the registry too
 
 OPTIONS = { # for two points, or four channels, where the defaults would change nothing
-    'mirror': dict(pairs=[(0,1)]), 'occlusion': dict(groups=dict(left=[0], right=[1]), share=.5),
+    'mirror': dict(pairs=[(0,1)]), 'part_affine': dict(parts=dict(arm=(0, [0,1]))), 'occlusion': dict(groups=dict(left=[0], right=[1]), share=.5),
     'spec_augment': dict(time_axis=1, time_width=3, frequency_width=2)}
+OWN_BATCH = {'ImageAugment','SlowDown'} # change images, or a signal together with its speed: see test_other_batches
 CALLBACKS = { # an example that changes something, and one that changes nothing
     'Augment': (lambda: Augment('random_policy'), lambda: Augment([create_augmentation(n, **OPTIONS.get(n, {}), p=0.) for n in AUGMENTATIONS])),
     'MixUp': (lambda: MixUp(), lambda: MixUp(weight=1.)),
@@ -27,7 +28,7 @@ CALLBACKS = { # an example that changes something, and one that changes nothing
 def callbacks():
     "Every callback class of the pages that is not a base of another, by its name."
     found = [c for m in MODULES for c in vars(m).values() if inspect.isclass(c) and issubclass(c, Callback) and c.__module__ == m.__name__]
-    return {c.__name__: c for c in found if not any(c in d.__bases__ for d in found)}
+    return {c.__name__: c for c in found if c.__name__ not in OWN_BATCH and not any(c in d.__bases__ for d in found)}
 
 NAMES,CBS = sorted(AUGMENTATIONS),sorted(callbacks())
 ITEMS,STEPS,CHANNELS = 16,14,4
@@ -289,3 +290,21 @@ def test_bad_ones_are_found(plain):
     assert in_place(Overwrite()) and touches_padding(Forgetful()) and padding_leaks(Leaky()) and not draws_differ(OneDraw())
     assert changes_validation(Always('noise'), plain.model)
     assert not any(f(make('noise')) for f in (in_place, touches_padding, padding_leaks))
+
+@pytest.mark.parametrize('name', sorted(OWN_BATCH))
+def test_other_batches(name):
+    "Callbacks for batches of another kind: training only, a draw for each sample, the same seed the same batch, never in place."
+    from gcode_ml.bearing.augment import SlowDown
+    from gcode_ml.binary_vae.augment import ImageAugment
+    images,signal = torch.rand(8, 36),torch.randn(1, 40, 1).repeat(8, 1, 1)
+    cb,xb = dict(ImageAugment=(ImageAugment((6,6), shift=1, flips=.2), (images, torch.ones(8, 1, dtype=torch.bool))),
+                 SlowDown=(SlowDown(.4), (dict(signal=signal, shaft=torch.full((8,), 30.)), torch.ones(8, 40, dtype=torch.bool))))[name]
+    assert not cb.run_valid
+    def said(seed):
+        torch.manual_seed(seed); cb.learn = type('Learn', (), dict(xb=xb))()
+        cb.before_batch(); x = cb.learn.xb[0]
+        return x['signal'] if isinstance(x, dict) else x
+    before = (images.clone(), signal.clone()); one = said(0)
+    assert torch.equal(one, said(0)) and not torch.equal(one, said(1))
+    assert torch.equal(images, before[0]) and torch.equal(signal, before[1])
+    if name == 'SlowDown': assert len({tuple(row.flatten().tolist()) for row in one}) > 4 # the samples were alike

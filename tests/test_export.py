@@ -13,7 +13,8 @@ from gcode_ml.fingerprint.tokens import tokenizer
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 from gcode_ml.lab.export import (SUFFIXES, bundle_programs, compare_program, eager_programs, export_bundle, make_programs, predict_arrays,
                                  program_inputs, read_program, run_programs)
-from test_contracts import EXAMPLES, MODALITIES, SMALL
+from examples_fingerprint import MODALITIES, SMALL
+from test_contracts import EXAMPLES
 
 missing = [p for p in ('onnx','onnxscript','onnxruntime') if not find_spec(p)]
 no_onnx = f"not installed: {', '.join(missing)} (pip install 'gcode_ml[export]')"
@@ -28,13 +29,23 @@ def a_model(name):
         for p in model.parameters(): p.add_(.02*torch.randn_like(p))
     return model.eval()
 
+# torch.export fixes the length of a window where a strided convolution is followed by pooling; these have a TorchScript program only
+ONE_LENGTH = {f'bearing.models.{n}' for n in ('AttentionCNN','CNN1d','CNNLSTM','PatchTransformer','ResNet1d','SignalLSTM','SpectrogramCNN')}
+
+NO_PROGRAM = {'bearing.models.SignalModel', 'bearing.models.SpectrogramCNN'} # a base; pictures, whose number of columns a trace fixes: `gcode_ml export` finds the difference and refuses
+
+def exported_models():
+    "Models that name the inputs of their programs, and those that need not."
+    return [n for n,example in sorted(EXAMPLES.items()) if n.startswith(('core.','fingerprint.')) or hasattr(example()[0], 'program_inputs') and n not in NO_PROGRAM]
+
 @lru_cache(None)
 def made(name, method):
     "All programs of a method; without ONNX the other two formats."
+    if name in ONE_LENGTH: return make_programs(a_model(name), method, 'torchscript')
     if not missing: return make_programs(a_model(name), method)
     return {f: make_programs(a_model(name), method, f)[f] for f in ('exported','torchscript')}
 
-@pytest.mark.parametrize('name', sorted(EXAMPLES))
+@pytest.mark.parametrize('name', exported_models())
 def test_programs_equal_the_model(name):
     "Each format of each model, at a second batch size and length and for a single sequence; int8 within its own tolerance."
     for method,eager in eager_programs(a_model(name)).items():
