@@ -2,6 +2,7 @@
 import warnings
 import numpy as np, pandas as pd, pytest, scipy.signal as ss, torch
 from sklearn.model_selection import KFold, StratifiedKFold
+from bench.bearing import one_window # the formulae as they read, one line at a time
 from gcode_ml.core import spectra as sp
 from gcode_ml.core.errors import InputError
 from gcode_ml.bearing import features as ft, search as se, simulate as si, transforms as tr
@@ -93,18 +94,6 @@ def test_speed_up_is_taken_out():
     Y = np.abs(np.fft.rfft(y)); assert Y.argmax()*64/len(y) == pytest.approx(3, abs=.05) and Y.max() > .9*len(y)/2
 
 # features
-
-def one_window(x, shaft, rate, orders):
-    "The eighty-five features as their formulae read."
-    n = len(x); X = np.fft.rfft(x-x.mean()); X = np.fft.fft(np.fft.irfft(X/(np.abs(X)+1e-9), n)); f = np.fft.fftfreq(n, 1/rate); columns = []
-    for low,high in tr.BANDS:
-        e = np.abs(np.fft.ifft(2*X*((f >= low)&(f < high))))**2; E = np.abs(np.fft.rfft((e-e.mean())*np.hanning(n), 4*n)); F = np.arange(len(E))*rate/(4*n)
-        def q(order):
-            f0 = order*shaft
-            return np.log(E[np.abs(F-f0) < max(.012*f0, .75*rate/n)].max()/np.median(E[np.abs(F-f0) < max(25, 8*rate/n)]))
-        o,i,b,c = orders
-        columns.append([q(o),q(i),q(b), *(np.mean([q(h*k) for h in range(1, 5)]) for k in (o,i,b)), np.mean([q(i-1),q(i+1)]), np.mean([q(b-c),q(b+c)]), np.mean([q(.5*b),q(1.5*b)]), q(1), q(c)])
-    columns = np.array(columns); return np.r_[(columns[:,:6]-columns[:,:6].mean(1, keepdims=True)).ravel(), columns.ravel()]
 
 def test_batched_features_are_the_loop():
     "To 1e-9, with speeds, rates and geometries mixed; the decimated envelope to 1e-2 of the scores' range."

@@ -10,13 +10,13 @@ __all__ = ['CONTROLLER', 'MODALITIES', 'modality', 'Recording', 'elapsed_seconds
            'read_recordings', 'Sequences', 'read_sequences', 'select_channels', 'align_channels', 'ChannelScale',
            'fit_scale', 'LineWindows', 'programs', 'check']
 
-# %% ../../nbs/fingerprint/00_data.ipynb #a366f09d
+# %% ../../nbs/fingerprint/00_data.ipynb #bc44381e
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from sklearn.preprocessing import RobustScaler
-from ..core.errors import InputError, check_finite
+from ..core.errors import InputError, check_finite, fault_sentences
 from ..core.files import read_arrays
 from ..core.windows import RowTable, Windows, window_starts
 
@@ -307,22 +307,14 @@ def _same_program(a, b):
     common = a.keys() & b.keys()
     return len(common) >= 10 and np.mean([a[i] == b[i] for i in common]) >= .99
 
-# %% ../../nbs/fingerprint/00_data.ipynb #961f14fa
+# %% ../../nbs/fingerprint/00_data.ipynb #d3b8948f
 def check(
     path, # Folder of recordings or an NPZ file
     progress=None, # For instance `tqdm`
 )->list: # One sentence a fault; empty when all is well
     "Read everything and collect what is wrong."
     path = Path(path)
-    if path.suffix == '.npz': return _faults([lambda: read_sequences(path)])
+    if path.suffix == '.npz': return fault_sentences([lambda: read_sequences(path)])
     try: files = recording_files(path)
     except InputError as e: return [str(e)]
-    return _faults([lambda f=f: read_recording(f) for f in (progress(files) if progress else files)])
-
-def _faults(readers):
-    "Sentences of the readers that fail."
-    faults = []
-    for read in readers:
-        try: read()
-        except InputError as e: faults.append(str(e))
-    return faults
+    return fault_sentences([lambda f=f: read_recording(f) for f in (progress(files) if progress else files)])

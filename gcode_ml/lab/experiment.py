@@ -8,13 +8,13 @@ Docs: https://example.org/gcode_ml/lab/experiment.html.md"""
 __all__ = ['domains', 'domain_recipe', 'experiment_notebook', 'experiments', 'check_experiment', 'KernelInputError', 'execute',
            'carry_out', 'experiment_parameters', 'run_experiment', 'resume_experiment']
 
-# %% ../../nbs/lab/05_experiment.ipynb #f66de1ad
+# %% ../../nbs/lab/05_experiment.ipynb #cfb7734e
 import importlib, json, logging, os, shlex, sys, threading
 from pathlib import Path
 import gcode_ml
 from tqdm.auto import tqdm
 from ..core.errors import InputError
-from ..core.files import read_json
+from ..core.files import read_json, sweep_temporary
 from .parameters import check_parameters, read_parameters
 from .runs import Run, find_run, new_run
 from .settings import settings, workspace_root
@@ -127,7 +127,7 @@ def run_experiment(
     run = new_run(domain, parameters, name, runs, replace, command=' '.join(map(shlex.quote, ['gcode_ml', *sys.argv[1:]])))
     return run, carry_out(run, notebook, quiet)
 
-# %% ../../nbs/lab/05_experiment.ipynb #47dd8c7f
+# %% ../../nbs/lab/05_experiment.ipynb #9419c650
 def resume_experiment(
     domain:str, # Domain
     name:str, # The run
@@ -137,4 +137,5 @@ def resume_experiment(
     "Carry on with an interrupted run; a finished one is only read."
     run = find_run(name, runs, domain)
     if run.status == 'finished': return run, read_json(run.path('result.json'))
+    sweep_temporary(run.folder) # what a kill has left half-written
     return run, carry_out(run, experiment_notebook(domain), quiet)

@@ -115,15 +115,14 @@ def new_sweep(
     create_pruner(prune)
     return _kept(Path(runs or runs_folder()).resolve()/'sweeps'/(name or f'{_stem(domain)}-{found.method}'), facts)
 
-# %% ../../nbs/lab/13_sweeps.ipynb #2d7b1322
+# %% ../../nbs/lab/13_sweeps.ipynb #0ce003df
 def _stem(domain): return Path(domain).stem if str(domain).endswith('.ipynb') else domain
 
 def _notebook(domain):
     "Notebook of a domain, or the one that is named."
-    from gcode_ml.lab.experiment import domain_recipe, experiment_notebook
+    from gcode_ml.lab.experiment import check_experiment, experiment_notebook
     if str(domain).endswith('.ipynb'): return Path(domain)
-    domain_recipe(domain)
-    return experiment_notebook(domain)
+    return experiment_notebook(check_experiment(domain))
 
 def _parameters(domain):
     "Parameters of an experiment."
@@ -245,7 +244,7 @@ def values(self:Sweep, trial)->dict:
     "Parameters of a trial."
     return {k: d.suggest(trial) for k,d in self.space.dimensions.items()}
 
-# %% ../../nbs/lab/13_sweeps.ipynb #eff9f21f
+# %% ../../nbs/lab/13_sweeps.ipynb #a37b81f0
 class WarmKernel:
     "A kernel that several notebooks are executed in."
     def __init__(self, imports:str='import gcode_ml.lab.runs, gcode_ml.core.learner'): self.imports,self.manager = imports,None
@@ -258,7 +257,7 @@ class WarmKernel:
             os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
             run_sync(self.manager.start_kernel)(extra_arguments=['--log-level=ERROR'])
             self.tell(self.imports)
-        else: self.tell("import gc, sys\nif 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')\nget_ipython().run_line_magic('reset', '-sf'); import gc; gc.collect()")
+        else: self.tell("import sys\nif 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')\nget_ipython().run_line_magic('reset', '-sf')\nimport gc; gc.collect()")
         return self.manager
     def close(self):
         "End the kernel."

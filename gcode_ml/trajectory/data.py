@@ -10,13 +10,13 @@ __all__ = ['FEATURES', 'HARMONICS', 'INTERVALS', 'ERRORS', 'THERMAL', 'PARTS', '
            'chosen_layers', 'collect', 'Part', 'Series', 'read_collection', 'Scale', 'TrajectoryWindows', 'fit_scale',
            'split_windows', 'write_samples', 'SampleFiles', 'check', 'verify_simulation']
 
-# %% ../../nbs/trajectory/00_data.ipynb #6a77379f
+# %% ../../nbs/trajectory/00_data.ipynb #991db21a
 import hashlib, json, re, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice, check_finite
+from ..core.errors import InputError, check_choice, check_finite, fault_sentences
 from ..core.files import atomic_path, checksum, read_arrays, read_json, write_json
 from ..core.split import check_disjoint, random_split
 from ..core.windows import window_starts
@@ -561,35 +561,27 @@ def batch(self:SampleFiles,
         features,static,errors,thermal = (features-t(c.mean))/t(c.std),(static-t(c.static_mean))/t(c.static_std),errors/t(c.error_std),(thermal-t(c.thermal_mean))/t(c.thermal_std)
     return dict(features=features, static=static), torch.ones(features.shape[:2], dtype=torch.bool), dict(error=errors, thermal=thermal.nan_to_num(0.), laid=laid)
 
-# %% ../../nbs/trajectory/00_data.ipynb #3583c227
+# %% ../../nbs/trajectory/00_data.ipynb #aec37763
 def check(
     path, # A collection, a folder of samples, or a G-code file
     progress=None, # For instance `tqdm`
 )->list: # One sentence a fault; empty when all is well
     "Read everything and collect what is wrong."
     path = Path(path)
-    if path.is_file(): return _faults([lambda: _check_program(path)])
+    if path.is_file(): return fault_sentences([lambda: _check_program(path)])
     if not path.is_dir(): return [str(InputError(path, 'path', 'a collection, a folder of samples or a G-code file', 'nothing there'))]
     homes = sorted(p.parent for p in path.glob('*/motion.parquet'))
     samples = sorted({p.parent for p in path.rglob('sample_*.pt')})
     if homes: jobs = [lambda h=h: read_collection(h.parent, [h.name]) for h in homes]
     else: jobs = [lambda f=f,k=k,i=i: f[i] for k in samples for f in [SampleFiles(k, scale=object())] for i in range(len(f))]
     if not jobs: return [str(InputError(path, 'content', 'motion.parquet or sample_*.pt', 'neither'))]
-    return _faults(progress(jobs) if progress else jobs)
+    return fault_sentences(progress(jobs) if progress else jobs)
 
-# %% ../../nbs/trajectory/00_data.ipynb #1626fb45
+# %% ../../nbs/trajectory/00_data.ipynb #917cd345
 def _check_program(path):
     "Raise for the first thing that is odd about a program."
     motion = plan(path)
     if motion.issues: raise InputError(path, 'program', 'nothing to assume', motion.issues[0])
-
-def _faults(jobs):
-    "Sentences of the jobs that fail."
-    faults = []
-    for job in jobs:
-        try: job()
-        except InputError as e: faults.append(str(e))
-    return faults
 
 # %% ../../nbs/trajectory/00_data.ipynb #1b914cac
 def _oracles(rate=1000.):
