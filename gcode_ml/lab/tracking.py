@@ -125,7 +125,7 @@ def _metrics(self:MLflow, values, step):
     metrics = [Metric(k, float(v), int(time.time()*1000), step) for k,v in values.items()]
     for i in range(0, len(metrics), 500): self.client.log_batch(self.note['id'], metrics[i:i+500])
 
-# %% ../../nbs/lab/09_tracking.ipynb #541a61fa
+# %% ../../nbs/lab/09_tracking.ipynb #4c55ffb8
 class WeightsAndBiases(LocalTracker):
     "An offline run in `tracking/wandb` of the run folder, told from a journal."
     def open(self):
@@ -141,7 +141,9 @@ class WeightsAndBiases(LocalTracker):
     def write_scalars(self, values, step): self._tell('scalars', values, step)
     def write_histograms(self, values, step): self._tell('histograms', {k: [a.tolist() for a in np.histogram(v, bins=32)] for k,v in values.items()}, step)
     def write_parameters(self, values, step): self._tell('parameters', values, step)
-    def close(self): self.run.finish()
+    def close(self):
+        import wandb
+        self.run.finish(); wandb.teardown() # `finish` may return before the last rows are in the file
 
 # %% ../../nbs/lab/09_tracking.ipynb #8caf1735
 @patch
