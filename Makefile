@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab docs check bench export figures hooks clean-env help
+.PHONY: demo test lab docs papers check bench export figures hooks clean-env help
 
 help:                    ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -21,6 +21,9 @@ lab: $(READY)            ## JupyterLab; notebooks are cleaned when they are save
 docs: $(READY)           ## the site, in _docs
 	$(BIN)/python nbs/_site.py
 
+papers: $(READY)         ## every write-up as HTML and PDF in _papers, its numbers computed from papers/*/results
+	$(BIN)/gcode_ml paper
+
 check: $(READY)          ## only what takes seconds: export, clean notebooks, dependency rule, style
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_sync.py tests/test_imports.py tests/test_style.py
 
@@ -28,7 +31,7 @@ bench: $(READY)          ## our ways measured beside others, in bench/results.js
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench
 
 export: $(READY)         ## after editing a notebook
-	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && for n in papers/*/paper.ipynb; do $(BIN)/nbdev-clean --fname $$n; done
 
 figures: $(READY)        ## run the pages in a kernel and keep their outputs for the site
 	for n in $$(git ls-files 'nbs/*.ipynb' | grep -v /experiments/); do GCODE_ML_DATA= OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace $$n || exit 1; done; $(BIN)/nbdev-clean

@@ -1,8 +1,9 @@
 "Sweeps: what a trial costs besides its fit, in a kernel that is kept and in one that is started for it."
-import itertools, tempfile
+import itertools, tempfile, time
 from pathlib import Path
 import nbformat
 from bench import benchmark
+from bench._faults import KILLS, driver, killed_sweep, small_experiment, wait_for_work
 
 CELLS = ['x = 0.0  # Place\nrun_dir = ""  # Folder of the run', '''import pandas as pd
 from gcode_ml.core.tiny import tiny_learner
@@ -24,3 +25,18 @@ def warm_kernel(quick):
     def theirs(): execute(*words())
     ours() # the first one starts the kernel
     return ours, theirs
+
+@benchmark('twelve trials on two workers, by the clock, while worker, kernel and driver are killed three times each', 'the same sweep left alone; the goal allows for the starts of the drivers', 1.5, by='wall', repetitions=1)
+def killed(quick):
+    notebook,facts = small_experiment(Path(tempfile.mkdtemp())),{}
+    more = ['-p', f'epochs={4 if quick else 40}', '-p', 'pause=0.5']
+    def ours():
+        began = time.time(); kills,_ = killed_sweep(notebook, 'killed', *more, pause=(.5, 1) if quick else (5, 15))
+        facts.update(kills=len(kills), seconds_killed=time.time()-began)
+    def alone():
+        began = time.time(); process = driver(notebook, 'alone', *more)
+        wait_for_work(process); facts['seconds_start'] = time.time()-began
+        process.communicate(); took = time.time()-began
+        if process.returncode: raise RuntimeError('the sweep that nothing disturbed has failed')
+        facts['ratio_without_starts'] = (facts['seconds_killed']-KILLS.count('driver')*facts['seconds_start'])/took
+    return ours, alone, facts

@@ -1,64 +1,18 @@
 "A sweep in which workers, kernels and the driver are killed ends with exactly the results it would have had."
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, shutil, subprocess, sys
 from pathlib import Path
-import nbformat, pytest
+import pytest
 optuna = pytest.importorskip('optuna'); pytest.importorskip('distributed')
-import psutil
+pytest.importorskip('psutil')
+from bench._faults import COMMAND, TRIALS, killed_sweep, small_experiment
 from gcode_ml.core.errors import InputError
 from gcode_ml.core.files import read_json
 from gcode_ml.lab.sweeps import Sweep, Workers, find_sweep, new_sweep, repair_journal
 
-COMMAND = 'import sys; from gcode_ml.lab.command import main; sys.exit(main())'
-TRIALS = 12
-
-CELLS = ['''x = 0.0  # Place [-10..10]
-epochs = 12  # Epochs [1..1000]
-pause = 0.1  # Seconds an epoch [0..10]
-seed = 0  # Seed [0..]
-run_dir = ""  # Folder of the run''', '''import time
-import pandas as pd
-from fastai.callback.core import Callback
-from gcode_ml.core.callbacks import History
-from gcode_ml.core.learner import set_seed
-from gcode_ml.core.tiny import tiny_learner
-from gcode_ml.lab.runs import open_run
-from gcode_ml.lab.snapshot import Snapshot
-run = open_run(run_dir); set_seed(seed)
-class Slow(Callback):
-    order = 2000
-    def after_epoch(self):
-        with open(run.path('epochs.txt'), 'a') as f: f.write(f'{self.epoch}\\n')
-        time.sleep(pause)
-        run.report_epoch(fit='fit', epoch=self.epoch, valid_loss=(x-2)**2)
-learn = tiny_learner(cbs=[History(run.path('history.csv'), 'fit'), Snapshot(run.path('snapshot', 'fit.safetensors')), Slow()])
-with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-3)
-weights = sum(p.double().sum().item() for p in learn.model.parameters())
-with open(run.path('finished.txt'), 'a') as f: f.write('once\\n')
-result = run.finish(pd.DataFrame([dict(measure='loss', value=(x-2)**2)]), validation=dict(loss=(x-2)**2), weights=weights)''']
-
 @pytest.fixture
 def notebook(tmp_path):
     "A small experiment: twelve epochs of a tenth of a second."
-    nb = nbformat.v4.new_notebook(metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), cells=[nbformat.v4.new_code_cell(c) for c in CELLS])
-    nb.cells[0].metadata['tags'] = ['parameters']
-    nbformat.write(nb, tmp_path/'tiny.ipynb')
-    (tmp_path/'space.yaml').write_text('method: random\nmetric: {name: loss, goal: minimize}\nparameters: {x: {min: -5.0, max: 5.0}}\n')
-    return tmp_path/'tiny.ipynb'
-
-def driver(notebook, name, *more):
-    "The command of a sweep, in a process of its own."
-    words = ['sweep', str(notebook), '--space', str(notebook.parent/'space.yaml'), '--name', name, '--trials', str(TRIALS), '--workers', '2', '--runs', str(notebook.parent/'runs'), '--quiet', *more]
-    return subprocess.Popen([sys.executable, '-c', COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-def below(process, what):
-    "Processes below a driver: its `kernels`, or the `workers` of its cluster."
-    try: found = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess: return []
-    kinds = {'kernels': 'ipykernel', 'workers': 'multiprocessing.spawn'}
-    def line(p):
-        try: return ' '.join(p.cmdline())
-        except psutil.Error: return ''
-    return [p for p in found if kinds[what] in line(p)]
+    return small_experiment(tmp_path)
 
 def states_are_true(sweep):
     "No trial is told complete whose runs have no result; no result is told failed by an error."
@@ -69,22 +23,7 @@ def states_are_true(sweep):
 
 def test_killed_at_random(notebook):
     "Three kills each of a worker, a kernel and the driver: twelve results, none lost, none computed twice, and as from one run."
-    rng,kills = random.Random(5),[]
-    process,began = driver(notebook, 'chaos'),time.time()
-    for what in ('worker','kernel','driver','kernel','worker','driver','worker','kernel','driver'):
-        while process.poll() is None and not below(process, 'kernels'): time.sleep(.1) # at work
-        time.sleep(rng.uniform(.5, 3))
-        if process.poll() is not None: break
-        if what == 'driver':
-            process.send_signal(signal.SIGKILL); process.wait()
-            states_are_true(find_sweep('chaos', notebook.parent/'runs'))
-            process = driver(notebook, 'chaos')
-        elif found := below(process, what+'s'):
-            try: rng.choice(found).kill()
-            except psutil.NoSuchProcess: continue
-        kills.append(what)
-    out,_ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
+    kills,_ = killed_sweep(notebook, 'chaos', after_driver=lambda: states_are_true(find_sweep('chaos', notebook.parent/'runs')))
     sweep = find_sweep('chaos', notebook.parent/'runs'); states_are_true(sweep)
     complete = [t for t in sweep.study().get_trials() if t.state.name == 'COMPLETE']
     runs = {t.user_attrs.get('run', t.number) for t in complete}
@@ -94,7 +33,6 @@ def test_killed_at_random(notebook):
     assert all((f/'finished.txt').read_text() == 'once\n' for f in folders if (f/'result.json').exists())
     assert len({read_json(f/'result.json')['weights'] for f in folders if (f/'result.json').exists()}) == 1 # the same seed: the same weights, however often it was killed
     assert len(kills) == 9, kills
-    print(f'{time.time()-began:.0f} s')
 
 @pytest.fixture
 def quick(notebook):

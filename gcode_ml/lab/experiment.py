@@ -77,11 +77,11 @@ def execute(
         if e.ename in {c.__name__ for c in (InputError, *InputError.__subclasses__())}: raise KernelInputError(e.evalue) from None
         raise RuntimeError(f'cell {e.exec_count} failed with {e.ename}: {e.evalue} (see {output})') from None
 
-# %% ../../nbs/lab/05_experiment.ipynb #56d6c2a3
+# %% ../../nbs/lab/05_experiment.ipynb #079b4d6a
 def _watch(run, stop, quiet):
     "Show the run's `progress.json` as a bar until `stop` is set."
     bar,file = None,run.path('progress.json')
-    while not stop.wait(.3) and not quiet:
+    while not stop.wait(.3 if sys.stderr.isatty() or not bar else 10) and not quiet: # in a log each state is a line
         try: now = json.loads(file.read_text())
         except (OSError,ValueError): continue
         bar = bar or tqdm(total=now['total'], unit='', file=sys.stderr, bar_format='{desc}: {percentage:3.0f}%|{bar:24}| {elapsed}', mininterval=.2)
@@ -102,7 +102,15 @@ def carry_out(
     if not run.path('result.json').exists(): raise RuntimeError(f"{run.path('run.ipynb')} ended without a result.json: its kernel was killed; continue with `gcode_ml run {run.domain} --resume {run.name}`")
     return read_json(run.path('result.json'))
 
-# %% ../../nbs/lab/05_experiment.ipynb #12661a94
+# %% ../../nbs/lab/05_experiment.ipynb #63c45829
+def _checked_together(name, parameters):
+    "The parameters, after the check of the part of the package that knows this experiment."
+    for page in sorted(Path(gcode_ml.__file__).parent.glob('*/commands.py')):
+        check = getattr(importlib.import_module(f'gcode_ml.{page.parent.name}.commands'), 'CHECKS', {}).get(name)
+        if check: check(**parameters)
+    return parameters
+
+# %% ../../nbs/lab/05_experiment.ipynb #32566b81
 def experiment_parameters(
     domain:str, # Domain
     values:dict, # Given values
@@ -110,7 +118,7 @@ def experiment_parameters(
     "Check given values against the notebook's cell; seed, device and workers come from `settings.ini` unless given."
     known = {k: p for k,p in read_parameters(experiment_notebook(domain)).items() if k != 'run_dir'}
     defaults = {k: v for k,v in settings()['defaults'].items() if k in known}
-    return check_parameters(known, {**defaults, **values})
+    return _checked_together(domain, check_parameters(known, {**defaults, **values}))
 
 # %% ../../nbs/lab/05_experiment.ipynb #e7ea8963
 def run_experiment(
