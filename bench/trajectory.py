@@ -120,7 +120,7 @@ def loop_plan(unit, nominal, jerk, cap_end, rise):
         for a in range(4):
             p,q = unit[k-1][a]*v*f,unit[k][a]*nominal[k]*f; c = abs(p-q) if p*q >= 0 else max(abs(p), abs(q))
             if c > jerk[k][a]: f *= jerk[k][a]/c
-        v *= f; w.append((safe[k] if safe[k-1] > .99*v and safe[k] > .99*v else v)**2)
+        slower = v; v *= f; w.append((min(safe[k], slower) if safe[k-1] > .99*v and safe[k] > .99*v else v)**2)
     w.append(cap_end)
     for i in range(n-1, -1, -1): w[i] = min(w[i], w[i+1]+rise[i])
     for i in range(n): w[i+1] = min(w[i+1], w[i]+rise[i])

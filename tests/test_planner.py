@@ -23,7 +23,7 @@ def loop_jerk(unit, nominal, jerk):
             change = abs(p-q) if p*q >= 0 else max(abs(p), abs(q))
             if change > jerk[k][a]: f *= jerk[k][a]/change
         v = small*f
-        found.append(safe[k] if safe[k-1] > .99*v and safe[k] > .99*v else v)
+        found.append(min(safe[k], small) if safe[k-1] > .99*v and safe[k] > .99*v else v)
     return np.array(found)
 
 def loop_passes(cap, rise):

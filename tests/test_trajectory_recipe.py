@@ -113,7 +113,7 @@ def test_law_holds_on_the_linear_machine(linear):
         inputs,mask,target = learn.windows.batch(learn.train[:64]); return law.penalty(target, (target, inputs, mask)).mean()
     assert penalty(False) < .05*penalty(True)
 
-@pytest.mark.parametrize('way', [dict(model='lstm'), dict(model='transformer', d_model=16, num_layers=1, heads=2, dropout=.1), dict(thermal=0.), dict(noise_level=.05), dict(measure='huber', base='second_order'), dict(split='random'), dict(split='layer'), dict(averaging='ema', schedule='cosine')])
+@pytest.mark.parametrize('way', [dict(model='lstm'), dict(model='transformer', d_model=16, num_layers=1, heads=2, dropout=.1), dict(thermal=0.), dict(noise_level=.05), dict(mirror=.5, harmonics=False), dict(measure='huber', base='second_order'), dict(split='random'), dict(split='layer'), dict(averaging='ema', schedule='cosine')])
 def test_ways_of_training(hard, way):
     learn = fitted(hard[::2], stride=128, **way)
     assert np.isfinite(np.array(learn.recorder.values, float)).all()
@@ -122,6 +122,17 @@ def test_leave_a_machine_out(series):
     learn = recipe(series, split='machine', fold=1, stride=64, device='cpu')
     machines = lambda index: set(learn.windows.run_table.machine.iloc[learn.windows.recording[index]])
     assert machines(learn.test) == {'hard'} and machines(learn.train) == {'bedslinger'} and split_groups(series, 'machine') == ['bedslinger','hard']
+
+def test_leave_a_part_on_a_machine_out(series):
+    "Neither the family nor the machine occurs in training; the filter of that machine comes from the other parts."
+    learn = recipe(series, split='both', fold=1, identify='machine', base='fir', stride=64, device='cpu'); table = learn.windows.run_table
+    at = lambda index, c: set(table[c].iloc[learn.windows.recording[index]]); assert at(learn.test, 'machine') == {'hard'} and at(learn.test, 'family') == {'label'}
+    assert at(learn.train, 'machine') == {'bedslinger'} and 'label' not in at(learn.train, 'family') and list(learn.filter.machines) == ['hard']
+    import copy
+    other = [copy.copy(s) for s in series]
+    for s in other:
+        if s.part.family == 'label' and s.machine['name'] == 'hard': s.errors = s.errors+1
+    again = recipe(other, split='both', fold=1, identify='machine', base='fir', stride=64, device='cpu'); assert again.filter == learn.filter and again.windows.scale == learn.windows.scale
 
 def test_travel_only_window_has_no_thermal_loss():
     said = dict(error=torch.zeros(1, 4, 2, requires_grad=True), thermal=torch.randn(1, 4, 3, requires_grad=True))
@@ -150,7 +161,7 @@ def test_bundle_refuses_other_features(bundle, learn, refused):
     assert 'features' in refused(predict_part, other, learn.windows.series[0].part)
 
 def test_recipe_refuses(hard, refused, tmp_path):
-    assert 'from 0 to 2' in refused(recipe, hard, fold=3) and 'one of tcn' in refused(recipe, hard, model='gru')
+    assert 'harmonics=False' in refused(recipe, hard, mirror=.5) and 'from 0 to 2' in refused(recipe, hard, fold=3) and 'one of tcn' in refused(recipe, hard, model='gru')
     assert 'shorter windows' in refused(recipe, hard, sequence_length=10**6) and 'base' in refused(recipe, hard, base='kalman')
     assert 'another one to learn from' in refused(recipe, [s for s in hard if s.part.family == 'box'])
     assert 'nothing of these' in refused(load_series, tmp_path) and 'epochs' in refused(recipe, hard, epochs=3)
@@ -164,3 +175,11 @@ def test_sweep_space():
     space = read_space(get_config().nbs_path/'experiments/trajectory.sweep.yaml'); d = space.dimensions if hasattr(space, 'dimensions') else space.parameters
     assert (d['learning_rate'].low, d['learning_rate'].high, d['learning_rate'].log) == (1e-5, 1e-3, True) and d['batch_size'].values == [16,32,64] and (d['dropout'].low, d['dropout'].high) == (0, .3)
     assert space.metric == 'valid_loss'
+
+def test_reference_model_is_exported_at_its_size():
+    "256 states, 8 heads, 6 layers, LSTM decoder with attention: torch.export and TorchScript say what it says."
+    from gcode_ml.lab.export import compare_program, eager_programs, make_programs, read_program
+    torch.manual_seed(0); model = TrajectoryErrorTransformer().eval(); torch.nn.init.normal_(model.error.weight, 0, .02); eager = eager_programs(model)['deploy']
+    assert len(model.encoder.layers) == 6 and model.encoder.layers[0].self_attn.num_heads == 8 and model.into.out_features == 256
+    for kind in ('exported','torchscript'):
+        found = compare_program(eager, read_program(make_programs(model, 'deploy', kind)[kind], kind, eager.inputs, eager.outputs, trusted=True)); assert found['within'] and max(r['difference'] for r in found['compared']) < 1e-5

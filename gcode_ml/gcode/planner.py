@@ -6,15 +6,17 @@ Docs: https://example.org/gcode_ml/gcode/planner.html.md"""
 
 # %% auto #0
 __all__ = ['Limits', 'limits_of_lines', 'safe_speed', 'jerk_junctions', 'deviation_junctions', 'klipper_junctions', 'look_ahead',
-           'Plan', 'plan', 'sample_blocks', 'sample', 'slicer_totals', 'compare_with_slicer', 'outside']
+           'Plan', 'plan', 'sample_blocks', 'sample', 'slicer_totals', 'compare_with_slicer', 'outside', 'limit_lines',
+           'program_blocks']
 
-# %% ../../nbs/gcode/01_planner.ipynb #d6c32ab2
-import re
+# %% ../../nbs/gcode/01_planner.ipynb #35c8abc5
+import mmap, re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from ..core.errors import InputError, check_choice
-from .reader import Program, _Lines, _hold, arc_sweeps, filament_used, moves, parse_gcode, path_points, read_gcode
+from .reader import Program, _Lines, _hold, _layer_change, _layer_number, _marks_of, _restated, arc_sweeps, filament_used, format_number, in_file, moves, parse_gcode, path_points, read_blocks, read_gcode
 
 # %% ../../nbs/gcode/01_planner.ipynb #6a1f623e
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def safe_speed(
     "Speed at which a move may start from or end at rest."
     with np.errstate(divide='ignore'): return np.minimum(nominal, (jerk/np.abs(unit)).min(1))
 
-# %% ../../nbs/gcode/01_planner.ipynb #56c9fa6c
+# %% ../../nbs/gcode/01_planner.ipynb #f9ddba9a
 def jerk_junctions(
     unit:np.ndarray, # Direction of each move, `[n,4]`
     nominal:np.ndarray, # Its nominal speed, mm/s, `[n]`
@@ -115,7 +117,7 @@ def jerk_junctions(
     change = np.where(p*q>=0, np.abs(p-q), np.maximum(np.abs(p), np.abs(q)))
     corner = corner*np.minimum(1, (jerk[1:]/np.maximum(change, 1e-12)).min(1))
     rest = (safe[:-1]>.99*corner) & (safe[1:]>.99*corner)
-    return np.concatenate([safe[:1], np.where(rest, safe[1:], corner)])
+    return np.concatenate([safe[:1], np.where(rest, np.minimum(safe[1:], np.minimum(nominal[1:], nominal[:-1])), corner)])
 
 # %% ../../nbs/gcode/01_planner.ipynb #9ba0375f
 def _corner_cosine(unit):
@@ -380,7 +382,7 @@ def _limits_of_segments(table, line, override):
         else: limit[k] = np.full(len(line), float(v))
     return limit
 
-# %% ../../nbs/gcode/01_planner.ipynb #e87e320d
+# %% ../../nbs/gcode/01_planner.ipynb #27bd5e0c
 def plan(
     program, # A `Program`, or the path of a file
     limits:Limits=Limits(), # What holds until the program says otherwise
@@ -395,7 +397,7 @@ def plan(
 )->Plan: # The motion
     "Plan the motion of a whole program."
     if not isinstance(program, Program): program = read_gcode(program)
-    m,s,issues = moves(program, units),_Lines(program),[]
+    m,s = moves(program, units),_Lines(program); issues = list(program.issues)
     dialect = _dialect(s, program) if dialect=='auto' else check_choice('plan', 'dialect', dialect, ('marlin','klipper','reprapfirmware'))
     rule = _rule(s, program, dialect) if junction=='auto' else check_choice('plan', 'junction', junction, ('jerk','deviation','klipper','stop'))
     has_e = bool((m.de!=0).any())
@@ -461,27 +463,18 @@ def _polynomials(plan, segment, way, columns):
         found.append(poly)
     return found
 
-# %% ../../nbs/gcode/01_planner.ipynb #03e1fabf
+# %% ../../nbs/gcode/01_planner.ipynb #b2c8b6f3
 _labels = ('layer','type','line','segment')
 _columns = ('t','x','y','z','e','v','a','s','vx','vy','vz','ve',*_labels)
 
-def _evaluate(rows, time, polys):
-    "Values of the polynomials at `time`; `rows` has their coefficients side by side, one row a sample."
-    values,at = [],1
-    for k in (p.shape[1] for p in polys):
-        value = rows[:,at+k-1].copy()
-        for j in range(k-2, -1, -1): value *= time; value += rows[:,at+j]
-        values.append(value); at += k
-    return values
-
-# %% ../../nbs/gcode/01_planner.ipynb #f7cb24ee
+# %% ../../nbs/gcode/01_planner.ipynb #62a84d97
 def sample_blocks(
     plan:Plan, # The motion
     rate:float, # Samples a second
     columns=('t','x','y'), # Out of t, x, y, z, e, v, a, s (way in the segment), vx, vy, vz, ve, layer, type (code), line, segment
     start:float=0., # First time, s; the first sample is the first multiple of 1/rate from there on
     stop:float=None, # Time after the last, s; all by default
-    block:int=65536, # Samples a block
+    block:int=32768, # Samples a block
 ): # Dicts of arrays, one a block
     "Sample the motion block by block."
     for c in columns: check_choice('sample', 'column', c, _columns)
@@ -499,12 +492,14 @@ def sample_blocks(
         count = np.diff(np.clip(bounds[p.start:p.stop+1], lo, hi))
         yield _block(plan, columns, smooth, polys, rows[p], segment[p], time[p], count, np.arange(lo, hi)/rate)
 
-# %% ../../nbs/gcode/01_planner.ipynb #9c34118b
+# %% ../../nbs/gcode/01_planner.ipynb #e6f2b5b3
 def _block(plan, columns, smooth, polys, rows, segment, time, count, t):
     "One block of samples as a dict."
-    repeated = np.repeat(rows, count, 0)
-    since = np.minimum(t-repeated[:,0], np.repeat(time, count))
-    found = dict(zip(smooth, _evaluate(repeated, since, polys)))
+    since,found,at = np.minimum(t-np.repeat(rows[:,0], count), np.repeat(time, count)),{},1
+    for c,k in zip(smooth, (p.shape[1] for p in polys)):
+        value = np.repeat(rows[:,at+k-1], count)
+        for j in range(k-2, -1, -1): value *= since; value += np.repeat(rows[:,at+j], count)
+        found[c] = value; at += k
     if 't' in columns: found['t'] = t
     where = np.repeat(segment, count) if any(c in _labels for c in columns) else None
     labels = dict(layer=lambda: plan.layer[where], line=lambda: plan.line[where], type=lambda: plan.type.codes[where], segment=lambda: where)
@@ -550,19 +545,20 @@ def slicer_totals(
     return dict(filament=float(filament) if filament else 1000*float(metres) if metres else None, seconds=_clock(time) if time else float(plain) if plain else None,
                 elapsed=np.array([v for _,v in marks]), elapsed_line=np.array([l for l,_ in marks], int))
 
-# %% ../../nbs/gcode/01_planner.ipynb #04ae6d38
+# %% ../../nbs/gcode/01_planner.ipynb #85c51acc
 def compare_with_slicer(
     program:Program, # A program with totals
     plan:Plan, # Its motion
-)->dict: # Ratios plan/slicer: `seconds`, `filament`, and `layers`, an array over the times between two `;TIME_ELAPSED:`
+)->dict: # Ratios plan/slicer: `seconds`, `printing` (after the first `;TIME_ELAPSED:`), `filament`, and `layers`, an array over the times between two marks
     "How far the plan is from the slicer's own totals."
     totals = slicer_totals(program)
     marks = np.searchsorted(plan.line, totals['elapsed_line'])
     first = np.diff(marks, prepend=-1)>0 # without motion in between a mark repeats the last
-    own = np.diff(np.append(plan.begin-plan.pause[:-1], plan.duration)[marks[first]])
-    slicer = np.diff(totals['elapsed'][first])
+    at,elapsed = np.append(plan.begin-plan.pause[:-1], plan.duration)[marks[first]],totals['elapsed'][first]
+    own,slicer = np.diff(at),np.diff(elapsed)
     ratio = lambda a,b: a/b if b else None
-    return dict(seconds=ratio(plan.duration, totals['seconds']), filament=ratio(plan.filament, totals['filament']), layers=own[slicer>0]/slicer[slicer>0])
+    printing = ratio(plan.duration-at[0], totals['seconds']-elapsed[0]) if len(at) and totals['seconds'] else None
+    return dict(seconds=ratio(plan.duration, totals['seconds']), printing=printing, filament=ratio(plan.filament, totals['filament']), layers=own[slicer>0]/slicer[slicer>0])
 
 # %% ../../nbs/gcode/01_planner.ipynb #feadbcaa
 def outside(
@@ -573,3 +569,63 @@ def outside(
     "Lines that lead out of the machine's space."
     end = plan.start[:,:3]+plan.unit[:,:3]*plan.length[:,None]*plan.unit[:,:3].any(1)[:,None]
     return np.unique(plan.line[((end<np.array(low)-1e-9)|(end>np.array(high)+1e-9)).any(1)])
+
+# %% ../../nbs/gcode/01_planner.ipynb #64e51249
+def limit_lines(
+    table:dict, # From `limits_of_lines`
+    line:int=-1, # Which line
+    dialect:str='marlin', # `marlin`, `klipper` or `reprapfirmware`
+    deviation:bool=False, # Name the junction deviation
+)->list: # Commands
+    "Commands that set the limits in force on a line."
+    n = lambda v: format_number(v, 5); four = lambda c,k=1.: ' '.join(f'{a}{n(k*v)}' for a,v in zip('XYZE', table[c][line])); minutes = 60. if dialect=='reprapfirmware' else 1.
+    found = [f"M201 {four('acceleration')}", f"M203 {four('speed', minutes)}", 'M204 '+' '.join(f'{a}{n(table[c][line])}' for a,c in zip('PRT', ('printing','retract','travel')))]
+    found += [f"{'M566' if dialect=='reprapfirmware' else 'M205'} {four('jerk', minutes)}"+(f" J{n(table['deviation'][line])}" if deviation else ''), f"M220 S{n(100*table['speed_factor'][line])}", f"M221 S{n(100*table['flow_factor'][line])}"]
+    return found+([f"SET_VELOCITY_LIMIT ACCEL={n(table['printing'][line])} SQUARE_CORNER_VELOCITY={n(table['corner'][line])} MINIMUM_CRUISE_RATIO={n(table['cruise'][line])}"] if dialect=='klipper' else [])
+
+# %% ../../nbs/gcode/01_planner.ipynb #85f1e960
+def _own_part(p, block, layer, fed):
+    "The segments of a block's own lines, counted on."
+    k = int(np.searchsorted(p.line, block.prologue)); wait = p.begin[k]-p.pause[k] if k < len(p) else 0.
+    cut = {c: getattr(p, c)[k:] for c in ('unit','length','entry','peak','exit','acceleration','nominal','row','type','turn')}; start = p.start[k:].copy(); start[:,3] += fed-(start[0,3] if len(start) else 0)
+    return replace(p, **cut, start=start, pause=p.pause[k:], begin=p.begin[k:]-wait, line=p.line[k:]-block.prologue+block.first, layer=p.layer[k:]+layer, issues=[in_file(i, block.prologue, block.first) for i in p.issues])
+
+def _restate_all(block, p, limits, layer, kind):
+    "What holds at the end of a block, for the next one."
+    dialect = _dialect(_Lines(block), block)
+    return [*_restated(block)[:-1], *limit_lines(limits_of_lines(block, limits), -1, dialect, p is not None and p.junction=='deviation'), *([f';LAYER:{layer}'] if kind=='number' else []), *([f';TYPE:{p.type[-1]}'] if p is not None and p.type[-1] else []), 'M400']
+
+# %% ../../nbs/gcode/01_planner.ipynb #422b4acd
+def _layer_kind(path):
+    "How a file marks its layers: `number`, `change`, or not at all."
+    if not Path(path).is_file() or not Path(path).stat().st_size: return ''
+    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for kind,pattern in (('number',_layer_number), ('change',_layer_change)):
+            if re.search(pattern.pattern.encode(), text): return kind
+    return ''
+
+# %% ../../nbs/gcode/01_planner.ipynb #811b9b89
+def program_blocks(
+    path, # G-code file
+    lines:int=200_000, # Most lines of a block
+    limits:Limits=Limits(), # What holds until the program says otherwise
+    lenient:bool=False, # See `parse_gcode`
+    **options, # For `plan`
+): # (`Program`, `Plan` of its own lines, whole `Plan` with its prologue) one after the other
+    "Read and plan a large file block by block."
+    last,fed,kind,height,whole = -1,0.,_layer_kind(path),None,None
+    def restate(block): return _restate_all(block, whole, limits, last, kind)
+    for block in read_blocks(path, lines, restate, lenient):
+        try: whole = plan(block, limits, **options)
+        except InputError as e:
+            if e.field!='moves': raise in_file(e, block.prologue, block.first) from None
+            continue
+        own = _own_part(whole, block, 0, fed)
+        if not len(own): continue
+        if kind and not len(_marks_of(block, dict(number=_layer_number, change=_layer_change)[kind])[0]): own.layer = np.full(len(own), last)
+        elif kind!='number' and block.first:
+            laid = np.flatnonzero(own.extruding); same = kind=='' and len(laid) and height is not None and abs(own.start[laid[0],2]-height)<1e-6
+            own.layer = own.layer+last+(0 if same else 1)
+        last,fed = int(own.layer[-1]),own.start[-1,3]+own.unit[-1,3]*own.length[-1]
+        laid = np.flatnonzero(own.extruding); height = own.start[laid[-1],2] if len(laid) else height
+        yield block,own,whole

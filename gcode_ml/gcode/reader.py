@@ -6,12 +6,12 @@ Docs: https://example.org/gcode_ml/gcode/reader.html.md"""
 
 # %% auto #0
 __all__ = ['Program', 'line_checksum', 'parse_gcode', 'read_gcode', 'to_text', 'checksum_mismatches', 'unknown_commands', 'moves',
-           'filament_used', 'arc_sweeps', 'path_points', 'format_number', 'replace_words']
+           'filament_used', 'arc_sweeps', 'path_points', 'format_number', 'replace_words', 'in_file', 'read_blocks']
 
-# %% ../../nbs/gcode/00_reader.ipynb #cd7393d8
-import io, re, warnings
+# %% ../../nbs/gcode/00_reader.ipynb #20bbd21a
+import io, itertools, re, warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -135,9 +135,9 @@ def _leading(line, letter):
     number = first & (letter==_N)
     return number,(first & ~number)|(np.concatenate([[False], number[:-1]])[:len(line)] & ~first)
 
-# %% ../../nbs/gcode/00_reader.ipynb #83a9a551
+# %% ../../nbs/gcode/00_reader.ipynb #636d6bea
 def _sort_words(words, line, faults, fault_line, n):
-    "Which words stay, which lines are text commands, and the first position (with its line) that is wrong, or `None`."
+    "Which words stay, which lines are text commands, and positions (with their lines) that are wrong, in order."
     letter,value,code = words['letter'],words['value'],_code(words['value'])
     star = letter==42
     number,head = _leading(line, letter)
@@ -155,9 +155,9 @@ def _sort_words(words, line, faults, fault_line, n):
     last = np.append(np.diff(line)!=0, True)
     keep = ~is_text[line] | number | head | star & last & numbered[line]
     broken = [*zip(faults[~is_text[fault_line]], fault_line[~is_text[fault_line]]), *zip(words['start'][lacks & ~star], line[lacks & ~star])]
-    return keep,np.flatnonzero(is_text),min(broken, default=None)
+    return keep,np.flatnonzero(is_text),sorted(broken)
 
-# %% ../../nbs/gcode/00_reader.ipynb #f28bcc61
+# %% ../../nbs/gcode/00_reader.ipynb #fdab31ce
 @dataclass
 class Program:
     "A G-code program: its text by lines, and tables of what was found in it."
@@ -168,6 +168,10 @@ class Program:
     extended:pd.DataFrame # line, name, text of commands kept as text
     checksums:pd.DataFrame # line, written, computed, start and end in the line
     deletable:np.ndarray # Lines that begin with `/` (block delete)
+    issues:list = field(default_factory=list, repr=False) # What was left out or looked odd, a sentence each
+    lenient:bool = False # Leave out what cannot be read, and read arcs without a centre as straight lines
+    prologue:int = 0 # Lines at the start that restate what held before, in a block of a larger file
+    first:int = 0 # Line of that file, from 0, that follows them
     def __repr__(self): return f'Program({self.file}: {len(self.lines)} lines, {len(self.words)} words, {len(self.comments)} comments)'
 
 # %% ../../nbs/gcode/00_reader.ipynb #0d1f9660
@@ -215,10 +219,24 @@ def _extended_table(named, is_text, words, lines):
     line,name,text = zip(*sorted(rows)) if rows else ((), (), ())
     return pd.DataFrame(dict(line=np.array(line, np.int64), name=pd.Series(name, dtype=object), text=pd.Series(text, dtype=object)))
 
-# %% ../../nbs/gcode/00_reader.ipynb #640db03b
+# %% ../../nbs/gcode/00_reader.ipynb #68e39045
+def _resent(words, checksums, file):
+    "Lines of a stream that are not executed, and what is odd about its numbers."
+    if not len(checksums): return np.zeros(0, int),[]
+    number = words[words.letter.eq('N')].drop_duplicates('line').set_index('line').value
+    resets = words.line[words.letter.eq('M') & words.value.eq(110)].to_numpy()
+    line = checksums.line[checksums.line.isin(number.index)].to_numpy(); whole = (checksums.written==checksums.computed)[checksums.line.isin(number.index)].to_numpy()
+    t = pd.DataFrame(dict(line=line, number=number.loc[line].to_numpy(), epoch=np.searchsorted(resets, line, 'right')))
+    good,bad = t[whole],t[~whole]; repeat = good.duplicated(['epoch','number']); done = good[~repeat]
+    comes = bad.merge(done[['epoch','number']], how='left', indicator=True)._merge.eq('both').to_numpy()
+    found = ((good[repeat], 'sent again, executed once'), (bad[comes], 'checksum wrong, sent again'), (bad[~comes], 'checksum wrong, executed as it stands'), (done[(done.number.diff()!=1) & done.epoch.diff().eq(0)], 'a number that does not follow the last'))
+    return np.sort(np.concatenate([good.line[repeat], bad.line[comes]])).astype(int),[f'{file}: line {rows.line.iloc[0]+1}: {text} ({len(rows)} in all)' for rows,text in found if len(rows)]
+
+# %% ../../nbs/gcode/00_reader.ipynb #dbc72742
 def parse_gcode(
     text:str, # A whole program
     file='G-code', # Where it came from, for error messages
+    lenient:bool=False, # Leave out lines that cannot be read, instead of raising an error, and say so in `issues`
 )->Program: # Its words, comments and commands
     "Read a program from text."
     if not text.strip(): raise InputError(file, 'content', 'a G-code program', 'nothing')
@@ -231,26 +249,35 @@ def parse_gcode(
     words,faults,slashes = _tokens(chars)
     line,comment_line = at(words['start']),at(comment_start)
     keep,is_text,broken = _sort_words(words, line, faults, at(faults), len(lines))
-    if broken: raise _word_error(file, lines, starts, *broken)
-    star = keep & (words['letter']==42); keep &= ~star
+    errors = {l: _word_error(file, lines, starts, place, l) for place,l in broken[::-1]}
+    if errors and not lenient: raise errors[broken[0][1]]
+    star = keep & (words['letter']==42); keep &= ~star & ~np.isin(line, list(errors))
+    named += [(l, '?', lines[l].strip()) for l in errors]
     pick = lambda mask: ({k: v[mask] for k,v in words.items()}, line[mask], starts)
-    table = _word_table(*pick(keep))
-    return Program(str(file), lines, table, pd.DataFrame(dict(line=comment_line, start=comment_start-starts[comment_line], text=pd.Series(comments, dtype=object))),
-                   _extended_table(named, is_text, table, lines), _checksum_table(*pick(star), raw, lines), at(slashes))
+    table,checksums = _word_table(*pick(keep)),_checksum_table(*pick(star), raw, lines)
+    skip,odd = _resent(table, checksums, file)
+    extended = _extended_table(named, is_text, table, lines)
+    return Program(str(file), lines, table[~table.line.isin(skip)].reset_index(drop=True) if len(skip) else table, pd.DataFrame(dict(line=comment_line, start=comment_start-starts[comment_line], text=pd.Series(comments, dtype=object))),
+                   extended, checksums, at(slashes), [f'{e}; left out' for _,e in sorted(errors.items())]+odd, lenient)
 
-# %% ../../nbs/gcode/00_reader.ipynb #8e875ba5
-def read_gcode(
-    source, # Path of a G-code file
-)->Program: # Its words, comments and commands
-    "Read a G-code file; bytes that are no UTF-8 survive the round trip."
-    path = Path(source)
-    if not path.is_file(): raise InputError(path, 'file', 'a G-code file', 'a folder' if path.is_dir() else 'nothing there')
-    data = path.read_bytes()
+# %% ../../nbs/gcode/00_reader.ipynb #3c3e72e6
+def _check_text(path, data):
+    "Raise for bytes that are no text."
     sample = np.frombuffer(data, np.uint8)
     if b'\0' in data: raise InputError(path, 'content', 'text', f'a NUL byte at byte {data.index(0)}', 'binary G-code has to be converted to text')
     control = (sample<9)|(sample>126)|(sample>13)&(sample<32)
     if control.mean()>.3 if len(data) else False: raise InputError(path, 'content', 'text', f'{control.mean():.0%} bytes that are no text')
-    return parse_gcode(data.decode('utf-8', 'surrogateescape'), path)
+
+# %% ../../nbs/gcode/00_reader.ipynb #e7845ccf
+def read_gcode(
+    source, # Path of a G-code file
+    lenient:bool=False, # See `parse_gcode`
+)->Program: # Its words, comments and commands
+    "Read a G-code file; bytes that are no UTF-8 survive the round trip."
+    path = Path(source)
+    if not path.is_file(): raise InputError(path, 'file', 'a G-code file', 'a folder' if path.is_dir() else 'nothing there')
+    data = path.read_bytes(); _check_text(path, data)
+    return parse_gcode(data.decode('utf-8', 'surrogateescape'), path, lenient)
 
 # %% ../../nbs/gcode/00_reader.ipynb #c4200967
 def to_text(
@@ -293,11 +320,11 @@ def _hold(value, present, initial):
     last = np.maximum.accumulate(np.where(present, np.arange(len(value)), -1))
     return np.where(last>=0, value[last], initial)
 
-# %% ../../nbs/gcode/00_reader.ipynb #063fa2a0
+# %% ../../nbs/gcode/00_reader.ipynb #2d0549fa
 class _Lines:
     "The words of a program ready to be spread over its lines."
     def __init__(self, program, block_delete=False):
-        w,self.n = program.words,len(program.lines)
+        self.program,w,self.n = program,program.words,len(program.lines)
         self.line,self.letter,self.value = w.line.to_numpy(),w.letter.cat.codes.to_numpy().view(np.uint8)+np.uint8(65),w.value.to_numpy()
         if block_delete and len(program.deletable):
             keep = ~np.isin(self.line, program.deletable)
@@ -314,6 +341,13 @@ class _Lines:
         "Mask of the lines in `line`."
         mask = np.zeros(self.n, bool); mask[line] = True
         return mask
+
+# %% ../../nbs/gcode/00_reader.ipynb #7bf4adfb
+@patch
+def fault(self:_Lines, error, instead):
+    "Raise an error, or note it in a lenient program."
+    if not self.program.lenient: raise error
+    if (text := f'{error}; {instead}') not in self.program.issues: self.program.issues.append(text)
 
 # %% ../../nbs/gcode/00_reader.ipynb #59d66dc8
 @patch
@@ -338,9 +372,9 @@ def group(self:_Lines, codes, initial):
     value[self.g_line[member]] = self.g[member]
     return _hold(value, value>=0, initial)
 
-# %% ../../nbs/gcode/00_reader.ipynb #cbac11c7
-def _positions(word, absolute, renamed, cleared, home, machine):
-    "Position of one axis after each line; all arguments are arrays over lines, `word` and `renamed` NaN where there is none."
+# %% ../../nbs/gcode/00_reader.ipynb #5d64a4b7
+def _positions(word, absolute, renamed, cleared, home, machine, apart=False):
+    "Position of one axis after each line; all arguments are arrays over lines, `word` and `renamed` NaN where there is none. With `apart`, the program's own coordinate and its offset."
     before = lambda x: np.concatenate([[0.], x[:-1]])
     moved,is_renamed = ~np.isnan(word),~np.isnan(renamed)
     is_set = home | is_renamed | cleared | moved & absolute
@@ -349,10 +383,10 @@ def _positions(word, absolute, renamed, cleared, home, machine):
     while True:
         setting = np.where(is_renamed, renamed, np.where(cleared, before(own)+before(offset), word-np.where(machine, offset, 0.)))
         new_own = _hold(np.where(home, 0., setting)-total, is_set, 0.)+total
-        if not is_renamed.any(): return new_own
+        if not is_renamed.any(): return (new_own,0*new_own) if apart else new_own
         jumps = np.cumsum(np.where(is_renamed | cleared, before(new_own)-np.nan_to_num(setting), 0.))
         new_offset = jumps+_hold(-jumps, home, 0.)
-        if np.array_equal(own, new_own) and np.array_equal(offset, new_offset): return own+offset
+        if np.array_equal(own, new_own) and np.array_equal(offset, new_offset): return (own,offset) if apart else own+offset
         own,offset = new_own,new_offset
 
 # %% ../../nbs/gcode/00_reader.ipynb #6d673821
@@ -412,7 +446,7 @@ def _layers(program, line, z, extruding):
     height = np.concatenate([[-1e300], np.where(extruding, z, -1e300)])
     return np.cumsum(np.diff(np.maximum.accumulate(height))>1e-6)-1
 
-# %% ../../nbs/gcode/00_reader.ipynb #1e1b9b10
+# %% ../../nbs/gcode/00_reader.ipynb #28278f74
 _motions = [0,10,20,30,50,51,60,330,331,380,382,383,384,385,730,740,760,800,*range(810,900,10)]
 _feed_moves = [50,51,60,310,330,331,382,383,384,385,730,740,760,*range(810,900,10)]
 
@@ -422,7 +456,7 @@ def _motion_lines(s, file):
     bare = s.lines(s.line[np.isin(s.letter, list(b'XYZEABCUVW'))]) | s.lines(s.line[np.isin(s.letter, list(b'IJKR'))]) & np.isin(motion, [20,30])
     bare &= ~s.owned & ~s.has(_motions)
     lost = np.flatnonzero(bare & ((motion==-1)|(motion==800)))
-    if len(lost): raise InputError(file, f'line {lost[0]+1}', 'G0, G1, G2 or G3 before or on a line of coordinates', 'none')
+    if len(lost): s.fault(InputError(file, f'line {lost[0]+1}', 'G0, G1, G2 or G3 before or on a line of coordinates', 'none'), 'left out')
     return motion,(named & ~s.owned)|(bare & np.isin(motion, [0,10,20,30])),named
 
 # %% ../../nbs/gcode/00_reader.ipynb #e7d74bc8
@@ -437,9 +471,9 @@ def _modes(s, units):
     feed = np.where(s.group([930,940,950], 940)==940, _hold(f, ~np.isnan(f), np.nan), np.nan)
     return unit,s.group([900,910], 900)==900,_hold(mode, mode>0, 1)==1,feed
 
-# %% ../../nbs/gcode/00_reader.ipynb #ec6f37c1
-def _paths(s, moving, unit, absolute, absolute_e):
-    "Positions after each line (4, lines: x, y, z, e) in mm, and the steps of E that the words give."
+# %% ../../nbs/gcode/00_reader.ipynb #dcfae766
+def _paths(s, moving, unit, absolute, absolute_e, apart=False):
+    "Positions after each line (4, lines: x, y, z, e) in mm, and the steps of E that the words give; with `apart`, (4, 2, lines) of own coordinates and offsets."
     machine,home,rename,clear = s.has([530]),s.has([280]),s.has([920]),s.has([921,922])
     home_all = home & ~s.lines(s.line[np.isin(s.letter, list(b'XYZ'))])
     paths = []
@@ -447,10 +481,10 @@ def _paths(s, moving, unit, absolute, absolute_e):
         word,own = s.column(axis, moving)*unit,s.lines(s.line[s.letter==ord(axis)])
         homes = np.zeros(s.n, bool) if axis=='E' else home_all | home & own
         fixed = absolute_e if axis=='E' else absolute | machine
-        paths.append(_positions(word, fixed, s.column(axis, rename)*unit, clear & (axis!='E'), homes, machine & (axis!='E')))
+        paths.append(_positions(word, fixed, s.column(axis, rename)*unit, clear & (axis!='E'), homes, machine & (axis!='E'), apart))
     return np.array(paths),np.where(absolute_e, np.nan, word)
 
-# %% ../../nbs/gcode/00_reader.ipynb #999979c8
+# %% ../../nbs/gcode/00_reader.ipynb #855850ef
 def _arc_columns(s, file, rows, command, plane, unit, start, end, tolerance):
     "Columns i, j, k, r and turns of the moves on the lines `rows`; NaN and 0 for straight moves."
     i,j,k,r = columns = np.full((4, len(rows)), np.nan)
@@ -460,8 +494,12 @@ def _arc_columns(s, file, rows, command, plane, unit, start, end, tolerance):
         scale = unit[rows[arc]]
         offset = np.stack([pick(c) for c in 'IJK'])*scale
         offset -= np.where(s.group([901,911], 911)[rows[arc]]==901, start[:,arc], 0)
-        columns[:3,arc],r[arc] = _arcs(file, rows[arc], start[:,arc], end[:,arc], offset, pick('R')*scale, command[arc], plane[arc], tolerance)
-        if (r[arc]==0).any(): raise InputError(file, f'line {rows[arc][r[arc]==0][0]+1}', 'an arc of some radius', 'its centre at its start')
+        try:
+            columns[:3,arc],r[arc] = _arcs(file, rows[arc], start[:,arc], end[:,arc], offset, pick('R')*scale, command[arc], plane[arc], tolerance)
+            if (r[arc]==0).any(): raise InputError(file, f'line {rows[arc][r[arc]==0][0]+1}', 'an arc of some radius', 'its centre at its start')
+        except InputError as e:
+            s.fault(e, 'read as a straight line'); command[rows==int(e.field.split()[1])-1] = 1
+            return _arc_columns(s, file, rows, command, plane, unit, start, end, tolerance)
         turns[arc] = np.clip(np.nan_to_num(pick('P'), nan=1), 1, 100)
     return dict(i=i, j=j, k=k, r=r, turns=turns)
 
@@ -572,7 +610,7 @@ def _changes(program, line, words):
         changes[letter.upper()] = value if value is None else np.broadcast_to(number, line.shape)
     return changes
 
-# %% ../../nbs/gcode/00_reader.ipynb #5c00148d
+# %% ../../nbs/gcode/00_reader.ipynb #15e06f97
 def replace_words(
     program:Program, # A program
     line, # Line from 0, or an array of distinct lines
@@ -589,4 +627,52 @@ def replace_words(
     for n,(k,a,b) in enumerate(zip(line.tolist(), first, stop)):
         change = {c: v if v is None else v[n] for c,v in changes.items() if v is None or not np.isnan(v[n])}
         lines[k] = _render(lines[k], spans[a:b], checksums.get(k), change, digits)
-    return parse_gcode(''.join(lines), program.file)
+    return parse_gcode(''.join(lines), program.file, program.lenient)
+
+# %% ../../nbs/gcode/00_reader.ipynb #807f538e
+def _restated(program, units='mm'):
+    "Lines that bring a machine from rest at the origin into the state that a program leaves it in."
+    s = _Lines(program); motion,moving,_ = _motion_lines(s, program.file); unit,absolute,absolute_e,feed = _modes(s, units)
+    own,offset = _paths(s, moving, unit, absolute, absolute_e, True)[0][...,-1].T; place = own+offset; n = lambda v: format_number(v, 6)
+    lines = ['G21 G90 M82', f'G0 X{n(place[0])} Y{n(place[1])} Z{n(place[2])}', 'G92 '+' '.join(f'{a}{n(v)}' for a,v,o in zip('XYZE', own, offset) if o or a=='E'), f"G1 F{n(feed[-1])}" if feed[-1]>0 else 'G1']
+    lines += [f"G{s.group([170,180,190], 170)[-1]//10}", f"G{'90.1' if s.group([901,911], 911)[-1]==901 else '91.1'}", *(['G93'] if s.group([930,940,950], 940)[-1]==930 else []), 'G20' if unit[-1]>1 else 'G21']
+    return [*lines, *(['G0'] if motion[-1]==0 else []), 'G90' if absolute[-1] else 'G91', 'M82' if absolute_e[-1] else 'M83', 'M400']
+
+# %% ../../nbs/gcode/00_reader.ipynb #24db2bb8
+def in_file(
+    text, # A sentence or an `InputError` that names a line of a block
+    prologue:int, # Lines at the start of the block that are not in the file
+    first:int, # Line of the file, from 0, that follows them
+): # The same, with the line of the file
+    "Name the line of the file instead of that of the block."
+    shift = lambda t: re.sub(r'(?<=\bline )\d+', lambda m: str(int(m[0])-prologue+first), t)
+    return InputError(text.file, shift(text.field), text.expected, text.found, text.hint) if isinstance(text, InputError) else shift(text)
+
+# %% ../../nbs/gcode/00_reader.ipynb #a38b48de
+def read_blocks(
+    source, # Path of a G-code file
+    lines:int=200_000, # Most lines of a block
+    restate=_restated, # Lines that restate what a program leaves
+    lenient:bool=False, # See `parse_gcode`
+): # `Program`s, one after the other
+    "Read a large file block by block; no more than one block is held."
+    path = Path(source); first,prologue,pending = 0,[],[]
+    if not path.is_file(): raise InputError(path, 'file', 'a G-code file', 'nothing there')
+    with open(path, 'rb') as f:
+        while True:
+            pending += [l.decode('utf-8', 'surrogateescape') for l in itertools.islice(f, lines-len(pending))]
+            if not pending and not first: raise InputError(path, 'content', 'a G-code program', 'nothing')
+            if not pending: return
+            if first==0 or len(pending)>1: _check_text(path, ''.join(pending).encode('utf-8', 'surrogateescape'))
+            cut = _block_end(pending) if len(pending)>=lines else len(pending)
+            try: program = parse_gcode(''.join([l+'\n' for l in prologue]+pending[:cut]), path, lenient)
+            except InputError as e: raise in_file(e, len(prologue), first) from None
+            program.prologue,program.first = len(prologue),first
+            yield program
+            prologue,first,pending = restate(program),first+cut,pending[cut:]
+
+# %% ../../nbs/gcode/00_reader.ipynb #92459a69
+def _block_end(lines, share=.2):
+    "Number of lines up to the last one near the end that is no motion."
+    near = range(len(lines)-1, int((1-share)*len(lines)), -1)
+    return next((k for k in near if lines[k].startswith((';LAYER',';TYPE'))), next((k for k in near if re.match(r'\s*(?:;|M|G[09]\b)', lines[k])), next((k for k in near if re.match(r'\s*G1\b', lines[k])), len(lines))))

@@ -11,7 +11,7 @@ __all__ = ['SIMULATES', 'add_simulate_options', 'simulate_file', 'modes_of', 'co
 from pathlib import Path
 from ..core.errors import InputError
 
-# %% ../../nbs/trajectory/60_commands.ipynb #ef2228bd
+# %% ../../nbs/trajectory/60_commands.ipynb #ddccc16a
 SIMULATES = ('.gcode','.gco','.g','.nc','.ngc')
 
 def add_simulate_options(
@@ -19,7 +19,7 @@ def add_simulate_options(
 ):
     "What a G-code file can be simulated with."
     parser.add_argument('--layers', default='sampled:5', help='of a G-code file: all, sampled:N, a:b')
-    parser.add_argument('--machine', default='bedslinger', help='of a G-code file: soft, bedslinger, hard, corexy, random:SEED, joined by +')
+    parser.add_argument('--machine', default='bedslinger', help='of a G-code file: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED, joined by +')
     parser.add_argument('--rate', type=float, default=500., help='of a G-code file: samples a second that are kept')
 
 # %% ../../nbs/trajectory/60_commands.ipynb #c0ebea25
@@ -61,31 +61,29 @@ def modes_of(
     part = part_of(path, bundle.preprocessing['rate']); error = predict_part(bundle, part)
     return fit_filter([Series(part, dict(name='model'), error)], 'second_order').weights, error
 
-# %% ../../nbs/trajectory/60_commands.ipynb #63105412
+# %% ../../nbs/trajectory/60_commands.ipynb #c722cb84
 def correct_command(a):
     "`gcode_ml correct`: a program that the machine prints with less error, proven by printing it again in simulation."
-    from gcode_ml.core.errors import check_choice
-    from gcode_ml.core.files import atomic_path
-    from gcode_ml.trajectory.correct import correct_program, uncertain_machines
-    from gcode_ml.trajectory.data import _machine
+    from gcode_ml.trajectory.correct import correct_file, uncertain_machines
+    from gcode_ml.trajectory.simulate import named_machine
     if not Path(a.file).is_file(): raise InputError(a.file, 'file', 'a G-code file', 'nothing there')
     modes,error = modes_of(a.model, a.file, a.frequency, a.damping)
-    machines = uncertain_machines(modes, a.spread, [_machine(m) for m in a.judge])
-    done = correct_program(a.file, modes, a.method, machines, error, a.firmware, tuple(a.bed))
-    with atomic_path(a.output) as f: f.write_bytes(done.text.encode('utf-8', 'surrogateescape'))
+    machines = uncertain_machines(modes, a.spread, [named_machine(m) for m in a.judge])
+    done = correct_file(a.file, a.output, modes, a.method, machines, error, a.firmware, tuple(a.bed), a.lenient)
     print('mode     '+', '.join(f'{axis} {f:.2f} Hz, damping {z:.3f}' for axis,(f,z) in zip('xy', done.modes)))
     print(done.table.to_string(index=False, float_format=lambda x: f'{x:.2f}')+'   µm RMS, simulation only')
     if done.limits: print(f"advice   {done.method}; acceleration up to {done.limits['acceleration']:g} mm/s²; speeds near {', '.join(f'{v:g}' for v in sorted({*done.limits['avoid_x'], *done.limits['avoid_y']}))} mm/s shake the machine")
     print(f'written  {a.output}')
 
-# %% ../../nbs/trajectory/60_commands.ipynb #0f626364
+# %% ../../nbs/trajectory/60_commands.ipynb #8ac90630
 def add_commands(
     command, # `command(name, function, help, *words)` makes a command
 ):
     "The commands of this domain."
     sub = command('correct', correct_command, 'a G-code file that is printed with less error', 'file', group='trajectory')
     sub.add_argument('--model', required=True, help='a bundle or run of trajectory, or filter'); sub.add_argument('-o', '--output', required=True, help='G-code file to write')
-    sub.add_argument('--method', default='inverse', help='inverse (resampled path), shaper (the best for the firmware), ZV, MZV, ZVD, EI, 2HUMP, 3HUMP, or vertices')
+    sub.add_argument('--method', default='robust', help='robust or inverse (resampled path), shaper (the best for the firmware), ZV, MZV, ZVD, EI, 2HUMP, 3HUMP, or vertices')
     sub.add_argument('--frequency', type=float, nargs='+', help='Hz, of x and y, with --model filter'); sub.add_argument('--damping', type=float, nargs='+', help='damping ratio of x and y, with --model filter')
-    sub.add_argument('--spread', type=float, default=.1, help='how far frequencies may be off'); sub.add_argument('--judge', nargs='*', default=[], help='more machines to print on: soft, bedslinger, hard, corexy, random:SEED')
+    sub.add_argument('--spread', type=float, default=.1, help='how far frequencies may be off'); sub.add_argument('--judge', nargs='*', default=[], help='more machines to print on: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED')
     sub.add_argument('--firmware', default='klipper', choices=['klipper','marlin'], help='firmware that sets a shaper'); sub.add_argument('--bed', type=float, nargs='+', default=[220.,220.,250.], help='space of the machine, mm: its size, or six numbers, least position first')
+    sub.add_argument('--lenient', action='store_true', help='leave out lines that cannot be read, and say so, instead of refusing the file')

@@ -6,9 +6,9 @@ Docs: https://example.org/gcode_ml/trajectory/simulate.html.md"""
 
 # %% auto #0
 __all__ = ['EFFECTS', 'MACHINES', 'SHAPERS', 'error_filter', 'axis_error', 'exact_error', 'Machine', 'random_machine',
-           'random_process', 'play', 'motor_positions', 'tracking_error', 'simulation_rate', 'shaper',
-           'residual_vibration', 'smoothing', 'shape', 'extrusion_flow', 'Thermal', 'healing', 'layer_temperatures',
-           'simulate_part']
+           'random_process', 'vary_machine', 'named_machine', 'play', 'motor_positions', 'tracking_error',
+           'simulation_rate', 'shaper', 'residual_vibration', 'smoothing', 'shape', 'extrusion_flow', 'Thermal',
+           'healing', 'layer_temperatures', 'point_ages', 'point_temperatures', 'fin_temperature', 'simulate_part']
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b413d47e
 from dataclasses import asdict, dataclass, fields, replace
@@ -118,17 +118,19 @@ def only(self:Machine,
     for e in effects: check_choice('machine', 'effect', e, EFFECTS)
     return self.without(*(e for e in EFFECTS if e not in effects))
 
-# %% ../../nbs/trajectory/05_simulate.ipynb #915e437c
+# %% ../../nbs/trajectory/05_simulate.ipynb #c03ca5ec
 def _spring(mass, stiffness, damping): return np.sqrt(stiffness/mass)/(2*np.pi),damping/(2*np.sqrt(stiffness*mass))
 
 _soft = [_spring(m, 8000., 15.) for m in (.35,.45)]
 _ripple = ((.005,.2,0.),(.003,.8,1.),(.005,2.,2.))
+_hard = Machine('hard', 'bedslinger', (55.,40.), (.08,.08), second_gain=.15, belt_slope=.15, ripple=_ripple, backlash=.01)
 
-# %% ../../nbs/trajectory/05_simulate.ipynb #037ecbc3
+# %% ../../nbs/trajectory/05_simulate.ipynb #55070b72
 MACHINES = dict(
     soft=Machine('soft', 'cartesian', tuple(f for f,_ in _soft), tuple(z for _,z in _soft)),
     bedslinger=Machine('bedslinger', 'bedslinger', (55.,40.), (.08,.08)),
-    hard=Machine('hard', 'bedslinger', (55.,40.), (.08,.08), second_gain=.15, belt_slope=.15, ripple=_ripple, backlash=.01),
+    hard=_hard,
+    worn=replace(_hard, name='worn', friction=.005),
     corexy=Machine('corexy', 'corexy', (70.,60.), (.06,.06), second_gain=.1, belt_ratio=1.1, ripple=_ripple[1:], steps=80.))
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f2f21e21
@@ -155,6 +157,29 @@ def random_process(
     rng = np.random.default_rng([seed, 6])
     corner = dict(jerk=float(rng.uniform(5, 20))) if rng.random()<.5 else dict(deviation=float(rng.uniform(.005, .05)))
     return dict(acceleration=float(np.exp(rng.uniform(np.log(300), np.log(5000)))), speed_factor=float(np.exp(rng.uniform(np.log(.5), np.log(2)))), **corner)
+
+# %% ../../nbs/trajectory/05_simulate.ipynb #408cf20e
+def vary_machine(
+    machine:Machine, # The machine as built
+    seed:int, # Which other one of its make
+    spread:float=.2, # Largest relative change of a constant
+)->Machine: # Named after the machine and the seed
+    "Draw a machine of the same make."
+    rng = np.random.default_rng([seed, 7]); u = lambda v: float(v*rng.uniform(1-spread, 1+spread))
+    some = {k: tuple(map(u, getattr(machine, k))) for k in ('frequency','damping')}
+    some |= {k: u(getattr(machine, k)) for k in ('second_gain','second_ratio','second_damping','belt_slope','friction','backlash')}
+    return replace(machine, name=f'{machine.name}_{seed}', ripple=tuple((u(a), p, u(phase)) for a,p,phase in machine.ripple), **some)
+
+# %% ../../nbs/trajectory/05_simulate.ipynb #6e35a34c
+def named_machine(
+    name, # A `Machine`, a name in `MACHINES`, `NAME:SEED` for another one of its make, or `random:SEED`
+)->Machine: # The machine
+    "A machine by its name."
+    if isinstance(name, Machine): return name
+    kind,colon,seed = str(name).partition(':')
+    if colon and seed.isdigit() and kind in ('random',*MACHINES): return random_machine(int(seed)) if kind=='random' else vary_machine(MACHINES[kind], int(seed))
+    if name not in MACHINES: check_choice('machine', 'name', name, [*MACHINES, 'NAME:SEED', 'random:SEED'])
+    return MACHINES[name]
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #3a0d5019
 def play(
@@ -276,12 +301,13 @@ def tracking_error(
         elif motor is not command: errors[k] = errors[k]+(motor-command)
     return tuple(errors)
 
-# %% ../../nbs/trajectory/05_simulate.ipynb #be52edfb
+# %% ../../nbs/trajectory/05_simulate.ipynb #b8f57a5d
 def simulation_rate(
     machine:Machine, # A machine
 )->float: # Samples a second
-    "1 kHz, or 2 kHz when a first mode lies above 80 Hz."
-    return 2000. if max(machine.frequency)>80 else 1000.
+    "1 kHz, or 2 kHz when a first mode lies above 80 Hz or a second one above 240 Hz."
+    second = machine.second_ratio*max(machine.frequency) if machine.second_gain else 0.
+    return 2000. if max(machine.frequency)>80 or second>240 else 1000.
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #36bd4ee8
 def _hump2(K, v):
@@ -441,10 +467,54 @@ def layer_temperatures(
         stack[low:] = followed[-1]
     return pd.DataFrame(rows, columns=['substrate','interface','adhesion','seconds']).rename_axis('layer')
 
-# %% ../../nbs/trajectory/05_simulate.ipynb #d425fedb
+# %% ../../nbs/trajectory/05_simulate.ipynb #208b129c
+def point_ages(
+    x:np.ndarray, # mm, `[T]`
+    y:np.ndarray, # mm, `[T]`
+    t:np.ndarray, # s, `[T]`
+    layer:np.ndarray, # Layer of each sample, `[T]`
+    laid:np.ndarray, # Where material is laid down, mask `[T]`
+    cell:float=1., # Raster, mm
+)->np.ndarray: # s, `[T]`; NaN where nothing lies below or nothing is laid down
+    "How long ago the material below each point was laid down."
+    k = np.flatnonzero(laid); at = pd.DataFrame(dict(i=np.floor(x[k]/cell).astype(int), j=np.floor(y[k]/cell).astype(int), layer=layer[k], t=t[k]))
+    last = at.groupby(['i','j','layer']).t.max(); below = last.groupby(['i','j']).shift(1)
+    age = np.full(len(x), np.nan); age[k] = t[k]-below.reindex(pd.MultiIndex.from_frame(at[['i','j','layer']])).to_numpy()
+    return age
+
+# %% ../../nbs/trajectory/05_simulate.ipynb #ecd4f5f3
+def point_temperatures(
+    ages:np.ndarray, # From `point_ages`, s, `[T]`
+    layer:np.ndarray, # Layer of each sample, from 0, `[T]`
+    seconds, # Time that each layer takes, s
+    thermal:Thermal=Thermal(), # Constants
+)->np.ndarray: # Substrate, contact in °C, adhesion 0 to 1, `[T,3]`; NaN where `ages` is
+    "Temperatures and welding of each point, from the time since the layer below was laid there."
+    table = layer_temperatures(seconds, thermal); found = np.full((len(ages),3), np.nan); fresh = np.full(2, thermal.deposit)
+    grid = np.linspace(0, max(np.nanmax(ages, initial=1.), 1.), 200); clock = np.linspace(0, 12., 121)
+    for n in np.unique(layer[~np.isnan(ages)]):
+        k = np.flatnonzero((layer == n) & ~np.isnan(ages)); below = table.substrate[max(n-1, 0)]
+        cooled = _cool(np.array([below,thermal.deposit]), grid, thermal, None if n < 2 else below)[:,-1]; bed = np.arange(0, len(grid), 20)
+        weld = [healing(_cool(np.array([T,thermal.deposit]), clock, thermal, below).mean(1), clock, thermal) for T in cooled[bed]]
+        found[k,0] = np.interp(ages[k], grid, cooled); found[k,1] = (thermal.deposit+found[k,0])/2; found[k,2] = np.interp(ages[k], grid[bed], weld)
+    return found
+
+# %% ../../nbs/trajectory/05_simulate.ipynb #15caa680
+def fin_temperature(
+    distance, # Behind the nozzle, mm, number or array
+    speed:float, # Of the nozzle, mm/s
+    width:float=.4, # Of the strand, mm
+    thermal:Thermal=Thermal(), # Constants
+)->np.ndarray: # °C
+    "Temperature along a fresh strand."
+    v,w,h = speed*1e-3,width*1e-3,thermal.height; heat = thermal.density*thermal.capacity
+    a,b = thermal.conductivity/(heat*v),(thermal.convection+thermal.radiation)*2*(w+h)/(heat*w*h*v); m = (np.sqrt(1+4*a*b)-1)/(2*a)
+    return thermal.ambient+(thermal.deposit-thermal.ambient)*np.exp(-m*np.asarray(distance, float)*1e-3)
+
+# %% ../../nbs/trajectory/05_simulate.ipynb #b785e63b
 def simulate_part(
     program, # A `Plan`, a `Program` or the path of a file
-    machine='bedslinger', # A `Machine` or the name of one in `MACHINES`
+    machine='bedslinger', # A `Machine`, or its name as `named_machine` takes it
     rate:float=None, # Samples a second; by the machine's frequencies
     start:float=0., # First time, s
     stop:float=None, # Time after the last, s
@@ -453,7 +523,7 @@ def simulate_part(
 )->dict: # Those columns, and error_x and error_y in mm
     "Plan, sample and simulate; the error is that of the actual against the programmed position."
     motion = program if isinstance(program, Plan) else plan(program)
-    if isinstance(machine, str): machine = MACHINES[check_choice('simulate', 'machine', machine, MACHINES)]
+    machine = named_machine(machine)
     rate = rate or simulation_rate(machine)
     needed = ['x','y']+(['e'] if machine.moving_mass and machine.kind=='bedslinger' else [])
     s = sample(motion, rate, tuple(dict.fromkeys([*columns, *needed])), start, stop)
