@@ -17,7 +17,7 @@ MODELS = {
     'bearing.models.SignalLSTM': lambda: (m.SignalLSTM(hidden=8, layers=1), batch()),
     'bearing.models.ResNet1d': lambda: (m.ResNet1d(width=4), batch()),
     'bearing.models.PatchTransformer': lambda: (m.PatchTransformer(size=8, heads=2, layers=1), batch()),
-    'bearing.models.SpectrogramCNN': lambda: (m.SpectrogramCNN(representations=('stft','cwt'), widths=(4,4,4)), batch()),
+    'bearing.models.SpectrogramCNN': lambda: (m.SpectrogramCNN(representations=('stft','wigner'), widths=(4,4,4)), batch()),
     'bearing.models.OrderNet': lambda: (m.OrderNet(severities=2), batch()),
     'bearing.models.LinePenalty': lambda: (m.LinePenalty(), dict(prediction=dict(fault=torch.randn(ITEMS, 3)), target=torch.zeros(ITEMS), **batch())),
     'bearing.models.BandPenalty': lambda: (m.BandPenalty(['healthy','imbalance']), dict(prediction=dict(fault=torch.randn(ITEMS, 2)), target=torch.zeros(ITEMS), **batch())),

@@ -153,3 +153,16 @@ def test_low_pass():
 def test_names(refused):
     assert [fault_name(x) for x in ('IR','or','Ball','normal','usure')] == ['inner','outer','ball','healthy','wear']
     assert set(FAULTS) == {'outer','inner','ball'}
+
+def test_mapped_copy_is_the_records(folder, tmp_path):
+    "What is read from the copy is what the files say, doubts included; a file that changes, or a table, makes it anew."
+    import os
+    cache,plain = tmp_path/'copy',read_records(folder)
+    for _ in range(2):
+        mapped = read_records(folder, cache=cache)
+        for a,b in zip(plain, mapped): assert np.array_equal(a.signal, b.signal) and np.array_equal(a.orders, b.orders) and all(getattr(a, k) == getattr(b, k) for k in ('name','rate','rpm','fault','diameter','load','bearing'))
+    assert not mapped[0].signal.flags.owndata and not mapped[0].signal.flags.writeable
+    first = folder/plain[0].name; np.save(first, plain[0].signal.clip(-.5, .5)); os.utime(first, ns=(1, 1))
+    assert any('clipped' in w for w in said(lambda: read_records(folder, cache=cache))) and any('clipped' in w for w in said(lambda: read_records(folder, cache=cache)))
+    edit(folder, fault='ball'); assert read_records(folder, cache=cache)[0].fault == 'ball'
+    assert RecordWindows(read_records(folder, cache=cache), 1000).batch([0])[0]["signal"].isfinite().all()

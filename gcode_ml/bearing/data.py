@@ -10,8 +10,8 @@ __all__ = ['ORDERS', 'BEARINGS', 'FAULTS', 'JOURNAL_FAULTS', 'SPLITS', 'Geometry
            'write_records', 'record_files', 'read_records', 'low_pass', 'RecordWindows', 'class_names', 'held_groups',
            'split_folds', 'split_windows', 'check']
 
-# %% ../../nbs/bearing/00_data.ipynb #8272be5f
-import re, warnings
+# %% ../../nbs/bearing/00_data.ipynb #f4d7023f
+import json, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from scipy.io import loadmat, whosmat
 from scipy.signal import resample_poly
 from ..core.errors import InputError, check_choice, check_finite
-from ..core.files import atomic_path, read_arrays
+from ..core.files import atomic_path, read_arrays, read_json, write_json
 from ..core.split import check_disjoint, random_split
 from ..core.windows import RowTable, Windows, window_starts
 
@@ -267,13 +267,15 @@ def _one(path):
     if _CWRU.fullmatch(path.stem): return read_cwru(path)
     raise InputError(path, 'labels', 'a row of labels.csv beside it, for speed and rate', 'none')
 
-# %% ../../nbs/bearing/00_data.ipynb #56e00129
+# %% ../../nbs/bearing/00_data.ipynb #2f9d61b0
 def read_records(
     path, # See `record_files`
     healthy:bool=False, # Also the healthy records of CWRU; then everything is cut at 5 kHz
     progress=None, # For instance `tqdm`
+    cache=None, # Folder of a copy that is mapped into memory: made at the first use, and anew when a file has changed
 )->list: # `Record`s
     "Read records and warn of what looks wrong."
+    if cache: return _cached(path, healthy, progress, Path(cache))
     files = record_files(path)
     labelled = (Path(path)/'labels.csv').exists() or Path(path).is_file()
     if not labelled and not healthy: files = [f for f in files if not f[0].stem.lower().startswith('normal')]
@@ -289,6 +291,29 @@ def low_pass(
     "Cut a record's spectrum off."
     spectrum = np.fft.rfft(record.signal); spectrum[np.fft.rfftfreq(len(record), 1/record.rate) > limit] = 0
     return Record(**{**vars(record), 'signal': np.fft.irfft(spectrum, len(record))})
+
+# %% ../../nbs/bearing/00_data.ipynb #e461cf9d
+_ABOUT = ('name','rate','rpm','fault','diameter','load','bearing','facts')
+
+def _state(path, healthy):
+    "What a copy has to agree with: names, sizes and times of the files."
+    files = {f for f,_ in record_files(path)} | {f for f in (Path(path)/'labels.csv',) if f.exists()}
+    return json.dumps([healthy, sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists())])
+
+def _cached(path, healthy, progress, cache):
+    "Records whose signals are parts of one mapped file."
+    listing,state = cache/'records.json',_state(path, healthy)
+    if not listing.exists() or read_json(listing)['state'] != state: _write_cache(path, healthy, progress, cache, state)
+    about,samples = read_json(listing),np.load(cache/'samples.npy', mmap_mode='r')
+    for d in about['doubts']: warnings.warn(d)
+    return [Record(signal=samples[r.pop('start'):r.pop('stop')], orders=None if (o := r.pop('orders')) is None else np.array(o), **r) for r in about['records']]
+
+def _write_cache(path, healthy, progress, cache, state):
+    "Samples first, the list last."
+    with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); records = read_records(path, healthy, progress)
+    with atomic_path(cache/'samples.npy') as f, open(f, 'wb') as h: np.save(h, np.concatenate([r.signal for r in records]))
+    stops = np.cumsum([len(r) for r in records]).tolist()
+    write_json(cache/'records.json', dict(state=state, doubts=[str(w.message) for w in said], records=[dict({k: getattr(r, k) for k in _ABOUT}, start=b-len(r), stop=b, orders=None if r.orders is None else r.orders.tolist()) for r,b in zip(records, stops)]))
 
 # %% ../../nbs/bearing/00_data.ipynb #df6e07b7
 class RecordWindows:

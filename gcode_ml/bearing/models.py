@@ -19,13 +19,20 @@ from ..core.errors import InputError, check_choice
 from ..core.layers import SinusoidalPositions
 from ..core.spectra import Cwt, PseudoWigner, Stft, band_envelope, by_length, envelope_spectrum, in_program, soft_peaks
 
-# %% ../../nbs/bearing/20_models.ipynb #5ef62ea6
+# %% ../../nbs/bearing/20_models.ipynb #b8bb63a9
 def _at_least(x, least): return x if x.shape[1] >= least else F.pad(x, (0, least-x.shape[1]))
 
-# %% ../../nbs/bearing/20_models.ipynb #a2cfa472
+def _means(x, parts):
+    "Means `[B,parts]` of parts of equal width of rows `[B,F]`; in a program as a product, which ONNX has for any width."
+    if not in_program(): return F.adaptive_avg_pool1d(x[:,None], parts)[:,0]
+    n,k,i = x.shape[1],torch.arange(x.shape[1], device=x.device),torch.arange(parts, device=x.device)[:,None]
+    member = ((k >= i*n//parts) & (k < -(-(i+1)*n//parts))).to(x)
+    return x@(member/member.sum(1, keepdim=True)).T
+
+# %% ../../nbs/bearing/20_models.ipynb #9371ea65
 class SignalModel(nn.Module):
     "Features of a window, and a head for each question; by itself a linear model of the shape of the spectrum."
-    least = 1 # Samples that the network needs
+    least,keep_features = 1,False # Samples that the network needs; whether the features are answered too, for losses on them
     def __init__(self,
         size:int=32, # Number of features, from `encode(x, shaft, rate, orders)`
         classes:int=3, # Faults
@@ -38,9 +45,11 @@ class SignalModel(nn.Module):
     def forward(self, inputs, mask):
         x,about = inputs['signal'][...,0],(inputs['shaft'],inputs['rate'],inputs['orders'])
         def rows(x, i): return self.encode(_at_least(x, self.least), *(a[i[:,0]] for a in about))
-        h = self.dropout(by_length(rows, mask, x, torch.arange(x.shape[0], device=x.device)[:,None]))
-        return {k: getattr(self, k)(h) for k in ('fault','diameter') if hasattr(self, k)}
-    def encode(self, x, shaft, rate, orders): return F.adaptive_avg_pool1d(torch.fft.rfft(x).abs().square()[:,None], self.fault.in_features)[:,0].clamp_min(1e-6).log()
+        features = by_length(rows, mask, x, torch.arange(x.shape[0], device=x.device)[:,None]); h = self.dropout(features)
+        return {k: getattr(self, k)(h) for k in ('fault','diameter') if hasattr(self, k)} | (dict(features=features) if self.keep_features else {})
+    def encode(self, x, shaft, rate, orders):
+        power = torch.fft.rfft(x.double() if in_program() else x).abs().square() # ONNX Runtime's transforms of most lengths are poor in single precision
+        return _means(power, self.fault.in_features).clamp_min(1e-6).log().to(x)
     def program_inputs(self):
         length = f'length>={max(256, getattr(self, "least", 1))}'
         return dict(diagnose=dict(signal=f'float32[batch,{length},1]', shaft='float32[batch]<30', rate='float32[batch]<12000', orders='float32[batch,4]<5'))
@@ -48,7 +57,19 @@ class SignalModel(nn.Module):
         "Logits of windows of one length, the exported program."
         return self(inputs, torch.ones_like(inputs['signal'][...,0], dtype=torch.bool))
 
-# %% ../../nbs/bearing/20_models.ipynb #0d13673e
+# %% ../../nbs/bearing/20_models.ipynb #5d31f22e
+class _Pool(nn.MaxPool1d):
+    "The largest of neighbours; in a program as pooling of pictures of one row, which leaves the length open."
+    def forward(self, x):
+        if not in_program(): return super().forward(x)
+        return F.max_pool2d(x[...,None,:], (1,self.kernel_size), (1,self.stride), (0,self.padding))[...,0,:]
+
+def _frames(x, size):
+    "Whole frames `[B,P,size]` of signals `[B,T]`."
+    if not in_program(): return x.unfold(1, size, size)
+    return x[:,size*torch.arange(x.shape[1]//size, device=x.device)[:,None]+torch.arange(size, device=x.device)]
+
+# %% ../../nbs/bearing/20_models.ipynb #97b831ad
 def conv_blocks(
     widths=(16,32,64,64,64), # Channels after each block
     kernel:int=64, # First kernel
@@ -58,7 +79,7 @@ def conv_blocks(
     layers,before = [],1
     for i,w in enumerate(widths):
         conv = nn.Conv1d(before, w, kernel if i == 0 else 3, stride if i == 0 else 1, (kernel//2 if i == 0 else 1)); before = w
-        layers += [conv, nn.BatchNorm1d(w), nn.ReLU(), nn.MaxPool1d(2)]
+        layers += [conv, nn.BatchNorm1d(w), nn.ReLU(), _Pool(2)]
     return nn.Sequential(*layers)
 
 # %% ../../nbs/bearing/20_models.ipynb #e151857f
@@ -73,7 +94,7 @@ class CNN1d(SignalModel):
         self.blocks = conv_blocks(widths)
     def encode(self, x, shaft, rate, orders): return self.blocks(x[:,None]).mean(-1)
 
-# %% ../../nbs/bearing/20_models.ipynb #298db12a
+# %% ../../nbs/bearing/20_models.ipynb #00ac1db8
 class AttentionCNN(SignalModel):
     "Convolutions whose steps are weighted by what they are, after they have looked at each other."
     least = 1024
@@ -86,7 +107,7 @@ class AttentionCNN(SignalModel):
         self.blocks,self.attention,self.weight = conv_blocks(widths), nn.MultiheadAttention(widths[-1], heads, batch_first=True), nn.Linear(widths[-1], 1)
         self.norm = nn.LayerNorm(widths[-1])
     def encode(self, x, shaft, rate, orders):
-        h = self.blocks(x[:,None]).mT
+        h = self.blocks(x[:,None]).mT.contiguous()
         h = self.norm(h+self.attention(h, h, h, need_weights=False)[0])
         return (self.weight(h).softmax(1)*h).sum(1)
 
@@ -103,7 +124,7 @@ class CNNLSTM(SignalModel):
         self.blocks,self.lstm = conv_blocks(widths), nn.LSTM(widths[-1], hidden//2, batch_first=True, bidirectional=True)
     def encode(self, x, shaft, rate, orders): return self.lstm(self.blocks(x[:,None]).mT)[0].mean(1)
 
-# %% ../../nbs/bearing/20_models.ipynb #54e831ce
+# %% ../../nbs/bearing/20_models.ipynb #23bcc094
 class SignalLSTM(SignalModel):
     "An LSTM over frames of the signal."
     least = 64
@@ -116,7 +137,7 @@ class SignalLSTM(SignalModel):
         super().__init__(hidden, classes, severities, dropout)
         self.frame,self.least = frame,frame
         self.lstm = nn.LSTM(frame, hidden//2, layers, batch_first=True, bidirectional=True)
-    def encode(self, x, shaft, rate, orders): return self.lstm(x.unfold(1, self.frame, self.frame))[0].mean(1)
+    def encode(self, x, shaft, rate, orders): return self.lstm(_frames(x, self.frame))[0].mean(1)
 
 # %% ../../nbs/bearing/20_models.ipynb #fdcb9bf4
 class ResidualBlock(nn.Module):
@@ -132,7 +153,7 @@ class ResidualBlock(nn.Module):
         self.short = nn.Identity() if stride == 1 and before == after else nn.Sequential(nn.Conv1d(before, after, 1, stride, bias=False), nn.BatchNorm1d(after))
     def forward(self, x): return F.relu(self.long(x)+self.short(x))
 
-# %% ../../nbs/bearing/20_models.ipynb #46fa2f6d
+# %% ../../nbs/bearing/20_models.ipynb #9b70e61c
 class ResNet1d(SignalModel):
     "ResNet-18 in one dimension, He et al. 2016."
     least = 256
@@ -143,12 +164,12 @@ class ResNet1d(SignalModel):
     ):
         sizes = [width*2**i for i in range(len(blocks))]
         super().__init__(sizes[-1], classes, severities, dropout)
-        layers = [nn.Conv1d(1, width, 63, 8, 31, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(3, 2, 1)]
+        layers = [nn.Conv1d(1, width, 63, 8, 31, bias=False), nn.BatchNorm1d(width), nn.ReLU(), _Pool(3, 2, 1)]
         for i,(n,size) in enumerate(zip(blocks, sizes)): layers += [ResidualBlock(size if j else sizes[max(i-1, 0)], size, 2 if i and not j else 1) for j in range(n)]
         self.layers = nn.Sequential(*layers)
     def encode(self, x, shaft, rate, orders): return self.layers(x[:,None]).mean(-1)
 
-# %% ../../nbs/bearing/20_models.ipynb #6fefbd55
+# %% ../../nbs/bearing/20_models.ipynb #66b08368
 class PatchTransformer(SignalModel):
     "A transformer over patches of the signal."
     least = 64
@@ -163,7 +184,7 @@ class PatchTransformer(SignalModel):
         self.embed,self.positions = nn.Linear(patch, size),SinusoidalPositions(size)
         self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(size, heads, 2*size, dropout, batch_first=True, norm_first=True), layers, nn.LayerNorm(size), enable_nested_tensor=False)
     def encode(self, x, shaft, rate, orders):
-        h = self.embed(x.unfold(1, self.patch, self.patch))
+        h = self.embed(_frames(x, self.patch))
         if self.training and self.augment is not None: h = self.augment(h, torch.ones(h.shape[:2], dtype=torch.bool, device=h.device))
         return self.layers(self.positions(h)).mean(1)
 
@@ -178,7 +199,7 @@ def representation(
     made = dict(stft=lambda: Stft(), cwt=lambda: Cwt(rate, hop=0, scale=True), wigner=lambda: PseudoWigner())
     return made[check_choice('representation', 'name', name, REPRESENTATIONS)]()
 
-# %% ../../nbs/bearing/20_models.ipynb #404651e4
+# %% ../../nbs/bearing/20_models.ipynb #fb42a8e9
 class SpectrogramCNN(SignalModel):
     "Convolutions over one or more pictures of time and frequency."
     least = 512
@@ -194,6 +215,9 @@ class SpectrogramCNN(SignalModel):
         self.pictures,self.shape,self.augment = nn.ModuleList(representation(k, rate) for k in representations),tuple(shape),augment
         layers = [[nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)] for i,o in zip([len(representations), *widths], widths)]
         self.blocks = nn.Sequential(*(l for ls in layers for l in ls))
+    def program_inputs(self):
+        if any(isinstance(p, Cwt) for p in self.pictures): raise InputError('program', 'representation', 'stft or wigner', 'cwt', 'how many columns wavelets have depends on the divisors of the length, which a program for any length cannot know')
+        return super().program_inputs()
     def picture(self, x):
         "Stacked pictures `[B,C,F,T]`."
         return torch.stack([F.interpolate(p(x)[:,None], self.shape, mode='bilinear', antialias=True)[:,0] for p in self.pictures], 1)

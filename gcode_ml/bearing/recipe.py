@@ -9,7 +9,7 @@ __all__ = ['DEFAULTS', 'MODEL_DEFAULTS', 'load_records', 'EvidenceWindows', 'Law
            'split_records', 'preprocessing', 'bundle_windows', 'bundle_outcomes', 'predict_bundle', 'evaluate_bundle',
            'simulate']
 
-# %% ../../nbs/bearing/50_recipe.ipynb #f259dea3
+# %% ../../nbs/bearing/50_recipe.ipynb #034ed334
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -26,20 +26,21 @@ from ..core.training import fit, training_options
 from .augment import SlowDown
 from .data import FAULTS, RecordWindows, SPLITS, check, read_records, record_files, split_windows
 from .evaluate import answers, outcome_table, predict_windows, record_votes, score_table
-from .models import BandPenalty, LinePenalty, MODELS, OrderFront, OrderNet, PatchTransformer, SpectrogramCNN, sommerfeld_penalty, temporal_penalty, window_evidence
+from .models import BandPenalty, LinePenalty, MODELS, OrderFront, OrderNet, PatchTransformer, SignalModel, SpectrogramCNN, sommerfeld_penalty, temporal_penalty, window_evidence
 from .simulate import rolling_records, rolling_set, simulate_records
 
-# %% ../../nbs/bearing/50_recipe.ipynb #f29be971
+# %% ../../nbs/bearing/50_recipe.ipynb #63ac6ac5
 def load_records(
     data='', # What `read_records` takes; simulated records of one bearing type when empty
     progress=None, # For instance `tqdm`
     seed:int=0, # Seed of the simulation
     seconds:float=4., # Length of a simulated record
     snr:float=-6., # Signal-to-noise ratio of simulated records, dB
+    cache='', # See `read_records`
 )->tuple: # Records, and what they are: `kind`, `folder`, `checksum`, `records`
     "Records of a run."
     if data:
-        records,files = read_records(data, progress=progress),[f for f,_ in record_files(data)]
+        records,files = read_records(data, progress=progress, cache=cache),[f for f,_ in record_files(data)]
         labels = Path(data)/'labels.csv'; files += [labels]*labels.exists()
         facts = dict(kind='recorded', folder=Path(data).name, checksum=checksum(files))
     else: records,facts = rolling_set(seconds=seconds, snr=snr, seed=seed),dict(kind='simulated', folder='', checksum='')
@@ -144,7 +145,7 @@ def _set_augmentations(model, options):
     if options.spec_augment: model.augment = SpecAugment(time_axis=-1); options.values['spec_augment'] = False
     if options.augment in ('light','medium','heavy') and isinstance(model, PatchTransformer): model.augment = create_augmentation('patch_augmentation', preset=options.augment); options.values['augment'] = ''
 
-# %% ../../nbs/bearing/50_recipe.ipynb #5beb8ebf
+# %% ../../nbs/bearing/50_recipe.ipynb #1202f80d
 def recipe(
     data='', # What `load_records` takes, or a list of records
     split:str='bearing', # `bearing` (an unseen bearing), `load`, or `leak` (random windows)
@@ -161,6 +162,7 @@ def recipe(
     physics_control:bool=False, # The law with the lines of another fault, a control
     temporal_weight:float=0., # Weight of like answers for windows of one record
     sommerfeld_weight:float=0., # Weight of the severity that the Sommerfeld number asks for; needs `severity`
+    contrastive:float=0., # Weight of drawing windows of one fault together in the features of a network, `SupervisedContrastive`
     harmonics:int=4, sidebands:bool=False, learn_bands:bool=False, judge:str='monotone', jitter:float=.6, contrast:bool=False, # See `OrderNet`
     seed:int=42, # Seed of everything
     device:str='auto', # Device
@@ -177,6 +179,9 @@ def recipe(
     arguments = _model_arguments(model, windows, severity > 0, representation, options, order)
     if options.teacher and not severity: check_classes(load_saved(options.teacher)[1]['preprocessing'].get('classes', windows.classes), windows.classes, 'teacher')
     net = MODELS[model](**arguments); _set_augmentations(net, options)
+    if contrastive and not isinstance(net, SignalModel): raise InputError('parameter', 'contrastive', '0, or a network with features such as cnn', f'{contrastive} for model={model}')
+    if contrastive: net.keep_features = True
+    if window < getattr(net, 'least', 1): raise InputError('parameter', 'window', f'at least {net.least} samples, for model={model}', str(window))
     items = EvidenceWindows(windows, net.front) if model == 'order_net' and not learn_bands and not slow_down and not _changes_signal(options) else windows
     weights = dict(lines=physics_weight, temporal=temporal_weight, sommerfeld=sommerfeld_weight)
     if sommerfeld_weight and not severity: raise InputError('parameter', 'sommerfeld_weight', '0, or a weight of severity above 0 beside it', str(sommerfeld_weight))
@@ -184,21 +189,22 @@ def recipe(
     train,valid,test = sets; train = options.oversampled(windows.labels, train)
     dls = dataloaders(Subset(items, train), Subset(items, valid), options.batch_size, seed=seed, workers=workers, device=pick_device(device))
     laws = _laws(weights, physics_control, windows, pick_device(device)) + [SlowDown(slow_down)]*(slow_down > 0)
-    learn = options.learner(dls, net, _loss(options, windows, train, severity), [*laws, *cbs], key='signal')
+    learn = options.learner(dls, net, _loss(options, windows, train, severity, contrastive), [*laws, *cbs], key='signal')
     learn.windows,learn.arguments,learn.train,learn.valid,learn.test = windows,arguments,train,valid,test
     return learn
 
-# %% ../../nbs/bearing/50_recipe.ipynb #c148eeae
+# %% ../../nbs/bearing/50_recipe.ipynb #0839e43c
 def _changes_signal(options):
     "Whether the training signals are not those of the recordings."
     return bool(options.augment or options.progressive or options.adversarial) or options.mixing != 'none'
 
-def _loss(options, windows, train, severity):
-    "Loss of the fault, and of the size of the defect."
-    labels,classes = windows.labels[train],len(windows.classes)
-    if not severity: return options.loss(labels, classes, head='fault', key='target')
-    if options.teacher: raise InputError('parameter', 'severity', '0 beside a teacher', str(severity))
-    return MultiTask(dict(fault=options.loss(labels, classes, head='fault'), diameter=create_loss('cross_entropy', head='diameter')), dict(diameter=severity))
+def _loss(options, windows, train, severity, contrastive=0.):
+    "Loss of the fault, of the size of the defect, and of the features."
+    labels,classes,weights = windows.labels[train],len(windows.classes),{k: w for k,w in dict(diameter=severity, features=contrastive).items() if w}
+    if not weights: return options.loss(labels, classes, head='fault', key='target')
+    if options.teacher: raise InputError('parameter', 'severity' if severity else 'contrastive', '0 beside a teacher', str(severity or contrastive))
+    more = dict(diameter=create_loss('cross_entropy', head='diameter'), features=create_loss('supervised_contrastive', head='features', key='fault'))
+    return MultiTask(dict(fault=options.loss(labels, classes, head='fault'), **{k: more[k] for k in weights}), weights)
 
 def _laws(weights, control, windows, device):
     "The laws that have a weight, as one callback."
