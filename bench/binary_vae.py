@@ -1,13 +1,13 @@
 "The binary latent space: exact numbers, decoding, training steps, loaders and writing, beside the plain ways."
-import itertools, math
+import itertools, math, tempfile, time
 import numpy as np, torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from bench import benchmark
 from gcode_ml.binary_vae.codes import SyndromeDecoder, bch, golay_24_12, hamming_8_4, reed_muller
-from gcode_ml.binary_vae.data import load_data
+from gcode_ml.binary_vae.data import load_data, simulate
 from gcode_ml.binary_vae.models import BernoulliVAE, BlockCode, NegativeELBO, SequenceDecoder
-from gcode_ml.binary_vae.recipe import recipe
+from gcode_ml.binary_vae.recipe import fit, recipe
 from gcode_ml.core.batch import BatchLoader, Subset
 
 def model(**more):
@@ -103,6 +103,22 @@ def batches(quick):
     sets = load_data('bars', 'full'); n = 800 if quick else 8000
     ours,other = BatchLoader(Subset(sets.items, sets.train[:n]), 128, shuffle=True),DataLoader(TensorDataset(sets.items.batch(sets.train[:n])[0]), 128, shuffle=True)
     return lambda: [x for x,_,_ in ours], lambda: [x for x, in other]
+
+@benchmark('15 epochs of 10,000 images of 784 pixels: RM(1,7), 8 bits, all words, wake and sleep phase, with callbacks and validation', 'waiting for .6 s; a ratio of 100 is a minute', 100., by='wall', repetitions=1)
+def fifteen_epochs(quick):
+    with tempfile.TemporaryDirectory() as folder:
+        sets = load_data(f'fmnist:{simulate(folder, 60 if quick else 6000)}/fmnist')
+    def ours():
+        learn = recipe(sets, ecc_type='reed_muller_7', latent=128, hidden=256, estimator='exact', wake=1., sleep=1., consistency=0., beta_warmup_epochs=0., max_epochs=1 if quick else 15, learning_rate=2e-3, batch_size=16 if quick else 128, device='cpu')
+        with learn.no_bar(), learn.no_logging(): fit(learn)
+    return ours, lambda: time.sleep(.6)
+
+@benchmark('a training step of texts with the (8,4) code, 16 code bits', 'the same of 8 free bits', 1.3)
+def coded_text_step(quick):
+    torch.manual_seed(0); x = torch.randint(3, 40, (64, 30)); mask = torch.ones(64, 30, dtype=torch.bool)
+    make = lambda **more: BernoulliVAE('tokens', (40,), 40, hidden=64 if quick else 192, depth=1, architecture='gru', logit_scale=1., estimator='straight_through', **more)
+    one,two = step(make(generator=hamming_8_4().tolist(), blocks=2), x, mask),step(make(blocks=8), x, mask); times = 1 if quick else 4
+    return lambda: [one() for _ in range(times)], lambda: [two() for _ in range(times)]
 
 @benchmark('200 texts written in one batch', 'one by one', 1/8)
 def writing(quick):

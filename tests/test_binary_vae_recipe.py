@@ -92,7 +92,7 @@ BAD = {'ecc_R=3, found 100': dict(ecc_type='repetition', ecc_R=3), '0 to 7, foun
 @pytest.mark.parametrize('sentence', sorted(BAD))
 def test_bad_parameters(sentence, refused): assert sentence in refused(recipe, **BAD[sentence])
 
-def test_conv_and_texts(tmp_path):
+def test_conv_and_texts(tmp_path, refused):
     "The other architectures train: a convolution on 8x8 images, recurrent layers on texts, with free bits."
     from gcode_ml.binary_vae.data import simulate
     assert math.isfinite(epoch_table(trained(architecture='conv', shift=1, redraw=True, pixel_flips=.01)).valid_loss.iloc[-1])
@@ -100,12 +100,39 @@ def test_conv_and_texts(tmp_path):
     learn,bundle = bundled(tmp_path/'t', data=f'smiles:{folder}', latent=12, depth=1, subset=0, free_bits=.1)
     texts = sample_bundle(bundle, 9)['texts']; assert len(texts) == 9
     (tmp_path/'x.smi').write_text('\n'.join(learn.sets.items.texts[:3])+'\n'); assert len(predict_bundle(bundle, tmp_path/'x.smi')) == 3
+    (tmp_path/'y.smi').write_text('CCO\nCC[Xx]\n'); assert refused(predict_bundle, bundle, tmp_path/'y.smi').endswith("y.smi: line 2: expected a token of the vocabulary, found '[Xx]'.")
+    (tmp_path/'z.smi').write_text('CCO\n\nC\n'); assert 'z.smi: line 2: expected a text, found nothing' in refused(predict_bundle, bundle, tmp_path/'z.smi')
+    assert 'nothing there' in refused(predict_bundle, bundle, tmp_path/'none.smi')
 
 def test_sample_command(command, tmp_path):
-    "`gcode_ml run` and `gcode_ml sample` on simulated data."
-    code,out,err = command('run', 'binary_vae', '-p', 'data=bars', '-p', 'latent=4', '-p', 'hidden=8', '-p', 'max_epochs=1', '-p', 'subset=128', '-p', 'beta_warmup_epochs=0', '-p', 'leaky=false', '-p', 'made=20', '--name', 'a')
+    "`gcode_ml run`, `gcode_ml sample` and `gcode_ml export --format classic` on simulated data."
+    code,out,err = command('run', 'binary_vae', '-p', 'data=bars', '-p', 'latent=4', '-p', 'hidden=8', '-p', 'max_epochs=3', '-p', 'subset=128', '-p', 'beta_warmup_epochs=2', '-p', 'leaky=false', '-p', 'baselines=false', '-p', 'made=20', '--name', 'a')
     assert code == 0, err
     folder = tmp_path/'runs'/'binary_vae'/'a'; assert {'result.json','history.csv','log.txt'} <= {f.name for f in folder.iterdir()} and (folder/'bundle'/'config.json').exists() and (folder/'figures'/'samples.png').exists()
     code,out,err = command('sample', 'a', '-n', '30'); assert code == 0 and 'samples' in out, err
     assert np.load(folder/'samples'/'samples.npz')['images'].shape == (30,64)
-    assert command('run', 'binary_vae', '-p', 'ecc_type=repetition', '-p', 'ecc_R=3', '--name', 'b')[0] == 2
+    code,out,err = command('export', 'a', '--format', 'classic', '-o', tmp_path/'w'); assert code == 0, err
+    check_classic(folder, *(tmp_path/'w').iterdir())
+    assert command('export', 'a', '--format', 'classics')[0] == 2
+
+def check_classic(run, folder):
+    "The four files of a run; losses are columns for `np.loadtxt`, the model a flat dictionary of the bundle's tensors."
+    from safetensors.torch import load_file
+    assert folder.name.startswith('hidden_size_8_latent_size_4_depth_2_beta_1.0_lr_0.001')
+    assert {f.name for f in folder.iterdir()} == {'bvae_best_model_with.pt','loss_record_with.txt','config.json','training_log.txt'}
+    kept = load_file(run/'bundle'/'model.safetensors'); told = torch.load(folder/'bvae_best_model_with.pt', weights_only=True)
+    assert set(kept) == set(told) and all(torch.equal(kept[k], told[k]) for k in kept)
+    history = pd.read_csv(run/'history.csv'); history = history[history.fit == history.fit.iloc[0]]; data = np.loadtxt(folder/'loss_record_with.txt')
+    assert np.allclose(data, history[['train_loss','valid_loss','kl','beta']], atol=1e-5) and json.loads((folder/'config.json').read_text())['code_bits'] == 4
+    lines = [l for l in (folder/'training_log.txt').read_text().splitlines() if l.startswith('Epoch ')]
+    assert len(lines) == 3 and all(k in lines[-1] for k in ('loss=','kl=','beta=1.000','val_loss=','patience=')) and 'beta=0.' in lines[0]
+
+def test_progress_keeps_the_name_of_the_fit(tmp_path):
+    "The bar shows name and line; what is recorded of an epoch has the name alone."
+    from gcode_ml.lab.runs import RunProgress
+    told = []
+    class Run:
+        def progress(self, text, *a): told.append(text)
+        def report_epoch(self, fit, **values): told.append(fit)
+    trained([RunProgress(Run(), 'seed-7')], max_epochs=1, beta_warmup_epochs=0)
+    assert told[-1] == 'seed-7' and told[-2].startswith('seed-7 loss=') and all(k in told[-2] for k in ('kl=','beta=','patience=0/10'))

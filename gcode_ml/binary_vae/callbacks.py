@@ -6,7 +6,7 @@ Docs: https://example.org/gcode_ml/binary_vae/callbacks.html.md"""
 
 # %% auto #0
 __all__ = ['BetaWarmup', 'FreeBits', 'TemperatureAnneal', 'consistency', 'Consistency', 'Sleep', 'ChannelNoise', 'Terms',
-           'BestWeights', 'LossRecord', 'ProgressLine', 'EncoderGradient', 'ExactAudit']
+           'BestWeights', 'LossRecord', 'ProgressLine', 'EncoderGradient', 'FiniteTerms', 'ExactAudit']
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #59c0a5be
 import math
@@ -173,11 +173,11 @@ class LossRecord(Callback):
         table = epoch_table(self.learn)[['train_loss','valid_loss','kl','beta']]
         with atomic_path(self.path) as f: np.savetxt(f, table.to_numpy(float), fmt='%.6f', header='loss val_loss kl beta')
 
-# %% ../../nbs/binary_vae/30_callbacks.ipynb #398bae89
+# %% ../../nbs/binary_vae/30_callbacks.ipynb #f0a82c1d
 class ProgressLine(Callback):
     "Say how the fit goes beside its bar."
     order = 59
-    def before_fit(self): self.run,self.line = in_fit(self.learn),''
+    def before_fit(self): self.run,self.line,self.fit_name = in_fit(self.learn),'',getattr(getattr(self.learn, 'run_progress', None), 'text', '')
     def after_batch(self):
         if not self.training: return
         best = next((cb for cb in self.learn.cbs if isinstance(cb, BestWeights)), None)
@@ -185,7 +185,9 @@ class ProgressLine(Callback):
         self.line = f"loss={self.recorder.smooth_loss.value.item():.2f}, kl={self.pred['kl'].detach().sum(-1).mean().item():.2f}, beta={self.loss_func.beta:.2f}" \
             + ''.join(f', val_loss={v:.2f}' for v in past) + (f', patience={best.waited}/{best.patience}' if best else '')
         if hasattr(self.learn, 'progress') and hasattr(self.progress, 'pbar'): self.progress.pbar.comment = self.line
-        if hasattr(self.learn, 'run_progress'): self.learn.run_progress.text = self.line
+        if hasattr(self.learn, 'run_progress'): self.learn.run_progress.text = f'{self.fit_name} {self.line}'
+    def after_epoch(self):
+        if hasattr(self.learn, 'run_progress'): self.learn.run_progress.text = self.fit_name # what is recorded carries the name alone
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #9706cec8
 class EncoderGradient(Callback):
@@ -201,6 +203,15 @@ class EncoderGradient(Callback):
         size = 0. if found is None else found.norm().item()
         if size == 0: raise InputError('model', 'encoder', 'a gradient from the reconstruction', 'none', f'the estimator {self.model.estimator} does not reach it')
         self.epoch_rows.append(dict(encoder_gradient=size))
+
+# %% ../../nbs/binary_vae/30_callbacks.ipynb #6b2ae08d
+class FiniteTerms(Callback):
+    "Stop at the first training batch with a term that is NaN or infinite."
+    order,run_valid = -10,False
+    def after_loss(self):
+        terms = dict(reconstruction=self.pred['fit'], **{'KL divergence': self.pred['kl']}, loss=self.loss_grad)
+        bad = next((k for k,v in terms.items() if not v.isfinite().all()), None)
+        if bad: raise InputError('fit', f'{bad} in epoch {self.epoch}, batch {self.iter}', 'finite numbers', 'others', 'lower the learning rate or look at the data')
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #fd3d730e
 class ExactAudit(Callback):

@@ -6,11 +6,11 @@ Docs: https://example.org/gcode_ml/binary_vae/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['exact_bounds', 'importance_bound', 'audit_bounds', 'broken_bounds', 'image_scores', 'loop_scores', 'loop_table',
-           'wilson', 'latent_use', 'score_model', 'over_seeds', 'mixture_means', 'baseline_scores',
-           'channel_experiment', 'channel_pictures', 'paired_difference', 'mlp_parameters', 'control_arms',
-           'plot_images', 'plot_reconstructions', 'plot_channel', 'plot_calibration']
+           'wilson', 'latent_use', 'score_model', 'over_seeds', 'mixture_means', 'baseline_scores', 'ngram_scores',
+           'best_ngram', 'word_use', 'channel_experiment', 'channel_pictures', 'channel_texts', 'paired_difference',
+           'mlp_parameters', 'control_arms', 'plot_images', 'plot_reconstructions', 'plot_channel', 'plot_calibration']
 
-# %% ../../nbs/binary_vae/40_evaluate.ipynb #82653b37
+# %% ../../nbs/binary_vae/40_evaluate.ipynb #302028bc
 import math
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from ..core.errors import InputError
@@ -18,6 +18,7 @@ from ..core.learner import set_seed
 from ..core.metrics import Interval, bootstrap_interval, reliability_table
 from .codes import channel_logits, error_law, soft_word_error
 from .models import BlockCode
+from .ngram import WittenBell
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #3fa304d2
 @torch.no_grad()
@@ -110,23 +111,23 @@ def image_scores(
 
 def _numbered(index, bits): return (index[:,None] >> torch.arange(bits-1, -1, -1) & 1).float()
 
-# %% ../../nbs/binary_vae/40_evaluate.ipynb #5efcd0ad
+# %% ../../nbs/binary_vae/40_evaluate.ipynb #ef0a58b1
 @torch.no_grad()
 def loop_scores(
-    model, # A `BernoulliVAE` of images
+    model, # A `BernoulliVAE`
     words:int=4000, # Random words
-    drawn:bool=False, # A draw of the pixels instead of the mean image
+    drawn:bool=False, # A draw of the pixels instead of the mean image; texts are always drawn
     seed:int=0, # Seed of words and pixels
 )->dict: # `wrong` `[n,K]`, `confidence` `[n,K]`, `probability` `[n,K]`, `floor`, `raw`: share of wrong raw code bits
     "Send random words through decoder and encoder."
     model.eval(); set_seed(seed); code = model.code
     m = torch.randint(0, 2, (words, code.information_bits)).float()
-    x = model.generate(m)
-    if drawn: x = torch.bernoulli(x)
-    mask = torch.ones(len(x), 1, dtype=torch.bool)
+    x = model.generate(m); tokens = model.kind == 'tokens'
+    if drawn and not tokens: x = torch.bernoulli(x)
+    mask = x != 0 if tokens else torch.ones(len(x), 1, dtype=torch.bool)
     logits = model.encode(x, mask); p = code.bit_probability(code.log_posterior(logits))
     found,floor = code.decode(logits),np.nan
-    if model.enumerable: floor = (_numbered(model.table(x, mask)[0].argmax(-1), code.information_bits) != m).float().mean().item()
+    if model.enumerable and not tokens: floor = (_numbered(model.table(x, mask)[0].argmax(-1), code.information_bits) != m).float().mean().item()
     return dict(wrong=(found != m).numpy(), confidence=torch.maximum(p, 1-p).numpy(), correct=((p > .5).float() == m).numpy(), probability=p.numpy(), floor=floor,
                 raw=((logits > 0).float() != code.encode(m)).float().mean().item(), brier=((p-m)**2).mean().item())
 
@@ -173,7 +174,7 @@ def latent_use(
     if joint is not None: marginal = joint/joint.sum(); found['mutual information'] = found['KL']-(torch.xlogy(marginal, marginal).sum().item()+code.information_bits*math.log(2))
     return {**found, 'words used': len(words.unique(dim=0)), 'active bits': int((p.var(0) > .01).sum())}
 
-# %% ../../nbs/binary_vae/40_evaluate.ipynb #4fd7f149
+# %% ../../nbs/binary_vae/40_evaluate.ipynb #ca930710
 def score_model(
     model, # A `BernoulliVAE`
     items, # `Images` or `Texts`
@@ -195,13 +196,15 @@ def score_model(
         for k in dict.fromkeys((1, samples)):
             bound = torch.cat([importance_bound(model, *items.batch(i)[:2], k, seed) for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index)/250)))]).numpy()
             add('-ELBO, one sample' if k == 1 else f'NLL, IWAE {k}', *bootstrap_interval(-bound, resamples=200))
-            if model.kind == 'tokens': add(f'nats a token, IWAE {k}', -bound.sum()/items_.sum())
+            if model.kind == 'tokens': add('nats a token' if model.blind else 'nats a token, ELBO' if k == 1 else f'nats a token, IWAE {k}', -bound.sum()/items_.sum())
     for k,v in latent_use(model, items, index).items(): add(k, v)
     if model.kind == 'image':
         for k,v in image_scores(model, items, index, seed).items(): add(f'PSNR {k}', v)
         for tag,drawn in (('',False),(' of drawn pixels',True)):
             for r in loop_table(loop_scores(model, drawn=drawn, seed=seed)).itertuples():
                 if not drawn or r.measure in ('loop BER','loop WER','ECE'): add(r.measure+tag, r.value, r.low, r.high)
+    elif not model.blind:
+        for r in loop_table(loop_scores(model, 1000, seed=seed)).itertuples(): add(r.measure, r.value, r.low, r.high)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #4c719e84
@@ -254,6 +257,46 @@ def baseline_scores(
     ll = table(means); add(f'Bernoulli mixture {len(means)}', ll.logsumexp(-1)-math.log(len(means)), means[ll.argmax(-1)])
     return pd.DataFrame(rows)
 
+# %% ../../nbs/binary_vae/40_evaluate.ipynb #3a6e860a
+def ngram_scores(
+    sets, # `DataSets` of texts
+    contexts=(2,4,6), # Tokens before, one row each and set
+)->pd.DataFrame: # As `score_model`
+    "Nats a token of n-grams."
+    items,rows = sets.items,[]
+    for c in contexts:
+        ngram = WittenBell(items.tokens[sets.train], items.width, c)
+        rows += [dict(measure='nats a token', name=f'n-gram, {c} before', split=split, value=ngram.nats_a_token(items.tokens[i])) for split,i in dict(valid=sets.valid, test=sets.test, **sets.more).items()]
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/binary_vae/40_evaluate.ipynb #00795375
+def best_ngram(
+    sets, # `DataSets` of texts
+    contexts=(2,4,6), # Tokens before
+)->tuple: # Its name, and the `WittenBell`
+    "The n-gram that is best on the validation texts."
+    items = sets.items; models = {c: WittenBell(items.tokens[sets.train], items.width, c) for c in contexts}
+    best = min(models, key=lambda c: models[c].nats_a_token(items.tokens[sets.valid]))
+    return f'n-gram, {best} before',models[best]
+
+# %% ../../nbs/binary_vae/40_evaluate.ipynb #5a48ab26
+@torch.no_grad()
+def word_use(
+    model, # A `BernoulliVAE` of texts
+    items, # `Texts`
+    index, # Which of them
+    seed:int=0, # Seed of words and of their exchange
+)->dict: # Nats a text: how much worse a text fits with the word of another one, and with a word drawn at random
+    "What the decoder loses when it is told a wrong word."
+    model.eval(); set_seed(seed); code,fits = model.code,[]
+    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index)/250))):
+        x,mask,_ = items.batch(i)
+        own = code.codebook[code.draw(code.log_posterior(model.encode(x, mask)))[0]].flatten(-2)
+        codes = torch.stack([own, own.roll(1, 0), code.encode(torch.randint(0, 2, (len(x), code.information_bits)).float())])
+        fits.append(model.decoder.log_likelihood(x, mask, codes))
+    own,other,random = torch.cat(fits, 1).double().mean(1).tolist()
+    return {'loss with another text\'s word': own-other, 'loss with a random word': own-random}
+
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #643cb472
 def channel_experiment(
     generators:dict, # Name -> generator of one block
@@ -296,6 +339,25 @@ def channel_pictures(
         rows.append(dict(p=p, PSNR=-10*math.log10(((model.generate(found)-x)**2).mean().item()), BER=(found != words).float().mean().item(), WER=(found != words).any(1).float().mean().item()))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/binary_vae/40_evaluate.ipynb #7f26dc34
+@torch.no_grad()
+def channel_texts(
+    model, # A `BernoulliVAE` of texts
+    items, # `Texts`
+    index, # Which of them
+    rates=(0.,.02,.055,.1,.2), # Probability that a hard decision on a bit is wrong
+    channel:str='bsc', # `bsc` or `awgn`
+    seed:int=0, # Seed of the noise
+)->pd.DataFrame: # `p`, `nats a token` of the texts behind the received words, `BER` and `WER` of the words
+    "Texts whose words went through code, channel and decoding."
+    model.eval(); random = torch.Generator().manual_seed(seed); torch.manual_seed(seed)
+    x,mask,_ = items.batch(index); words,rows = model.infer(x, mask),[]
+    for p in rates:
+        found = model.code.decode(channel_logits(model.code.encode(words), channel, p, random), generator=random) if p else words
+        nats = -model.decoder.log_likelihood(x, mask, model.code.encode(found)[None]).sum()/mask.sum()
+        rows.append({'p': p, 'nats a token': nats.item(), 'BER': (found != words).float().mean().item(), 'WER': (found != words).any(1).float().mean().item()})
+    return pd.DataFrame(rows)
+
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #eb123db1
 def paired_difference(
     a, # Values of one model `[seeds,N]`
@@ -316,16 +378,17 @@ def mlp_parameters(
     path = [width]+[hidden]*depth+[latent]
     return sum(2*i*o+i+o for i,o in zip(path, path[1:]))
 
-# %% ../../nbs/binary_vae/40_evaluate.ipynb #a08509b4
+# %% ../../nbs/binary_vae/40_evaluate.ipynb #e66d1fe2
 def control_arms(
     generator, # One block of the code, `[k,n]`
     blocks:int, # How many
     width:int, hidden:int, depth:int, # Sizes of the coded model
+    parameters=None, # Function of hidden size and latent size that counts the parameters; that of multilayer perceptrons by default
 )->dict: # Name -> what differs from the coded model: `latent`, `scale`, `hidden`, `code`
     "The coded model and its controls."
     k,n = np.shape(generator); K,N = blocks*k,blocks*n
-    aim = mlp_parameters(width, hidden, depth, N)
-    wide = min(range(hidden, 2*hidden+64), key=lambda h: abs(mlp_parameters(width, h, depth, K)-aim))
+    count = parameters or (lambda h, latent: mlp_parameters(width, h, depth, latent)); aim = count(hidden, N)
+    wide = min(range(hidden, 2*hidden+64), key=lambda h: abs(count(h, K)-aim))
     return {'coded': dict(latent=N, code='own'), 'C1 uncoded': dict(latent=K), 'C2 scaled logits': dict(latent=K, scale=N/K), 'C3 equal total bits': dict(latent=N),
             'C4 equal parameters': dict(latent=K, hidden=wide), 'C6 random code': dict(latent=N, code='random')}
 

@@ -266,7 +266,7 @@ class ConvolutionalDecoder(PixelDecoder):
         h = self.layers(2*codes-1)
         return self.convolutions(h.reshape(-1, *self.small)).reshape(*codes.shape[:-1], -1)+self.bias
 
-# %% ../../nbs/binary_vae/20_models.ipynb #fa88d482
+# %% ../../nbs/binary_vae/20_models.ipynb #6cca0e2f
 class SequenceDecoder(nn.Module):
     "Tokens from a code word, by a GRU."
     def __init__(self,
@@ -275,20 +275,21 @@ class SequenceDecoder(nn.Module):
         hidden:int=128, # Size of a state
         depth:int=1, # Layers
         token_dropout:float=0., # Share of the inputs that are hidden in training
+        dropout:float=0., # Share of the numbers that are hidden from the head in training
         mean=None, # Relative frequency of each token, `[width]`
     ):
-        super().__init__(); self.token_dropout,self.depth,self.hidden = token_dropout,depth,hidden
+        super().__init__(); self.token_dropout,self.depth,self.hidden,self.blind = token_dropout,depth,hidden,False
         self.embedding = nn.Embedding(width, hidden//2, padding_idx=0)
-        self.beside,self.start = nn.Linear(bits, hidden//2),nn.Linear(bits, depth*hidden)
+        self.beside,self.start = nn.Linear(bits, hidden-hidden//2),nn.Linear(bits, depth*hidden)
         self.gru = nn.GRU(hidden, hidden, depth, batch_first=True)
-        self.head = nn.Linear(hidden, width)
+        self.dropout,self.head = nn.Dropout(dropout),nn.Linear(hidden, width)
         if mean is not None: self.head.bias.data = torch.as_tensor(mean, dtype=torch.float32).clamp_min(1e-4).log()
     def forward(self, codes, before, state=None):
         "Logits `[B,T,V]` of the tokens after `before` `[B,T]`, and the last state."
-        signs = 2*codes-1
+        signs = torch.zeros_like(codes) if self.blind else 2*codes-1
         if state is None: state = self.start(signs).tanh().unflatten(-1, (self.depth, self.hidden)).transpose(0, 1).contiguous()
         h,state = self.gru(torch.cat([self.embedding(before), self.beside(signs)[:,None].expand(-1, before.shape[1], -1)], -1), state)
-        return self.head(h), state
+        return self.head(self.dropout(h)), state
 
 SmilesDecoder = SequenceDecoder
 
@@ -303,9 +304,9 @@ def log_likelihood(self:SequenceDecoder, x, mask, codes):
     each = F.cross_entropy(logits.transpose(1, 2), many(x*mask), reduction='none')*many(mask)
     return -each.sum(-1).unflatten(0, codes.shape[:2])
 
-# %% ../../nbs/binary_vae/20_models.ipynb #a680c83e
+# %% ../../nbs/binary_vae/20_models.ipynb #e16a4447
 @patch
-def table(self:SequenceDecoder, x, mask, codes, rows:int=4096):
+def table(self:SequenceDecoder, x, mask, codes, rows:int=1024):
     "`[B,W]` of every text under each of the code words `[W,N]`, at most `rows` texts at a time."
     parts = codes[:,None].expand(-1, len(x), -1).split(max(1, rows//len(x)))
     return torch.cat([self.log_likelihood(x, mask, c) for c in parts]).T
@@ -346,7 +347,7 @@ def chosen_estimator(
     if estimator == 'vimco' and beta != 1: raise InputError('parameter', 'beta_max', '1 with vimco, whose bound holds the KL', str(beta))
     return estimator
 
-# %% ../../nbs/binary_vae/20_models.ipynb #b15181c3
+# %% ../../nbs/binary_vae/20_models.ipynb #c83d8b54
 class BernoulliVAE(nn.Module):
     "Encoder, block code and decoder of a binary latent space."
     def __init__(self,
@@ -364,8 +365,9 @@ class BernoulliVAE(nn.Module):
         temperature:float=.5, # Of the concrete relaxation
         wake:float=0., # Share of the exact likelihood and its wake phase in the exact estimator
         copies:str='valid', # `valid` code words, or `independent` draws of each code bit, which is no bound
-        token_dropout:float=0., # See `SequenceDecoder`
+        token_dropout:float=0., dropout:float=0., # See `SequenceDecoder`
         mean=None, # Mean of the training data, `[width]`
+        blind:bool=False, # Texts: the decoder does not see the word, a language model as the control
     ):
         super().__init__()
         check_choice('parameter', 'architecture', architecture, ('gru',) if kind == 'tokens' else ('mlp','conv'))
@@ -374,15 +376,18 @@ class BernoulliVAE(nn.Module):
         self.estimator = chosen_estimator(estimator, self.code, kind)
         self.samples,self.temperature,self.wake,self.copies = samples,temperature,1. if estimator == 'wake' else wake,check_choice('parameter', 'copies', copies, ('valid','independent'))
         bits,size = self.code.code_bits,dict(hidden=hidden, depth=depth)
-        if kind == 'tokens': self.encoder,self.decoder = SequenceEncoder(width, bits, **size),SequenceDecoder(width, bits, token_dropout=token_dropout, mean=mean, **size)
+        if kind == 'tokens': self.encoder,self.decoder = SequenceEncoder(width, bits, max(2, hidden//2), depth),SequenceDecoder(width, bits, token_dropout=token_dropout, dropout=dropout, mean=mean, **size)
         elif architecture == 'conv': self.encoder,self.decoder = ConvolutionalEncoder(shape, bits, mean=mean, **size),ConvolutionalDecoder(shape, bits, mean=mean, **size)
         else: self.encoder,self.decoder = BinaryEncoder(width, bits, mean=mean, **size),BinaryDecoder(width, bits, mean=mean, **size)
+        self.blind = bool(blind)
+        if blind: self.decoder.blind = check_choice('parameter', 'blind', kind, ('tokens',)) == 'tokens'
         self.noise = None # set by `ChannelNoise` during training
 
-# %% ../../nbs/binary_vae/20_models.ipynb #0dca4843
+# %% ../../nbs/binary_vae/20_models.ipynb #c6d0c8cc
 @patch
 def encode(self:BernoulliVAE, x, mask)->Tensor: # `[B,N]`
     "Logits of the code bits; where they are limited the gradient passes."
+    if self.blind: return self.decoder.head.bias.new_zeros(len(x), self.code.code_bits) # no word is written, the divergence is zero
     l = self.logit_scale*self.encoder(x, mask)
     return l+(l.clamp(-self.logit_limit, self.logit_limit)-l).detach() if self.logit_limit else l
 
@@ -398,11 +403,17 @@ def table(self:BernoulliVAE, x, mask):
     "Exact log likelihood `[B,2**K]` of every item under every word, and the log posterior of the encoder."
     return self.decoder.table(x, mask, self.heard(self.code.joint_codebook())), self.code.joint_log_posterior(self.encode(x, mask))
 
-# %% ../../nbs/binary_vae/20_models.ipynb #fadc3aaf
+# %% ../../nbs/binary_vae/20_models.ipynb #9c39aebe
+@patch(as_prop=True)
+def information_bits(self:BernoulliVAE)->int: # K
+    "Bits of a word."
+    return self.code.information_bits
+
+# %% ../../nbs/binary_vae/20_models.ipynb #f4acf10f
 @patch(as_prop=True)
 def enumerable(self:BernoulliVAE)->bool: # At most 12 information bits
     "Whether all words can be gone through."
-    return self.code.information_bits <= WORD_LIMIT
+    return self.information_bits <= WORD_LIMIT
 
 # %% ../../nbs/binary_vae/20_models.ipynb #d701f831
 def _with_gradient(value, surrogate): return value+surrogate-surrogate.detach()
@@ -511,3 +522,46 @@ def generate(self:BernoulliVAE,
 def infer(self:BernoulliVAE, x, mask)->Tensor: # `[B,K]`
     "The most probable word of each item."
     return self.code.decode(self.encode(x, mask))
+
+# %% ../../nbs/binary_vae/20_models.ipynb #916e78e8
+@patch
+def read(self:BernoulliVAE,
+    x, # Pixels `[B,D]`, or tokens `[B,T]`
+    mask=None, # For tokens, `[B,T]`
+)->dict: # `logits` `[B,N]`, `probability` `[B,K]`
+    "What the encoder says of items."
+    logits = self.encode(x, mask)
+    return dict(logits=logits, probability=self.code.bit_probability(self.code.log_posterior(logits)))
+
+# %% ../../nbs/binary_vae/20_models.ipynb #2132d151
+@patch
+def whole_codes(self:BlockCode,
+    words:Tensor, # Information words, whole numbers `[...,K]`
+)->Tensor: # Code words `[...,N]`, as numbers
+    "The code word of each word, by whole numbers alone."
+    parts = words.unflatten(-1, (self.blocks, self.k))[...,None]*self.generator.to(words.dtype)
+    return (parts.sum(-2) % 2).flatten(-2).to(torch.float32)
+
+# %% ../../nbs/binary_vae/20_models.ipynb #5076aaf9
+@patch
+def picture(self:BernoulliVAE,
+    words, # Whole numbers `[B,K]`
+)->dict: # `pixels` `[B,D]`
+    "Mean images of words."
+    return dict(pixels=self.decoder(self.code.whole_codes(words)).sigmoid())
+
+@patch
+def next_tokens(self:BernoulliVAE,
+    words, # Whole numbers `[B,K]`
+    before, # Tokens so far, the first is 1, `[B,T]`
+)->dict: # `logits` `[B,T,V]`
+    "Logits of each next token of a text."
+    return dict(logits=self.decoder(self.code.whole_codes(words), before)[0])
+
+# %% ../../nbs/binary_vae/20_models.ipynb #091ad08e
+@patch
+def program_inputs(self:BernoulliVAE)->dict: # Method -> input -> type and axes
+    "What the programs of a model take."
+    words,tokens = f'int64[batch,{self.code.information_bits}]<2',f'int64[batch,length]<{self.width}'
+    if self.kind == 'image': return dict(read=dict(x=f'float32[batch,{self.width}]'), picture=dict(words=words))
+    return dict(read=dict(x=tokens, mask='bool[batch,length]'), next_tokens=dict(words=words, before=tokens))

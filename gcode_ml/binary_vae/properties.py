@@ -96,16 +96,17 @@ def canonical_smiles(
     molecules = (Chem.MolFromSmiles(t) if t else None for t in texts)
     return [None if m is None else Chem.MolToSmiles(m) for m in molecules]
 
-# %% ../../nbs/binary_vae/45_properties.ipynb #83c77d22
+# %% ../../nbs/binary_vae/45_properties.ipynb #86762a9c
 def smiles_properties(
     texts, # Made SMILES
     train, # Training SMILES, canonical as the data set ships them
+    most:int=2000, # The means are over the first so many valid ones
 )->dict: # `valid`, `unique`, `novel`; means `qed`, `sa`, `logp` of the valid ones
     "Shares and mean properties of made molecules; all `None` without RDKit."
     if not has_rdkit(): return dict(dict.fromkeys(('valid','unique','novel','qed','sa','logp')), note='needs the chem extra: pip install gcode_ml[chem]')
     Chem,qed,logp,sa = _chemistry()
     canonical = canonical_smiles(texts)
-    molecules = [Chem.MolFromSmiles(c) for c in canonical if c is not None]
+    molecules = [Chem.MolFromSmiles(c) for c in [c for c in canonical if c is not None][:most]]
     means = {k: float(np.mean([f(m) for m in molecules])) if molecules else None for k,f in dict(qed=qed, sa=sa, logp=logp).items()}
     return dict(shares(canonical, set(train)), **means)
 
