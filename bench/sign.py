@@ -3,10 +3,13 @@ import functools, tempfile, warnings
 from pathlib import Path
 import numpy as np, torch
 from bench import benchmark
+from gcode_ml.core.augment import augment
 from gcode_ml.core.batch import BatchLoader
 from gcode_ml.sign.checks import check
 from gcode_ml.sign.data import Clip, ClipData, read_clips
-from gcode_ml.sign.models import SignTransformer
+from gcode_ml.sign.augment import signer_style
+from gcode_ml.sign.evaluate import dtw_answers, dtw_distances
+from gcode_ml.sign.models import InceptionV3GRU, SignConv, SignTransformer
 from gcode_ml.sign.simulate import simulate_clips
 from gcode_ml.sign.skeleton import Preparation, prepare_clips
 
@@ -65,3 +68,63 @@ def buckets_longest(quick): return bucket_pair(quick, True)
 
 @benchmark('the same', 'random order, every batch as long as its longest clip', 1.)
 def buckets_random(quick): return bucket_pair(quick, False)
+
+def one(model, channels, steps=60):
+    "A call of a model with one clip."
+    x = torch.randn(1, steps, channels); model = model.eval()
+    inputs,mask = dict(channels=x, present=torch.ones_like(x, dtype=torch.bool)),torch.ones(1, steps, dtype=torch.bool)
+    def call():
+        with torch.inference_mode():
+            for _ in range(5): model(inputs, mask)
+    return call
+
+def small_net():
+    "The net that a run trains: 25 points, directions, a clip and its mirror image."
+    preparation = Preparation(points=list(range(25)), skeleton='pose78', normalise='body')
+    return SignConv(50, bones=preparation.bones, pairs=preparation.pairs)
+
+def two_nets(small, large, steps):
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    return one(small, 50, steps), one(large, 156), dict(parameters=count(small), parameters_transformer=count(large), share=count(small)/count(large))
+
+@benchmark('a clip of 60 frames as the small net reads it: 40 frames, and its mirror image', 'through the keypoint transformer, frame by frame', 1/4)
+def small_net_one_clip(quick): torch.manual_seed(0); return two_nets(small_net(), SignTransformer(), 40)
+
+@benchmark('60 frames through the small net, without the mirror image', 'through the keypoint transformer', 1/4)
+def small_net_60_frames(quick): torch.manual_seed(0); net = small_net(); net.pairs = []; return two_nets(net, SignTransformer(), 60)
+
+@benchmark('nearest neighbour by time warping: band, lower bounds, ascending search', 'the same band, every training clip', 1/5)
+def warped_neighbours(quick):
+    clips = read_clips(folder(200 if quick else 2000)); preparation = Preparation(points=list(range(25))).fit(clips)
+    x = np.stack(prepare_clips(clips, preparation)); last = np.array([c.signer == 'S08' for c in clips])
+    train,test = x[~last],x[last][::12]; number = np.arange(len(train))
+    ours,theirs = (lambda: dtw_answers(train, number, test)),lambda: np.array([dtw_distances(q, np.nan_to_num(train), 5).argmin() for q in np.nan_to_num(test)])
+    return ours, theirs, dict(same_neighbours=bool((ours() == theirs()).all()))
+
+@benchmark('augmentation of a batch of 64 clips', 'the same, clip by clip', 1/5)
+def augment_batch(quick):
+    p = Preparation(points=list(range(25)), skeleton='pose78', normalise='body'); style = signer_style(p.pairs)
+    x,mask = torch.randn(16 if quick else 64, 40, 50),torch.ones(16 if quick else 64, 40, dtype=torch.bool)
+    return lambda: augment(style, x, mask), lambda: [augment(style, x[i:i+1], mask[i:i+1]) for i in range(len(x))]
+
+@benchmark('a step of the GRU over frames, image net frozen', 'the same, image net learning', .6)
+def frozen_image_net(quick):
+    def net(freeze):
+        torch.manual_seed(0); m = InceptionV3GRU(64, 25, 7)
+        m.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3, 2), torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.Conv2d(32, 64, 3, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).requires_grad_(not freeze)
+        m.frozen = freeze; return m.train()
+    frames,mask = torch.randn(2, 4 if quick else 16, 3, 64, 64),torch.ones(2, 4 if quick else 16, dtype=torch.bool)
+    def step(m): return lambda: m(dict(frames=frames), mask)['gloss'].sum().backward()
+    return step(net(True)), step(net(False))
+
+@benchmark('one clip through the exported program of the small net', 'through the net itself', 1.1)
+def exported_small_net(quick):
+    torch.manual_seed(0); net = small_net().eval(); x = torch.randn(1, 40, 50)
+    inputs,mask = dict(channels=x, present=torch.ones_like(x, dtype=torch.bool)),torch.ones(1, 40, dtype=torch.bool)
+    program = torch.export.export(net, (inputs,mask)).module()
+    def calls(f):
+        def call():
+            with torch.inference_mode():
+                for _ in range(5): f(inputs, mask)
+        return call
+    return calls(program), calls(net), dict(largest_difference=float((program(inputs, mask)['gloss']-net(inputs, mask)['gloss']).detach().abs().max()))

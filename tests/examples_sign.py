@@ -12,13 +12,13 @@ def clips(points=POINTS):
     return dict(inputs=dict(channels=torch.randn(ITEMS, STEPS, 2*points), present=seen))
 
 MODELS = {
-    'sign.models.MotionChannels': lambda: (MotionChannels(2*POINTS, HAND, presence=True), clips()),
+    'sign.models.MotionChannels': lambda: (MotionChannels(2*POINTS, HAND, presence=True, bones=[(0,1),(2,9)]), clips()),
     'sign.models.SignModel': lambda: (SignModel(2*POINTS, 4, 2), clips()),
     'sign.models.SignTransformer': lambda: (SignTransformer(**SMALL, d_model=16, nhead=2, num_layers=2, dim_feedforward=32), clips()),
     'sign.models.InceptionV3GRU': lambda: (InceptionV3GRU(**SMALL), clips()),
     'sign.models.MaskedBatchNorm': lambda: (MaskedBatchNorm(6), dict(x=torch.randn(ITEMS, STEPS, 6))),
     'sign.models.ConvBlock': lambda: (ConvBlock(8), dict(x=torch.randn(ITEMS, STEPS, 8))),
-    'sign.models.SignConv': lambda: (SignConv(**SMALL, width=16, num_layers=2, hands=HAND, attention=True), clips()),
+    'sign.models.SignConv': lambda: (SignConv(**SMALL, width=16, num_layers=2, hands=HAND, attention=True, bones=[(0,3)], pairs=[(1,2)]), clips()),
     'sign.models.BiGRU': lambda: (BiGRU(**SMALL, width=8), clips()),
 }
 

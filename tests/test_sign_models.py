@@ -18,7 +18,7 @@ def clips(lengths, channels, seed=0):
     present = (torch.rand(B, T, channels//2, generator=g) < .8).repeat_interleave(2, -1)
     return dict(channels=torch.randn(B, T, channels, generator=g), present=present), length_mask(torch.tensor(lengths))
 
-SMALL = dict(transformer=dict(d_model=16, nhead=2, num_layers=2, dim_feedforward=32), iv3_gru={}, conv=dict(width=16), conv_attention=dict(width=16), bigru=dict(width=8))
+SMALL = dict(transformer=dict(d_model=16, nhead=2, num_layers=2, dim_feedforward=32), iv3_gru={}, conv=dict(width=16, bones=[(0,5),(2,3)], pairs=[(0,1),(3,5)]), conv_attention=dict(width=16), bigru=dict(width=8))
 
 @pytest.mark.parametrize('name', MODELS)
 def test_a_missing_value_may_be_anything(name):
@@ -114,3 +114,37 @@ def test_programs(name, format):
     made,eager = make_programs(model, format=format),eager_programs(model)['forward']
     compared = compare_program(eager, read_program(made[format], format, eager.inputs, eager.outputs, trusted=True))
     assert compared['within'], compared
+
+def test_direction_does_not_depend_on_the_length_of_an_arm():
+    "An arm four times as long in the same direction changes the direction by less than the share that 0.1 has of it; a missing end, or no length, gives zeros and a finite gradient."
+    motion = MotionChannels(8, velocity=False, bones=[(0,1),(1,2),(2,3)]); x = torch.randn(1, 5, 4, 2)*3; mask = torch.ones(1, 5, dtype=torch.bool)
+    def out(x, there=None): return motion(dict(channels=x.flatten(2), present=torch.ones(1, 5, 8, dtype=torch.bool) if there is None else there), mask)[...,8:].unflatten(-1, (3,3))
+    long = x.clone(); long[:,:,1] = x[:,:,0]+4*(x[:,:,1]-x[:,:,0])
+    a,b = out(x)[:,:,0],out(long)[:,:,0]; length = (x[:,:,1]-x[:,:,0]).norm(dim=-1)
+    assert ((a[...,:2]-b[...,:2]).norm(dim=-1) <= .1/(length+.1)+1e-5).all() and torch.allclose(b[...,2], 4*length, atol=1e-3)
+    assert torch.allclose(a[...,:2]*(length+.1)[...,None], x[:,:,1]-x[:,:,0], atol=1e-4)
+    there = torch.ones(1, 5, 8, dtype=torch.bool); there[:,2,2:4] = False
+    assert not out(x, there)[0,2,:2].any() and out(x, there)[0,2,2].any()
+    still = torch.zeros(1, 5, 4, 2, requires_grad=True); out(still).sum().backward(); assert still.grad.isfinite().all() and not out(still)[...,:2].any()
+    for bad in ([(0,4)], [(0,1,2)]):
+        with pytest.raises(InputError, match='pairs of points'): MotionChannels(8, bones=bad)
+
+def test_a_clip_and_its_mirror_image_have_one_answer():
+    "With pairs, after training, whatever is missing; in training, and without pairs, they have not."
+    torch.manual_seed(0); pairs = [(0,1),(3,5)]; model = SignConv(12, 5, 2, width=8, pairs=pairs, bones=[(0,3),(1,5)])
+    inputs,mask = clips([9,4], 12); x = inputs['channels'].unflatten(-1, (-1,2)).clone(); seen = inputs['present'].unflatten(-1, (-1,2)).clone()
+    order = [1,0,2,5,4,3]; other = dict(channels=(x[:,:,order]*torch.tensor([-1.,1.])).flatten(2), present=seen[:,:,order].flatten(2))
+    model.eval(); a,b = model(inputs, mask),model(other, mask)
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    plain = SignConv(12, 5, 2, width=8, bones=[(0,3),(1,5)]).eval(); plain.load_state_dict(model.state_dict())
+    one,two = plain(inputs, mask),plain(other, mask); assert torch.allclose((one['gloss']+two['gloss'])/2, a['gloss'], atol=1e-6) and not torch.allclose(one['gloss'], two['gloss'], atol=1e-4)
+
+def test_weights_of_an_image_net_as_they_are_published(tmp_path):
+    "A `.pth` of tensors is read; one with anything else in it is refused and nothing of it is executed."
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3)); torch.save(net.state_dict(), tmp_path/'net.pth')
+    other = torch.nn.Sequential(torch.nn.Linear(2, 3)); load_backbone(other, tmp_path/'net.pth'); assert torch.equal(other[0].weight, net[0].weight)
+    class Bomb:
+        def __reduce__(self): return (open, (str(tmp_path/'executed'), 'w'))
+    torch.save(dict(a=Bomb()), tmp_path/'bomb.pth')
+    with pytest.raises(InputError, match='a file of tensors'): load_backbone(other, tmp_path/'bomb.pth')
+    assert not (tmp_path/'executed').exists()

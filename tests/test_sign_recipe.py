@@ -10,9 +10,9 @@ from gcode_ml.lab.bundle import load_bundle, save_bundle
 from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.sign.callbacks import COLUMNS
 from gcode_ml.sign.evaluate import (Occluded, add_gloss, answer_rows, confusion_pairs, dtw_answers, dtw_distances, fit_temperature, latency, merge_windows,
-                                    model_answers, nearest_answers, no_sign_scores, reject_curve, sign_scores, signer_table, simple_answers, threshold_for, tune_gloss)
+                                    model_answers, nearest_answers, no_sign_scores, reject_curve, sign_scores, signer_table, simple_answers, stream_scores, threshold_for, tune_gloss)
 from gcode_ml.sign.models import SignConv, SignTransformer
-from gcode_ml.sign.recipe import (answer_table, clip_sets, evaluate_bundle, load_clips, predict_bundle, preprocessing_state, recipe, simple_rows, smoke_test, stream_signs, style_callbacks, without_gloss)
+from gcode_ml.sign.recipe import (answer_table, clip_sets, evaluate_bundle, joined_clips, load_clips, predict_bundle, preprocessing_state, recipe, simple_rows, smoke_test, stream_signs, stream_windows, style_callbacks, without_gloss)
 from gcode_ml.sign.simulate import simulate_clips
 from gcode_ml.sign.skeleton import Preparation
 
@@ -266,6 +266,25 @@ def test_windows_become_signs():
 def test_stream_finds_nobody_in_an_empty_room(fitted):
     clip = fitted.clips[0]; empty = replace(clip, seen=np.zeros_like(clip.seen))
     assert not len(stream_signs(fitted.model, preprocessing_state(fitted), empty, threshold=.1))
+
+def test_a_stream_of_known_signs(source, fitted):
+    "Windows cover the stream in equal steps; a clip in the stream is prepared as it is alone; a wrong word, a word between two signs and a word said twice count as they should."
+    clips = [source[0][i] for i in fitted.test[:4]]; long,truth = joined_clips(clips)
+    assert len(long) == sum(map(len, clips)) == truth.stop.iloc[-1] and (np.diff(long.timestamps_ms) > 0).all() and truth.gloss.tolist() == [c.gloss for c in clips]
+    second = slice(truth.start[1], truth.stop[1]); part = replace(long, points=long.points[second], seen=long.seen[second], timestamps_ms=long.timestamps_ms[second])
+    np.testing.assert_allclose(np.nan_to_num(fitted.preparation(part)), np.nan_to_num(fitted.preparation(clips[1])), atol=1e-3)
+    arrays,starts,size = stream_windows(fitted.preparation, long, 1., .2); period = np.median(np.diff(long.timestamps_ms))/1000
+    assert size == round(1/period) and set(np.diff(starts)) == {round(.2/period)} and starts[-1]+size <= len(long) and all(len(a) == 40 for a in arrays if a is not None)
+    truth = pd.DataFrame(dict(start=[0,50,100], stop=[40,90,140], gloss=[1,2,1])); said = pd.DataFrame(dict(start=[0,20,40,60,100], stop=[20,40,50,80,130], gloss=[1,1,1,1,1]))
+    assert stream_scores(said, truth) == dict(signs=3, said=5, found=2/3, right=.6)
+    assert stream_scores(said[:0], truth)['found'] == 0
+
+def test_the_mirror_image_is_looked_at_where_there_is_one(source):
+    "Points in the frame of a body that is not turned around already; neither as they are stored nor with `canonical_hand`."
+    def pairs(**options): return recipe(source, **{**SMALL, **options}).arguments
+    assert len(pairs()['pairs']) > 20 and len(pairs()['bones']) == 11
+    assert not pairs(mirror_image=False)['pairs'] and not pairs(directions=False)['bones'] and not pairs(canonical_hand='yes')['pairs']
+    stored = pairs(normalise='none', aspect=False); assert not stored['pairs'] and not stored['bones']
 
 def test_without_a_gloss(source):
     clips,facts = without_gloss(*source, 2)

@@ -111,8 +111,13 @@ def _features(file, arrays, clip):
     if clip.features is None: return
     if len(clip.features) > 1 and not np.ptp(clip.features, axis=0).any(): yield Remark('features', True, 'features: expected values that change', str(file), f'the same in all {len(clip.features)} frames')
 
-# %% ../../nbs/sign/07_checks.ipynb #c2002af1
-_clip_checks = _values,_mask_agrees,_times,_meta_agrees,_presence,_motion,_features
+# %% ../../nbs/sign/07_checks.ipynb #9afafc31
+_longest = 300 # frames; the default of `Preparation.max_length`
+def _length(file, arrays, clip):
+    if len(clip) > _longest: yield _warn('file', f'clips of more than {_longest} frames, which a fit resamples, cuts or refuses as `long_clips` says', file, f'{len(clip)} frames')
+
+# %% ../../nbs/sign/07_checks.ipynb #e25364a9
+_clip_checks = _length,_values,_mask_agrees,_times,_meta_agrees,_presence,_motion,_features
 
 # %% ../../nbs/sign/07_checks.ipynb #2374e5e1
 def _summary(file, content, clip, read):
@@ -133,7 +138,7 @@ def _longest_gap(seen):
     t,k = np.nonzero(seen.T)[::-1]
     return int(np.max(np.diff(t)[np.diff(k) == 0]-1, initial=0))
 
-# %% ../../nbs/sign/07_checks.ipynb #410d32f6
+# %% ../../nbs/sign/07_checks.ipynb #490e8e41
 def check_clip_file(
     file, # `.npz` file
     hands:bool=False, # Is it the layout of separate hands?
@@ -152,7 +157,7 @@ def check_clip_file(
             clip = read_hands(file) if hands else clip_from_arrays(file, arrays, kp_key, feature_key, 'both' if both else 'points')
     except InputError as e: return [_fault(_check_of(e), e)], None
     remarks = [_warn('file', 'arrays that had to be converted', file, str(w.message).split(': ')[-1]) for w in said]
-    remarks += [r for check in _clip_checks[0 if not hands else 4:] for r in check(file, arrays, clip)]
+    remarks += [r for check in (_clip_checks if not hands else (_length, *_clip_checks[5:])) for r in check(file, arrays, clip)]
     return remarks, _summary(file, content, clip, file.stem) if clip.seen.any() else None
 
 # %% ../../nbs/sign/07_checks.ipynb #6e221672
@@ -168,6 +173,13 @@ def _label_remarks(path, table, names):
         pairs = pd.crosstab(table.signer, table.gloss)
         for s,g in zip(*np.nonzero(pairs.to_numpy() == 0)): yield _warn('labels', 'glosses that a signer never signs', path, f'{pairs.index[s]} and gloss {pairs.columns[g]}')
     if names is not None: yield from _name_remarks(path.parent/'glosses.csv', table, names)
+
+# %% ../../nbs/sign/07_checks.ipynb #4c9d955f
+def _spelling_remarks(path):
+    "What spreadsheets and Windows do to a table; it is understood all the same."
+    if Path(path).read_bytes().startswith(b'\xef\xbb\xbf'): yield _warn('labels', 'tables with a byte-order mark, which is skipped', path, 'EF BB BF before the first column')
+    names = pd.read_csv(path, encoding='utf-8-sig', keep_default_na=False, dtype=str).iloc[:,0]; slanted = names.str.contains('\\', regex=False)
+    if slanted.any(): yield _warn('labels', 'paths with backslashes, which are read as slashes', path, f'{int(slanted.sum())} rows, first row {int(slanted.to_numpy().argmax())+2}')
 
 # %% ../../nbs/sign/07_checks.ipynb #bef9de8b
 def _name_remarks(path, table, names):
@@ -240,15 +252,15 @@ class Faults(list):
     @property
     def summary(self): return f'Checked {self.files} files; {self.issues} with issues.'
 
-# %% ../../nbs/sign/07_checks.ipynb #eeac5a3f
+# %% ../../nbs/sign/07_checks.ipynb #baca29a1
 def _table(path, num_gloss, num_cat):
     "Labels with what is wrong with them; the layout of separate hands has a table of its own."
     if (path/'master_metadata.csv').is_file():
         table,names = nsl49_table(path); file = path/'master_metadata.csv'
         remarks = [_warn('labels', f'empty fields in column {c}', file, f'row {i+2}') for c in ('roman_label','char','signer') if c in table for i in table.index[table[c] == '']]
-        return file, table, [*remarks, *_label_remarks(file, table, None)], path
+        return file, table, [*remarks, *_spelling_remarks(file), *_label_remarks(file, table, None)], path
     table,faults = check_labels(path/'labels.csv', num_gloss, num_cat); names = None
-    remarks = [_fault('labels', f) for f in faults]
+    remarks = [*(_fault('labels', f) for f in faults), *_spelling_remarks(path/'labels.csv')]
     if (path/'glosses.csv').is_file():
         try: names = read_table(path/'glosses.csv', ('gloss','name','cat','cat_name'))
         except InputError as e: remarks.append(_fault('labels', e))

@@ -8,8 +8,8 @@ Docs: https://example.org/gcode_ml/sign/evaluate.html.md"""
 __all__ = ['SIMPLE', 'model_answers', 'answer_rows', 'equal_mass_error', 'sign_scores', 'wilson', 'signer_table', 'mean_interval',
            'paired_difference', 'confusion_pairs', 'fit_temperature', 'reject_curve', 'threshold_for', 'no_sign_scores',
            'nearest_answers', 'dtw_distances', 'dtw_answers', 'simple_answers', 'latency', 'Occluded',
-           'prepared_answers', 'merge_windows', 'add_gloss', 'tune_gloss', 'added_sign_scores', 'plot_signers',
-           'plot_reject']
+           'prepared_answers', 'merge_windows', 'stream_scores', 'add_gloss', 'tune_gloss', 'added_sign_scores',
+           'plot_signers', 'plot_reject']
 
 # %% ../../nbs/sign/40_evaluate.ipynb #70f804fe
 import math, time
@@ -224,27 +224,44 @@ def dtw_distances(
         new[low] = new[high+2] = np.inf
     return lines[(2*T-2)%3,T]
 
-# %% ../../nbs/sign/40_evaluate.ipynb #317a4232
+# %% ../../nbs/sign/40_evaluate.ipynb #bba95081
+def _outside(clips, high, low):
+    "Squared distance `[N]` of clips `[N,D]` from the band between `low` and `high`."
+    d = clips-np.clip(clips, low, high)
+    return np.einsum('ij,ij->i', d, d)
+
+def _nearest_warped(query, clips, least, width, block=48):
+    "Number of the nearest of `clips`, asked in the order of their lower bounds `least` until no bound is below the best distance."
+    order,best,found = np.argsort(least, kind='stable'),math.inf,0
+    while len(order):
+        d = dtw_distances(query, clips[order[:block]], width)
+        if d.min() < best: best,found = d.min(),order[d.argmin()]
+        order,block = order[block:],2*block
+        order = order[least[order] <= best*(1+1e-4)]
+    return found
+
+# %% ../../nbs/sign/40_evaluate.ipynb #02b063f0
 def dtw_answers(
     train, # Training clips, `[N,T,C]`, NaN where missing
     gloss, # Their glosses, `[N]`
     test, # Test clips, `[M,T,C]`
     band:float=1/8, # Largest shift, as a share of the length
-    bound:int=16, # Channels of the lower bound
+    bound:int=8, # Axes of the lower bound
     progress=None, # For instance `tqdm`
 )->np.ndarray: # Gloss of the nearest training clip, `[M]`
     "Nearest neighbour by dynamic time warping."
     shape = np.shape(train)[1:]; width = max(1, round(band*shape[0]))
     a,b = (x.reshape(-1, *shape) for x in _filled(np.asarray(train), np.asarray(test)))
+    rows = (a-a.mean((0,1))).reshape(-1, shape[1])
+    axes = np.linalg.svd(rows[::max(1, len(rows)//5000)], full_matrices=False)[2][:bound].T # turning all clips alike changes no distance
+    small,turned = (a@axes).reshape(len(a), -1),b@axes
     limit = _squares(b.reshape(len(b), -1), a.reshape(len(a), -1)).min(1)*(1+1e-4)+1e-5
-    moving = np.argsort(-a.std(1).mean(0))[:bound]; small = a[:,:,moving].reshape(len(a), -1)
     around = [np.clip(np.arange(shape[0])+k, 0, shape[0]-1) for k in range(-width, width+1)]
     found = np.empty(len(b), int)
     for q in (progress or iter)(range(len(b))):
-        s = b[q][:,moving]; high,low = s[around].max(0).ravel(),s[around].min(0).ravel()
-        outside = small-np.clip(small, low, high); least = np.einsum('ij,ij->i', outside, outside)
-        candidates = np.flatnonzero(least <= limit[q])
-        found[q] = candidates[dtw_distances(b[q], a[candidates], width).argmin()]
+        s = turned[q][around]; least = _outside(small, s.max(0).ravel(), s.min(0).ravel())
+        left = np.flatnonzero(least <= limit[q])
+        found[q] = left[_nearest_warped(b[q], a[left], least[left], width)]
     return np.asarray(gloss)[found]
 
 # %% ../../nbs/sign/40_evaluate.ipynb #7bd8b4d1
@@ -340,6 +357,18 @@ def merge_windows(
     change = np.flatnonzero(np.diff(gloss, prepend=-2)); ends = np.append(change[1:], len(gloss))
     rows = [dict(start=int(starts[a]), stop=int(starts[b-1]+size), gloss=int(gloss[a]), probability=float(np.mean(probability[a:b]))) for a,b in zip(change, ends) if gloss[a] >= 0 and b-a >= least]
     return pd.DataFrame(rows, columns=['start','stop','gloss','probability'])
+
+# %% ../../nbs/sign/40_evaluate.ipynb #06371ee4
+def stream_scores(
+    found:pd.DataFrame, # `start`, `stop`, `gloss`, from `merge_windows`
+    truth:pd.DataFrame, # The same of the signs that are there, in the same unit
+)->dict: # `signs`, `said`, share of the signs that were `found`, and of what was said that is `right`
+    "A sign that was said is right when the sign in whose time its middle lies is the same."
+    middle = (found.start+found.stop).to_numpy()/2
+    at = np.searchsorted(truth.start.to_numpy(), middle, 'right')-1
+    inside = (at >= 0) & (middle <= truth.stop.to_numpy()[at.clip(0)])
+    right = inside & (truth.gloss.to_numpy()[at.clip(0)] == found.gloss.to_numpy())
+    return dict(signs=len(truth), said=len(found), found=len(set(at[right]))/max(len(truth), 1), right=float(right.mean()) if len(found) else math.nan)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #3f80e738
 def add_gloss(

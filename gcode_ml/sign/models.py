@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError, check_choice
 from ..core.layers import SinusoidalPositions, masked_max, masked_mean, reverse_padded
 
-# %% ../../nbs/sign/20_models.ipynb #43904da1
+# %% ../../nbs/sign/20_models.ipynb #d6f18611
 class MotionChannels(nn.Module):
     "Coordinates, hands in their own frame, velocity, presence."
     def __init__(self,
@@ -25,12 +25,14 @@ class MotionChannels(nn.Module):
         velocity:bool=True, # Append velocities
         presence:bool=False, # Append one presence channel a point
         gain:float=4., # What a velocity is multiplied by
+        bones=(), # Pairs of points whose direction and distance are appended
     ):
         super().__init__()
-        self.channels,self.hands,self.velocity,self.presence,self.gain = channels,[list(h) for h in hands],velocity,presence,gain
-        if (hands or presence) and channels%2: raise InputError('MotionChannels', 'channels', 'x and y of each point', str(channels))
+        self.channels,self.hands,self.velocity,self.presence,self.gain,self.bones = channels,[list(h) for h in hands],velocity,presence,gain,[list(b) for b in bones]
+        if (hands or presence or bones) and channels%2: raise InputError('MotionChannels', 'channels', 'x and y of each point', str(channels))
         if any(len(h) != 21 or max(h) >= channels//2 for h in self.hands): raise InputError('MotionChannels', 'hands', f'21 points below {channels//2} a hand', str(self.hands))
-        self.size = (channels+len(self.hands))*(1+velocity) + presence*channels//2
+        if any(len(b) != 2 or max(b) >= channels//2 for b in self.bones): raise InputError('MotionChannels', 'bones', f'pairs of points below {channels//2}', str(self.bones))
+        self.size = (channels+len(self.hands)+3*len(self.bones))*(1+velocity) + presence*channels//2
 
 # %% ../../nbs/sign/20_models.ipynb #e0d968f1
 def _differences(x, there):
@@ -38,7 +40,7 @@ def _differences(x, there):
     following = (torch.arange(x.shape[1], device=x.device)+1).clamp_max(x.shape[1]-1) # the last frame follows itself
     return torch.where(there[:,following] & there, x[:,following]-x, 0.)
 
-# %% ../../nbs/sign/20_models.ipynb #89d3e625
+# %% ../../nbs/sign/20_models.ipynb #3d94633c
 @patch
 def forward(self:MotionChannels,
     inputs:dict, # `channels` and `present`, `[B,T,C]`
@@ -47,8 +49,9 @@ def forward(self:MotionChannels,
     "`[B,T,size]` of `channels` and `present` `[B,T,C]`; zero where missing or padded."
     present = inputs['present'] & mask[...,None]
     x = torch.where(present, inputs['channels'], 0.)
-    if self.hands: x,there = self.in_hand(x, present)
-    else: there = present
+    lines = self.directions(x, present) if self.bones else None
+    x,there = self.in_hand(x, present) if self.hands else (x,present)
+    if self.bones: x,there = (torch.cat(p, -1) for p in zip((x,there), lines))
     parts = [x]
     if self.velocity: parts.append(_differences(x, there)*self.gain)
     if self.presence: parts.append(present[...,::2].to(x.dtype))
@@ -72,6 +75,18 @@ def in_hand(self:MotionChannels,
         points = points.index_copy(2, torch.tensor(hand, device=x.device), torch.cat([h[:,:,:1], local[:,:,1:]], 2))
         sizes.append(torch.where(there, size.log()-masked_mean(size.log()[...,None], there), 0.)); known.append(there)
     return torch.cat([points.flatten(2), torch.stack(sizes, -1)], -1), torch.cat([present, torch.stack(known, -1)], -1)
+
+# %% ../../nbs/sign/20_models.ipynb #f5c04fed
+@patch
+def directions(self:MotionChannels,
+    x:Tensor, # `[B,T,C]`
+    present:Tensor, # `[B,T,C]`
+)->tuple: # `[B,T,3*bones]`, and where both ends are there
+    "Direction and length of each bone."
+    points,(a,b) = x.unflatten(-1, (-1,2)),torch.tensor(self.bones, device=x.device).T
+    way = points[:,:,b]-points[:,:,a]; length = (way.square().sum(-1, keepdim=True)+1e-12).sqrt() # the root of zero has no gradient
+    there = (present[...,::2][...,a] & present[...,::2][...,b]).repeat_interleave(3, -1)
+    return torch.where(there, torch.cat([way/(length+.1), length], -1).flatten(2), 0.), there
 
 # %% ../../nbs/sign/20_models.ipynb #38394498
 def _head(size, classes, hidden):
@@ -233,18 +248,26 @@ def create_backbone(
     except (ImportError,RuntimeError) as e:
         raise InputError('backbone', name, 'the packages of the extra `vision`', f'{type(e).__name__}: {str(e).splitlines()[0][:80]}', 'pip install gcode_ml[vision], or train on features of the frames') from None
 
-# %% ../../nbs/sign/20_models.ipynb #6867fe4f
+# %% ../../nbs/sign/20_models.ipynb #51cd1585
+def _tensors(path):
+    "Tensors of a file, read without unpickling; image nets are published as `.pth`, which is a `.pt` by another name."
+    from gcode_ml.core.files import read_arrays
+    if str(path).lower().endswith('.pth'):
+        try: return dict(torch.load(path, map_location='cpu', weights_only=True))
+        except Exception as e: raise InputError(path, 'content', 'a file of tensors', f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:90]}') from None
+    return {k: torch.as_tensor(v) for k,v in read_arrays(path).items()}
+
+# %% ../../nbs/sign/20_models.ipynb #da51b621
 def load_backbone(
     backbone:nn.Module, # Receives the weights
-    path, # `.safetensors`, or `.pt` with plain tensors
+    path, # `.safetensors`, or `.pt` or `.pth` with plain tensors
     in_order:bool=False, # Match by order instead of by name
     ignore:tuple=('fc.','classifier.','AuxLogits.'), # Beginnings of names that a backbone has no place for
 )->str: # SHA-256 of the file
     "Read weights of an image net."
     import hashlib
     from pathlib import Path
-    from gcode_ml.core.files import read_arrays
-    state,own = {k: torch.as_tensor(v) for k,v in read_arrays(path).items()},backbone.state_dict()
+    state,own = _tensors(path),backbone.state_dict()
     if in_order: state = dict(zip(own, (v for k,v in state.items() if k.split('.')[-1] != 'num_batches_tracked' or any(n.endswith('num_batches_tracked') for n in own))))
     state = {k: v for k,v in state.items() if not k.startswith(ignore)}
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
@@ -261,7 +284,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if mask.all(): return super().forward(x.flatten(0, 1)).view_as(x)
         return torch.zeros_like(x).masked_scatter(mask[...,None], super().forward(x[mask]))
 
-# %% ../../nbs/sign/20_models.ipynb #74c74d94
+# %% ../../nbs/sign/20_models.ipynb #fdc18899
 class ConvBlock(nn.Module):
     "Pointwise, depthwise, gate, pointwise; added to what came in."
     def __init__(self,
@@ -282,12 +305,13 @@ class ConvBlock(nn.Module):
         h = nn.functional.silu(self.widen(x))*mask[...,None]
         h = self.depthwise(h.mT[...,None])[...,0].mT
         h = self.norm(h, mask)
-        h = h*self.gate(masked_mean(h, mask)[:,None]).sigmoid()
+        around = nn.functional.pad(masked_mean(h, mask), (self.gate.kernel_size[0]//2,)*2).unfold(1, self.gate.kernel_size[0], 1)
+        h = h*(around @ self.gate.weight[0,0])[:,None].sigmoid()
         h = self.narrow(h)
         if self.training and self.drop_path: h = h*(torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path)/(1-self.drop_path)
         return x+h
 
-# %% ../../nbs/sign/20_models.ipynb #87e74be9
+# %% ../../nbs/sign/20_models.ipynb #8a892a4e
 class SignConv(SignModel):
     "Depthwise convolutions over coordinates and velocities."
     def __init__(self,
@@ -303,25 +327,55 @@ class SignConv(SignModel):
         hands=(), # Points of each hand, see `MotionChannels`
         velocity:bool=True, # Velocities too
         presence:bool=False, # A presence channel a point too
+        bones=(), # Pairs of points whose direction counts, see `MotionChannels`
+        pairs=(), # (left, right) points that a mirror exchanges; with them an answer is the mean over a clip and its mirror image
     ):
         super().__init__(2*width, glosses, categories, dropout)
-        self.channels,self.motion = channels,MotionChannels(channels, hands, velocity, presence)
+        self.channels,self.pairs,self.motion = channels,[list(p) for p in pairs],MotionChannels(channels, hands, velocity, presence, bones=bones)
+        if pairs: # they follow from the pairs, so no file keeps them
+            for k,v in zip(('columns','sign'), _mirror_columns(channels, pairs)): self.register_buffer(k, v, persistent=False)
         self.stem,self.norm = nn.Linear(self.motion.size, width, bias=False),MaskedBatchNorm(width)
         self.blocks = nn.ModuleList([ConvBlock(width, kernel, drop_path) for _ in range(num_layers-attention)])
         self.attention = nn.TransformerEncoderLayer(width, 4, 2*width, .2, batch_first=True, norm_first=True) if attention else None
         self.last = nn.Linear(width, 2*width)
 
-# %% ../../nbs/sign/20_models.ipynb #f91ed08c
+# %% ../../nbs/sign/20_models.ipynb #e6ca38ed
+@patch
+def state(self:SignConv,
+    inputs:dict, # `channels` and `present`
+    mask:Tensor, # `[B,T]`
+)->Tensor: # `[B,2*width]`
+    "Mean state over the real steps of the clips as they are."
+    h = self.norm(self.stem(self.motion(inputs, mask)), mask)
+    for block in self.blocks: h = block(h, mask)
+    if self.attention is not None: h = self.attention(h, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
+    return masked_mean(self.last(h), mask)
+
+# %% ../../nbs/sign/20_models.ipynb #f6889796
+def _mirror_columns(channels, pairs):
+    "Which channel is read for which in a mirror image around x = 0, and its sign."
+    order = torch.arange(channels//2)
+    for a,b in pairs: order[a],order[b] = b,a
+    return torch.stack([2*order,2*order+1], -1).flatten(), torch.tensor([-1.,1.]).repeat(channels//2)
+
+# %% ../../nbs/sign/20_models.ipynb #640dd382
+@patch
+def mirrored(self:SignConv,
+    inputs:dict, # `channels` and `present`
+)->dict: # The same of the mirror images
+    "Coordinates turned around, left and right points exchanged."
+    return dict(channels=inputs['channels'][...,self.columns]*self.sign, present=inputs['present'][...,self.columns])
+
+# %% ../../nbs/sign/20_models.ipynb #f6ac36a4
 @patch
 def embed(self:SignConv,
     inputs:dict, # `channels` and `present`
     mask:Tensor, # `[B,T]`
 )->Tensor: # `[B,2*width]`
-    "Mean state over the real steps."
-    h = self.norm(self.stem(self.motion(inputs, mask)), mask)
-    for block in self.blocks: h = block(h, mask)
-    if self.attention is not None: h = self.attention(h, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
-    return masked_mean(self.last(h), mask)
+    "Mean state over the real steps; after training also over the clip and its mirror image."
+    if self.training or not self.pairs: return self.state(inputs, mask)
+    turned = self.mirrored(inputs); both = {k: torch.cat([inputs[k], turned[k]]) for k in ('channels','present')}
+    return self.state(both, torch.cat([mask, mask])).unflatten(0, (2,-1)).mean(0)
 
 # %% ../../nbs/sign/20_models.ipynb #a8cb895f
 class BiGRU(SignModel):

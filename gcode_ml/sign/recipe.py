@@ -8,10 +8,10 @@ Docs: https://example.org/gcode_ml/sign/recipe.html.md"""
 __all__ = ['DEFAULTS', 'FOUNDING', 'FOUNDING_TRAINING', 'FOUNDING_NAMES', 'load_clips', 'load_sides', 'clip_sets', 'body_parts',
            'SignerStyle', 'style_callbacks', 'FrameData', 'gloss_accuracy', 'category_accuracy', 'recipe',
            'simple_rows', 'covered_groups', 'covered_scores', 'without_gloss', 'preprocessing_state', 'answer_table',
-           'read_inputs', 'predict_bundle', 'evaluate_bundle', 'stream_signs', 'extract_features', 'smoke_test',
-           'simulate']
+           'read_inputs', 'predict_bundle', 'evaluate_bundle', 'stream_windows', 'stream_signs', 'joined_clips',
+           'extract_features', 'smoke_test', 'simulate']
 
-# %% ../../nbs/sign/50_recipe.ipynb #5a3f48f2
+# %% ../../nbs/sign/50_recipe.ipynb #cdc61bc0
 import inspect, tempfile, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +28,10 @@ from ..core.training import TRAINING, fit, training_options
 from .augment import signer_style
 from .callbacks import FiniteBatch, ModelCheckpoints, NamedSubset, SignLog
 from .checks import check
-from .data import Clip, ClipData, class_names, clip_layout, read_clip, read_clips, read_hands, read_npz, split_clips
+from .data import SKELETONS, Clip, ClipData, class_names, clip_layout, read_clip, read_clips, read_hands, read_npz, split_clips
 from .evaluate import SIMPLE, Occluded, answer_rows, merge_windows, model_answers, prepared_answers, sign_scores, simple_answers
 from .models import BACKBONES, MODELS, create_model, load_backbone
-from .skeleton import NobodySeen, Preparation, prepare_clips
+from .skeleton import NobodySeen, Preparation, normalise_points, prepare_clips, reference_frame, to_pixels
 
 # %% ../../nbs/sign/50_recipe.ipynb #4649773b
 def _read(folder, kind, progress, **options):
@@ -154,8 +154,8 @@ def _frames(clip, key):
     if found is None or found.dtype != np.uint8 or found.shape != (len(clip),*found.shape[1:3],3): raise InputError(clip.file, f'array {key}', f'uint8 [{len(clip)},H,W,3]', 'no such array' if found is None else f'{found.dtype} {list(found.shape)}')
     return found
 
-# %% ../../nbs/sign/50_recipe.ipynb #fca954ef
-DEFAULTS = dict(max_epochs=25, batch_size=64, learning_rate=2e-3, weight_decay=.05, loss='label_smoothing', monitor='gloss_accuracy')
+# %% ../../nbs/sign/50_recipe.ipynb #c7b00bdc
+DEFAULTS = dict(max_epochs=30, batch_size=64, learning_rate=2e-3, weight_decay=.05, loss='label_smoothing', monitor='gloss_accuracy')
 FOUNDING = dict(model='transformer', points='all', aspect=False, gaps=0, trim=False, normalise='none', canonical_hand='no', frames=0, augmentation='none', velocity=False)
 FOUNDING_TRAINING = dict(max_epochs=20, batch_size=32, learning_rate=1e-4, weight_decay=0., loss='cross_entropy', schedule='constant', clip=0.)
 
@@ -164,7 +164,7 @@ FOUNDING_NAMES = {'epochs': 'max_epochs', 'batch_size': 'batch_size', 'lr': 'lea
     'early_stop': 'early_stop', 'amp': 'precision=fp16', 'compile_model': 'compile_model', 'gradient_accumulation_steps': 'accumulate', 'num_workers': 'workers', 'auto_workers': 'workers=auto', 'pin_memory': 'on with a GPU',
     'resume': 'gcode_ml run sign --resume RUN', 'log_csv': 'log_csv', 'alpha': 'gloss_weight', 'beta': 'category_weight', 'no_pretrained_backbone': 'pretrained_backbone=false', 'deterministic': 'deterministic'}
 
-# %% ../../nbs/sign/50_recipe.ipynb #fca872aa
+# %% ../../nbs/sign/50_recipe.ipynb #d3f1e5fe
 def _preparation(clips, read, points, canonical_hand, frames, **settings):
     "A preparation from the options of a recipe."
     layout = 'features' if read == 'features' else clip_layout(clips[0])
@@ -173,12 +173,13 @@ def _preparation(clips, read, points, canonical_hand, frames, **settings):
     turned = canonical_hand == 'yes' or (canonical_hand == 'auto' and layout == 'hands42')
     return Preparation(skeleton=layout, points=kept, canonical_hand=turned, frames=frames or None, **settings).fit(clips)
 
-def _model_arguments(model, preparation, names, hand_shape, **given):
+def _model_arguments(model, preparation, names, hand_shape, directions, mirror_image, **given):
     "Arguments of a model's class: what the data decides, and what was given (whole 0, -1 and '' are the model's own defaults)."
     known = inspect.signature(MODELS[check_choice('parameter', 'model', model, MODELS)]).parameters
     channels = BACKBONES[check_choice('parameter', 'backbone', given['backbone'], BACKBONES)]['features'] if given['backbone'] else preparation.channels
     hands = [h for h in preparation.hands.values() if h] if hand_shape and preparation.normalise != 'none' else []
-    found = dict(channels=channels, glosses=len(names['gloss']), categories=len(names['category']), hands=hands)
+    seen_from_body = preparation.normalise != 'none' and not preparation.canonical_hand # only then is a mirror image a clip as well
+    found = dict(channels=channels, glosses=len(names['gloss']), categories=len(names['category']), hands=hands, bones=preparation.bones if directions else [], pairs=preparation.pairs if mirror_image and seen_from_body else [])
     found |= {k: v for k,v in given.items() if isinstance(v, bool) or not (v in (-1,'') or (v == 0 and type(v) is int))}
     if 'width' in found and model == 'transformer': found['d_model'] = found.pop('width')
     return {k: v for k,v in found.items() if k in known}
@@ -200,7 +201,7 @@ def category_accuracy(out, targets):
     "Share of right categories in a batch."
     return (out['category'].argmax(-1) == targets['category']).float().mean()
 
-# %% ../../nbs/sign/50_recipe.ipynb #be7cb513
+# %% ../../nbs/sign/50_recipe.ipynb #920fef4a
 def recipe(
     data='', # Folder of clips, or what `load_clips` gave; simulated when empty
     split:str='signer', fold:int=0, folds:int=5, # `signer`, `random` or `all`; which signer or part is the test side; parts of the random split
@@ -211,7 +212,8 @@ def recipe(
     model:str='conv', # `transformer`, `iv3_gru`, `conv`, `conv_attention` or `bigru`
     founding:bool=False, # Options at their defaults become the original's
     points='auto', aspect:bool=True, gaps:int=5, trim:bool=True, normalise:str='auto', canonical_hand:str='auto', frames:int=40, long_clips:str='resample', max_length:int=300, # See `Preparation`; 0 frames: each clip's own length
-    velocity:bool=True, presence:bool=False, hand_shape:bool=True, # Channels that the model computes, see `MotionChannels`
+    velocity:bool=True, presence:bool=False, hand_shape:bool=True, directions:bool=True, # Channels that the model computes, see `MotionChannels`
+    mirror_image:bool=True, # Whether an answer is the mean over a clip and its mirror image, see `SignConv`
     width:int=0, num_layers:int=0, kernel:int=0, nhead:int=0, dim_feedforward:int=0, dropout:float=-1., drop_path:float=-1., pooling:str='', hidden1:int=0, hidden2:int=0, # Sizes; 0 or -1: the model's own
     backbone:str='', backbone_weights='', pretrained_backbone:bool=True, freeze_backbone:bool=True, frames_key:str='frames', # Of `iv3_gru` on frames, see `FrameData`; weights from a file
     gloss_weight:float=.5, category_weight:float=.5, # Weights of the two losses
@@ -226,7 +228,7 @@ def recipe(
     if founding: own,training = _founding(own, training)
     return _learner(cbs=cbs, training=training, **own)
 
-# %% ../../nbs/sign/50_recipe.ipynb #a5cdf15e
+# %% ../../nbs/sign/50_recipe.ipynb #6d019a10
 _pick = lambda own, names: {k: own[k] for k in names.split()}
 
 def _clips(own):
@@ -258,7 +260,7 @@ def _learner(cbs, training, **own):
     train,valid = (_somebody(data, clips, i, own['empty']) for i in (train,valid))
     if own['backbone']: data = FrameData(data, clips, own['frames_key'], **{k: BACKBONES[own['backbone']][k] for k in ('mean','std')})
     set_seed(own['seed'])
-    arguments = _model_arguments(own['model'], preparation, facts['names'], **_pick(own, 'hand_shape velocity presence width num_layers kernel nhead dim_feedforward dropout drop_path pooling hidden1 hidden2 backbone freeze_backbone'))
+    arguments = _model_arguments(own['model'], preparation, facts['names'], **_pick(own, 'hand_shape directions mirror_image velocity presence width num_layers kernel nhead dim_feedforward dropout drop_path pooling hidden1 hidden2 backbone freeze_backbone'))
     net,arguments = create_model(own['model'], **arguments)
     weights = _backbone_weights(net, own)
     style = style_callbacks(preparation, own['augmentation'], **_pick(own, 'mirror rotation scale shear shift proportions tempo crop drop jitter'))
@@ -443,7 +445,22 @@ def evaluate_bundle(
     table = [dict(split=side, name=name, measure=m, value=v) for side,part in rows.groupby(sides) for name,p in [('all',part), *part.groupby('signer')] for m,v in sign_scores(p).items() if name == 'all' or m == 'macro_f1']
     return pd.DataFrame(table), dict(facts={k: v for k,v in facts.items() if k != 'names'})
 
-# %% ../../nbs/sign/50_recipe.ipynb #5ea9ca71
+# %% ../../nbs/sign/50_recipe.ipynb #3fb67cfa
+def stream_windows(
+    preparation:Preparation, # Fitted
+    clip:Clip, # A long one
+    seconds:float=2., # Length of the window
+    step:float=.25, # Seconds between windows
+)->tuple: # A prepared array a window, `None` where nobody is seen; first frame of each; frames a window
+    "A window that slides over a clip."
+    time = clip.timestamps_ms/1000
+    period = max(float(np.median(np.diff(time))) if len(time) > 1 else 1., 1e-3)
+    size,stride = max(2, round(seconds/period)),max(1, round(step/period))
+    starts = np.arange(0, max(len(clip)-size, 0)+1, stride)
+    part = lambda a: replace(clip, points=clip.points[a:a+size], seen=clip.seen[a:a+size], timestamps_ms=clip.timestamps_ms[a:a+size])
+    return [_prepared(preparation, part(a))[0] for a in starts], starts, size
+
+# %% ../../nbs/sign/50_recipe.ipynb #5676929b
 def stream_signs(
     model, # A model
     state:dict, # From `preprocessing_state`
@@ -453,15 +470,26 @@ def stream_signs(
     threshold:float=None, # Smallest probability; the state's by default
 )->pd.DataFrame: # `start` and `stop` in seconds, `gloss` by name, `probability`
     "Signs in a long clip; what lies between them is no sign."
-    preparation,time = Preparation.from_json(state['preparation']),clip.timestamps_ms/1000
-    period = max(float(np.median(np.diff(time))) if len(time) > 1 else 1., 1e-3)
-    size,stride = max(2, round(seconds/period)),max(1, round(step/period))
-    starts = np.arange(0, max(len(clip)-size, 0)+1, stride)
-    arrays = [_prepared(preparation, replace(clip, points=clip.points[a:a+size], seen=clip.seen[a:a+size], timestamps_ms=clip.timestamps_ms[a:a+size]))[0] for a in starts]
+    arrays,starts,size = stream_windows(Preparation.from_json(state['preparation']), clip, seconds, step)
     p = prepared_answers(arrays, model, state['temperature'])[0]
     found = merge_windows(starts, size, p.argmax(1), p.max(1), state['threshold'] if threshold is None else threshold)
-    last = len(clip)-1
+    time,last = clip.timestamps_ms/1000,len(clip)-1
     return found.assign(start=time[found.start.clip(upper=last)], stop=time[found.stop.clip(upper=last)], gloss=[state['names']['gloss'][g] for g in found.gloss])
+
+# %% ../../nbs/sign/50_recipe.ipynb #e1780a6f
+def joined_clips(
+    clips:list, # `Clip`s of one layout, `pose78` or `hands42`
+)->tuple: # One long clip, and a table of what is in it: `start` and `stop` in frames, `gloss`
+    "Clips one after the other."
+    skeleton = SKELETONS[clip_layout(clips[0])]; kind = 'body' if skeleton.shoulders else 'hand'
+    points,times,last = [],[],0
+    for c in clips:
+        p = to_pixels(c.points, c.width, c.height)
+        points.append(normalise_points(p, *reference_frame(p, c.seen.astype('int8'), skeleton, kind)[:2]))
+        times.append(c.timestamps_ms-c.timestamps_ms[0]+last); last = times[-1][-1]+round(float(np.median(np.diff(c.timestamps_ms))) if len(c) > 1 else 40)
+    stop = np.cumsum([len(c) for c in clips])
+    long = replace(clips[0], name='joined', points=np.concatenate(points), seen=np.concatenate([c.seen for c in clips]), timestamps_ms=np.concatenate(times), gloss=-1, category=-1, width=0., height=0.)
+    return long, pd.DataFrame(dict(start=stop-[len(c) for c in clips], stop=stop, gloss=[c.gloss for c in clips]))
 
 # %% ../../nbs/sign/50_recipe.ipynb #c7a030ee
 @torch.no_grad()
