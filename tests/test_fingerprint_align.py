@@ -1,15 +1,22 @@
-"Forward-backward, Viterbi and the stream against enumeration of all paths; the library and the emission against their definitions."
+"Forward-backward, Viterbi and the stream against enumeration of all paths; the library, the emission, the clocks and the placer against their definitions."
 import itertools
 import time as clock
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from scipy.stats import norm
 
 from gcode_ml.core.errors import InputError
-from gcode_ml.fingerprint.align import (GaussianEmission, NeuralEmission, ProgramChains, StreamAligner, build_library, fit_emission,
+from gcode_ml.core.training import fit
+from gcode_ml.fingerprint.align import (GaussianEmission, NeuralEmission, ProgramChains, StreamAligner, build_library, fit_emission, posterior,
                                         trailing_features)
-from gcode_ml.fingerprint.data import align_channels, fit_scale, modality, programs, recording_from_table, select_channels
+from gcode_ml.fingerprint.clocks import clock_table, line_bound, line_lags, sensor_lags
+from gcode_ml.fingerprint.emission import emission_recipe, network_emission
+from gcode_ml.fingerprint.placing import build_placer, line_shape, none_of_the_library, place_rows, place_windows, score_windows
+from gcode_ml.fingerprint.evaluate import selective_curve
+from gcode_ml.fingerprint.data import Recording, align_channels, fit_scale, modality, programs, recording_from_table, select_channels
 from gcode_ml.fingerprint.simulate import simulate_recordings
 
 CASES = [dict(lengths=[3, 2]), dict(lengths=[4], known_start=True), dict(lengths=[2, 3], rates=(.5, 1.5), leave=.1, enter=.3), dict(lengths=[1, 3], leave=.05)]
@@ -210,3 +217,111 @@ def test_bad_input(fitted):
                  lambda: stream.step(rows[test[0].name][1], 4.), lambda: fit_emission(library, [np.zeros((3, 2))], [np.zeros(3, int)]),
                  lambda: chains.smooth(np.zeros((0, len(library))), np.zeros(0), np.zeros(0))):
         with pytest.raises(InputError): call()
+
+
+# ---- pieces, the two clocks, the network and the placer
+
+def test_match_is_the_sum_along_the_diagonal(fitted):
+    "Against a loop over rows; ends of programs are held, programs do not mix."
+    library = fitted[0]; random = np.random.default_rng(0); time = np.cumsum(random.uniform(.1, .6, 9)); logp = random.normal(size=(9, len(library)))
+    for row in (None, 0, 8):
+        score = library.match(logp, time, row); middle = 4 if row is None else row
+        for s in (0, 5, library.lengths[0]-1, library.lengths[0], len(library)-1):
+            first = library.first[library.program[s]]; last = first+library.lengths[library.program[s]]-1
+            places = [min(max(s+int(np.rint((t-time[middle])/library.step)), first), last) for t in time]
+            assert np.isclose(score[s], sum(logp[t, p] for t, p in enumerate(places)))
+    p = posterior(score, 3.)
+    assert np.isclose(p.sum(), 1) and np.allclose(np.diff(np.log(p)), np.diff(score)/3)
+
+
+def test_match_is_the_limit_of_the_chains():
+    "With an advance that is certain, smoothing a piece and matching it are the same."
+    class Exact(ProgramChains):
+        def kernel(self, seconds): k = np.zeros((len(self.lengths), 3)); k[:, int(np.rint(seconds/self.step))] = 1.; return k
+    library = build_library([recording_from_table(t, n) for n, t in simulate_recordings(runs=1, seed=0, classes=['face', 'pocket']).items()])
+    random = np.random.default_rng(1); time = .25*np.r_[0, 1, 2, 4, 5, 6]; logp = random.normal(size=(6, len(library)))
+    chains = Exact(library.lengths, none=0., leave=0., enter=0.); found = chains.smooth(logp, np.full(6, -50.), time).posterior[0]
+    score = library.match(logp, time, 0)+np.log(1/np.repeat(library.lengths, library.lengths))
+    assert np.allclose(found, posterior(score), atol=1e-6)
+
+
+def moved(r, seconds=0., rows=0):
+    "A recording whose labels are later by seconds, or whose sensors are later by rows."
+    return Recording(r.name, r.operation, r.time+seconds, r.lines, r.texts, r.channels, np.roll(r.sensors, rows, axis=0), r.controller)
+
+
+def test_lags_of_both_clocks_are_found(fitted):
+    "Shifts that were put in come out; a constant of the whole group does not count."
+    *_, train, test, of = fitted; runs = [r for r in train+test if r.operation == 'pocket']
+    assert np.allclose(line_lags([moved(r, s) for r, s in zip(runs, (0, .8, 0, -1.2))]), [0, .8, 0, -1.2], atol=.15)
+    step = np.median(np.diff(runs[0].time)); lags, agreement = sensor_lags([moved(r, rows=k) for r, k in zip(runs, (0, 8, 0, 0))], longest=4.)
+    assert np.allclose(lags, [0, 8*step, 0, 0], atol=.5) and (agreement > 0).all()
+    with pytest.raises(InputError): sensor_lags(runs[:2])
+
+
+def test_clock_table_against_its_definition(fitted):
+    "Weights of a normal distribution over the rows of a class; the nearest row where none is near."
+    *_, train, test, of = fitted; table = clock_table(train, .05); k = table.operations.index('face')
+    time = np.r_[10.01, 33.3, 1e4]; votes = table.votes(time, np.eye(len(table.operations))[k]).toarray()
+    t = np.concatenate([r.time for r in train if r.operation == 'face']); x = np.concatenate([r.texts for r in train if r.operation == 'face'])
+    for at, row in zip(time[:2], votes):
+        near = abs(t-at) < .15; weight = np.exp(-.5*((t[near]-at)/.05)**2)
+        if not near.any(): near, weight = np.arange(len(t)) == abs(t-at).argmin(), np.ones(1)
+        for text in set(x[near]): assert np.isclose(row[list(table.texts).index(text)], weight[x[near] == text].sum()/weight.sum(), atol=1e-9)
+    assert np.allclose(votes.sum(1), 1) and table.texts[votes[2].argmax()] == x[t.argmax()]
+    both = table.votes(time, np.full(len(table.operations), 1/len(table.operations)))
+    assert np.allclose(np.asarray(both.sum(1)).ravel(), 1)
+
+
+def test_bound_falls_with_the_disagreement_of_the_clocks(fitted):
+    *_, train, test, of = fitted; a, b = ([r for r in part if r.operation == 'pocket'] for part in (train, test))
+    exact = [np.concatenate(line_bound(a, b, {r.name: s*k for r, k in zip(a+b, (1., -1., .5, -2.))})).mean() for s in (0, 1, 4)]
+    assert exact[0] > exact[1] > exact[2]
+
+
+@pytest.fixture(scope='module')
+def placed(fitted):
+    *_, train, test, of = fitted
+    learn = emission_recipe(train, max_epochs=9, batch_size=64, hidden=64, rank=32, silence=.1)
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    return build_placer(learn, network_emission(learn)), learn, train, test, of
+
+
+def test_network_ignores_what_is_missing_and_learns_no_slow_channel(placed):
+    "Silent boards stay silent in training; the states do not depend on the slow channels."
+    placer, learn, *_ = placed; network = learn.model; x = torch.from_numpy(learn.features(learn.held[0]))
+    slow = x.clone(); slow[:, network.motion:] = 9.
+    assert torch.equal(network.eval()(x)['states'], network(slow)['states']) and not torch.equal(network(x)['operation'], network(slow)['operation'])
+    x[:, 3] = 0.; disturbed = network.disturbed(x)
+    assert (disturbed[:, 3] == 0).all()
+    for board in network.boards.unique():
+        own = network.boards == board; silent = (disturbed[:, own] == 0).all(1).float().mean()
+        assert 0 < silent < .5 if (x[:, own] != 0).any() else silent == 1
+
+
+def test_placer_places(placed):
+    "Pieces and rows of test runs; probabilities are probabilities; the stream with a lag agrees with smoothing near the end."
+    placer, learn, train, test, of = placed
+    assert len(learn.inner)+len(learn.held) == len(train) and not {r.name for r in learn.inner} & {r.name for r in learn.held}
+    for r in test[:3]:
+        start = np.arange(0, len(r)-64, 32); said = place_windows(placer, r, start, start+64)
+        assert (said.program_said == of[r.operation]).mean() > .8
+        for c in ('text', 'program', 'operation'): assert said[f'{c}_probability'].between(0, 1+1e-6).all()
+        rows = place_rows(placer, r)
+        assert len(rows) == len(r) and (rows.known_start_text == r.texts).mean() > .7 and rows.known_start_text_probability.between(0, 1+1e-6).all()
+
+
+def test_scores_and_shapes():
+    "Hand-made outcomes; an empty answer is wrong; the vote is over windows of a run."
+    o = pd.DataFrame(dict(source=['a', 'a', 'a', 'b'], text=['X1', 'X2', 'Y1', 'G1 X1'], operation=['p', 'p', 'p', 'q'], text_said=['X1', 'X3', 'X1', 'G1 X1'], text_probability=1., shape_said=['X', 'X', 'X', 'G1 X'],
+                          program_said=['p', 'q', 'p', 'q'], operation_said=['p', 'q', 'p', 'q'], text_lookup=['X1', '', 'Y1', 'X1']))
+    t = score_windows(o, 'hand', dict(p='p', q='q')).set_index(['name', 'measure']).value
+    assert t['model', 'text at the middle row'] == .5 and t['model', 'shape at the middle row'] == .75 and t['model', 'operation'] == .75 and t['model', 'operation, vote of a run'] == 1
+    assert t['lookup', 'text at the middle row'] == .5 and t['lookup', 'shape at the middle row'] == .5
+    assert np.allclose(selective_curve([.2, .9, .5], [0, 1, 0]).accuracy, [1, .5, 1/3]) and line_shape('G53 G0 Z0.') == 'G53 G0 Z'
+
+
+def test_none_of_the_library_is_the_area_under_the_curve():
+    a, b = pd.DataFrame(dict(source=list('xxyy'), fit=[3., 2., 5., 4.])), pd.DataFrame(dict(source=list('zz'), fit=[2.5, 1.]))
+    found = none_of_the_library(a, b)
+    assert found['window'] == np.mean([u > v for u in a.fit for v in b.fit]) and found['run'] == 1.

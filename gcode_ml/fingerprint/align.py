@@ -6,7 +6,7 @@ Docs: https://example.org/gcode_ml/fingerprint/align.html.md"""
 
 # %% auto #0
 __all__ = ['ProgramLibrary', 'build_library', 'trailing_features', 'GaussianEmission', 'fit_emission', 'NeuralEmission',
-           'ProgramChains', 'Alignment', 'StreamAligner']
+           'ProgramChains', 'Alignment', 'posterior', 'StreamAligner']
 
 # %% ../../nbs/fingerprint/35_align.ipynb #f6aa0614
 from collections import deque
@@ -393,6 +393,28 @@ def clock(self:ProgramLibrary,
     time = np.asarray(time, float)[:,None]; end = np.repeat(self.step*(self.lengths-1), self.lengths)
     width = spread+drift*time
     return -.5*((np.minimum(time, end)-self.seconds)/width)**2
+
+# %% ../../nbs/fingerprint/35_align.ipynb #66ea08e4
+@patch
+def match(self:ProgramLibrary,
+    logp:np.ndarray, # Emission, `[T,N]`
+    time:np.ndarray, # Seconds, `[T]`
+    row:int=None, # Which row's state is asked for; the middle one by default
+)->np.ndarray: # Score of each state of that row, `[N]`
+    "Log-likelihood of a piece of a recording for each state of one of its rows."
+    row = len(logp)//2 if row is None else row; first,place = np.repeat(self.first, self.lengths),np.arange(len(self))
+    last = first+np.repeat(self.lengths, self.lengths)-1; score = np.zeros(len(self))
+    for e,shift in zip(logp, np.rint((time-time[row])/self.step).astype(int)): score += e[(place+shift).clip(first, last)]
+    return score
+
+# %% ../../nbs/fingerprint/35_align.ipynb #01821971
+def posterior(
+    score, # Log-probabilities, `[...,N]`
+    temperature:float=1., # They are divided by it
+)->np.ndarray: # `[...,N]`, its sum is 1
+    "Probabilities of log-probabilities."
+    score = np.asarray(score, float)/temperature
+    return np.exp(score-logsumexp(score, axis=-1, keepdims=True))
 
 # %% ../../nbs/fingerprint/35_align.ipynb #d4ab422f
 class StreamAligner:

@@ -7,8 +7,8 @@ Docs: https://example.org/gcode_ml/fingerprint/data.html.md"""
 # %% auto #0
 __all__ = ['CONTROLLER', 'MODALITIES', 'modality', 'Recording', 'elapsed_seconds', 'program_start', 'FrozenSensors',
            'frozen_tail', 'recording_from_table', 'sensor_channels', 'read_recording', 'recording_files',
-           'read_recordings', 'Sequences', 'read_sequences', 'select_channels', 'align_channels', 'ChannelScale',
-           'fit_scale', 'LineWindows', 'programs', 'check']
+           'read_recordings', 'program_sections', 'check_sections', 'check_times', 'Sequences', 'read_sequences',
+           'select_channels', 'align_channels', 'ChannelScale', 'fit_scale', 'LineWindows', 'programs', 'check']
 
 # %% ../../nbs/fingerprint/00_data.ipynb #bc44381e
 import warnings
@@ -160,6 +160,37 @@ def read_recordings(
     if not recordings: raise InputError(folder, 'recordings', 'one with live sensors', 'none')
     return recordings
 
+# %% ../../nbs/fingerprint/00_data.ipynb #28b32ad8
+def program_sections(
+    lines, # Line numbers, `[T]`
+    least:int=20, # Rows that make a program
+)->list: # (first row, row after the last) of each program
+    "Programs in one file: what lies between backward jumps of the line number."
+    back = np.flatnonzero(np.diff(lines) < 0)+1; edges = [0,*back.tolist(),len(lines)]
+    return [(a, b) for a,b in zip(edges, edges[1:]) if b-a >= least]
+
+# %% ../../nbs/fingerprint/00_data.ipynb #2ed3df7a
+def check_sections(
+    path, # A `.parquet` or `.csv` file
+):
+    "Refuse a recording that holds two programs, or whose clock jumps."
+    path = Path(path)
+    if not path.is_file(): raise InputError(path, 'file', 'a recording', 'nothing there')
+    table = pd.read_parquet(path, columns=['gcode_line','t_console']) if path.suffix == '.parquet' else pd.read_csv(path, usecols=['gcode_line','t_console'], low_memory=False)
+    table = table[table.gcode_line.notna()]; sections = program_sections(table.gcode_line.to_numpy(float))
+    if len(sections) > 1: raise InputError(path, 'gcode_line', 'one program', f"two programs or more: {', '.join(f'rows {a} to {b-1}' for a,b in sections[:3])}", 'a run of its own is read from the last one; cut the file')
+    check_times(elapsed_seconds(table.t_console, path), path)
+
+# %% ../../nbs/fingerprint/00_data.ipynb #c0f79768
+def check_times(
+    time:np.ndarray, # Seconds, `[T]`
+    file, # For the message
+    longest:float=30., # Seconds between two rows
+):
+    "Refuse a clock that goes back or leaps."
+    gaps = np.diff(time)
+    if len(bad := np.flatnonzero((gaps < 0) | (gaps > longest))): raise InputError(file, f't_console in row {bad[0]+1}', f'a clock that goes on by less than {longest:g} s a row', f'a step of {gaps[bad[0]]:.1f} s', 'the clock jumps')
+
 # %% ../../nbs/fingerprint/00_data.ipynb #15ef4592
 @dataclass
 class Sequences:
@@ -245,7 +276,7 @@ def apply(self:ChannelScale,
     "Standardise and clip."
     return np.clip((x-np.float32(self.center))/np.float32(self.scale), -self.limit, self.limit).astype('float32')
 
-# %% ../../nbs/fingerprint/00_data.ipynb #c9eba0cb
+# %% ../../nbs/fingerprint/00_data.ipynb #b504770e
 class LineWindows:
     "Windows of recordings, with the line of G-code at the middle row and the operation."
     def __init__(self,
@@ -255,8 +286,9 @@ class LineWindows:
         operations:list, # Names of the classes
         size:int=64, # Rows a window
         stride:int=16, # Rows between starts
+        numbers=None, # `NumberScale`: the line's numbers are targets too
     ):
-        self.recordings,self.tokenizer,self.operations = recordings,tokenizer,list(operations)
+        self.recordings,self.tokenizer,self.operations,self.scale = recordings,tokenizer,list(operations),numbers
         table = RowTable(arrays, [r.name for r in recordings])
         self.windows = Windows(table, *window_starts(table.lengths, size, stride, partial=True))
         self.recording,self.lengths = self.windows.recording,self.windows.lengths
@@ -265,7 +297,7 @@ class LineWindows:
         self._targets()
     def __len__(self): return len(self.windows)
 
-# %% ../../nbs/fingerprint/00_data.ipynb #88032d20
+# %% ../../nbs/fingerprint/00_data.ipynb #7e6521f2
 @patch
 def _targets(self:LineWindows):
     "Text, time, tokens and operation of each window."
@@ -276,8 +308,9 @@ def _targets(self:LineWindows):
     names = [self.recordings[i].operation for i in self.recording]
     for n in set(names)-set(self.operations): raise InputError('recordings', 'operation', f"one of {', '.join(self.operations)}", repr(n))
     self.labels = torch.tensor([self.operations.index(n) for n in names])
+    if self.scale: self.numbers = torch.from_numpy(self.scale.standardise(self.texts))
 
-# %% ../../nbs/fingerprint/00_data.ipynb #08df99e9
+# %% ../../nbs/fingerprint/00_data.ipynb #01add409
 @patch
 def batch(self:LineWindows,
     index, # Which windows, `[B]`
@@ -288,7 +321,8 @@ def batch(self:LineWindows,
     tokens = self.tokens[torch.as_tensor(index)]
     before = torch.cat([torch.full((len(tokens),1), self.tokenizer.vocab['BOS']), tokens[:,:-1]], 1)
     inputs = dict(sensors=values.nan_to_num(0.), present=present & mask[...,None], tokens=before)
-    return inputs, mask, dict(tokens=tokens, operation=self.labels[torch.as_tensor(index)], sensors=inputs['sensors'], present=inputs['present'])
+    more = dict(numbers=self.numbers[torch.as_tensor(index)]) if self.scale else {}
+    return inputs, mask, dict(tokens=tokens, operation=self.labels[torch.as_tensor(index)], sensors=inputs['sensors'], present=inputs['present'], **more)
 
 # %% ../../nbs/fingerprint/00_data.ipynb #7560fe97
 def programs(
@@ -307,7 +341,7 @@ def _same_program(a, b):
     common = a.keys() & b.keys()
     return len(common) >= 10 and np.mean([a[i] == b[i] for i in common]) >= .99
 
-# %% ../../nbs/fingerprint/00_data.ipynb #d3b8948f
+# %% ../../nbs/fingerprint/00_data.ipynb #64f136e8
 def check(
     path, # Folder of recordings or an NPZ file
     progress=None, # For instance `tqdm`
@@ -317,4 +351,10 @@ def check(
     if path.suffix == '.npz': return fault_sentences([lambda: read_sequences(path)])
     try: files = recording_files(path)
     except InputError as e: return [str(e)]
-    return fault_sentences([lambda f=f: read_recording(f) for f in (progress(files) if progress else files)])
+    return fault_sentences([lambda f=f,look=look: look(f) for f in (progress(files) if progress else files) for look in (read_recording, _check_rows)])
+
+def _check_rows(f):
+    "The sections and the clock of a file that can be read."
+    try: read_recording(f)
+    except InputError: return
+    check_sections(f)

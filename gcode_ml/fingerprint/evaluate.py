@@ -7,10 +7,10 @@ Docs: https://example.org/gcode_ml/fingerprint/evaluate.html.md"""
 # %% auto #0
 __all__ = ['LINE_BASELINES', 'OPERATION_BASELINES', 'SLOW', 'predict_windows', 'model_outcomes', 'baseline_outcomes',
            'score_model', 'score_outcomes', 'audit_recordings', 'plot_measure', 'plot_operation',
-           'plot_exact_by_operation']
+           'plot_exact_by_operation', 'selective_curve', 'plot_selective', 'plot_path']
 
-# %% ../../nbs/fingerprint/40_evaluate.ipynb #04d8c588
-import numpy as np, pandas as pd, seaborn as sns, torch
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #01881731
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
@@ -221,4 +221,38 @@ def plot_exact_by_operation(
     ax.set(xlabel='lines exact, free-running', ylabel='', xlim=(0,1)); ax.invert_yaxis()
     ax.legend(fontsize=8, loc='lower center', bbox_to_anchor=(.45, 1), ncols=2, frameon=False)
     sns.despine(ax=ax)
+    return ax
+
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #f570f520
+def selective_curve(
+    confidence, # `[N]`
+    right, # Whether it was right, `[N]`
+)->pd.DataFrame: # Columns `share` of the items that are answered, surest first, and their `accuracy`
+    "Accuracy of the surest answers."
+    right = np.asarray(right, float)[np.argsort(-np.asarray(confidence), kind='stable')]; n = np.arange(1, len(right)+1)
+    return pd.DataFrame(dict(share=n/len(right), accuracy=np.cumsum(right)/n))
+
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #2ae3156c
+def plot_selective(
+    curves:dict, # Name -> (confidence, right)
+    ax=None, # Axes
+): # The axes
+    "Selective prediction: how exact the surest answers are."
+    ax = plt.subplots(figsize=(6,2.6), layout='constrained')[1] if ax is None else ax
+    for (name,(confidence,right)),colour in zip(curves.items(), sns.color_palette('colorblind')):
+        c = selective_curve(confidence, right); ax.plot(c.share, c.accuracy, color=colour, label=name)
+    ax.set(xlabel='share of the rows that are answered, surest first', ylabel='exact', xlim=(0,1), ylim=(0,1.02)); ax.legend(frameon=False, fontsize=8); sns.despine(ax=ax)
+    return ax
+
+# %% ../../nbs/fingerprint/40_evaluate.ipynb #64ae27d8
+def plot_path(
+    errors:pd.DataFrame, # Columns `x`, `y` and `off`, mm
+    title:str='', # Title
+    worst:float=10., # Distance of the last colour, mm
+    ax=None, # Axes
+): # The axes
+    "The path, coloured by the distance between decoded and true place."
+    ax = plt.subplots(figsize=(4,3.2), layout='constrained')[1] if ax is None else ax
+    ax.plot(errors.x, errors.y, color='.85', lw=.6, zorder=0); dots = ax.scatter(errors.x, errors.y, c=errors.off.clip(upper=worst), s=7, cmap='viridis', vmin=0, vmax=worst)
+    ax.figure.colorbar(dots, ax=ax, label='decoded place off by, mm', shrink=.8); ax.set(aspect='equal', xlabel='X, mm', ylabel='Y, mm'); ax.set_title(title, fontsize=9); sns.despine(ax=ax)
     return ax

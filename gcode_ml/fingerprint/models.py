@@ -92,7 +92,7 @@ def token_scores(
     "Score of every token of the vocabulary: the sum of the log-probabilities of its parts."
     return sum(logits[k].log_softmax(-1)[...,parts[:,i]] for i,k in enumerate(HEADS))
 
-# %% ../../nbs/fingerprint/20_models.ipynb #f824d941
+# %% ../../nbs/fingerprint/20_models.ipynb #32730456
 class GCodeFingerprinter(nn.Module):
     "Backbone, line decoder and an operation head."
     def __init__(self,
@@ -106,15 +106,22 @@ class GCodeFingerprinter(nn.Module):
         dim_feedforward:int=512, # Size inside a transformer layer
         dropout:float=.2, # Dropout
         noise:float=.1, # Noise of the denoising auto-encoder
+        numbers:int=0, # Letters whose numbers are regressed as well; none when 0
     ):
         super().__init__()
         self.backbone = MMDTAELSTM(modalities, d_model, nhead, encoder_layers, dim_feedforward, dropout, noise)
         self.decoder = MultiHeadGCodeLM(parts, d_model, nhead, num_layers, dim_feedforward, dropout)
         self.operation = nn.Linear(d_model, operations)
+        self.numbers = nn.Sequential(nn.Linear(2*d_model, d_model), nn.GELU(), nn.Linear(d_model, numbers)) if numbers else None
     def forward(self, inputs, mask):
-        "Logits of the four heads, of the operation `[B,operations]`, and the reconstruction."
+        "Logits of the four heads, of the operation `[B,operations]`, the reconstruction, and, where asked for, numbers `[B,numbers]`."
         memory,clean = self.backbone(inputs, mask)
-        return {**self.decoder(inputs['tokens'], memory, mask), 'operation': self.operation(masked_mean(memory, mask)), 'reconstruction': clean}
+        out = {**self.decoder(inputs['tokens'], memory, mask), 'operation': self.operation(masked_mean(memory, mask)), 'reconstruction': clean}
+        return out if self.numbers is None else out | {'numbers': self.read_numbers(memory, mask)}
+    def read_numbers(self, memory, mask):
+        "Numbers `[B,numbers]`, in spreads, of the line at the middle row."
+        middle = memory[torch.arange(len(mask), device=mask.device), mask.sum(1)//2]
+        return self.numbers(torch.cat([middle, masked_mean(memory, mask)], -1))
 
 # %% ../../nbs/fingerprint/20_models.ipynb #3ac6e149
 from fastcore.basics import patch
@@ -182,7 +189,7 @@ def program_inputs(self:GCodeFingerprinter)->dict: # Method -> input -> type and
     "What the two programs take."
     return dict(read_sensors=_sensors(self.backbone.reconstruct.out_features), next_token=_written(len(self.decoder.parts), self.operation.in_features))
 
-# %% ../../nbs/fingerprint/20_models.ipynb #ace19340
+# %% ../../nbs/fingerprint/20_models.ipynb #d9fc020d
 class LineLoss(nn.Module):
     "Cross entropy of the four heads and of the operation, squared error of the reconstruction."
     def __init__(self,
@@ -191,9 +198,10 @@ class LineLoss(nn.Module):
         reconstruction:float=.3, # Weight of the reconstruction
         pad:int=0, # Token that does not count
         losses:dict=None, # Losses `loss(out, targets)` of the four heads and of `operation`; cross entropy by default
+        numbers:float=1., # Weight of regressed numbers, where the model has them
     ):
         super().__init__()
-        self.operation,self.reconstruction,self.pad = operation,reconstruction,pad
+        self.operation,self.reconstruction,self.pad,self.numbers = operation,reconstruction,pad,numbers
         self.losses = nn.ModuleDict({f'of_{k}': v for k,v in (losses or {}).items()}) # `type` is a method of a module
         self.register_buffer('parts', torch.as_tensor(parts), persistent=False)
     def forward(self, out, targets):
@@ -207,4 +215,9 @@ class LineLoss(nn.Module):
             line = sum(nn.functional.cross_entropy(out[k][real], wanted[...,i][real]) for i,k in enumerate(HEADS))
             operation = nn.functional.cross_entropy(out['operation'], targets['operation'])
         error = ((out['reconstruction']-targets['sensors'])**2*there).sum()/there.sum().clamp_min(1)
-        return line + self.operation*operation + self.reconstruction*error
+        return line + self.operation*operation + self.reconstruction*error + self.numbers*self.number_error(out, targets)
+    def number_error(self, out, targets):
+        "Huber's loss of the regressed numbers, over the letters that a line has."
+        if 'numbers' not in out: return 0.
+        said,true = out['numbers'],targets['numbers']; there = true.isfinite()
+        return (nn.functional.smooth_l1_loss(said, true.nan_to_num(0.), reduction='none')*there).sum()/there.sum().clamp_min(1)

@@ -8,7 +8,7 @@ Docs: https://example.org/gcode_ml/fingerprint/recipe.html.md"""
 __all__ = ['DEFAULTS', 'load_recordings', 'recording_groups', 'run_folds', 'FoldData', 'line_loss', 'predicted_tokens',
            'HeadAccuracy', 'recipe', 'split_windows', 'simulate', 'bundle_windows', 'predict_bundle', 'evaluate_bundle']
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #6f62b4f4
+# %% ../../nbs/fingerprint/50_recipe.ipynb #a3314fb9
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.learner import Metric
@@ -20,11 +20,11 @@ from ..core.files import checksum
 from ..core.learner import Learner, pick_device, set_seed
 from ..core.split import check_disjoint, group_holdout, group_kfold, join_sources, random_split
 from ..core.training import training_options
-from .data import (ChannelScale, LineWindows, align_channels, check, fit_scale, modality, read_recordings,
+from .data import (ChannelScale, LineWindows, align_channels, check, fit_scale, modality, programs, read_recordings,
                                        recording_files, select_channels)
 from .evaluate import model_outcomes
 from .models import HEADS, GCodeFingerprinter, LineLoss, token_scores
-from .tokens import BOS, PAD, tokenizer as make_tokenizer, tokenizer_from_json
+from .tokens import BOS, PAD, NumberScale, tokenizer as make_tokenizer, tokenizer_from_json
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #37d07875
 def load_recordings(
@@ -68,7 +68,7 @@ def run_folds(
     for train,test in pairs: check_disjoint(groups, train, test)
     return pairs
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #8a61ba9f
+# %% ../../nbs/fingerprint/50_recipe.ipynb #e8fe14b7
 class FoldData:
     "Windows of all recordings, prepared with what the training recordings of a fold tell."
     def __init__(self,
@@ -80,32 +80,35 @@ class FoldData:
         modalities='all', # Which modalities are inputs
         shared:bool=False, # Only channels that every recording has
         controller=(), # Controller columns among the inputs: answers, for controls only
+        numbers:str='digits', # How the model says numbers: `digits` alone, or `regressed` beside them
     ):
         known = [recordings[i] for i in train]
+        check_choice('parameter', 'numbers', numbers, ('digits','regressed'))
         self.channels = select_channels(known, modalities, shared, controller)
         self.scale = fit_scale([align_channels(r, self.channels) for r in known], self.channels)
         self.tokenizer = make_tokenizer(tokenizer, np.concatenate([r.texts for r in known]))
         self.operations = sorted({r.operation for r in recordings})
         arrays = [self.scale.apply(align_channels(r, self.channels)) for r in recordings]
-        self.windows = LineWindows(arrays, recordings, self.tokenizer, self.operations, window, stride)
+        self.numbers = NumberScale.fit(np.concatenate([r.texts for r in known])) if numbers == 'regressed' else None
+        self.windows = LineWindows(arrays, recordings, self.tokenizer, self.operations, window, stride, self.numbers)
         self.window,self.stride = window,stride
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #3ac6e149
 from fastcore.basics import patch
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #63e13ca0
+# %% ../../nbs/fingerprint/50_recipe.ipynb #856bf2ad
 @patch
 def model_arguments(self:FoldData)->dict: # Arguments of `GCodeFingerprinter` that the data decides
     "Channels by modality, parts of the tokens, number of operations."
     kinds = [modality(c) for c in self.channels]
     groups = [[i for i,k in enumerate(kinds) if k == m] for m in dict.fromkeys(kinds)]
-    return dict(modalities=groups, parts=self.tokenizer.parts.tolist(), operations=len(self.operations))
+    return dict(modalities=groups, parts=self.tokenizer.parts.tolist(), operations=len(self.operations), **(dict(numbers=len(self.numbers.letters)) if self.numbers else {}))
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #1969b77b
+# %% ../../nbs/fingerprint/50_recipe.ipynb #a72d7dfd
 @patch
 def preprocessing(self:FoldData)->dict: # JSON-able
     "State that turns a recording into inputs, for the bundle."
-    return dict(scale=vars(self.scale), tokenizer=self.tokenizer.to_json(), operations=self.operations, window=self.window, stride=self.stride, length=int(self.windows.tokens.shape[1]))
+    return dict(scale=vars(self.scale), tokenizer=self.tokenizer.to_json(), operations=self.operations, window=self.window, stride=self.stride, length=int(self.windows.tokens.shape[1]), **(dict(numbers=vars(self.numbers)) if self.numbers else {}))
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #9b18ecdd
 DEFAULTS = dict(max_epochs=4, batch_size=32, learning_rate=1e-3, weight_decay=1e-2, schedule='one_cycle', clip=1., optimizer_options='betas: [0.9, 0.99], eps: 1e-5', decay_on='fastai')
@@ -152,10 +155,10 @@ class HeadAccuracy(Metric):
     @property
     def value(self): return self.right/self.total if self.total else None
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #420976c9
+# %% ../../nbs/fingerprint/50_recipe.ipynb #2f8fdf34
 def recipe(
     data='', # Folder of recordings, or a list of them; simulated when empty
-    split:str='runs', # `runs` (honest) or `windows` (leaky)
+    split:str='runs', # `runs` (honest), `programs` (one program left out, `fold` says which), or `windows` (leaky)
     fold:int=0, # Which fold is the test set
     folds:int=5, # Number of folds
     tokenizer:str='lossless', # Token scheme: `lossless` or `bucket`
@@ -164,6 +167,7 @@ def recipe(
     modalities='all', # Sensor modalities among the inputs
     shared:bool=False, # Only channels that every training recording has
     controller=(), # Controller columns among the inputs
+    numbers:str='digits', # `digits`, or `regressed`: also a head that says X, Y, Z, R and F as numbers
     d_model:int=128, nhead:int=4, num_layers:int=4, encoder_layers:int=2, dim_feedforward:int=512, dropout:float=.2, # Sizes of the model
     seed:int=42, # Seed of everything
     device:str='auto', # Device
@@ -176,7 +180,7 @@ def recipe(
     if d_model % 2 or d_model % nhead: raise InputError('parameter', 'd_model', f'an even number, divisible by nhead ({nhead})', str(d_model))
     recordings = load_recordings(data, seed=seed)[0] if isinstance(data, (str,Path)) else data
     set_seed(seed)
-    fold_data,(train,valid,test) = split_windows(recordings, split, fold, folds, seed, tokenizer=tokenizer, window=window, stride=stride, modalities=modalities, shared=shared, controller=controller)
+    fold_data,(train,valid,test) = split_windows(recordings, split, fold, folds, seed, tokenizer=tokenizer, window=window, stride=stride, modalities=modalities, shared=shared, controller=controller, numbers=numbers)
     windows,device = fold_data.windows,pick_device(device)
     dls = dataloaders(Subset(windows, options.oversampled(windows.tokens, train, ignore=PAD)), Subset(windows, valid), options.batch_size, seed=seed, workers=workers, device=device)
     arguments = dict(fold_data.model_arguments(), d_model=d_model, nhead=nhead, num_layers=num_layers, encoder_layers=encoder_layers, dim_feedforward=dim_feedforward, dropout=dropout)
@@ -186,20 +190,22 @@ def recipe(
     learn.fold,learn.arguments,learn.train,learn.valid,learn.test = fold_data,arguments,train,valid,test
     return learn
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #c434b30e
+# %% ../../nbs/fingerprint/50_recipe.ipynb #b2cd03eb
 def split_windows(
     recordings:list, # Recordings
-    split:str, # `runs` or `windows`
+    split:str, # `runs`, `programs` or `windows`
     fold:int, # Which fold
     folds:int, # Of how many
     seed:int, # Seed of the assignment
     **kwargs # For `FoldData`
 )->tuple: # Fold data, and training, validation and test windows
     "Windows of the three sets."
-    check_choice('split', 'name', split, ('runs','windows'))
+    check_choice('split', 'name', split, ('runs','programs','windows'))
+    of = [programs(recordings)[r.operation] for r in recordings]; folds = len(set(of)) if split == 'programs' else folds
     if not 0 <= fold < folds: raise InputError('fold', 'number', f'0 to {folds-1}', str(fold))
     if split == 'windows': return _leaky_windows(FoldData(recordings, range(len(recordings)), **kwargs), fold, seed)
-    train,test = run_folds(recordings, folds, seed)[fold]
+    if split == 'programs': train,test = (np.flatnonzero((np.array(of) == sorted(set(of))[fold]) == held) for held in (False,True))
+    else: train,test = run_folds(recordings, folds, seed)[fold]
     groups,operations = recording_groups(recordings)[train],[recordings[i].operation for i in train]
     inner,valid = (train[i] for i in group_holdout(groups, operations, 1/8, seed))
     data = FoldData(recordings, train, **kwargs)
@@ -212,18 +218,32 @@ def _leaky_windows(data, fold, seed):
     inner,valid = random_split(len(train), 1/8, seed+fold)
     return data, (train[inner], train[valid], test)
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #14b11a27
+# %% ../../nbs/fingerprint/50_recipe.ipynb #e993f8c3
 def simulate(
     folder, # Folder to write
     runs:int=4, # Runs of each operation
     seed:int=0, # Random numbers of the whole set
     operations:str='all', # Names of operations joined by +
+    program:str='', # A G-code file, or a folder of them, to simulate instead
+    rate:float=0., # With `program`: samples a second of fast sensors, 200 or more; 0 for four reports a second
+    days:int=1, # With `program`: days on which the runs were recorded, in turn
+    progress=None, # With `program`: for instance `tqdm`
 )->Path: # The folder
-    "Write simulated recordings."
+    "Write simulated recordings, of the example programs or of any G-code file."
+    if program: return _simulate_files(Path(program), folder, runs, seed, rate, days, progress)
     from gcode_ml.fingerprint.simulate import simulate_recordings
     return simulate_recordings(folder, runs, seed, **({} if operations == 'all' else dict(classes=operations.split('+'))))
 
-# %% ../../nbs/fingerprint/50_recipe.ipynb #f52a980d
+# %% ../../nbs/fingerprint/50_recipe.ipynb #6e36e9bb
+def _simulate_files(path, folder, runs, seed, rate, days, progress):
+    "Recordings of the programs of a file or a folder."
+    from gcode_ml.fingerprint.machine import record_files
+    suffixes = ('.gcode','.gco','.g','.nc','.ngc')
+    files = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes) if path.is_dir() else [path]
+    if not files or not files[0].is_file(): raise InputError(path, 'program', f"a G-code file or a folder with {' '.join(suffixes)}", 'nothing there' if not path.is_dir() else 'none')
+    return record_files({f.stem: f.read_text(encoding='utf-8', errors='replace') for f in files}, folder, runs, seed, rate, days, progress=progress)
+
+# %% ../../nbs/fingerprint/50_recipe.ipynb #c6b09180
 def bundle_windows(
     bundle, # From `lab.bundle.load_bundle`
     recordings:list, # Recordings
@@ -235,7 +255,8 @@ def bundle_windows(
     for r in recordings:
         if not set(r.channels) & set(scale.channels): raise InputError(r.name, 'channels', f"some of the model's, such as {scale.channels[0]}", ', '.join(r.channels[:3]))
     operations = state['operations']+sorted({r.operation for r in recordings}-set(state['operations']))
-    return LineWindows([scale.apply(align_channels(r, scale.channels)) for r in recordings], recordings, tokens, operations, state['window'], state['stride'])
+    return LineWindows([scale.apply(align_channels(r, scale.channels)) for r in recordings], recordings, tokens, operations, state['window'], state['stride'],
+                       NumberScale(**state['numbers']) if 'numbers' in state else None)
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #d92f255d
 def _check_vocabulary(bundle, tokens):

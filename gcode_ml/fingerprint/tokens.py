@@ -6,11 +6,12 @@ Docs: https://example.org/gcode_ml/fingerprint/tokens.html.md"""
 
 # %% auto #0
 __all__ = ['special_tokens', 'PAD', 'BOS', 'EOS', 'UNK', 'MASK', 'token_types', 'canonical', 'number_text', 'Tokenizer',
-           'LosslessTokenizer', 'BucketTokenizer', 'tokenizer_from_json', 'tokenizer']
+           'LosslessTokenizer', 'BucketTokenizer', 'tokenizer_from_json', 'tokenizer', 'NumberScale']
 
-# %% ../../nbs/fingerprint/05_tokens.ipynb #86bca232
-import re
+# %% ../../nbs/fingerprint/05_tokens.ipynb #6e508e77
+import re, warnings
 from collections import Counter
+from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 from ..core.errors import InputError, check_choice
@@ -346,3 +347,33 @@ def tokenizer(
     "Build a tokenizer by name."
     check_choice('parameters', 'tokenizer', name, _tokenizers)
     return _tokenizers[name](() if name == 'bucket' and corpus is None else corpus, **kwargs)
+
+# %% ../../nbs/fingerprint/05_tokens.ipynb #4ff685e5
+@dataclass
+class NumberScale:
+    "Median and spread of the numbers of each letter."
+    letters:str # For instance `XYZRF`
+    center:list # Medians
+    scale:list # Standard deviations
+    @classmethod
+    def fit(cls, texts, letters='XYZRF'):
+        "The scale of the lines `texts`."
+        x = _numbers(texts, letters)
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); center,scale = np.nanmedian(x, axis=0),np.nanstd(x, axis=0)
+        return cls(letters, np.nan_to_num(center).tolist(), np.where(np.isfinite(scale) & (scale > 1e-6), scale, 1.).tolist())
+    def standardise(self, texts):
+        "Numbers of lines in spreads, `[N,letters]` float32."
+        return ((_numbers(texts, self.letters)-self.center)/self.scale).astype('float32')
+    def write(self, texts, numbers):
+        "The lines with the numbers `[N,letters]`, in spreads, in place of their own."
+        values = np.asarray(numbers, float)*self.scale+self.center
+        def put(text, row): return re.sub(rf'([{self.letters}])[+-]?(?:\d+\.?\d*|\.\d+)', lambda m: m[1]+_number_of(m[1], row[self.letters.index(m[1])]), text)
+        return [put(t, row) for t,row in zip(texts, values)]
+
+# %% ../../nbs/fingerprint/05_tokens.ipynb #7c51e7c3
+def _numbers(texts, letters):
+    "Number of each letter in each line, NaN where it has none, `[N,letters]`."
+    found = [{m[1]: float(m[2]) for w in t.split() if (m := _valued.fullmatch(w))} for t in texts]
+    return np.array([[f.get(c, np.nan) for c in letters] for f in found]).reshape(-1, len(letters))
+
+def _number_of(letter, value): return number_text(max(value, .1) if letter == 'F' else value)

@@ -1,0 +1,68 @@
+"The fingerprint domain: reading all runs, and a stream of rows against the time that the machine takes."
+import functools, tempfile, time, tracemalloc
+from pathlib import Path
+import numpy as np
+from bench import benchmark
+from gcode_ml.fingerprint.align import ProgramChains, StreamAligner, build_library
+from gcode_ml.fingerprint.data import align_channels, read_recordings, recording_files
+from gcode_ml.fingerprint.emission import NetworkEmission, StateNetwork, row_features
+from gcode_ml.fingerprint.simulate import simulate_recordings
+from gcode_ml.lab.settings import data_folder
+
+@functools.cache
+def folder(quick):
+    "Folder of the recorded runs where they are there, else of simulated ones."
+    found = data_folder('cnc_fingerprint')
+    if found and not quick: return Path(found)
+    home = tempfile.TemporaryDirectory(); folder.homes.append(home)
+    return simulate_recordings(home.name, runs=3, seed=0)
+folder.homes = []
+
+@functools.cache
+def twins(quick, every=6):
+    "The same runs as parquet and in the original layout, comma-separated text: every sixth of the recorded ones, because the text takes long."
+    import os, pandas as pd
+    home = tempfile.TemporaryDirectory(); folder.homes.append(home); parquet,text = (Path(home.name)/k for k in ('parquet','csv'))
+    parquet.mkdir(); text.mkdir()
+    for f in recording_files(folder(quick))[::1 if quick else every]:
+        os.symlink(f.resolve(), parquet/f.name); pd.read_parquet(f).to_csv(text/f'{f.stem}_aligned.csv', index=False)
+    return parquet, text
+
+@benchmark('runs read, checked and indexed from parquet', 'the same from the original comma-separated files', 1/10)
+def read_runs(quick):
+    parquet,text = twins(quick); began = time.perf_counter(); everything = read_recordings(folder(quick)); spent = time.perf_counter()-began
+    return lambda: read_recordings(parquet), lambda: read_recordings(text), dict(runs=len(everything), seconds_all_runs=round(spent, 2))
+
+def stream_of(quick, lag=8):
+    "A stream over the library of all runs with an untrained network of the default size, and one recording's rows."
+    recordings = read_recordings(folder(quick)); library,features = build_library(recordings),row_features(recordings)
+    network = StateNetwork(features.levels, features.boards, 3*sum(features.motion), len(library), len({r.operation for r in recordings}))
+    emission = NetworkEmission(network, np.ones(len(library))); r = max(recordings, key=len)
+    rows = features.scale.apply(align_channels(r, features.scale.channels))
+    def begin(): return StreamAligner(library, emission, ProgramChains(library.lengths), features.width, lag, features.statistics)
+    return begin, rows, r.time, len(library)
+
+def held(begin, rows, times, at):
+    "Bytes that are held after so many rows, beyond those before the first."
+    tracemalloc.start(); stream = begin(); found = []
+    for i,(x,t) in enumerate(zip(rows, times)):
+        stream.step(x, t)
+        if i in at: found.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    return found
+
+def spin(seconds):
+    "Keep one core busy."
+    end = time.process_time()+seconds
+    while time.process_time() < end: pass
+
+@benchmark('a stream of rows, answered with a lag of 8 rows, all programs in the library', 'the seconds that the machine takes for them, spun on one core', 1/50)
+def stream(quick):
+    begin,rows,times,states = stream_of(quick); n = 12 if quick else 24; warm = begin()
+    for x,t in zip(rows[:20], times[:20]): warm.step(x, t)
+    seconds = float(times[20+n]-times[20]); shift = [0.]
+    def ours():
+        shift[0] += seconds
+        for x,t in zip(rows[20:20+n], times[20:20+n]): warm.step(x, t+shift[0])
+    first,last = held(begin, rows[:200], times[:200], (60, 199))
+    return ours, lambda: spin(seconds), dict(states=states, rows=n, bytes_after_60_rows=first, bytes_after_200_rows=last)
