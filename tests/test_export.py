@@ -29,19 +29,13 @@ def a_model(name):
         for p in model.parameters(): p.add_(.02*torch.randn_like(p))
     return model.eval()
 
-# torch.export fixes the length of a window where a strided convolution is followed by pooling; these have a TorchScript program only
-ONE_LENGTH = {f'bearing.models.{n}' for n in ('AttentionCNN','CNN1d','CNNLSTM','PatchTransformer','ResNet1d','SignalLSTM','SpectrogramCNN')}
-
-NO_PROGRAM = {'bearing.models.SignalModel', 'bearing.models.SpectrogramCNN'} # a base; pictures, whose number of columns a trace fixes: `gcode_ml export` finds the difference and refuses
-
 def exported_models():
     "Models that name the inputs of their programs, and those that need not."
-    return [n for n,example in sorted(EXAMPLES.items()) if n.startswith(('core.','fingerprint.')) or hasattr(example()[0], 'program_inputs') and n not in NO_PROGRAM]
+    return [n for n,example in sorted(EXAMPLES.items()) if n.startswith(('core.','fingerprint.')) or hasattr(example()[0], 'program_inputs')]
 
 @lru_cache(None)
 def made(name, method):
     "All programs of a method; without ONNX the other two formats."
-    if name in ONE_LENGTH: return make_programs(a_model(name), method, 'torchscript')
     if not missing: return make_programs(a_model(name), method)
     return {f: make_programs(a_model(name), method, f)[f] for f in ('exported','torchscript')}
 

@@ -30,7 +30,7 @@ def along_steps(
     shape[axis] = mask.shape[1]
     return mask.reshape(shape)
 
-# %% ../../nbs/core/15_augment.ipynb #e35a47e2
+# %% ../../nbs/core/15_augment.ipynb #b05e846b
 class Augmentation:
     "Changes a share `p` of the samples of a batch, each by a draw of its own."
     time_axis,changes_mask = 1,False
@@ -45,7 +45,8 @@ class Augmentation:
         whole = len(rows) == len(x)
         before,was = (x,mask) if whole else (x[rows],mask[rows])
         after,real = self.change(before, was) if self.changes_mask else (self.change(before, was),was)
-        after = torch.where(along_steps(was|real, before, self.time_axis), after.to(x.dtype), before)
+        after = after.to(x.dtype)
+        if not was[:,-1].all(): after = torch.where(along_steps(was|real, before, self.time_axis), after, before) # real steps come first: where the last ones are, nothing is padded
         if not whole: after,real = x.index_copy(0, rows, after),mask.index_copy(0, rows, real)
         return (after,real) if self.changes_mask else after
 
@@ -144,7 +145,7 @@ class MagnitudeWarp(Augmentation):
         size = torch.randn(len(x), self.waves, x.shape[2], device=x.device)*self.std*(2/self.waves)**.5
         return x*(1+cosines@size)
 
-# %% ../../nbs/core/15_augment.ipynb #d9ecb9c7
+# %% ../../nbs/core/15_augment.ipynb #5670980f
 def resample(
     x:Tensor, # Sequences, `[B,T,C]`
     position:Tensor, # Steps to read, fractions included, `[B,S]`; held at the first and the last real step
@@ -158,7 +159,8 @@ def resample(
 
 def _take(x, index):
     "Steps `index` `[B,S]` of each sequence."
-    return x[torch.arange(len(x), device=x.device)[:,None], index]
+    rows = index+x.shape[1]*torch.arange(len(x), device=x.device)[:,None]
+    return x.reshape(len(x)*x.shape[1], *x.shape[2:]).index_select(0, rows.flatten()).view(*index.shape, *x.shape[2:])
 
 # %% ../../nbs/core/15_augment.ipynb #b9ef2dfb
 @register_augmentation
@@ -217,7 +219,7 @@ class Speed(Augmentation):
         real = (steps < (length/speed).round().clamp_min(1)) & mask.any(1, keepdim=True)
         return resample(x, steps*speed, mask).masked_fill(~real[...,None], 0.), real
 
-# %% ../../nbs/core/15_augment.ipynb #0c4dda91
+# %% ../../nbs/core/15_augment.ipynb #68839dec
 @register_augmentation
 class TimeShift(Augmentation):
     "Move each sample to and fro within its real part."
@@ -229,8 +231,15 @@ class TimeShift(Augmentation):
     def change(self, x, mask):
         steps,length = _real_steps(mask)
         most = (self.limit*length).floor() if self.limit < 1 else torch.full_like(length, int(self.limit))
-        source = steps - ((2*most+1)*_uniform(x, 0., 1., 1)).floor() + most
+        first = most - ((2*most+1)*_uniform(x, 0., 1., 1)).floor()
+        if self.wrap and mask[:,-1].all(): return _rolled(x, first[:,0].remainder(mask.shape[1]).long())
+        source = steps+first
         return _take(x, (source.remainder(length) if self.wrap else torch.minimum(source.clamp_min(0), length-1)).long())
+
+def _rolled(x, first):
+    "Each sequence from its step `first` `[B]` on, the steps before it behind: whole rows of the sequences laid twice, one after the other."
+    size,steps = x[0].numel(),x.shape[1]
+    return torch.cat([x, x], 1).flatten().unfold(0, size, size//steps).index_select(0, first+2*steps*torch.arange(len(x), device=x.device)).view(x.shape)
 
 # %% ../../nbs/core/15_augment.ipynb #76330ca0
 @register_augmentation
@@ -247,10 +256,10 @@ class Permutation(Augmentation):
         key = torch.where(mask, place.gather(1, segment), self.segments) # padding stays behind
         return _take(x, key.argsort(dim=1, stable=True)) # stable: within a segment the order remains
 
-# %% ../../nbs/core/15_augment.ipynb #45aa2619
+# %% ../../nbs/core/15_augment.ipynb #49807b55
 def _blank(x, hit, fill):
     "`x` with `fill` where `hit`; what is missing stays missing."
-    return x.masked_fill(hit & ~x.isnan(), fill)
+    return torch.where(hit if x.sum().isfinite() else hit & ~x.isnan(), torch.tensor(fill, dtype=x.dtype, device=x.device), x)
 
 def _stretches(length, width, size):
     "`True` in stretches of `width` `[B,n]` steps at random places of the first `length` `[B,1]` of `size` steps: `[B,size]`."

@@ -7,11 +7,11 @@ Docs: https://example.org/gcode_ml/core/learner.html.md"""
 # %% auto #0
 __all__ = ['Learner', 'norm_and_bias', 'set_seed', 'pick_device']
 
-# %% ../../nbs/core/11_learner.ipynb #6ea0a059
+# %% ../../nbs/core/11_learner.ipynb #8c2e7195
 import random
 import numpy as np, torch
 from torch import nn
-from fastai.callback.core import CancelEpochException
+from fastai.callback.core import CancelEpochException, event
 from fastai.callback.progress import ProgressCallback # gives every Learner its bar and `no_bar`
 from fastai.learner import Learner as FastaiLearner
 from fastcore.basics import patch
@@ -41,6 +41,14 @@ class Learner(FastaiLearner):
             if i < first: continue
             if i == first and first: restore(False)
             self.one_batch(i, batch)
+
+# %% ../../nbs/core/11_learner.ipynb #c2f39609
+@patch
+def _call_one(self:Learner, event_name):
+    "Call the callbacks that know the event."
+    if not hasattr(event, event_name): raise AttributeError(f'there is no event {event_name}')
+    for cb in self.cbs.sorted('order'):
+        if event_name == 'after_fit' or hasattr(type(cb), event_name) or event_name in vars(cb): cb(event_name)
 
 # %% ../../nbs/core/11_learner.ipynb #f4ba94a1
 _norms = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm

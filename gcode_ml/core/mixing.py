@@ -15,7 +15,7 @@ from fastai.callback.core import Callback
 from .augment import along_steps, input_tensor
 from .errors import InputError
 
-# %% ../../nbs/core/17_mixing.ipynb #a9e9df82
+# %% ../../nbs/core/17_mixing.ipynb #5262535e
 class Mixing(Callback):
     "What MixUp and CutMix share: partners, the weight, and the mixture of two losses. A subclass says in `mix` what becomes of the inputs."
     order,run_valid = -8,False
@@ -34,7 +34,7 @@ class Mixing(Callback):
         (inputs,mask),size = self.xb,len(self.xb[1])
         self.own = float(torch.distributions.Beta(self.alpha, self.alpha).sample()) if self.weight is None else self.weight
         here,other = torch.arange(size, device=mask.device),torch.randperm(size, device=mask.device)
-        there = mask.any(1) # an empty sample takes no part
+        there = mask[:,0] # an empty sample takes no part
         self.partner = torch.where((torch.rand(size, device=mask.device) < self.p) & there & there[other], other, here)
         if self.own < 1: self.learn.xb = self.mix(inputs, mask, input_tensor(inputs, self.key, type(self).__name__))
     def after_loss(self):
@@ -79,7 +79,15 @@ class MixUp(Mixing):
         y = torch.where(along_steps(union, x, self.time_axis), self.own*y+(1-self.own)*y[self.partner], x)
         return _together(inputs, self.key, y, present), union
 
-# %% ../../nbs/core/17_mixing.ipynb #47d74b56
+# %% ../../nbs/core/17_mixing.ipynb #2ec9b787
+def _paste(t, partner, start, width):
+    "Sequences `[B,T,...]` of one length with `width` steps from `start` `[B,1]` on taken from their partners; only those steps are touched."
+    out = t.clone(memory_format=torch.contiguous_format); chosen = (partner != torch.arange(len(t), device=t.device)).nonzero()
+    at = (start[chosen[:,0]]+torch.arange(width, device=t.device)); rows = out.view(len(t)*t.shape[1], *t.shape[2:])
+    rows.index_copy_(0, (at+t.shape[1]*chosen).flatten(), t.reshape(rows.shape).index_select(0, (at+t.shape[1]*partner[chosen]).flatten()))
+    return out
+
+# %% ../../nbs/core/17_mixing.ipynb #1b01cd8f
 class CutMix(Mixing):
     "Replace a stretch of each sample by that of another one of its batch."
     def __init__(self,
@@ -95,9 +103,10 @@ class CutMix(Mixing):
         steps,length = torch.arange(mask.shape[1], device=mask.device)[None],mask.sum(1, keepdim=True).clamp_min(1)
         width = (length*(1-self.own)).round()
         start = (torch.rand(len(x), 1, device=mask.device)*(length-width+1)).floor()
-        hit = (steps >= start) & (steps < start+width) & mask
         def pasted(t):
             t = t.transpose(1, self.time_axis)
+            if mask[:,-1].all(): return _paste(t, self.partner, start.long(), int(width[0])).transpose(1, self.time_axis)
+            hit = (steps >= start) & (steps < start+width) & mask
             return torch.where(along_steps(hit, t), t[self.partner[:,None], steps % length[self.partner]], t).transpose(1, self.time_axis)
         changed = self.partner != torch.arange(len(x), device=mask.device)
         if changed.any(): self.own = float(1-(width/length)[changed].mean())

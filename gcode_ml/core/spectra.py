@@ -10,8 +10,10 @@ __all__ = ['IMAGES', 'in_program', 'analytic', 'clip_bands', 'band_gain', 'band_
            'angular_resample', 'soft_peaks', 'Envelopes', 'LineScores', 'OrderSpectrum', 'create_image', 'ImageStack',
            'by_length']
 
-# %% ../../nbs/core/30_spectra.ipynb #2d19b71a
+# %% ../../nbs/core/30_spectra.ipynb #2f225228
 import math, torch
+from functools import lru_cache
+import numpy as np
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .errors import InputError, check_choice
@@ -21,22 +23,37 @@ def in_program()->bool: # Whether what runs is being exported or traced
     "Whether nothing may depend on values or on one length."
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
-# %% ../../nbs/core/30_spectra.ipynb #35acb0ca
+# %% ../../nbs/core/30_spectra.ipynb #7b261e00
+def _plain(x): return x.device.type == 'cpu' and not in_program() and not (torch.is_grad_enabled() and x.requires_grad)
+
+def _pieces(f, x, samples):
+    "`f` of pieces of the batch `x` with about so many samples each, joined."
+    if not _plain(x) or x.numel() <= samples: return f(x)
+    return torch.cat([f(p) for p in x.split(max(samples//x.shape[-1], 1))])
+
+# %% ../../nbs/core/30_spectra.ipynb #08498cc7
 def analytic(
     x:Tensor, # Signals, `[...,N]`
 )->Tensor: # Complex, `[...,N]`; the real part is `x`
     "Signal with its Hilbert transform as imaginary part."
-    n = x.shape[-1]
-    gain = torch.zeros(n, dtype=x.dtype, device=x.device)
-    gain[0] = 1; gain[1:(n+1)//2] = 2
-    if n%2 == 0: gain[n//2] = 1
-    return torch.fft.ifft(torch.fft.fft(x)*gain)
+    n = x.shape[-1]; k = 2*torch.arange(n, device=x.device)
+    return torch.fft.ifft(torch.fft.fft(x)*((k < n).to(x.dtype)+((k > 0)&(k <= n)).to(x.dtype)))
 
-# %% ../../nbs/core/30_spectra.ipynb #a6cdc51d
-def _power(z): return z.real.square()+z.imag.square() # several times faster than abs()**2
+# %% ../../nbs/core/30_spectra.ipynb #aea3ac0b
+def _power(z):
+    "Several times faster than `abs()**2`."
+    if not _plain(z): return z.real.square()+z.imag.square()
+    z = z.detach().numpy(); power = np.square(z.real); power += np.square(z.imag)
+    return torch.from_numpy(power)
 
-# %% ../../nbs/core/30_spectra.ipynb #62f57aea
-def _magnitude(z): return _power(z).clamp_min(1e-30).sqrt() # the bound keeps the gradient at zero finite
+# %% ../../nbs/core/30_spectra.ipynb #56b2b805
+def _magnitude(z): return _power(z).sqrt_() if _plain(z) else _power(z).clamp_min(1e-30).sqrt() # the bound keeps the gradient at zero finite
+
+def _log(x, floor):
+    "Logarithm of `x+floor`; `x` may be overwritten."
+    if not _plain(x): return torch.log(x+floor)
+    a = x.numpy(); a += floor.numpy() if torch.is_tensor(floor) else floor
+    return torch.from_numpy(np.log(a, out=a))
 
 # %% ../../nbs/core/30_spectra.ipynb #362f93f9
 def clip_bands(
@@ -81,7 +98,8 @@ def band_analytic(
     spectrum = torch.fft.rfft(x)[...,None,:]*gain
     return torch.fft.ifft(spectrum, n=x.shape[-1]) # the missing negative frequencies are zero
 
-# %% ../../nbs/core/30_spectra.ipynb #ec5087a6
+# %% ../../nbs/core/30_spectra.ipynb #5e9d27fe
+@lru_cache(256)
 def _fast_length(n):
     "Smallest even product of 2, 3 and 5 from `n` on."
     n = max(int(n), 2); n += n%2
@@ -98,10 +116,10 @@ def _limit(e, points):
     n = e.shape[-1]
     return e if points in (None,n) else torch.fft.irfft(torch.fft.rfft(e)[...,:points//2+1]*(points/n), n=points)
 
-# %% ../../nbs/core/30_spectra.ipynb #9cab6dc8
+# %% ../../nbs/core/30_spectra.ipynb #21c31d0b
 def _short_envelope(X, n, low, high, points):
     "Envelope of one band from the bins of that band alone; `X` is the spectrum of `n` samples, edges in cycles over all of them."
-    first,last = (min(math.ceil(f), X.shape[-1]) for f in (low,high)); size = max(_fast_length(2*(last-first)), points)
+    first,last = (min(math.ceil(f), X.shape[-1]) for f in (low,high)); size = max(_fast_length(last-first+points//2+1), points) # what folds back lies above the points that are kept
     z = torch.fft.ifft(X[...,first:last], n=size)*(2*size/n)
     return _limit(_power(z), points)
 
@@ -136,11 +154,11 @@ def envelope_spectrum(
     window = (.5-.5*torch.cos(angle)).to(e.dtype)
     return _magnitude(torch.fft.rfft((e-e.mean(-1, keepdim=True))*window, n=pad*n)[...,:bins])
 
-# %% ../../nbs/core/30_spectra.ipynb #47fcdc4f
+# %% ../../nbs/core/30_spectra.ipynb #de5a613a
 def _white(x, floor=1e-9):
     "Spectrum of which only the phases are kept; in a program of both signs, because an inverse then has any length, even or odd."
     x = x-x.mean(-1, keepdim=True); X = torch.fft.fft(x) if in_program() else torch.fft.rfft(x)
-    return X/(X.abs()+floor)
+    return torch.view_as_complex(torch.view_as_real(X)/(_magnitude(X)+floor)[...,None]) if _plain(X) else X/(X.abs()+floor)
 
 # %% ../../nbs/core/30_spectra.ipynb #c16d37db
 def prewhiten(
@@ -151,7 +169,7 @@ def prewhiten(
     X = _white(x, floor)
     return torch.fft.ifft(X).real if in_program() else torch.fft.irfft(X, n=x.shape[-1])
 
-# %% ../../nbs/core/30_spectra.ipynb #970ec26c
+# %% ../../nbs/core/30_spectra.ipynb #5937e65e
 def standardise(
     image:Tensor, # Images, `[B,...]`
     floor:float=1e-6, # Smallest standard deviation
@@ -159,9 +177,10 @@ def standardise(
     "Each item less its mean, over its standard deviation; a constant item becomes zero."
     axes = tuple(range(1, image.ndim))
     centred = image-image.mean(axes, keepdim=True)
-    return centred/centred.pow(2).mean(axes, keepdim=True).sqrt().clamp_min(floor)
+    if not _plain(image): return centred/centred.pow(2).mean(axes, keepdim=True).sqrt().clamp_min(floor)
+    return centred.div_((torch.linalg.vector_norm(centred, dim=axes, keepdim=True)/math.sqrt(image[0].numel())).clamp_min_(floor))
 
-# %% ../../nbs/core/30_spectra.ipynb #a24b739a
+# %% ../../nbs/core/30_spectra.ipynb #5e3a15b9
 class Stft(nn.Module):
     "Log power of the short-time Fourier transform, a standardised image an item."
     def __init__(self,
@@ -176,9 +195,13 @@ class Stft(nn.Module):
         x:Tensor, # Signals, `[B,N]`
     )->Tensor: # `[B,n_fft//2+1,N//hop+1]`
         if x.shape[-1] <= self.n_fft//2: raise InputError('Stft', 'signal', f'more than {self.n_fft//2} samples', str(x.shape[-1]))
-        window = torch.hann_window(self.n_fft, dtype=x.dtype, device=x.device)
-        power = _power(torch.stft(x, self.n_fft, self.hop, window=window, return_complex=True))
-        return standardise(torch.log(self.floor+power)) if self.scale else power
+        return _pieces(self.image, x, 5*2**15)
+    def image(self, x):
+        "One piece of the batch."
+        window,half = torch.hann_window(self.n_fft, dtype=x.dtype, device=x.device),self.n_fft//2
+        if in_program(): power = _power(torch.stft(x, self.n_fft, self.hop, window=window, return_complex=True)).mT
+        else: power = _power(torch.fft.rfft(torch.cat([x[:,1:half+1].flip(-1), x, x[:,-half-1:-1].flip(-1)], -1).unfold(-1, self.n_fft, self.hop)*window))
+        return (standardise(_log(power, self.floor)) if self.scale else power).mT
 
 # %% ../../nbs/core/30_spectra.ipynb #32e14eef
 @patch
@@ -217,22 +240,27 @@ def gain(self:Cwt,
     h = 2*torch.exp(-(self.w0*(w/(2*math.pi*self.frequency.double()[:,None])-1))**2/2); h[:,0] = 0
     return h if like is None else h.to(like)
 
-# %% ../../nbs/core/30_spectra.ipynb #811aef8c
+# %% ../../nbs/core/30_spectra.ipynb #13c00d8e
 @patch
 def forward(self:Cwt,
     x:Tensor, # Signals, `[B,N]`
 )->Tensor: # Magnitudes, `[B,scales,N/hop]`
     n = x.shape[-1]
-    hop = self.hop or math.gcd(n, 16)
-    if n%hop: raise InputError('Cwt', 'hop', f'a divisor of {n}, the length of the signal', str(hop))
+    if n%(self.hop or 1): raise InputError('Cwt', 'hop', f'a divisor of {n}, the length of the signal', str(self.hop))
     if getattr(self, '_n', None) != (n, x.dtype, x.device): self._n,self._gain = (n, x.dtype, x.device),self.gain(n, x)
+    return _pieces(self.image, x, 2**21//len(self.frequency))
+
+@patch
+def image(self:Cwt, x):
+    "One piece of the batch."
+    n = x.shape[-1]; hop = self.hop or math.gcd(n, 16)
     spectrum = torch.fft.rfft(x)[:,None]*self._gain
     if hop > 1: # every hop-th sample of a signal has its spectrum folded hop times
         spectrum = nn.functional.pad(spectrum, (0, n-spectrum.shape[-1])).unflatten(-1, (hop,-1)).mean(-2)
         w = torch.fft.ifft(spectrum)
     else: w = torch.fft.ifft(spectrum, n=n)
     w = _magnitude(w)
-    return standardise(torch.log(w+1e-3*w.mean((1,2), keepdim=True))) if self.scale else w
+    return standardise(_log(w, 1e-3*w.mean((1,2), keepdim=True))) if self.scale else w
 
 # %% ../../nbs/core/30_spectra.ipynb #1503def3
 @patch
@@ -255,7 +283,24 @@ def _half_sum(product, size):
     "Real part of the transform of a Hermitian sequence of which only the half m >= 0 is given."
     return torch.fft.hfft(nn.functional.pad(product, (0, size//2+1-product.shape[-1])), n=size)
 
-# %% ../../nbs/core/30_spectra.ipynb #35799d0b
+# %% ../../nbs/core/30_spectra.ipynb #92b35649
+def _wigner(x, half, hop, window):
+    "One piece of the batch."
+    n = x.shape[-1]; size = 2**math.ceil(math.log2(2*half+1))
+    if in_program(): return _wigner_program(x, half, hop, window, size)
+    z = nn.functional.pad(analytic(x), (half,half))
+    later,earlier = z.unfold(-1, half+1, 1)[:,half:half+n:hop],z.unfold(-1, half+1, 1)[:,:n:hop].flip(-1) # z[n+m], z[n-m], m = 0 .. half
+    return _half_sum(later*earlier.conj()*window, size).transpose(-1, -2)
+
+def _wigner_program(x, half, hop, window, size):
+    "The same in real numbers and as one product, which every format of programs has."
+    m = torch.arange(half+1, device=x.device); place = half+hop*torch.arange((x.shape[-1]+hop-1)//hop, device=x.device)[:,None]
+    z = analytic(x.double()); re,im = (nn.functional.pad(p, (half,half)).to(x) for p in (z.real, z.imag))
+    (a,b),(c,d) = ((re[:,i],im[:,i]) for i in (place+m, place-m))
+    angle = m.double()[:,None]*torch.arange(size, device=x.device)*(2*math.pi/size); weight = window*torch.where(m > 0, 2., 1.).to(x)
+    return (((a*c+b*d)*weight)@angle.cos().to(x)+((b*c-a*d)*weight)@angle.sin().to(x)).mT
+
+# %% ../../nbs/core/30_spectra.ipynb #f41c985e
 def wigner_ville(
     x:Tensor, # Signals, `[B,N]`
     half:int=127, # Half length of the Hamming window over the distance; None for the whole distribution
@@ -263,13 +308,9 @@ def wigner_ville(
     limit:float=1e9, # Bytes an item that the whole distribution may take
 )->Tensor: # `[B,K,N/hop]`, K a power of two, bin k at k*rate/(2K); it can be negative
     "Pseudo Wigner-Ville distribution."
-    n = x.shape[-1]; whole = half is None; half = _check_wigner(n, half, hop, limit)
-    size = 2**math.ceil(math.log2(2*half+1)); z = nn.functional.pad(analytic(x), (half,half))
-    later = z.unfold(-1, half+1, 1)[:,half:half+n:hop]              # z[n+m], m = 0 .. half
-    earlier = z.unfold(-1, half+1, 1)[:,:n:hop].flip(-1)            # z[n-m]
-    window = torch.ones(half+1, dtype=x.dtype) if whole else torch.hamming_window(2*half+1, periodic=False, dtype=x.dtype)[half:]
-    product = later*earlier.conj()*window.to(x.device)
-    return _half_sum(product, size).transpose(-1, -2)
+    whole = half is None; half = _check_wigner(x.shape[-1], half, hop, limit)
+    window = torch.ones(half+1, dtype=x.dtype) if whole else (.54+.46*torch.cos(torch.arange(half+1, dtype=torch.float64)*(math.pi/max(half, 1)))).to(x.dtype) # half of a Hamming window
+    return _pieces(lambda x: _wigner(x, half, hop, window.to(x.device)), x, 2**21//(half+1)*hop)
 
 # %% ../../nbs/core/30_spectra.ipynb #253e47bd
 class PseudoWigner(nn.Module):

@@ -64,7 +64,7 @@ class Windows:
     def __len__(self): return len(self.start)
     def __getitem__(self, i): return self.table[self.recording[i]][self.start[i]:self.stop[i]]
 
-# %% ../../nbs/core/03_windows.ipynb #4c861520
+# %% ../../nbs/core/03_windows.ipynb #5704f908
 @patch
 def batch(self:Windows,
     index, # Which windows, `[B]`
@@ -72,6 +72,6 @@ def batch(self:Windows,
     "Gather windows into one padded tensor."
     index = torch.as_tensor(index)
     mask = length_mask(self._lengths[index])
-    rows = self._first[index][:,None] + torch.arange(mask.shape[1])[None]
-    values = self.table.values[rows.clamp_max(len(self.table.values)-1)]
+    rows = (self._first[index][:,None] + torch.arange(mask.shape[1])[None]).clamp_max(len(self.table.values)-1)
+    values = self.table.values.index_select(0, rows.flatten()).view(*rows.shape, -1) # a third of the time of an index with two axes
     return (values if mask.all() else torch.where(mask[...,None], values, 0.)), mask

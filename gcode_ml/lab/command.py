@@ -122,14 +122,25 @@ def evaluate_command(a):
     print(table.to_string(index=False, float_format=lambda x: f'{x:.3f}', na_rep=''))
     print(f'result {_short(file)}')
 
-# %% ../../nbs/lab/07_command.ipynb #9cb1ab76
+# %% ../../nbs/lab/07_command.ipynb #786c9bcb
+def _commands(page='commands'):
+    "Modules in which the parts of the package describe commands of their own, by the name of the part."
+    import gcode_ml
+    return {p.parent.name: importlib.import_module(f'gcode_ml.{p.parent.name}.{page}') for p in sorted(Path(gcode_ml.__file__).parent.glob(f'*/{page}.py'))}
+
+def _exports(modules):
+    "Formats that parts of the package write themselves, with their functions."
+    return {k: function for module in modules.values() for k,function in getattr(module, 'EXPORTS', {}).items()}
+
+# %% ../../nbs/lab/07_command.ipynb #08f99f57
 def export_command(a):
-    "`gcode_ml export`: a finished run's model as programs, each compared with the model."
+    "`gcode_ml export`: a finished run's model as programs, each compared with the model; or in a format of its domain."
     from gcode_ml.lab.bundle import load_bundle
     from gcode_ml.lab.export import export_bundle, program_table
     from gcode_ml.lab.reports import finished_result
     from gcode_ml.lab.runs import find_run
     run = find_run(a.run, a.runs); finished_result(run)
+    if own := _exports(_commands()).get(a.format): return print(f'files {_short(own(run, a.output))}')
     bundle = load_bundle(run.folder)
     print(program_table(export_bundle(bundle, a.format, a.output)).to_string(index=False, float_format=lambda x: f'{x:.1e}', na_rep=''))
     print(f"programs {_short(a.output or bundle.folder/'programs')}")
@@ -167,12 +178,7 @@ def record_command(a):
     pictures = notebook.parent.parent/'images'; pictures.mkdir(exist_ok=True)
     print(f'{keep_outputs(run, notebook, pictures)} cells of {_short(notebook)} show {run.domain}/{run.name}; `nbdev-clean` tidies it')
 
-# %% ../../nbs/lab/07_command.ipynb #2e551b7a
-def _commands(page='commands'):
-    "Modules in which the parts of the package describe commands of their own, by the name of the part."
-    import gcode_ml
-    return {p.parent.name: importlib.import_module(f'gcode_ml.{p.parent.name}.{page}') for p in sorted(Path(gcode_ml.__file__).parent.glob(f'*/{page}.py'))}
-
+# %% ../../nbs/lab/07_command.ipynb #88f3a8bb
 def _own_values(function, values):
     "Given values, checked against the defaults in a function's signature."
     import inspect
@@ -230,11 +236,11 @@ def _result_words(command):
     sub = command('evaluate', evaluate_command, 'score a finished run on other data', 'run'); sub.add_argument('--data', required=True); sub.add_argument('-o', '--output', help='JSON file')
     command('record', record_command, 'show a run on the page of its experiment', 'run')
 
-# %% ../../nbs/lab/07_command.ipynb #ad6ad565
-def _model_words(command):
+# %% ../../nbs/lab/07_command.ipynb #bceeeb4f
+def _model_words(command, modules):
     "Commands about trained models."
     sub = command('export', export_command, 'the model of a finished run as programs', 'run'); sub.add_argument('-o', '--output', help='folder of the programs')
-    sub.add_argument('--format', default='all', choices=['exported','onnx','torchscript','all'], help='which programs')
+    sub.add_argument('--format', default='all', choices=['exported','onnx','torchscript','all',*_exports(modules)], help='which programs')
     sub = command('predict', predict_command, 'apply a bundle', 'bundle', 'input'); sub.add_argument('--format', default='', choices=['exported','onnx','int8','torchscript'], help='a program of the bundle instead of the model, for an .npz')
     sub.add_argument('--trust', action='store_true', help='the bundle is your own: programs that can run code may be opened')
 
@@ -246,12 +252,13 @@ def _data_words(command, modules):
     for module in modules:
         if hasattr(module, 'add_simulate_options'): module.add_simulate_options(sub)
 
-# %% ../../nbs/lab/07_command.ipynb #8796fb55
+# %% ../../nbs/lab/07_command.ipynb #784a09fe
 def parser()->argparse.ArgumentParser: # For all commands
     "The command line's grammar."
     top = argparse.ArgumentParser('gcode_ml', description='Experiments on machine signals and sequences.', formatter_class=argparse.RawDescriptionHelpFormatter)
     command,modules = _Commands(top),_commands()
-    for command.group,words in (('experiments', _run_words), ('results', _result_words), ('models', _model_words)): words(command)
+    for command.group,words in (('experiments', _run_words), ('results', _result_words)): words(command)
+    command.group = 'models'; _model_words(command, modules)
     command.group = 'data'; _data_words(command, modules.values())
     for part,module in modules.items():
         command.group = 'experiments' if part == 'lab' else part; module.add_commands(command)

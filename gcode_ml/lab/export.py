@@ -127,7 +127,7 @@ def eager_programs(
     flats = {k: _flat(model, k) for k in program_inputs(model)}
     return {k: Program(_tensor_call(flat), inputs, outputs) for k,(flat,inputs,outputs) in flats.items()}
 
-# %% ../../nbs/lab/08_export.ipynb #08b7bc90
+# %% ../../nbs/lab/08_export.ipynb #d8522789
 @contextlib.contextmanager
 def _quiet():
     "No gradients, no remarks; recurrent layers keep a variable length."
@@ -144,6 +144,7 @@ def _graph(flat, inputs):
     shapes = tuple({i: dims[a[0]] for i,a in enumerate(_parse(k, s)[1]) if isinstance(a, tuple)} for k,s in inputs.items())
     graph = torch.export.export(flat, tuple(example_inputs(inputs, _sizes(inputs)).values()), dynamic_shapes=(shapes,))
     for node in graph.graph.nodes: node.meta.pop('stack_trace', None)
+    graph._guards_code = [g for g in graph._guards_code if '%' not in g] # whether sizes divide each other decided how views were followed; no operation depends on it
     return graph
 
 # %% ../../nbs/lab/08_export.ipynb #b008b141
