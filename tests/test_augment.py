@@ -18,7 +18,7 @@ MODULES = [importlib.import_module(f'gcode_ml.{p}') for p in PAGES] # a domain's
 OPTIONS = { # for two points, or four channels, where the defaults would change nothing
     'mirror': dict(pairs=[(0,1)]), 'part_affine': dict(parts=dict(arm=(0, [0,1]))), 'occlusion': dict(groups=dict(left=[0], right=[1]), share=.5),
     'spec_augment': dict(time_axis=1, time_width=3, frequency_width=2)}
-OWN_BATCH = {'ImageAugment','SlowDown'} # change images, or a signal together with its speed: see test_other_batches
+OWN_BATCH = {'ImageAugment','ReflectAxes','SlowDown','SmilesAugment'} # change images, molecules, or several things of a signal together: see test_other_batches
 CALLBACKS = { # an example that changes something, and one that changes nothing
     'Augment': (lambda: Augment('random_policy'), lambda: Augment([create_augmentation(n, **OPTIONS.get(n, {}), p=0.) for n in AUGMENTATIONS])),
     'MixUp': (lambda: MixUp(), lambda: MixUp(weight=1.)),
@@ -294,17 +294,26 @@ def test_bad_ones_are_found(plain):
 @pytest.mark.parametrize('name', sorted(OWN_BATCH))
 def test_other_batches(name):
     "Callbacks for batches of another kind: training only, a draw for each sample, the same seed the same batch, never in place."
+    from types import SimpleNamespace as Of
     from gcode_ml.bearing.augment import SlowDown
-    from gcode_ml.binary_vae.augment import ImageAugment
-    images,signal = torch.rand(8, 36),torch.randn(1, 40, 1).repeat(8, 1, 1)
-    cb,xb = dict(ImageAugment=(ImageAugment((6,6), shift=1, flips=.2), (images, torch.ones(8, 1, dtype=torch.bool))),
-                 SlowDown=(SlowDown(.4), (dict(signal=signal, shaft=torch.full((8,), 30.)), torch.ones(8, 40, dtype=torch.bool))))[name]
+    from gcode_ml.binary_vae.augment import ImageAugment, SmilesAugment
+    from gcode_ml.binary_vae.data import Texts, build_vocabulary, smiles_tokens
+    from gcode_ml.trajectory.augment import ReflectAxes
+    if name == 'SmilesAugment': pytest.importorskip('rdkit')
+    mask,images,signal = torch.ones(8, 40, dtype=torch.bool),torch.rand(8, 36),torch.randn(1, 40, 1).repeat(8, 1, 1)
+    molecules = Texts(['CC(=O)Oc1ccccc1C(=O)O']*8, build_vocabulary([smiles_tokens('CC(=O)Oc1ccccc1C(=O)O')]), smiles_tokens, 40)
+    windows = Of(features=['vx','vy','speed'], scale=Of(mean=[0.]*3, std=[1.]*3)); path = signal[...,:1].repeat(1, 1, 3)
+    cb,xb,yb = dict(ImageAugment=(ImageAugment((6,6), shift=1, flips=.2), (images, mask[:,:1]), ()),
+                    SmilesAugment=(SmilesAugment(molecules, 1.) if name == 'SmilesAugment' else None, (molecules.tokens, molecules.tokens != 0), ()),
+                    ReflectAxes=(ReflectAxes(windows), (dict(features=path), mask), (dict(error=path[...,:2]),)),
+                    SlowDown=(SlowDown(.4), (dict(signal=signal, shaft=torch.full((8,), 30.)), mask), ()))[name]
     assert not cb.run_valid
     def said(seed):
-        torch.manual_seed(seed); cb.learn = type('Learn', (), dict(xb=xb))()
+        torch.manual_seed(seed); cb.learn = type('Learn', (), dict(xb=xb, yb=yb))()
+        if name == 'ReflectAxes': cb.before_fit()
         cb.before_batch(); x = cb.learn.xb[0]
-        return x['signal'] if isinstance(x, dict) else x
-    before = (images.clone(), signal.clone()); one = said(0)
-    assert torch.equal(one, said(0)) and not torch.equal(one, said(1))
-    assert torch.equal(images, before[0]) and torch.equal(signal, before[1])
-    if name == 'SlowDown': assert len({tuple(row.flatten().tolist()) for row in one}) > 4 # the samples were alike
+        return x.get('signal', x.get('features')) if isinstance(x, dict) else x
+    before = (images.clone(), signal.clone(), molecules.tokens.clone()); one = said(0)
+    assert torch.equal(one, said(0)) and not (one.shape == said(1).shape and torch.equal(one, said(1)))
+    assert all(map(torch.equal, (images, signal, molecules.tokens), before))
+    if name != 'ImageAugment': assert len({tuple(row.flatten().tolist()) for row in one}) > (2 if name == 'ReflectAxes' else 4) # the samples were alike

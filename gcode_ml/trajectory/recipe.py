@@ -62,8 +62,8 @@ def load_series(
     series = read_collection(home, parts.split('+') if parts else 'all', names)
     return series, dict(kind=kind, folder=str(home), checksum=checksum(files) if files else '', parts=sorted({s.part.name for s in series}), machines=names, hours=round(sum(len(s.errors) for s in series)/series[0].part.rate/3600, 3))
 
-# %% ../../nbs/trajectory/50_recipe.ipynb #81500794
-DEFAULTS = dict(max_epochs=12, learning_rate=3e-3, weight_decay=1e-4, batch_size=64)
+# %% ../../nbs/trajectory/50_recipe.ipynb #ccd9a846
+DEFAULTS = dict(max_epochs=4, learning_rate=3e-3, weight_decay=1e-4, batch_size=32)
 SPLITS = dict(part='family', machine='machine', both='both', random='random', layer='layer') # As `split_windows` calls them
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #d4d4ab6b
