@@ -131,11 +131,12 @@ _INLINE = re.compile(r'`\{python\} ([^`]+)`')
 _ASIDE = re.compile(r'`[^`]*`|\$[^$]+\$|\[[^\]]*@[^\]]*\]|\]\([^)]*\)|https?://\S+|^#+ .*$|<!--[\s\S]*?-->|@[\w:-]+', re.M)
 _NUMBER = re.compile(r'(?<![\w.-])[-+]?\d[\d,]*(?:\.\d+)?(?![\w])')
 
-# %% ../../nbs/lab/16_papers.ipynb #ec6ff671
+# %% ../../nbs/lab/16_papers.ipynb #fa6e273a
 def _typed(code):
     "Fractions and large whole numbers that a cell says itself, but for sizes and positions of a figure."
     import ast
-    tree = ast.parse(re.sub(r'^#\|.*$', '', code, flags=re.M))
+    try: tree = ast.parse(re.sub(r'^#\|.*$', '', code, flags=re.M))
+    except SyntaxError as e: raise InputError('paper', 'code', 'Python', f'{code.strip()[:60]!r}: {e.msg}') from None
     drawn = {id(c) for call in ast.walk(tree) if isinstance(call, ast.Call) for k in call.keywords if k.arg in _DRAWING for c in ast.walk(k)}
     numbers = [c for c in ast.walk(tree) if isinstance(c, ast.Constant) and isinstance(c.value, (int,float)) and not isinstance(c.value, bool) and id(c) not in drawn]
     return [ast.unparse(c) for c in numbers if c.value not in (100, 1000, 60, 3600) and (isinstance(c.value, float) or c.value > 12)]
