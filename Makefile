@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab docs papers check bench export figures hooks clean-env help
+.PHONY: demo test test-newest lab docs papers check bench export figures hooks clean-env help
 
 help:                    ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -14,6 +14,13 @@ demo: $(READY)           ## a real run of the fingerprint experiment, with its r
 
 test: $(READY)           ## export in sync, notebooks clean, every notebook and every test executed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-newest: ## what needs torchvision and timm, with the newest PyTorch, in an environment of its own (some GB)
+	$(PYTHON) -m venv .venv-newest
+	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check torch torchvision
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/constraints.txt -e '.[vision,export]' pytest psutil
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest tests/newest
 
 lab: $(READY)            ## JupyterLab; notebooks are cleaned when they are saved
 	$(BIN)/jupyter lab --config=.jupyter/jupyter_server_config.py --LabApp.default_url=/lab/tree/nbs
