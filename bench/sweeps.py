@@ -26,7 +26,7 @@ def warm_kernel(quick):
     ours() # the first one starts the kernel
     return ours, theirs
 
-@benchmark('twelve trials on two workers, by the clock, while worker, kernel and driver are killed three times each', 'the same sweep left alone; the goal allows for the starts of the drivers', 1.5, by='wall', repetitions=1)
+@benchmark('twelve trials on two workers, by the clock, while worker, kernel and driver are killed three times each', 'the same sweep left alone; the goal is for the time without the starts of the drivers', 1.5, by='wall', repetitions=1)
 def killed(quick):
     notebook,facts = small_experiment(Path(tempfile.mkdtemp())),{}
     more = ['-p', f'epochs={4 if quick else 40}', '-p', 'pause=0.5']
@@ -39,4 +39,5 @@ def killed(quick):
         process.communicate(); took = time.time()-began
         if process.returncode: raise RuntimeError('the sweep that nothing disturbed has failed')
         facts['ratio_without_starts'] = (facts['seconds_killed']-KILLS.count('driver')*facts['seconds_start'])/took
+        facts['met'] = facts['ratio_without_starts'] <= 1.5
     return ours, alone, facts
