@@ -175,16 +175,14 @@ def say(
     from IPython.display import Markdown
     return Markdown(_INLINE.sub(lambda m: str(eval(m[1], names)), text))
 
-# %% ../../nbs/lab/16_papers.ipynb #5ac0ec46
+# %% ../../nbs/lab/16_papers.ipynb #c2426b03
 def _executed(paper):
     "The cells of a paper's notebook with their outputs, texts computed."
     import nbformat
     from nbclient import NotebookClient
     nb = nbformat.read(paper/'paper.ipynb', as_version=4)
-    for c in nb.cells:
-        if c.cell_type == 'markdown' and _INLINE.search(c.source):
-            c.update(nbformat.v4.new_code_cell(f'from gcode_ml.lab.papers import say\nsay({c.source!r}, globals())', id=c.id), text=True)
-    for c in nb.cells: c.pop('text', None)
+    def computed(c): return nbformat.v4.new_code_cell(f'from gcode_ml.lab.papers import say\nsay({c.source!r}, globals())', id=c.id)
+    nb.cells = [computed(c) if c.cell_type == 'markdown' and _INLINE.search(c.source) else c for c in nb.cells]
     NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=str(paper)))).execute()
     return nb.cells
 
@@ -206,8 +204,8 @@ def pipe_table(
     rows.insert(1, ['-'*w + ':' if pd.api.types.is_numeric_dtype(frame[c]) else ':' + '-'*w for c,w in zip(frame, widths)])
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
-# %% ../../nbs/lab/16_papers.ipynb #da48c6c1
-def _shown(cell, paper, folder, label):
+# %% ../../nbs/lab/16_papers.ipynb #02e8b2cc
+def _shown(cell, folder, label):
     "The output of a cell as Markdown: text, table or picture, with its caption."
     import base64
     option = {m[1]: m[2].strip('"\'') for m in re.finditer(r'^#\| ([\w-]+): (.+)$', cell.source, re.M)}
@@ -221,7 +219,7 @@ def _shown(cell, paper, folder, label):
     if 'tbl-cap' in option: parts.append(f": {label}: {option['tbl-cap']}")
     return '\n\n'.join(parts)
 
-# %% ../../nbs/lab/16_papers.ipynb #4aed2e27
+# %% ../../nbs/lab/16_papers.ipynb #7f67c710
 def paper_markdown(
     paper, # Folder of a paper
     folder, # Where its pictures go
@@ -232,7 +230,7 @@ def paper_markdown(
     def part(c):
         if c.cell_type != 'code': return c.source
         label = re.search(r'^#\| label: (\S+)', c.source, re.M)
-        return _shown(c, paper, folder, labels[label[1]] if label and label[1] in labels else '')
+        return _shown(c, folder, labels[label[1]] if label and label[1] in labels else '')
     text = '\n\n'.join(filter(None, map(part, cells)))
     return re.sub(r'@((?:fig|tbl)-[\w-]+)', lambda m: labels[m[1]], text)
 
