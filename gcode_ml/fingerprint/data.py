@@ -7,17 +7,18 @@ Docs: https://example.org/gcode_ml/fingerprint/data.html.md"""
 # %% auto #0
 __all__ = ['CONTROLLER', 'MODALITIES', 'modality', 'Recording', 'elapsed_seconds', 'program_start', 'FrozenSensors',
            'frozen_tail', 'recording_from_table', 'sensor_channels', 'read_recording', 'recording_files',
-           'read_recordings', 'program_sections', 'check_sections', 'check_times', 'Sequences', 'read_sequences',
-           'select_channels', 'align_channels', 'ChannelScale', 'fit_scale', 'LineWindows', 'programs', 'check']
+           'read_recordings', 'write_recordings', 'stored_recordings', 'program_sections', 'check_sections',
+           'check_times', 'Sequences', 'read_sequences', 'select_channels', 'align_channels', 'ChannelScale',
+           'fit_scale', 'LineWindows', 'programs', 'check']
 
-# %% ../../nbs/fingerprint/00_data.ipynb #bc44381e
-import warnings
+# %% ../../nbs/fingerprint/00_data.ipynb #49e689c5
+import json, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from sklearn.preprocessing import RobustScaler
 from ..core.errors import InputError, check_finite, fault_sentences
-from ..core.files import read_arrays
+from ..core.files import atomic_path, checksum, read_arrays
 from ..core.windows import RowTable, Windows, window_starts
 
 # %% ../../nbs/fingerprint/00_data.ipynb #36edaebe
@@ -50,16 +51,23 @@ class Recording:
     controller:pd.DataFrame = field(repr=False) # The controller's columns, `T` rows: answers, not inputs
     def __len__(self): return len(self.time)
 
-# %% ../../nbs/fingerprint/00_data.ipynb #7470caac
+# %% ../../nbs/fingerprint/00_data.ipynb #5fdda372
+def _parts(text, count):
+    "The numbers between the colons of a clock's text; NaN where there are not so many."
+    words = text.split(':')
+    try: return [float(w) for w in words] if len(words) == count else [np.nan]*count
+    except ValueError: return [np.nan]*count
+
+# %% ../../nbs/fingerprint/00_data.ipynb #b8c957c7
 def elapsed_seconds(
     clock, # Texts `HH:MM:SS.mmm` or `MM:SS.f`, `[T]`
     file='t_console', # For the message
 )->np.ndarray: # Seconds since the first, `[T]`
     "Seconds since the first row; a clock that goes round is carried on."
-    parts = pd.Series(clock, dtype=str).str.split(':', expand=True)
-    seconds = parts.apply(pd.to_numeric, errors='coerce').to_numpy(float) @ 60.**np.arange(parts.shape[1])[::-1]
-    if not np.isfinite(seconds).all(): raise InputError(file, 't_console', 'HH:MM:SS.mmm or MM:SS.f', repr(str(np.asarray(clock)[~np.isfinite(seconds)][0])))
-    around = 60.**parts.shape[1]*(24/60 if parts.shape[1] == 3 else 1)
+    texts = [str(c) for c in clock]; parts = texts[0].count(':')+1 if texts else 1
+    seconds = np.array([_parts(t, parts) for t in texts]).reshape(-1, parts) @ 60.**np.arange(parts)[::-1]
+    if not np.isfinite(seconds).all(): raise InputError(file, 't_console', 'HH:MM:SS.mmm or MM:SS.f', repr(texts[int(np.argmin(np.isfinite(seconds)))]))
+    around = 60.**parts*(24/60 if parts == 3 else 1)
     turns = np.concatenate([[0], np.cumsum(np.diff(seconds) < -around/2)])
     return seconds - seconds[0] + turns*around
 
@@ -85,12 +93,13 @@ def frozen_tail(
     tail = len(sensors) - (moves[-1]+2 if len(moves) else 0)
     return tail if tail >= least else 0
 
-# %% ../../nbs/fingerprint/00_data.ipynb #eac0c90a
+# %% ../../nbs/fingerprint/00_data.ipynb #cc1ea614
 def _numbers(table, channels, file):
     "Sensor columns as float32, every one finite."
-    for c in channels:
-        if not pd.api.types.is_numeric_dtype(table[c]): raise InputError(file, f'column {c}', 'numbers', f'{table[c].dtype}')
-    x = table[channels].to_numpy('float32')
+    table = table[channels]
+    for c,kind in table.dtypes.items():
+        if not pd.api.types.is_numeric_dtype(kind): raise InputError(file, f'column {c}', 'numbers', f'{kind}')
+    x = table.to_numpy('float32')
     for i in np.flatnonzero(~np.isfinite(x).all(0)): check_finite(file, f'column {channels[i]}', x[:,i])
     return x
 
@@ -147,17 +156,75 @@ def recording_files(
         if a.stem.removesuffix('_aligned') == b.stem.removesuffix('_aligned'): raise InputError(folder, f"run {a.stem.removesuffix('_aligned')}", 'one file a run', f'{a.relative_to(folder)} and {b.relative_to(folder)}')
     return files
 
-# %% ../../nbs/fingerprint/00_data.ipynb #15fe4b66
+# %% ../../nbs/fingerprint/00_data.ipynb #b160feb5
 def read_recordings(
     folder, # Folder of recordings
     progress=None, # For instance `tqdm`; called with the list of files
+    cache='', # Folder of a copy in one parquet file: made at the first use, and anew when a file has changed
 )->list: # `Recording`s by run id
     "Read every recording of a folder; those without live sensors are left out with a warning."
+    if cache: return _cached(folder, progress, Path(cache))
     files,recordings = recording_files(folder),[]
     for f in (progress(files) if progress else files):
         try: recordings.append(read_recording(f))
         except FrozenSensors as e: warnings.warn(f'left out: {e}')
     if not recordings: raise InputError(folder, 'recordings', 'one with live sensors', 'none')
+    return recordings
+
+# %% ../../nbs/fingerprint/00_data.ipynb #dd0b6394
+_version = 1 # of the checks and of the copy: a change in them must not find what the old ones have made
+
+def _lists(offsets, values): return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
+
+def _controllers(recordings):
+    "The controller's columns of all recordings, with the first one's types where they hold all values: rows without a label have made whole numbers of one file floats."
+    frame = pd.concat([r.controller for r in recordings], ignore_index=True)
+    for c,kind in recordings[0].controller.dtypes.items():
+        if frame[c].dtype != kind and frame[c].notna().all() and (frame[c].astype(kind) == frame[c]).all(): frame[c] = frame[c].astype(kind)
+    return frame
+
+# %% ../../nbs/fingerprint/00_data.ipynb #f9832631
+def write_recordings(
+    path, # Parquet file
+    recordings:list, # `Recording`s
+    facts=None, # Kept with them, as JSON
+):
+    "Write recordings into one parquet file, a row a recording."
+    edges = lambda sizes: np.cumsum([0,*sizes])
+    rows,cells = edges(map(len, recordings)),edges(r.sensors.size for r in recordings)
+    frame = pa.Table.from_pandas(_controllers(recordings), preserve_index=False)
+    columns = dict(name=[r.name for r in recordings], operation=[r.operation for r in recordings], channels=[list(r.channels) for r in recordings],
+        controller=[list(r.controller.columns) for r in recordings], time=_lists(rows, np.concatenate([r.time for r in recordings])),
+        sensors=_lists(cells, np.concatenate([r.sensors.ravel('F') for r in recordings]))) | {f'controller.{c}': _lists(rows, frame[c].combine_chunks()) for c in frame.column_names}
+    table = pa.table(columns).replace_schema_metadata({'facts': json.dumps(facts or {})})
+    with atomic_path(path) as f: pq.write_table(table, f, compression='lz4', use_dictionary=['controller.t_console','controller.gcode_string'], write_statistics=False, row_group_size=len(recordings))
+
+# %% ../../nbs/fingerprint/00_data.ipynb #ce6041b9
+def stored_recordings(
+    path, # Written by `write_recordings`
+)->tuple: # `Recording`s, and the facts
+    "Read all recordings of one parquet file; their arrays are read-only."
+    file = pq.ParquetFile(path, memory_map=True, pre_buffer=False); table = file.read(use_threads=False).combine_chunks()
+    lists = {c: table[c].chunk(0) for c in table.column_names if c not in ('name','operation','channels','controller')}
+    values = {c: a.values.to_numpy() for c,a in lists.items() if c in ('time','sensors')}; rows,cells = (lists[c].offsets.to_pylist() for c in values)
+    frame = pa.table({c.removeprefix('controller.'): a.values for c,a in lists.items() if c not in values}).to_pandas()
+    texts,lines = frame.gcode_string.to_numpy(object),frame.gcode_line.to_numpy(int); found = []
+    about = (table[c].to_pylist() for c in ('name','operation','channels','controller'))
+    for name,operation,channels,columns,a,b,c,d in zip(*about, rows, rows[1:], cells, cells[1:]):
+        controller = frame[a:b] if len(columns) == frame.shape[1] else frame[columns][a:b]; controller.index = pd.RangeIndex(b-a)
+        found.append(Recording(name, operation, values['time'][a:b], lines[a:b], texts[a:b], channels, values['sensors'][c:d].reshape(len(channels), b-a).T, controller))
+    return found, json.loads(table.schema.metadata[b'facts'])
+
+# %% ../../nbs/fingerprint/00_data.ipynb #da4aae4e
+def _cached(folder, progress, cache):
+    "Recordings of a folder from their copy; what was said when it was made is said again."
+    if cache.resolve().is_relative_to(Path(folder).resolve()): raise InputError(cache, 'cache', 'a folder outside of the recordings', 'one inside')
+    path = cache/f'recordings-{checksum(recording_files(folder))}-{_version}.parquet'
+    try: recordings,facts = stored_recordings(path)
+    except (OSError, pa.ArrowInvalid): # none, or a broken one
+        with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); recordings = read_recordings(folder, progress)
+        facts = dict(doubts=[str(w.message) for w in said]); write_recordings(path, recordings, facts)
+    for d in facts['doubts']: warnings.warn(d)
     return recordings
 
 # %% ../../nbs/fingerprint/00_data.ipynb #28b32ad8
