@@ -1,12 +1,14 @@
-"The fingerprint domain: reading all runs, and a stream of rows against the time that the machine takes."
+"The fingerprint domain: reading all runs, placing and verifying them, and streams of rows against the time that the machine takes."
 import functools, json, os, tempfile, time, tracemalloc
 from pathlib import Path
 import numpy as np, pandas as pd
 from bench import benchmark
 from gcode_ml.fingerprint.align import ProgramChains, StreamAligner, build_library
-from gcode_ml.fingerprint.data import CONTROLLER, align_channels, read_recordings, recording_files
+from gcode_ml.fingerprint.data import CONTROLLER, align_channels, read_recordings, recording_files, recording_from_table
 from gcode_ml.fingerprint.emission import NetworkEmission, StateNetwork, row_features
-from gcode_ml.fingerprint.simulate import simulate_recordings
+from gcode_ml.fingerprint.machine import record_program
+from gcode_ml.fingerprint.simulate import example_programs, simulate_recordings
+from gcode_ml.fingerprint.verify import Verifier, fit_response, program_signals, verification_rows
 from gcode_ml.lab.settings import data_folder
 
 @functools.cache
@@ -87,3 +89,26 @@ def stream(quick):
         for x,t in zip(rows[20:20+n], times[20:20+n]): warm.step(x, t+shift[0])
     first,last = held(begin, rows[:200], times[:200], (60, 199))
     return ours, lambda: spin(seconds), dict(states=states, rows=n, bytes_after_60_rows=first, bytes_after_200_rows=last)
+
+@benchmark('a recording placed offline: features, network, forward and backward over all programs', 'the same rows as a stream with a lag of 8 rows')
+def placed_offline(quick):
+    begin,rows,times,states = stream_of(quick); n = 40 if quick else 160; rows,times = rows[:n],times[:n]; fresh = begin()
+    def offline(): return fresh.chains.smooth(*fresh.emission.log_probabilities(fresh.features(rows, fresh.width)), times)
+    def stream():
+        s = begin()
+        return [a for x,t in zip(rows, times) if (a := s.step(x, t)) is not None]+s.finish()
+    took = seconds(offline)
+    return offline, stream, dict(states=states, rows=n, times_real_time=round(float(times[-1]-times[0])/took))
+
+@benchmark('rows held against the program that they claim, as they come', 'the seconds that the machine takes for them, spun on one core', 1/50)
+def verified_rows(quick):
+    text = example_programs()['pocket']; signals = program_signals(text, 'pocket')
+    record = lambda seed: verification_rows(recording_from_table(record_program(text, day=seed%2, seed=seed), 'pocket_001'))
+    response = fit_response([(record(s), signals) for s in range(3)]); judged = record(5); n = 12 if quick else 24
+    warm = Verifier(response, signals, judged.channels)
+    for x,t in zip(judged.values[:20], judged.time[:20]): warm.step(x, t)
+    length,shift = float(judged.time[20+n]-judged.time[20]),[0.]
+    def ours():
+        shift[0] += length
+        for x,t in zip(judged.values[20:20+n], judged.time[20:20+n]): warm.step(x, t+shift[0])
+    return ours, lambda: spin(length), dict(rows=n, channels=len(judged.channels), seconds_of_the_program=round(float(judged.time[-1]), 1))

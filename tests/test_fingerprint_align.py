@@ -12,9 +12,9 @@ from gcode_ml.core.errors import InputError
 from gcode_ml.core.training import fit
 from gcode_ml.fingerprint.align import (GaussianEmission, NeuralEmission, ProgramChains, StreamAligner, build_library, fit_emission, posterior,
                                         trailing_features)
-from gcode_ml.fingerprint.clocks import clock_table, line_bound, line_lags, sensor_lags
+from gcode_ml.fingerprint.clocks import clock_table, line_bound, line_lags, on_sensor_clock, sensor_lags
 from gcode_ml.fingerprint.emission import emission_recipe, network_emission
-from gcode_ml.fingerprint.placing import build_placer, line_shape, none_of_the_library, place_rows, place_windows, score_windows
+from gcode_ml.fingerprint.placing import build_placer, gaussian_placer, line_shape, none_of_the_library, place_rows, place_windows, score_windows
 from gcode_ml.fingerprint.evaluate import selective_curve
 from gcode_ml.fingerprint.data import Recording, align_channels, fit_scale, modality, programs, recording_from_table, select_channels
 from gcode_ml.fingerprint.simulate import simulate_recordings
@@ -259,6 +259,19 @@ def test_lags_of_both_clocks_are_found(fitted):
     with pytest.raises(InputError): sensor_lags(runs[:2])
 
 
+def test_training_runs_are_laid_on_the_clock_of_their_sensors(fitted):
+    "Only times change, by the lags; the recipe's states follow them, its table of the clock does not."
+    *_, train, test, of = fitted; pockets = [r for r in train+test if r.operation == 'pocket']; others = [r for r in train if r.operation == 'face'][:2]
+    late = [moved(r, rows=k) for r, k in zip(pockets, (0, 8, 0, 0))]; step = np.median(np.diff(pockets[0].time)); placed = on_sensor_clock(late+others)
+    assert np.allclose([p.time[0]-r.time[0] for p, r in zip(placed, late)], [0, -8*step, 0, 0], atol=.5)
+    for p, r in zip(placed, late+others): assert (p.name, p.lines is r.lines, p.sensors is r.sensors) == (r.name, True, True) and np.allclose(np.diff(p.time), np.diff(r.time))
+    assert all((p.time == r.time).all() for p, r in zip(placed[4:], others)) # two runs have no common clock
+    rows = [r for r in train if r.operation != 'pocket']+late; learn = emission_recipe(rows, max_epochs=1); plain = emission_recipe(rows, max_epochs=1, clocks=False)
+    name = late[1].name; assert abs(learn.placed[name].time[0]+8*step) < .6 and plain.placed[name] is late[1]
+    assert all(learn.placed[r.name].lines is r.lines for r in learn.inner+learn.held) and {r.name for r in learn.inner} == {r.name for r in plain.inner}
+    assert not emission_recipe(rows, modalities=('environment', 'light'), max_epochs=1).placed[name].time[0]
+
+
 def test_clock_table_against_its_definition(fitted):
     "Weights of a normal distribution over the rows of a class; the nearest row where none is near."
     *_, train, test, of = fitted; table = clock_table(train, .05); k = table.operations.index('face')
@@ -309,6 +322,20 @@ def test_placer_places(placed):
         for c in ('text', 'program', 'operation'): assert said[f'{c}_probability'].between(0, 1+1e-6).all()
         rows = place_rows(placer, r)
         assert len(rows) == len(r) and (rows.known_start_text == r.texts).mean() > .7 and rows.known_start_text_probability.between(0, 1+1e-6).all()
+
+
+def test_normal_distributions_in_the_place_of_the_network(placed):
+    "The same library and table, the emission of the definition, and no word on the operation."
+    placer, learn, train, test, of = placed; other = gaussian_placer(learn)
+    assert other.library is learn.library and (other.table.texts == placer.table.texts).all() and other.program_of == placer.program_of
+    x = other.features(test[0]); logp, background, operation = other.emission.both(x); n = 3*sum(learn.features.motion)
+    assert x.shape[1] == n and np.allclose(np.nan_to_num(x), learn.features(test[0])[:, :n]) and np.isnan(x).any() and not operation.any()
+    assert np.array_equal(logp, other.emission.log_probabilities(x)[0]) and np.isfinite(logp).all()
+    right = []
+    for r in test:
+        start = np.arange(0, len(r)-64, 32); said = place_windows(other, r, start, start+64)
+        assert said.text_probability.between(0, 1+1e-6).all(); right += (said.program_said == of[r.operation]).tolist()
+    assert np.mean(right) > .6
 
 
 def test_scores_and_shapes():

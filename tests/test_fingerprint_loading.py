@@ -90,5 +90,8 @@ def test_clock_by_hand():
 
 @pytest.mark.skipif(data_folder('cnc_fingerprint') is None, reason='no recorded runs here')
 def test_recorded_runs(tmp_path):
-    folder = data_folder('cnc_fingerprint'); (files, said), (_, _), (copy, again) = quietly(folder), quietly(folder, cache=tmp_path), quietly(folder, cache=tmp_path)
-    same(files, copy, types=False); assert said == again and len(copy) > 100
+    "A tenth of them, and those with faults: one half without sensors, two frozen."
+    (tmp_path/'runs').mkdir(); files = recording_files(data_folder('cnc_fingerprint'))
+    for f in {*files[::12], *(f for f in files if f.stem in ('face150025_001', 'face150025_009', 'pocket150025_006'))}: (tmp_path/'runs'/f.name).symlink_to(f)
+    (plain, said), (_, _), (copy, again) = quietly(tmp_path/'runs'), quietly(tmp_path/'runs', cache=tmp_path/'copy'), quietly(tmp_path/'runs', cache=tmp_path/'copy')
+    same(plain, copy, types=False); assert said == again and len(said) == 2 and len(copy) > 8

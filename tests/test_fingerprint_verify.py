@@ -3,6 +3,7 @@ import numpy as np, pandas as pd, pytest
 from scipy.stats import multivariate_normal
 from gcode_ml.core.errors import InputError
 from gcode_ml.fingerprint.anomaly import AnomalyDetector, DETECTORS
+from gcode_ml.fingerprint.commands import check_healthy
 from gcode_ml.fingerprint.data import check, check_sections, recording_from_table
 from gcode_ml.fingerprint.machine import planned_motion, record_program, structure, varied_programs, warmth
 from gcode_ml.fingerprint.simulate import example_programs
@@ -137,3 +138,16 @@ def test_command(tmp_path, capsys):
     assert ask('none') == 2 and main(['verify', str(tmp_path/'runs'/'same_001.parquet'), '--program', str(tmp_path/'no.gcode')]) == 2
     err = capsys.readouterr().err; assert err.count('\n') == 2 and 'Traceback' not in err
     assert main(['simulate', 'fingerprint', '-o', str(tmp_path/'made'), '-p', f'program={file}', '-p', 'runs=1', '--quiet']) == 0 and (tmp_path/'made'/'runs'/'pocket_001.parquet').exists()
+
+
+def test_healthy_runs_of_another_program_are_refused(tmp_path, capsys):
+    "Else a machine that answers to the wrong program would be learnt, and the wrong claim be a match."
+    run = recording_from_table(record_program(PROGRAMS['pocket'], seed=1), 'pocket_001'); moves = [t for t in run.texts if 'X' in t and 'Y' in t]; changed = PROGRAMS['pocket'].replace(moves[20], 'G1 X0.7777')
+    assert check_healthy(run, PROGRAMS['pocket']) is None
+    dressed = '\n'.join(f'N{i} {l.lower()} (part; one)' for i, l in enumerate(PROGRAMS['pocket'].splitlines(), 10)); assert check_healthy(run, dressed) is None
+    for text in (PROGRAMS['face'], edit_program(PROGRAMS['pocket'], 'feed', factor=1.05)[0], changed):
+        with pytest.raises(InputError, match='which that program does not hold'): check_healthy(run, text)
+    (tmp_path/'face.gcode').write_text(PROGRAMS['face']); (tmp_path/'healthy').mkdir()
+    for i in range(3): record_program(PROGRAMS['pocket'], seed=i).to_parquet(tmp_path/'healthy'/f'pocket_00{i}.parquet')
+    assert main(['verify', str(tmp_path/'healthy'/'pocket_000.parquet'), '--program', str(tmp_path/'face.gcode'), '--healthy', str(tmp_path/'healthy')]) == 2
+    assert 'name a folder of runs of this very program' in capsys.readouterr().err

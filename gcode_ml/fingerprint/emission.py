@@ -8,7 +8,7 @@ Docs: https://example.org/gcode_ml/fingerprint/emission.html.md"""
 __all__ = ['MOTION', 'SLOW', 'DEFAULTS', 'RowFeatures', 'row_features', 'StateNetwork', 'StateRows', 'StateLoss',
            'emission_recipe', 'NetworkEmission', 'network_emission']
 
-# %% ../../nbs/fingerprint/37_emission.ipynb #f7982b09
+# %% ../../nbs/fingerprint/37_emission.ipynb #afd67224
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..core.learner import Learner, pick_device, set_seed
 from ..core.split import group_holdout
 from ..core.training import training_options
 from .align import NeuralEmission, ProgramLibrary, build_library, trailing_features
+from .clocks import on_sensor_clock
 from .data import ChannelScale, align_channels, fit_scale, modality, programs, select_channels
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #ebc858b3
@@ -132,32 +133,38 @@ class StateLoss(nn.Module):
 # %% ../../nbs/fingerprint/37_emission.ipynb #d747d356
 DEFAULTS = dict(max_epochs=6, batch_size=256, learning_rate=3e-3, weight_decay=1e-2, schedule='one_cycle')
 
-# %% ../../nbs/fingerprint/37_emission.ipynb #afbd92a4
+# %% ../../nbs/fingerprint/37_emission.ipynb #f8ebe84e
 def emission_recipe(
     recordings:list, # Training runs; some are set aside
     groups=None, # Group of each; runs of a group stay together
     modalities=MOTION+SLOW, # What is read
     width:int=6, # Rows looked back at
     step:float=.25, # Seconds a state
+    clocks:bool=True, # Whether the training runs are laid beside each other by their sensors; else by the labels' clock
     hidden:int=128, rank:int=64, dropout:float=.2, shift:float=.3, silence:float=.15, # See `StateNetwork`
     seed:int=42, # Seed of everything
     device:str='auto', # Device
     cbs=(), # More callbacks
     **training # Options of `core.training`; `DEFAULTS` otherwise
-)->Learner: # For `core.training.fit`; has `library`, `features`, `operations`, and the runs `inner` and `held`
+)->Learner: # For `core.training.fit`; has `library`, `features`, `operations`, the runs `inner` and `held`, and `placed`, the same by name on the clock of the states
     "An emission network ready to fit; one eighth of the runs is set aside for its calibration."
     options = training_options(training, **DEFAULTS)
     if len(recordings) < 4: raise InputError('emission', 'recordings', 'at least four runs', str(len(recordings)))
     set_seed(seed); groups = np.asarray([r.name for r in recordings] if groups is None else groups); of = programs(recordings)
     inner,held = ([recordings[i] for i in part] for part in group_holdout(groups, [r.operation for r in recordings], 1/8, seed))
     inner,held = inner+[r for r in held if of[r.operation] not in {of[q.operation] for q in inner}],[r for r in held if of[r.operation] in {of[q.operation] for q in inner}]
-    library,features,names = build_library(inner, step),row_features(inner, modalities, width),sorted({r.operation for r in inner})
-    held = [r for r in held if r.operation in names]
-    def rows(part): return StateRows([features(r) for r in part], [library.states(r, _program(library, r, of)) for r in part], [names.index(r.operation) for r in part], library)
+    held = [r for r in held if r.operation in {q.operation for q in inner}]; placed = _placed(inner+held, modalities) if clocks else {r.name: r for r in inner+held}
+    library,features,names = build_library([placed[r.name] for r in inner], step),row_features(inner, modalities, width),sorted({r.operation for r in inner})
+    def rows(part): return StateRows([features(r) for r in part], [library.states(placed[r.name], _program(library, r, of)) for r in part], [names.index(r.operation) for r in part], library)
     network = StateNetwork(features.levels, features.boards, 3*sum(features.motion), len(library), len(names), hidden, rank, dropout, shift, silence)
     learn = options.learner(dataloaders(train := rows(inner), rows(held), options.batch_size, seed=seed, workers=0, device=pick_device(device)), network, StateLoss(), cbs)
-    learn.library,learn.features,learn.operations,learn.inner,learn.held,learn.rows = library,features,names,inner,held,train
+    learn.library,learn.features,learn.operations,learn.inner,learn.held,learn.placed,learn.rows = library,features,names,inner,held,placed,train
     return learn
+
+def _placed(recordings, modalities):
+    "Runs by name on the clock of the sensors that are read, inertial ones and magnetometers if there are any."
+    kinds = [m for m in ('acceleration','rotation','magnetic') if m in modalities] or [m for m in MOTION if m in modalities]
+    return {r.name: r for r in (on_sensor_clock(recordings, kinds) if kinds else recordings)}
 
 def _program(library, recording, of):
     "The library's program of a recording: it may bear the name of another operation with the same lines."
@@ -182,7 +189,7 @@ class NetworkEmission(NeuralEmission):
         states,operation = self.read(features)
         return (states-self.prior.astype('float32'))/self.temperature, np.full(len(states), self.offset), operation
 
-# %% ../../nbs/fingerprint/37_emission.ipynb #5f62a669
+# %% ../../nbs/fingerprint/37_emission.ipynb #504971c1
 def network_emission(
     learn:Learner, # Fitted
     margin:float=2., # Standard deviations between pieces of runs
@@ -193,7 +200,7 @@ def network_emission(
     prior = seen.numpy()+.05*float(seen.mean()); emission = NetworkEmission(learn.model.cpu(), prior)
     of = programs(learn.inner+learn.held); lead = []
     for r in learn.held:
-        logp = emission.log_probabilities(learn.features(r))[0]; best = logp[np.arange(len(r)),learn.library.states(r, _program(learn.library, r, of))]
+        logp = emission.log_probabilities(learn.features(r))[0]; best = logp[np.arange(len(r)),learn.library.states(learn.placed[r.name], _program(learn.library, r, of))]
         lead += [p.mean() for p in np.array_split(best, max(len(r)//piece, 1))]
     if lead: emission.offset = float(np.mean(lead)-margin*np.std(lead))
     return emission

@@ -122,7 +122,7 @@ def log(self:Run,
     "Append a line to `log.txt`."
     with open(self.path('log.txt'), 'a', encoding='utf-8') as f: f.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
-# %% ../../nbs/lab/02_runs.ipynb #828bfe87
+# %% ../../nbs/lab/02_runs.ipynb #183949ad
 @patch
 def stage(self:Run,
     name:str, # Name of the stage
@@ -131,10 +131,11 @@ def stage(self:Run,
     "Result of a stage, computed once."
     file = self.path('stages', f'{name}.json')
     if not file.exists():
+        from gcode_ml.core.monitors import peak_memory
         began = time.time()
         self.log(f'{name} ...')
         value = compute()
-        write_json(file, dict(value=value, seconds=round(time.time()-began, 2)))
+        write_json(file, dict(value=value, seconds=round(time.time()-began, 2), peak_memory_mb=peak_memory()))
         self.log(f'{name} done in {time.time()-began:.1f} s')
     return read_json(file)['value']
 
@@ -206,7 +207,7 @@ def table_records(
     "A table as JSON holds it."
     return table.astype(object).where(table.notna(), None).to_dict('records')
 
-# %% ../../nbs/lab/02_runs.ipynb #ae504657
+# %% ../../nbs/lab/02_runs.ipynb #12f6ef36
 @patch
 def finish(self:Run,
     table:pd.DataFrame, # The result in one table, shown at the end of the run
@@ -215,11 +216,13 @@ def finish(self:Run,
     "Write `result.json`: the last thing a run does."
     import torch
     from gcode_ml.core.monitors import peak_memory
-    seconds = {p.stem: read_json(p)['seconds'] for p in sorted(self.path('stages').glob('*.json'))}
+    stages = {p.stem: read_json(p) for p in sorted(self.path('stages').glob('*.json'))}
+    seconds = {k: v['seconds'] for k,v in stages.items()}
+    peak = max((m for m in (peak_memory(), *(v.get('peak_memory_mb') for v in stages.values())) if m), default=None) # stages may be another process's, from before a resume
     params = read_json(self.path('params.json')) if self.path('params.json').exists() else {}
     params = {k: params[k] for k in ('parameters','command','created') if k in params}
     result = dict(status='finished', domain=self.domain, name=self.name, **params, **result, table=table_records(table),
-        durations=dict(stages=seconds, total=round(sum(seconds.values()), 2)), peak_memory_mb=peak_memory(), versions=library_versions(),
+        durations=dict(stages=seconds, total=round(sum(seconds.values()), 2)), peak_memory_mb=peak, versions=library_versions(),
         machine=dict(processors=os.cpu_count(), threads=torch.get_num_threads(), accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'),
         finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
     self.close_tracker()
