@@ -64,6 +64,14 @@ def test_every_file_type_reads_the_same(tmp_path, suffix):
     r, = read_records(tmp_path)
     np.testing.assert_allclose(r.signal, x, rtol=1e-6); np.testing.assert_allclose(r.orders, BEARINGS['6205'].orders); assert (r.fault, r.bearing) == ('inner','inner')
 
+def test_time_is_not_taken_for_a_signal(folder):
+    "A column that rises evenly, before or behind the samples, in seconds or in samples; by name it is read."
+    first = read_records(folder)[0]; t = np.arange(len(first))
+    for name,columns in {'a.csv': dict(time=t/first.rate, x=first.signal), 'b.parquet': dict(number=t, x=first.signal, more=t)}.items():
+        frame = pd.DataFrame(columns); frame.to_csv(folder/name, index=False) if name.endswith('csv') else frame.to_parquet(folder/name)
+        edit(folder, file=name, channel=''); assert np.allclose(read_records(folder)[0].signal, first.signal, atol=1e-6)
+        edit(folder, channel=next(iter(columns))); assert (np.diff(read_records(folder)[0].signal) > 0).all()
+
 def test_cwru_files(tmp_path, refused):
     "Variables by record number; nominal speed with a warning; healthy files are resampled, and left out unless asked for."
     x = rolling_record('outer', seed=1, seconds=.5).signal

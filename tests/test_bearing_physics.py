@@ -35,6 +35,21 @@ def test_stft_is_scipys():
     assert np.allclose(sp.Stft(scale=False)(torch.tensor(x)), np.abs(z*ss.get_window('hann', 256).sum())**2, rtol=1e-8)
     image = sp.Stft()(torch.tensor(x)); assert torch.allclose(image.mean((1,2)), torch.zeros(2, dtype=torch.float64), atol=1e-9)
 
+@pytest.mark.parametrize('n,hop,n_fft', [(6400,128,256), (6437,128,256), (300,128,256), (200,128,256), (3000,50,100), (3000,64,256)])
+def test_picture_of_stft_is_its_formula(n, hop, n_fft):
+    "Logarithm of the power and standardisation, line by line, whatever way the frames are cut; a batch gives what its items give."
+    x = noise(3, n)*np.array([[1],[50],[.01]]); half = n_fft//2; y = np.pad(x, ((0,0),(half,half)), 'reflect'); w = ss.get_window('hann', n_fft)
+    image = np.log(1e-6+np.abs(np.fft.rfft(np.stack([y[:,i*hop:i*hop+n_fft] for i in range(n//hop+1)], 1)*w))**2).swapaxes(1, 2)
+    image = (image-image.mean((1,2), keepdims=True))/image.std((1,2), keepdims=True); layer = sp.Stft(n_fft, hop); ours = layer(torch.tensor(x))
+    assert ours.shape == image.shape and np.allclose(ours, image, atol=1e-9)
+    assert np.allclose(layer(torch.tensor(x, dtype=torch.float32)), image, atol=2e-3) and torch.equal(layer(torch.tensor(x[1:2])), ours[1:2])
+
+@pytest.mark.parametrize('layer', [sp.Stft(), sp.Stft(scale=False), sp.Cwt(1000.), sp.Cwt(1000., hop=4), sp.Cwt(1000., hop=0, scale=True), sp.PseudoWigner(31)])
+def test_quick_way_is_the_way_with_gradients(layer):
+    "To rounding."
+    x = torch.tensor(noise(5, 1024)); quick = layer(x); slow = layer(x.clone().requires_grad_()).detach()
+    assert quick.shape == slow.shape and torch.allclose(quick, slow, atol=1e-9, rtol=1e-9)
+
 def test_wavelets_are_pywts():
     "To 1 % of the largest value, up to pywt's normalisation, its mean over each sample, and its rounding of the place by half a sample."
     pywt = pytest.importorskip('pywt'); rate,x,w0 = 1000.,noise(1024),6; layer = sp.Cwt(rate, scales=6, low=20, high=80)

@@ -179,10 +179,16 @@ def _row_orders(row, file):
     if all(k in given for k in _SIZES): return Geometry(int(given['balls']), float(given['ball_diameter']), float(given['pitch_diameter']), float(given.get('contact_angle', 0)), str(row.get('file', ''))).orders
     return None
 
-# %% ../../nbs/bearing/00_data.ipynb #0ec155b4
+# %% ../../nbs/bearing/00_data.ipynb #c94ef658
+def _clock(v):
+    "Whether a column rises evenly, as time does."
+    step = (v[-1]-v[0])/max(len(v)-1, 1)
+    return len(v) > 2 and step > 0 and bool(np.allclose(np.diff(v), step, rtol=.01, atol=0))
+
+# %% ../../nbs/bearing/00_data.ipynb #d684fa18
 def read_signal(
-    path, # `.csv` (first column of numbers), `.npy`, `.npz`, `.parquet` or `.mat`
-    channel:str='', # Column or variable; the only one, or the first of numbers
+    path, # `.csv`, `.npy`, `.npz`, `.parquet` or `.mat`
+    channel:str='', # Column or variable; the only one, or the first of numbers that is not the time
 )->np.ndarray: # `[T]`
     "One channel of a file."
     path = Path(path); check_choice(path, 'file type', path.suffix.lower(), _SUFFIXES)
@@ -194,7 +200,7 @@ def read_signal(
         except Exception as e: raise InputError(path, 'content', f'a whole {path.suffix} table', f'{type(e).__name__}: {str(e)[:80]}') from None
         columns = {k: table[k].to_numpy() for k in table.select_dtypes('number')}
     if channel and channel not in columns or not columns: raise InputError(path, f'channel {channel}'.strip(), 'a column of numbers', ', '.join(columns) or 'none')
-    return columns[channel or next(iter(columns))]
+    return columns[channel or next((k for k,v in columns.items() if not _clock(v)), next(iter(columns)))]
 
 def whosmat_(path):
     "Names, shapes and types of a MATLAB file's variables."

@@ -9,7 +9,8 @@ __all__ = ['DEFAULTS', 'MODEL_DEFAULTS', 'load_records', 'EvidenceWindows', 'Law
            'split_records', 'preprocessing', 'bundle_windows', 'bundle_outcomes', 'predict_bundle', 'evaluate_bundle',
            'simulate']
 
-# %% ../../nbs/bearing/50_recipe.ipynb #034ed334
+# %% ../../nbs/bearing/50_recipe.ipynb #a067289f
+import warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -239,7 +240,7 @@ def preprocessing(
     rate = float(np.median([r.rate for r in learn.windows.records]))
     return dict(seconds=learn.windows.size/rate, stride=learn.windows.stride/learn.windows.size, classes=learn.windows.classes, unclear=unclear)
 
-# %% ../../nbs/bearing/50_recipe.ipynb #d383a4b6
+# %% ../../nbs/bearing/50_recipe.ipynb #f087ca0f
 def bundle_windows(
     bundle, # From `lab.bundle.load_bundle`
     records:list, # Records
@@ -247,7 +248,8 @@ def bundle_windows(
     "Windows of records as in training; a record that is shorter than a window is one short window."
     state,made = bundle.preprocessing,[]
     for rate in sorted({r.rate for r in records}):
-        size = int(round(state['seconds']*rate))
+        size = int(round(state['seconds']*rate)); short = [r for r in records if r.rate == rate and len(r) < size]
+        if short: warnings.warn(f"{short[0].name}{f' and {len(short)-1} more' if len(short) > 1 else ''}: length: {len(short[0])} samples are less than a window of {size}, and are answered as one short window")
         made.append(RecordWindows([r for r in records if r.rate == rate], size, max(1, int(size*state['stride'])), state['classes'], partial=True))
         if isinstance(bundle.model, OrderNet) and not (made[-1]._orders > 0).all(): raise InputError('labels.csv', 'geometry', 'that of every bearing', 'a record without', 'add balls, ball_diameter, pitch_diameter or the four orders')
     return made

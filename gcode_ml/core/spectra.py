@@ -46,8 +46,10 @@ def _power(z):
     z = z.detach().numpy(); power = np.square(z.real); power += np.square(z.imag)
     return torch.from_numpy(power)
 
-# %% ../../nbs/core/30_spectra.ipynb #56b2b805
-def _magnitude(z): return _power(z).sqrt_() if _plain(z) else _power(z).clamp_min(1e-30).sqrt() # the bound keeps the gradient at zero finite
+# %% ../../nbs/core/30_spectra.ipynb #cc250d61
+def _magnitude(z):
+    "`abs()`, several times faster."
+    return torch.from_numpy(np.abs(z.detach().numpy())) if _plain(z) else _power(z).clamp_min(1e-30).sqrt() # the bound keeps the gradient at zero finite
 
 def _log(x, floor):
     "Logarithm of `x+floor`; `x` may be overwritten."
@@ -169,18 +171,37 @@ def prewhiten(
     X = _white(x, floor)
     return torch.fft.ifft(X).real if in_program() else torch.fft.irfft(X, n=x.shape[-1])
 
-# %% ../../nbs/core/30_spectra.ipynb #5937e65e
+# %% ../../nbs/core/30_spectra.ipynb #37d489a3
 def standardise(
     image:Tensor, # Images, `[B,...]`
     floor:float=1e-6, # Smallest standard deviation
 )->Tensor: # Like `image`
     "Each item less its mean, over its standard deviation; a constant item becomes zero."
-    axes = tuple(range(1, image.ndim))
-    centred = image-image.mean(axes, keepdim=True)
-    if not _plain(image): return centred/centred.pow(2).mean(axes, keepdim=True).sqrt().clamp_min(floor)
-    return centred.div_((torch.linalg.vector_norm(centred, dim=axes, keepdim=True)/math.sqrt(image[0].numel())).clamp_min_(floor))
+    if _plain(image) and len(image): return nn.functional.group_norm(image.reshape(len(image), 1, -1), 1, eps=floor**2).reshape(image.shape) # reads the image twice, not five times
+    axes = tuple(range(1, image.ndim)); centred = image-image.mean(axes, keepdim=True)
+    return centred/centred.pow(2).mean(axes, keepdim=True).sqrt().clamp_min(floor)
 
-# %% ../../nbs/core/30_spectra.ipynb #5e3a15b9
+# %% ../../nbs/core/30_spectra.ipynb #c763d997
+@lru_cache(16)
+def _hann(size, dtype): return torch.hann_window(size, dtype=dtype)
+
+@lru_cache(16)
+def _ends(n, half): return torch.tensor(np.r_[half:0:-1, :half, n-half-n%half:n, n-2:n-2-half+n%half:-1]) # samples of the first and the last frame
+
+def _frames(x, window, hop):
+    "Weighted stretches of the signal, mirrored at both ends, `[B,N//hop+1,size]`."
+    size = len(window); half = size//2; count = x.shape[-1]//hop+1
+    if not _plain(x) or hop != half or count < 3: return torch.cat([x[:,1:half+1].flip(-1), x, x[:,-half-1:-1].flip(-1)], -1).unfold(-1, size, hop)*window
+    frames = x.new_empty(len(x), count, size); torch.mul(x.unfold(-1, size, hop), window, out=frames[:,1:-1])
+    torch.mul(x.index_select(1, _ends(x.shape[-1], half)).unflatten(1, (2,size)), window, out=frames[:,::count-1])
+    return frames
+
+def _log2(z, floor):
+    "Binary logarithm of the power of an array, plus a bound."
+    power = torch.from_numpy(np.abs(z)); torch.addcmul(torch.tensor(floor, dtype=power.dtype), power, power, out=power)
+    return torch.from_numpy(np.log2(power.numpy(), out=power.numpy()))
+
+# %% ../../nbs/core/30_spectra.ipynb #703658d2
 class Stft(nn.Module):
     "Log power of the short-time Fourier transform, a standardised image an item."
     def __init__(self,
@@ -195,13 +216,14 @@ class Stft(nn.Module):
         x:Tensor, # Signals, `[B,N]`
     )->Tensor: # `[B,n_fft//2+1,N//hop+1]`
         if x.shape[-1] <= self.n_fft//2: raise InputError('Stft', 'signal', f'more than {self.n_fft//2} samples', str(x.shape[-1]))
-        return _pieces(self.image, x, 5*2**15)
+        return _pieces(self.image, x, 2**19).mT
     def image(self, x):
-        "One piece of the batch."
-        window,half = torch.hann_window(self.n_fft, dtype=x.dtype, device=x.device),self.n_fft//2
-        if in_program(): power = _power(torch.stft(x, self.n_fft, self.hop, window=window, return_complex=True)).mT
-        else: power = _power(torch.fft.rfft(torch.cat([x[:,1:half+1].flip(-1), x, x[:,-half-1:-1].flip(-1)], -1).unfold(-1, self.n_fft, self.hop)*window))
-        return (standardise(_log(power, self.floor)) if self.scale else power).mT
+        "One piece of the batch, `[b,N//hop+1,n_fft//2+1]`."
+        window = _hann(self.n_fft, x.dtype) if _plain(x) else torch.hann_window(self.n_fft, dtype=x.dtype, device=x.device)
+        if in_program(): spectrum = torch.stft(x, self.n_fft, self.hop, window=window, return_complex=True).mT
+        else: spectrum = torch.fft.rfft(_frames(x, window, self.hop))
+        if not self.scale: return _power(spectrum)
+        return standardise(_log(_power(spectrum), self.floor) if not _plain(x) else _log2(spectrum.numpy(), self.floor)) # the standard deviation takes away of which base the logarithm is
 
 # %% ../../nbs/core/30_spectra.ipynb #32e14eef
 @patch
@@ -240,7 +262,16 @@ def gain(self:Cwt,
     h = 2*torch.exp(-(self.w0*(w/(2*math.pi*self.frequency.double()[:,None])-1))**2/2); h[:,0] = 0
     return h if like is None else h.to(like)
 
-# %% ../../nbs/core/30_spectra.ipynb #13c00d8e
+# %% ../../nbs/core/30_spectra.ipynb #102b741f
+def _wavelets(spectrum, gain, n, scales=8):
+    "Magnitudes at all samples, `[B,len(gain),n]`, from spectra of positive frequencies."
+    images = torch.empty(len(spectrum), len(gain), n, dtype=gain.dtype); band = spectrum.new_zeros(scales, n)
+    for signal,image in zip(spectrum, images):
+        for g,rows in zip(gain.split(scales), image.split(scales)):
+            torch.mul(g, signal, out=band[:len(g),:len(signal)]); np.abs(torch.fft.ifft(band[:len(g)]).numpy(), out=rows.numpy())
+    return images
+
+# %% ../../nbs/core/30_spectra.ipynb #f5581912
 @patch
 def forward(self:Cwt,
     x:Tensor, # Signals, `[B,N]`
@@ -248,7 +279,7 @@ def forward(self:Cwt,
     n = x.shape[-1]
     if n%(self.hop or 1): raise InputError('Cwt', 'hop', f'a divisor of {n}, the length of the signal', str(self.hop))
     if getattr(self, '_n', None) != (n, x.dtype, x.device): self._n,self._gain = (n, x.dtype, x.device),self.gain(n, x)
-    return _pieces(self.image, x, 2**21//len(self.frequency))
+    return _pieces(self.image, x, 2**21//len(self.frequency)) if self.scale or self.hop != 1 or not _plain(x) else _wavelets(torch.fft.rfft(x), self._gain, n)
 
 @patch
 def image(self:Cwt, x):
