@@ -53,6 +53,13 @@ def test_padding_does_not_move_batch_norm():
     assert torch.allclose(norm.running_mean, same.running_mean) and torch.allclose(norm.running_var, same.running_var)
     assert torch.allclose(real.mean(0), torch.zeros(4), atol=1e-6)
 
+def test_batch_norm_of_an_answer_is_that_of_torch():
+    "The scale and shift by hand are what `batch_norm` computes from running statistics."
+    torch.manual_seed(0); norm = MaskedBatchNorm(5).eval()
+    for b in (norm.running_mean, norm.weight.data, norm.bias.data): b.copy_(torch.randn(5))
+    norm.running_var.copy_(torch.rand(5)*3); x = torch.randn(3, 4, 5)*2
+    assert torch.allclose(norm(x, torch.ones(3, 4, dtype=torch.bool)), torch.nn.functional.batch_norm(x.mT, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps).mT, atol=1e-5)
+
 def test_hand_shape_does_not_depend_on_place_and_size():
     motion = MotionChannels(84, [range(21), range(21, 42)]); x = torch.randn(1, 5, 42, 2)
     there,mask = torch.ones(1, 5, 84, dtype=torch.bool),torch.ones(1, 5, dtype=torch.bool)

@@ -8,13 +8,15 @@ from gcode_ml.core.errors import InputError
 from gcode_ml.core.training import fit
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 from gcode_ml.lab.snapshot import Snapshot
+from gcode_ml.sign.augment import FrameEdge
 from gcode_ml.sign.callbacks import COLUMNS
-from gcode_ml.sign.evaluate import (Occluded, add_gloss, answer_rows, confusion_pairs, dtw_answers, dtw_distances, fit_temperature, latency, merge_windows,
+from gcode_ml.sign.data import ClipData
+from gcode_ml.sign.evaluate import (Occluded, add_gloss, added_sign_scores, answer_rows, confusion_pairs, dtw_answers, dtw_distances, fit_temperature, latency, merge_windows,
                                     model_answers, nearest_answers, no_sign_scores, reject_curve, sign_scores, signer_table, simple_answers, stream_scores, threshold_for, tune_gloss)
 from gcode_ml.sign.models import SignConv, SignTransformer
 from gcode_ml.sign.recipe import (answer_table, clip_sets, evaluate_bundle, joined_clips, load_clips, predict_bundle, preprocessing_state, recipe, simple_rows, smoke_test, stream_signs, stream_windows, style_callbacks, without_gloss)
 from gcode_ml.sign.simulate import simulate_clips
-from gcode_ml.sign.skeleton import Preparation
+from gcode_ml.sign.skeleton import Preparation, prepare_clips
 
 SMALL = dict(width=16, num_layers=1, max_epochs=2, batch_size=16, device='cpu')
 
@@ -289,6 +291,25 @@ def test_the_mirror_image_is_looked_at_where_there_is_one(source):
 def test_without_a_gloss(source):
     clips,facts = without_gloss(*source, 2)
     assert {c.gloss for c in clips} == {0,1,2} and facts['names']['gloss'] == [n for i,n in enumerate(source[1]['names']['gloss']) if i != 2]
+
+def test_several_new_glosses_are_asked_one_by_one(source):
+    "Clips of the other glosses that the model does not know take no part, and recordings are those of the training side."
+    clips,facts = source; out = [0,2]
+    learn = quiet(recipe(without_gloss(clips, facts, out), fold=1, **SMALL)); assert learn.model.gloss.out_features == 2
+    whole = ClipData(prepare_clips(clips, learn.preparation), clips); here = whole.signer != 'S02'
+    for new in out:
+        t = added_sign_scores(learn.model, whole, np.flatnonzero(here), np.flatnonzero(~here), new, known=[1,3], augmentations=style_callbacks(learn.preparation, 'signer')[0].augmentations).set_index('way')
+        assert list(t.index) == ['before','prototype','fine-tuned','fine-tuned, varied'] and t.new_sign['before'] == 0
+        right = model_answers(learn.model, whole, np.flatnonzero(~here & np.isin(whole.gloss, [1,3])))['gloss'].argmax(1) == np.searchsorted([1,3], whole.gloss[~here & np.isin(whole.gloss, [1,3])])
+        assert t.known_signs['before'] == pytest.approx(right.mean())
+
+def test_the_edge_of_a_picture(source):
+    "Nothing is below the edge, nothing above it moves, and it is drawn only where units are shoulder widths."
+    x = torch.randn(50, 6, 8)*3; mask = torch.ones(50, 6, dtype=torch.bool); y = FrameEdge(1., 2., p=1.)(x, mask)
+    low = y[...,1::2].amax((1,2)); assert (low <= 2.).all() and low.std() > .1
+    assert torch.equal(y[...,::2], x[...,::2]) and torch.equal(y[...,1::2], torch.minimum(x[...,1::2], low[:,None,None]))
+    def edges(**options): return 'FrameEdge' in str([a.augmentations for a in style_callbacks(Preparation(**options).fit(source[0]), 'signer', edge=.4)])
+    assert edges() and not edges(normalise='none', aspect=False)
 
 def test_small_model_is_faster():
     "A quarter of the transformer's time, a tenth of its parameters."

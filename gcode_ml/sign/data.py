@@ -445,7 +445,7 @@ def _check_clip(clip):
     clip.recording = clip.recording or clip.name
     return clip
 
-# %% ../../nbs/sign/00_data.ipynb #355cd53f
+# %% ../../nbs/sign/00_data.ipynb #0140c8ba
 def adapted_clips(
     adapter, # Function of a path that yields `Clip`s
     path, # What it is given
@@ -460,6 +460,9 @@ def adapted_clips(
         values = [v for c in clips if (v := getattr(c, k)) != -1]
         names[k] = [str(v) for v in sorted(set(values))]; number = {v: i for i,v in enumerate(sorted(set(values)))}
         for c in clips: setattr(c, k, number.get(getattr(c, k), -1))
+    if not names['category']: # a category for all, as a model has a head for it
+        names['category'] = ['sign']
+        for c in clips: c.category = 0
     of = {g: {c.category for c in clips if c.gloss == g} for g in range(len(names['gloss']))}
     if not all(c.signer for c in clips): warnings.warn(f'{path}: no names of signers: how well signs of new people are recognised cannot be measured')
     return clips, dict(names, category_of=[next(iter(o)) if len(o) == 1 else -1 for o in of.values()])

@@ -8,8 +8,8 @@ Docs: https://example.org/gcode_ml/sign/evaluate.html.md"""
 __all__ = ['SIMPLE', 'model_answers', 'answer_rows', 'equal_mass_error', 'sign_scores', 'wilson', 'signer_table', 'mean_interval',
            'paired_difference', 'confusion_pairs', 'fit_temperature', 'reject_curve', 'threshold_for', 'no_sign_scores',
            'nearest_answers', 'dtw_distances', 'dtw_answers', 'simple_answers', 'latency', 'Occluded',
-           'prepared_answers', 'merge_windows', 'stream_scores', 'add_gloss', 'tune_gloss', 'added_sign_scores',
-           'plot_signers', 'plot_reject']
+           'prepared_answers', 'merge_windows', 'stream_scores', 'add_gloss', 'tune_gloss', 'varied_embeddings',
+           'added_sign_scores', 'plot_signers', 'plot_reject']
 
 # %% ../../nbs/sign/40_evaluate.ipynb #70f804fe
 import math, time
@@ -240,7 +240,7 @@ def _nearest_warped(query, clips, least, width, block=48):
         order = order[least[order] <= best*(1+1e-4)]
     return found
 
-# %% ../../nbs/sign/40_evaluate.ipynb #02b063f0
+# %% ../../nbs/sign/40_evaluate.ipynb #41026039
 def dtw_answers(
     train, # Training clips, `[N,T,C]`, NaN where missing
     gloss, # Their glosses, `[N]`
@@ -253,7 +253,7 @@ def dtw_answers(
     shape = np.shape(train)[1:]; width = max(1, round(band*shape[0]))
     a,b = (x.reshape(-1, *shape) for x in _filled(np.asarray(train), np.asarray(test)))
     rows = (a-a.mean((0,1))).reshape(-1, shape[1])
-    axes = np.linalg.svd(rows[::max(1, len(rows)//5000)], full_matrices=False)[2][:bound].T # turning all clips alike changes no distance
+    some = rows[::max(1, len(rows)//5000)]; axes = np.linalg.eigh(some.T@some)[1][:,-bound:] # turning all clips alike changes no distance
     small,turned = (a@axes).reshape(len(a), -1),b@axes
     limit = _squares(b.reshape(len(b), -1), a.reshape(len(a), -1)).min(1)*(1+1e-4)+1e-5
     around = [np.clip(np.arange(shape[0])+k, 0, shape[0]-1) for k in range(-width, width+1)]
@@ -409,6 +409,22 @@ def _embeddings(model, data, index):
     "Embeddings of clips, `[n,D]`."
     with torch.no_grad(): return torch.cat([model.eval().embed(*data.batch(index[i:i+256])[:2]) for i in range(0, len(index), 256)])
 
+# %% ../../nbs/sign/40_evaluate.ipynb #41d3cb9c
+@torch.no_grad()
+def varied_embeddings(
+    model:nn.Module, # The model
+    data, # `ClipData`
+    index, # Clips, `[n]`
+    augmentations, # Changes that keep a sign, such as `signer_style` makes
+    copies:int=20, # Copies of each clip
+    seed:int=0, # Of the changes
+)->Tensor: # `[n*copies,D]`
+    "What the model makes of recordings as other people might have made them."
+    from gcode_ml.core.augment import augment
+    (inputs,mask),state = data.batch(np.repeat(index, copies))[:2],torch.get_rng_state()
+    torch.manual_seed(seed); x,mask = augment(augmentations, torch.where(inputs['present'], inputs['channels'], math.nan), mask); torch.set_rng_state(state)
+    return model.eval().embed(dict(channels=x.nan_to_num(0.), present=~x.isnan()), mask)
+
 # %% ../../nbs/sign/40_evaluate.ipynb #97dc9ffb
 def _two_shares(name, model, states, gloss):
     "Accuracy on the last gloss and on the others."
@@ -416,25 +432,37 @@ def _two_shares(name, model, states, gloss):
     new = gloss == gloss.max()
     return dict(way=name, new_sign=right[new].mean(), known_signs=right[~new].mean())
 
-# %% ../../nbs/sign/40_evaluate.ipynb #add17935
+# %% ../../nbs/sign/40_evaluate.ipynb #f4146ddd
+def _renumbered(gloss, new, known):
+    "Numbers of glosses as a model has them, the new one last; -1 for those that take no part."
+    gloss = np.asarray(gloss); known = [g for g in np.unique(gloss) if g not in (new,-1)] if known is None else known
+    number = np.full(gloss.max()+2, -1); number[known] = np.arange(len(known)); number[new] = len(known)
+    return number[gloss]
+
+# %% ../../nbs/sign/40_evaluate.ipynb #7897e8ae
 def added_sign_scores(
-    model:nn.Module, # Trained without the new gloss, whose number is the next one
+    model:nn.Module, # Trained without the new gloss
     data, # All clips
     train, # Training clips, `[N]`, those of the new gloss included
     test, # Test clips of an unseen signer
-    new:int, # The new gloss in `data.gloss`; the others are numbered without a gap
+    new:int, # The new gloss in `data.gloss`
+    known=None, # Glosses that the model was trained on, in the order of its answers; all others by default
     recordings:int=5, # Recordings of it
     seed:int=0, # Which
+    augmentations=None, # Changes that keep a sign; with them also `fine-tuned, varied`
 )->pd.DataFrame: # Accuracy on the new and on the known glosses: before, prototype, fine-tuned
     "What a new sign gains, and what it costs the others."
-    gloss = np.where(data.gloss == new, model.gloss.out_features, data.gloss - (np.asarray(data.gloss) > new))
-    train,test = np.asarray(train),np.asarray(test); kept = train[gloss[train] < model.gloss.out_features]
+    gloss = _renumbered(data.gloss, new, known)
+    train,test = (i[gloss[i] >= 0] for i in map(np.asarray, (train,test))); kept = train[gloss[train] < model.gloss.out_features]
     five = np.random.default_rng(seed).permutation(train[gloss[train] == model.gloss.out_features])[:recordings]
     states = {k: _embeddings(model, data, i) for k,i in dict(five=five, kept=kept, test=test).items()}
     made = add_gloss(model, states['five'], states['kept'])
     rows = [_two_shares('before', model, states['test'], gloss[test]), _two_shares('prototype', made, states['test'], gloss[test])]
-    tuned = tune_gloss(made, torch.cat([states['five'], states['kept']]), torch.from_numpy(np.r_[gloss[five],gloss[kept]]))
-    return pd.DataFrame([*rows, _two_shares('fine-tuned', tuned, states['test'], gloss[test])])
+    ways = {'fine-tuned': states['five']} | ({} if augmentations is None else {'fine-tuned, varied': varied_embeddings(model, data, five, augmentations, seed=seed)})
+    for way,new_ones in ways.items():
+        number = torch.from_numpy(np.r_[np.full(len(new_ones), gloss[five[0]]),gloss[kept]])
+        rows.append(_two_shares(way, tune_gloss(add_gloss(model, states['five'], states['kept']), torch.cat([new_ones, states['kept']]), number), states['test'], gloss[test]))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #2ef218fd
 def plot_signers(

@@ -33,12 +33,20 @@ from .evaluate import SIMPLE, Occluded, answer_rows, merge_windows, model_answer
 from .models import BACKBONES, MODELS, create_model, load_backbone
 from .skeleton import NobodySeen, Preparation, normalise_points, prepare_clips, reference_frame, to_pixels
 
-# %% ../../nbs/sign/50_recipe.ipynb #4649773b
+# %% ../../nbs/sign/50_recipe.ipynb #9bd67cdc
+def _enough_classes(facts, num_gloss, num_cat):
+    "Facts with names for as many classes as are asked for."
+    names = dict(facts['names'])
+    for k,n in dict(gloss=num_gloss, category=num_cat).items():
+        names[k] = names[k]+[str(i) for i in range(len(names[k]), len(names[k]) if n == 'auto' else int(n))]
+    return dict(facts, names=dict(names, category_of=names['category_of']+[-1]*(len(names['gloss'])-len(names['category_of']))))
+
 def _read(folder, kind, progress, **options):
     "Clips and facts about them."
     clips = read_clips(folder, progress=progress, **options)
     files = [c.file for c in clips]
-    return clips, dict(kind=kind, folder=folder.name if kind == 'recorded' else '', checksum=checksum(files), clips=len(clips), signers=sorted({c.signer for c in clips}), names=class_names(folder, clips))
+    facts = dict(kind=kind, folder=folder.name if kind == 'recorded' else '', checksum=checksum(files), clips=len(clips), signers=sorted({c.signer for c in clips}), names=class_names(folder, clips))
+    return clips, _enough_classes(facts, options.get('num_gloss', 'auto'), options.get('num_cat', 'auto'))
 
 # %% ../../nbs/sign/50_recipe.ipynb #3fab9e13
 def load_clips(
@@ -109,7 +117,7 @@ def body_parts(
     kept = {k: (at[r], [at[p] for p in ps if p in at]) for k,(r,ps) in parts.items() if r in at}
     return {k: v for k,v in kept.items() if v[1]}, {k: v for k,v in preparation.blocks.items() if v and k != 'pose'}
 
-# %% ../../nbs/sign/50_recipe.ipynb #276a8005
+# %% ../../nbs/sign/50_recipe.ipynb #b7b87596
 class SignerStyle(Augment):
     "`core.augment.Augment` under another name, so that more augmentations may be asked for."
 
@@ -124,6 +132,7 @@ def style_callbacks(
     if preparation.skeleton == 'channels': sizes |= dict(mirror=0., rotation=0., scale=0., shear=0., shift=0., proportions=0.)
     if preparation.canonical_hand: sizes['mirror'] = 0.
     if preparation.normalise == 'none': sizes |= dict(mirror=0., shift=0.)
+    if preparation.normalise != 'body': sizes['edge'] = 0. # its place is given in shoulder widths
     parts,groups = body_parts(preparation)
     return [SignerStyle(signer_style(preparation.pairs, groups, parts, **sizes), key='channels')]
 
@@ -201,7 +210,7 @@ def category_accuracy(out, targets):
     "Share of right categories in a batch."
     return (out['category'].argmax(-1) == targets['category']).float().mean()
 
-# %% ../../nbs/sign/50_recipe.ipynb #920fef4a
+# %% ../../nbs/sign/50_recipe.ipynb #8f7a9e53
 def recipe(
     data='', # Folder of clips, or what `load_clips` gave; simulated when empty
     split:str='signer', fold:int=0, folds:int=5, # `signer`, `random` or `all`; which signer or part is the test side; parts of the random split
@@ -217,7 +226,7 @@ def recipe(
     width:int=0, num_layers:int=0, kernel:int=0, nhead:int=0, dim_feedforward:int=0, dropout:float=-1., drop_path:float=-1., pooling:str='', hidden1:int=0, hidden2:int=0, # Sizes; 0 or -1: the model's own
     backbone:str='', backbone_weights='', pretrained_backbone:bool=True, freeze_backbone:bool=True, frames_key:str='frames', # Of `iv3_gru` on frames, see `FrameData`; weights from a file
     gloss_weight:float=.5, category_weight:float=.5, # Weights of the two losses
-    augmentation:str='signer', mirror:float=.5, rotation:float=.2, scale:float=.15, shear:float=.1, shift:float=.05, proportions:float=.1, tempo:float=.2, crop:float=.8, drop:float=.1, jitter:float=.01, # See `signer_style`
+    augmentation:str='signer', mirror:float=.5, rotation:float=.2, scale:float=.15, shear:float=.1, shift:float=.05, proportions:float=.1, edge:float=.4, tempo:float=.2, crop:float=.8, drop:float=.1, jitter:float=.01, # See `signer_style`
     bucket:int=8, # Batches sorted by length together, where lengths differ
     cache='', log_csv='', # Folder of prepared clips; table of epochs
     seed:int=42, device:str='auto', workers='auto', cbs=(), # Seed of everything; device; loader processes; more callbacks
@@ -228,7 +237,7 @@ def recipe(
     if founding: own,training = _founding(own, training)
     return _learner(cbs=cbs, training=training, **own)
 
-# %% ../../nbs/sign/50_recipe.ipynb #6d019a10
+# %% ../../nbs/sign/50_recipe.ipynb #a164523e
 _pick = lambda own, names: {k: own[k] for k in names.split()}
 
 def _clips(own):
@@ -240,13 +249,6 @@ def _clips(own):
     if train: return (*load_sides(train, valid, own['labels_train_csv'], own['labels_val_csv'], **options), read)
     if isinstance(own['data'], (str,Path)): return (*load_clips(own['data'], seed=own['seed'], **options), None, read)
     return (*own['data'], None, read if own['data'][0][0].points is None or own['model'] == 'iv3_gru' else 'points')
-
-def _enough_classes(facts, num_gloss, num_cat):
-    "Facts with names for as many classes as are asked for."
-    names = dict(facts['names'])
-    for k,n in dict(gloss=num_gloss, category=num_cat).items():
-        names[k] = names[k]+[str(i) for i in range(len(names[k]), len(names[k]) if n == 'auto' else int(n))]
-    return dict(facts, names=dict(names, category_of=names['category_of']+[-1]*(len(names['gloss'])-len(names['category_of']))))
 
 def _learner(cbs, training, **own):
     "The recipe after its options."
@@ -263,7 +265,7 @@ def _learner(cbs, training, **own):
     arguments = _model_arguments(own['model'], preparation, facts['names'], **_pick(own, 'hand_shape directions mirror_image velocity presence width num_layers kernel nhead dim_feedforward dropout drop_path pooling hidden1 hidden2 backbone freeze_backbone'))
     net,arguments = create_model(own['model'], **arguments)
     weights = _backbone_weights(net, own)
-    style = style_callbacks(preparation, own['augmentation'], **_pick(own, 'mirror rotation scale shear shift proportions tempo crop drop jitter'))
+    style = style_callbacks(preparation, own['augmentation'], **_pick(own, 'mirror rotation scale shear shift proportions edge tempo crop drop jitter'))
     records = [FiniteBatch()] + [SignLog(own['log_csv'])]*bool(own['log_csv']) + [ModelCheckpoints(options.checkpoint_folder)]*bool(options.checkpoint_folder)
     loaders = dataloaders(NamedSubset(data, options.oversampled(data.gloss, train)), Subset(data, valid), options.batch_size, own['bucket']*(len(set(data.lengths)) > 1), own['seed'], own['workers'], pick_device(own['device']))
     learn = options.learner(loaders, net, _loss(options, data, train, facts['names'], own), [*style, *records, *cbs], key='channels', metrics=[gloss_accuracy, category_accuracy])
@@ -347,16 +349,16 @@ def covered_scores(
             found.append(dict(group=group, share=share, top1=scores['top1'], macro_f1=scores['macro_f1']))
     return found
 
-# %% ../../nbs/sign/50_recipe.ipynb #c4210623
+# %% ../../nbs/sign/50_recipe.ipynb #baa1ccd9
 def without_gloss(
     clips:list, # All clips
     facts:dict, # From `load_clips`
-    gloss:int, # Which
+    gloss, # Which, a number or several
 )->tuple: # Clips without it, renumbered, and their facts; for `recipe`
-    "The data before a sign was added."
-    names = dict(facts['names'])
-    for k in ('gloss','category_of'): names[k] = [n for i,n in enumerate(names[k]) if i != gloss]
-    kept = [replace(c, gloss=c.gloss-(c.gloss > gloss)) for c in clips if c.gloss != gloss]
+    "The data before a sign, or some signs, were added."
+    names,out = dict(facts['names']),np.atleast_1d(gloss)
+    for k in ('gloss','category_of'): names[k] = [n for i,n in enumerate(names[k]) if i not in out]
+    kept = [replace(c, gloss=c.gloss-int((out < c.gloss).sum())) for c in clips if c.gloss not in out]
     return kept, dict(facts, names=names, clips=len(kept))
 
 # %% ../../nbs/sign/50_recipe.ipynb #91cd61cd

@@ -373,14 +373,14 @@ def bones(self:Preparation):
 # %% ../../nbs/sign/05_skeleton.ipynb #e81bc4c9
 _version = 1 # of the steps above: a change in them must not find what the old ones have made
 
-# %% ../../nbs/sign/05_skeleton.ipynb #c7e28689
+# %% ../../nbs/sign/05_skeleton.ipynb #d0986a8c
 def _key(clips, preparation):
     "Hash of clips and settings."
     h = hashlib.sha256(json.dumps([_version, preparation.to_json()], sort_keys=True).encode())
     for c in clips:
         h.update(f'{c.name}|{c.width}|{c.height}'.encode())
         for a in (c.points, c.seen, c.timestamps_ms, c.channels, c.features):
-            if a is not None: h.update(f'{a.dtype}{a.shape}'.encode()); h.update(np.ascontiguousarray(a).data)
+            if a is not None: h.update(f'{a.dtype.str}{a.shape}'.encode()); h.update(np.ascontiguousarray(a).data)
     return h.hexdigest()[:32]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #928da0be
