@@ -3,9 +3,9 @@ import itertools, math
 import numpy as np, pytest, torch
 from gcode_ml.binary_vae import models
 from gcode_ml.binary_vae.callbacks import BetaWarmup, Consistency, EncoderGradient, consistency
-from gcode_ml.binary_vae.codes import hamming_8_4, repetition, simplex
+from gcode_ml.binary_vae.codes import channel_logits, hamming_8_4, repetition, simplex
 from gcode_ml.binary_vae.data import bars_log_likelihood, load_data
-from gcode_ml.binary_vae.evaluate import audit_bounds, broken_bounds, exact_bounds, importance_bound, latent_use, paired_difference
+from gcode_ml.binary_vae.evaluate import audit_bounds, broken_bounds, exact_bounds, importance_bound, latent_use, paired_difference, raw_scores, snr_db
 from gcode_ml.binary_vae.models import BernoulliVAE, BlockCode, NegativeELBO, all_words, chosen_estimator
 from gcode_ml.binary_vae.recipe import fit, recipe
 from gcode_ml.core.errors import InputError
@@ -142,3 +142,22 @@ def test_refusals(refused):
 def test_paired_difference():
     rng = np.random.default_rng(0); a = rng.normal(0, 5, (3,500)); d = paired_difference(a+.3, a)
     assert d.low < d.value+1e-9 and abs(d.value-.3) < 1e-9 and d.low > .29
+
+def test_raw_bits_and_code_words():
+    "By hand, word by word: the nearest code word by correlation, the share of raw words that are one, and both pictures."
+    torch.manual_seed(0); sets = load_data('bars'); index = sets.test[:40]
+    model = BernoulliVAE('image', (8,8), 64, hidden=16, generator=hamming_8_4().tolist(), blocks=1, logit_scale=3.).eval(); x,mask,_ = sets.items.batch(index)
+    book = [[int(sum(a*b for a,b in zip(w, c)) % 2) for c in hamming_8_4().T] for w in itertools.product((0,1), repeat=4)]; same,error = [],dict(raw=0., word=0.)
+    with torch.no_grad():
+        for image,l in zip(x, model.encode(x, mask).tolist()):
+            raw = [int(v > 0) for v in l]; word = max(book, key=lambda c: sum(v for v,b in zip(l, c) if b)); same.append(raw == word)
+            for k,c in dict(raw=raw, word=word).items(): error[k] += ((model.decoder(torch.tensor([c]).float()).sigmoid()[0]-image)**2).sum().item()
+    found = raw_scores(model, sets.items, index)
+    assert found['raw words that are code words'] == pytest.approx(np.mean(same)) and found['PSNR raw bits'] == pytest.approx(-10*math.log10(error['raw']/x.numel()), abs=1e-3) and found['PSNR code word'] == pytest.approx(-10*math.log10(error['word']/x.numel()), abs=1e-3)
+
+def test_signal_to_noise():
+    "The ratio of squared signal to variance of what a receiver sees, and the share of wrong signs."
+    random = torch.Generator().manual_seed(0)
+    for p in (.2,.05):
+        l = channel_logits(torch.ones(200_000), 'awgn', p, random)
+        assert 10*math.log10(l.mean()**2/l.var()) == pytest.approx(float(snr_db(p)), abs=.05) and (l < 0).float().mean() == pytest.approx(p, rel=.03)

@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest, torch
 from gcode_ml.binary_vae.augment import SmilesAugment
 from gcode_ml.binary_vae.callbacks import FiniteTerms
 from gcode_ml.binary_vae.data import Images, Texts, check, data_name, load_data, read_idx, simulate, smiles_tokens
-from gcode_ml.binary_vae.evaluate import audit_bounds, broken_bounds, channel_texts, exact_bounds, loop_scores, score_model, word_use
+from gcode_ml.binary_vae.evaluate import audit_bounds, broken_bounds, channel_texts, exact_bounds, loop_scores, raw_scores, score_model, word_use
 from gcode_ml.binary_vae.models import BernoulliVAE, SequenceDecoder
 from gcode_ml.binary_vae.ngram import WittenBell
 from gcode_ml.binary_vae.recipe import check_parameters, fit, recipe
@@ -46,6 +46,7 @@ def test_word_and_channel(trained):
     "A channel without noise changes nothing; words that are drawn anew at every bit cost what a random word costs, within sampling."
     model,items = trained.model.eval(),trained.sets.items; index = trained.test
     t = channel_texts(model, items, index, (0.,.5)); assert t.BER[0] == 0 and abs(t.BER[1]-.5) < .1
+    raw = raw_scores(model, items, index); assert raw['raw words that are code words'] == 1 and raw['nats a token, raw bits'] == pytest.approx(t['nats a token'][0], rel=1e-5) == pytest.approx(raw['nats a token, code word'], rel=1e-5)
     loop = loop_scores(model, 200); assert loop['wrong'].shape == (200,4) and 0 <= loop['wrong'].mean() <= 1
 
 def brute(rows, context, width, before, token):
