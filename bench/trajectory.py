@@ -1,5 +1,5 @@
 "The trajectory domain: reader, planner, sampler, axes and windows beside the plain ways, and pyGCodeDecode where it is installed."
-import os, re, subprocess, sys, tempfile
+import os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np
 from scipy.integrate import solve_ivp
@@ -68,6 +68,13 @@ def chain(quick):
     def slow():
         s = sample(plan(parse_gcode(source)), 1000, ('x','y')); return scalar_rk4(s['x'], F, Z),scalar_rk4(s['y'], 40., Z)
     return lambda: simulate_part(plan(parse_gcode(source)), 'bedslinger', columns=()), slow, chain_facts(text(quick))
+
+@benchmark('a whole Benchy, file to tracking error of two axes at 1 kHz', 'the same with the axes by scalar Runge-Kutta', 1/15, repetitions=1)
+def whole_benchy(quick):
+    source = text(quick); facts = chain_facts(source); facts |= dict(within_2_cpu_seconds=facts['whole_file_cpu_seconds'] <= 2, within_600_megabytes=facts['whole_file_peak_megabytes'] < 600)
+    ours = lambda: simulate_part(plan(parse_gcode(source)), 'bedslinger', columns=()); ours()
+    def slow(): s = sample(plan(parse_gcode(source)), 1000, ('x','y')); return scalar_rk4(s['x'], F, Z),scalar_rk4(s['y'], 40., Z)
+    return ours, slow, facts
 
 # The four rows below do our part many times over, so that it takes long enough to be measured beside one call of the other.
 @benchmark('two axes, 20,000 samples, 100 times', 'scalar Runge-Kutta, once', 100/40)
@@ -143,7 +150,34 @@ def machines(quick):
     source = part_program('box', layers=1) if quick else text(name='helixcube_prusaslicer_mini'); found = [Machine('m', frequency=(random_machine(k).frequency)) for k in range(2 if quick else 32)]
     def ours():
         s = sample(plan(parse_gcode(source)), 1000, ('x','y')); return [tracking_error(s['x'], s['y'], m) for m in found]
-    return ours, lambda: [simulate_part(plan(parse_gcode(source)), m, 1000, columns=()) for m in found]
+    return ours, lambda: [simulate_part(plan(parse_gcode(source)), m, 1000, columns=()) for m in found], thirty_two(text(quick), found)
+
+def thirty_two(source, found):
+    "Processor seconds of a whole Benchy on all machines, planned and sampled once."
+    t = time.process_time(); s = sample(plan(parse_gcode(source)), 1000, ('x','y'))
+    for m in found: tracking_error(s['x'], s['y'], m)
+    took = time.process_time()-t; return dict(whole_benchy_machines=len(found), whole_benchy_cpu_seconds=took, within_20_seconds=took <= 20)
+
+def latency(name, quick):
+    "A window of 128 steps in ONNX Runtime with one thread, and in eager PyTorch."
+    import torch
+    try: import onnxruntime
+    except ImportError: raise InputError('bench', 'onnxruntime', 'installed', 'not installed', 'pip install onnxruntime') from None
+    from gcode_ml.lab.export import make_programs
+    from gcode_ml.trajectory.models import MODELS
+    torch.manual_seed(0); model = MODELS[name]().eval(); given = [torch.randn(1, 128, 15), .01*torch.randn(1, 128, 2), torch.rand(1, 2)]
+    options = onnxruntime.SessionOptions(); options.intra_op_num_threads = options.inter_op_num_threads = 1; session = onnxruntime.InferenceSession(make_programs(model, 'deploy', 'onnx')['onnx'], options, providers=['CPUExecutionProvider']); feed = dict(zip([i.name for i in session.get_inputs()], [v.numpy() for v in given])); ms = []
+    def eager():
+        with torch.no_grad(): return model.deploy(*given)
+    assert max(np.abs(a-b.numpy()).max() for a,b in zip(session.run(None, feed), eager())) < 1e-5
+    for _ in range(10 if quick else 210): t = time.perf_counter(); session.run(None, feed); ms.append(1e3*(time.perf_counter()-t))
+    return lambda: session.run(None, feed), eager, dict(parameters=sum(p.numel() for p in model.parameters()), p50_ms=float(np.percentile(ms[10:] or ms, 50)), p95_ms=float(np.percentile(ms[10:] or ms, 95)))
+
+@benchmark('one window of 128 steps, deployment model in ONNX Runtime, one thread', 'the same in eager PyTorch', 1)
+def latency_deployment(quick): return latency('tcn', quick)
+
+@benchmark('one window of 128 steps, reference transformer in ONNX Runtime, one thread', 'the same in eager PyTorch', 1.5)
+def latency_reference(quick): return latency('transformer', quick)
 
 @benchmark('32 windows a batch, gathered from the series; 100 batches', 'windows of stride 4 stored as one tensor', 1.2)
 def windows(quick):
@@ -154,6 +188,23 @@ def windows(quick):
     index = np.random.default_rng(0).integers(0, len(w), (3 if quick else 100, 32)); stored = [torch.cat([w.batch(np.arange(a, min(a+512, len(w))))[k][n] for a in range(0, len(w), 512)]) for k,n in ((0,'features'),(2,'error'),(2,'thermal'),(2,'laid'))]
     held,large = sum(t.nbytes for t in (w.motion,w.errors,w.thermal)),sum(t.nbytes for t in stored)
     return lambda: [w.batch(i) for i in index], lambda: [[t[torch.as_tensor(i)] for t in stored] for i in index], dict(megabytes_held=held/1e6, megabytes_stored=large/1e6)
+
+BLOCKS = '''import sys, resource
+from gcode_ml.gcode.planner import program_blocks
+n = sum(len(own) for _,own,_ in program_blocks(sys.argv[1]))
+print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)'''
+
+@benchmark('read and plan a file of 300 MB block by block, in a process of its own', 'one re.findall of words a line, nothing else', 5, repetitions=1)
+def large_file(quick):
+    source = text(quick, 'benchy_prusaslicer_mini'); file = Path(tempfile.mkdtemp())/'large.gcode'; word = re.compile(r'([A-Z])([-+]?[\d.]+)'); facts = {}
+    with open(file, 'w') as f:
+        for _ in range(int((1e6 if quick else 3e8)/len(source))+1): f.write(source)
+    facts['megabytes'] = file.stat().st_size/1e6
+    def ours(): facts['segments'],facts['peak_megabytes'] = map(float, subprocess.run([sys.executable, '-c', BLOCKS, str(file)], cwd=ROOT, check=True, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout.split())
+    def other():
+        with open(file) as f:
+            for l in f: word.findall(l.split(';')[0])
+    return ours, other, facts
 
 PGD = '''import sys, types
 try: import pyvista

@@ -4,8 +4,8 @@ from gcode_ml.gcode.parts import part_program
 from gcode_ml.gcode.planner import plan, sample
 from gcode_ml.gcode.reader import moves, parse_gcode
 from gcode_ml.lab.command import main
-from gcode_ml.trajectory.correct import advise, apply_correction, compare_methods, correct_program, firmware_lines, inverse_command, judge, rejudged, resampled_program, uncertain_machines
-from gcode_ml.trajectory.simulate import MACHINES, axis_error, random_machine
+from gcode_ml.trajectory.correct import Remedy, advise, apply_correction, calibration_print, choose_remedies, commands, compare_methods, correct_program, firmware_lines, identified_machine, inverse_command, judge, rejudged, remedied, resampled_program, uncertain_machines, unknown_machines
+from gcode_ml.trajectory.simulate import MACHINES, Machine, axis_error, named_machine, random_machine, tracking_error
 
 MODES = list(zip(MACHINES['bedslinger'].frequency, MACHINES['bedslinger'].damping))
 
@@ -94,10 +94,58 @@ def test_refused(text, refused):
 
 def test_commands_write_atomically(text, tmp_path, capsys):
     file = tmp_path/'box_1.gcode'; file.write_text(text); out = tmp_path/'better.gcode'
-    words = ['correct', str(file), '--model', 'filter', '--frequency', '55', '40', '--damping', '.08', '-o', str(out)]
+    words = ['correct', str(file), '--model', 'filter', '--frequency', '55', '40', '--damping', '.08', '-o', str(out), '--identified']
     assert main(words) == 0 and 'as modelled' in capsys.readouterr().out and out.exists()
-    out.unlink(); assert main([*words, '--judge', 'bedslinger', '--spread', '0', '--frequency', '20']) == 2 and not out.exists()
+    out.unlink(); assert main([*words, '--method', 'inverse', '--judge', 'bedslinger', '--spread', '0', '--frequency', '20']) == 2 and not out.exists()
     assert 'gcode_ml: ' in capsys.readouterr().err
     assert main(['simulate', str(file), '--layers', 'all', '--machine', 'soft', '-o', str(tmp_path/'set'), '--quiet']) == 0 and (tmp_path/'set'/'box_1'/'soft.parquet').exists()
     assert main(['correct', str(tmp_path/'no.gcode'), '--model', 'filter', '-o', str(out)]) == 2
     file.write_bytes(b'\x1f\x8b\x08\x00'+bytes(range(256))*4); assert main(words) == 2 and not out.exists()
+
+def test_extrusion_before_a_retraction():
+    "No piece of a move that lays something down draws filament back."
+    text = 'M83\nG1 X10 Y10 F6000\n'+''.join(f'G1 X{10+9*(k%2)} Y{11+k} E.3 F1200\nG1 E-2.7 F4200\nG1 X12 Y{11.5+k} F6000\nG1 E2.7 F2400\n' for k in range(6)); program = parse_gcode(text); motion = plan(program)
+    written,origin = resampled_program(program, motion, np.column_stack([*sample(motion, 1000., ('x','y')).values()])); a,b = moves(program),moves(parse_gcode(written))
+    assert b.de.clip(0).sum() == pytest.approx(a.de.clip(0).sum(), rel=1e-6) and (b.de[np.isin(origin[b.line], a.line[(a.de > 0) & (a.x != a.x0)])] >= 0).all()
+
+def test_commands_one_after_the_other(text):
+    "Printed in one series, each is worth what it is alone."
+    box = judge(plan(parse_gcode(text))); made = [box.position, commands(box.position, 'ZV', MODES), commands(box.position, 'inverse', MODES)]
+    for machine in (MACHINES['bedslinger'], MACHINES['hard'].without('belt')):
+        for one,c in zip(box.judged_all(made, machine), made): assert one['contour'] == pytest.approx(box.judged(c, machine)['contour'], rel=.02)
+
+@pytest.fixture(scope='module')
+def hard(): return identified_machine(*calibration_print(MACHINES['hard']))
+
+def test_machine_is_identified_from_a_record(hard):
+    true = MACHINES['hard']; np.testing.assert_allclose(hard.frequency, true.frequency, rtol=.02); assert abs(hard.backlash-true.backlash) < 1e-3 and abs(hard.second_gain-true.second_gain) < .03
+    np.testing.assert_allclose([a for a,_,_ in hard.ripple], [a for a,_,_ in true.ripple], atol=5e-4)
+    made = Machine('m', 'cartesian', (62.,33.), (.06,.11), second_gain=.2, second_ratio=2.5, backlash=.02, ripple=((.002,.8,1.),)); found = identified_machine(*calibration_print(made))
+    np.testing.assert_allclose([*found.frequency,found.backlash], [*made.frequency,made.backlash], rtol=.03)
+
+def test_identified_machine_is_below_zv(hard):
+    "On a machine with a second mode, play and ripple; with frequencies 10 % off not above MZV."
+    box = judge(plan(parse_gcode(part_program('label', 2, layers=1)))); modes = list(zip(hard.frequency, hard.damping)); of = lambda name, k=1.: box.judged(commands(box.position, name, [(f*k, z) for f,z in modes], machine=Machine(**{**vars(hard), 'frequency': [f*k for f in hard.frequency]})), MACHINES['hard'])['contour']
+    assert of('full') < .5*of('ZV') and all(of('full', k) <= of('MZV', k) for k in (.9, 1.1))
+
+def test_safe_choice_is_better_on_the_whole_family():
+    "And on machines that are not in it; the full inverse is not."
+    box = judge(plan(parse_gcode(part_program('label', 2, layers=1))), most=3000); machines = unknown_machines(MODES); chosen,ratio = choose_remedies(box, MODES, machines)
+    assert (ratio[str(chosen[0])] < 1).all() and ratio['inverse'].max() > 1 and len({m.name for m in machines}) == len(machines)
+    c = remedied(box.position, chosen[0], MODES)
+    for machine in (MACHINES['soft'], MACHINES['bedslinger'], named_machine('bedslinger:3'), Machine('other', 'cartesian', (75.,52.), (.1,.05), backlash=.01)): assert box.judged(c, machine)['contour'] < box.judged(box.position, machine)['contour']
+    known,_ = choose_remedies(box, MODES, uncertain_machines(MODES)); assert known[0].share == 1 and box.judged(remedied(box.position, known[0], MODES), MACHINES['bedslinger'])['contour'] < .5*box.judged(c, MACHINES['bedslinger'])['contour']
+
+def test_shares_and_refusals(text, refused):
+    box = judge(plan(parse_gcode(text))); np.testing.assert_allclose(remedied(box.position, Remedy('ZV', 1., .5), MODES), (box.position+commands(box.position, 'ZV', MODES))/2)
+    assert 'an identified machine' in refused(commands, box.position, 'full', MODES) and 'one of' in refused(correct_program, parse_gcode(text), MODES, Remedy('magic'))
+
+def test_record_of_a_machine(tmp_path, capsys, refused):
+    import pandas as pd
+    from gcode_ml.trajectory.commands import read_record
+    x,e = calibration_print(MACHINES['hard']); table = pd.DataFrame(np.column_stack([np.arange(len(x))/1000, x, e]), columns=['t','x','y','error_x','error_y']); table.to_parquet(tmp_path/'r.parquet')
+    file = tmp_path/'tube.gcode'; file.write_text(part_program('tube', 4, layers=1)); out = tmp_path/'out.gcode'
+    assert main(['correct', str(file), '--record', str(tmp_path/'r.parquet'), '-o', str(out), '--judge', 'hard']) == 0 and 'chosen   full' in capsys.readouterr().out and out.exists()
+    table.drop(columns='x').to_csv(tmp_path/'r.csv'); assert 'none called x' in refused(read_record, tmp_path/'r.csv')
+    table.assign(x=np.nan).to_csv(tmp_path/'n.csv'); assert 'no numbers' in refused(read_record, tmp_path/'n.csv'); table[:5].to_csv(tmp_path/'s.csv'); assert '5 rows' in refused(read_record, tmp_path/'s.csv'); assert 'nothing there' in refused(read_record, tmp_path/'no.csv')
+    assert main(['correct', str(file), '-o', str(out)]) == 2

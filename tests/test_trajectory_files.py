@@ -128,5 +128,5 @@ def test_odd_files(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(data, 'LARGEST', 0); assert 'at most 0 MB' in refused(collect, file, tmp_path/'set')
 
 def test_commands(tmp_path, capsys):
-    file = tmp_path/'a.gcode'; file.write_text(part_program('box', 1, layers=1)+'G1 Xnan\n'); words = ['correct', str(file), '--model', 'filter', '--frequency', '55', '40', '--damping', '.08', '-o', str(tmp_path/'b.gcode'), '--judge', 'bedslinger:1']
+    file = tmp_path/'a.gcode'; file.write_text(part_program('box', 1, layers=1)+'G1 Xnan\n'); words = ['correct', str(file), '--model', 'filter', '--frequency', '55', '40', '--damping', '.08', '-o', str(tmp_path/'b.gcode'), '--judge', 'bedslinger:1', '--identified']
     assert main(words) == 2 and 'a number after X' in capsys.readouterr().err and main([*words, '--lenient']) == 0 and 'G1 Xnan' in (tmp_path/'b.gcode').read_text()

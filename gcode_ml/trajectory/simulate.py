@@ -32,7 +32,7 @@ def error_filter(
     wd,decay = w*np.sqrt(1-damping**2),np.exp(-damping*w*h)
     return -decay*np.sin(wd*h)/(wd*h)*np.array([1,-2,1]),np.array([1,-2*decay*np.cos(wd*h),decay**2])
 
-# %% ../../nbs/trajectory/05_simulate.ipynb #776a28b7
+# %% ../../nbs/trajectory/05_simulate.ipynb #82993568
 def axis_error(
     position:np.ndarray, # Commanded position, mm, `[T]`
     frequency:float, # Hz
@@ -40,7 +40,9 @@ def axis_error(
     rate:float=1000., # Samples a second
 )->np.ndarray: # Actual minus commanded position, mm, `[T]`
     "Error of an axis that stands still at the first sample."
-    return lfilter(*error_filter(frequency, damping, rate), position-position[0])
+    coefficients,state,error,size = error_filter(frequency, damping, rate),np.zeros(2),np.empty(len(position)),1<<16
+    for k in range(0, len(position), size): error[k:k+size],state = lfilter(*coefficients, position[k:k+size]-position[0], zi=state) # blocks that stay in the cache
+    return error
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #2946f599
 def exact_error(
