@@ -15,6 +15,11 @@ from gcode_ml.trajectory.simulate import Machine, MACHINES, _nonlinear_mode, axi
 F,Z = 55.,.08
 ROOT = Path(__file__).parents[1]
 
+HOMES = []
+def scratch():
+    "A folder that goes with the process."
+    HOMES.append(tempfile.TemporaryDirectory()); return Path(HOMES[-1].name)
+
 def text(quick=False, name='benchy_crealityprint_ender3v2'):
     "A real program, or a generated one where there is none."
     folder = data_folder('gcode')
@@ -196,7 +201,7 @@ print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)'''
 
 @benchmark('read and plan a file of 300 MB block by block, in a process of its own', 'one re.findall of words a line, nothing else', 5, repetitions=1)
 def large_file(quick):
-    source = text(quick, 'benchy_prusaslicer_mini'); file = Path(tempfile.mkdtemp())/'large.gcode'; word = re.compile(r'([A-Z])([-+]?[\d.]+)'); facts = {}
+    source = text(quick, 'benchy_prusaslicer_mini'); file = scratch()/'large.gcode'; word = re.compile(r'([A-Z])([-+]?[\d.]+)'); facts = {}
     with open(file, 'w') as f:
         for _ in range(int((1e6 if quick else 3e8)/len(source))+1): f.write(source)
     facts['megabytes'] = file.stat().st_size/1e6
@@ -219,7 +224,7 @@ simulation(sys.argv[1], machine_name='prusa_mini', verbosity_level=0)'''
 def planning_pygcodedecode(quick):
     python = os.environ.get('PYGCODEDECODE_PYTHON', sys.executable)
     if subprocess.run([python, '-c', 'import importlib.util as u, sys; sys.exit(u.find_spec("pyGCodeDecode") is None)'], capture_output=True).returncode: raise InputError('bench', 'pyGCodeDecode', 'installed', 'not installed', 'pip install pyGCodeDecode, or name an interpreter that has it in PYGCODEDECODE_PYTHON')
-    folder = Path(tempfile.mkdtemp()); lines = text(quick, 'benchy_prusaslicer_mini').splitlines(True)
+    folder = scratch(); lines = text(quick, 'benchy_prusaslicer_mini').splitlines(True)
     full = folder/'part.gcode'
     full.write_text(''.join(l for l in lines[:1000 if quick else 12000] if not l.startswith(';')))
     other = lambda: subprocess.run([python, '-c', PGD, str(full)], check=True, capture_output=True)
