@@ -40,26 +40,29 @@ def simulate_file(
     for i in found[0].part.note['issues'][:5]: print(f'assumed  {i}')
     if a.output: print(f'collection {a.output}')
 
-# %% ../../nbs/trajectory/60_commands.ipynb #9f477497
+# %% ../../nbs/trajectory/60_commands.ipynb #a91f984e
 def modes_of(
     model:str, # A bundle's folder, or `filter`
     path, # G-code file
     frequency=None, # Hz in x and y, with `filter`
     damping=None, # Damping ratios, with `filter`
+    large:float=32., # Megabytes from which the first block that extrudes speaks for the file
 )->tuple: # [(frequency, damping)] of x and y, and the predicted error `[T,2]` in mm or `None`
     "Modes to correct for."
     if model == 'filter':
         if not frequency: raise InputError('correct', '--frequency', 'that of x and y in Hz, with --model filter', 'none')
         f,z = list(frequency)*(3-len(frequency)),list(damping or [.1])*(3-len(damping or [.1]))
         return list(zip(f[:2], z[:2])),None
+    from gcode_ml.gcode.planner import program_blocks
     from gcode_ml.lab.bundle import load_bundle
     from gcode_ml.trajectory.data import Series
     from gcode_ml.trajectory.filters import fit_filter
     from gcode_ml.trajectory.recipe import part_of, predict_part
     bundle = load_bundle(model)
     if bundle.facts.get('domain') != 'trajectory': raise InputError(model, 'bundle', 'a model of trajectory', str(bundle.facts.get('domain')))
-    part = part_of(path, bundle.preprocessing['rate']); error = predict_part(bundle, part)
-    return fit_filter([Series(part, dict(name='model'), error)], 'second_order').weights, error
+    whole = Path(path).stat().st_size < large*1e6
+    part = part_of(path if whole else next((own for _,own,_ in program_blocks(path, lenient=True) if own.extruding.any()), path), bundle.preprocessing['rate']); error = predict_part(bundle, part)
+    return fit_filter([Series(part, dict(name='model'), error)], 'second_order').weights, error if whole else None
 
 # %% ../../nbs/trajectory/60_commands.ipynb #e7bac3e5
 def read_record(
