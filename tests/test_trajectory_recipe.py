@@ -151,6 +151,20 @@ def test_bundle_reads_programs_and_collections(bundle, learn, home, tmp_path):
     scores,facts = evaluate_bundle(bundle, file); value = scores.set_index(['name','measure']).value
     assert value['model','R² x'] > value['filter','R² x'] > value['zero','R² x'] and set(scores.split) == {'new'}
 
+def test_modes_of_a_large_file_come_from_its_beginning(learn, tmp_path, monkeypatch):
+    "A file above the limit is never planned whole, and its first block tells the same modes."
+    from functools import partial
+    from gcode_ml.gcode import planner
+    from gcode_ml.trajectory import commands, recipe as recipes
+    save_bundle(tmp_path/'bundle', learn.model, learn.arguments, preprocessing(learn), dict(domain='trajectory', data={}, trained_on=[], metrics={}))
+    file = tmp_path/'part.gcode'; file.write_text(part_program('box', 2, layers=12)); lines = len(file.read_text().splitlines())
+    whole,error = commands.modes_of(tmp_path/'bundle', file); seen = []
+    def part_seen(motion, rate): part = part_of(motion, rate); seen.append(part); return part
+    monkeypatch.setattr(recipes, 'part_of', part_seen); monkeypatch.setattr(planner, 'program_blocks', partial(planner.program_blocks, lines=lines//4))
+    first,none = commands.modes_of(tmp_path/'bundle', file, large=0.)
+    assert none is None and len(error) > 2*len(seen[0].position)
+    assert np.allclose([f for f,_ in first], [f for f,_ in whole], rtol=.1)
+
 def test_bundle_refuses_another_rate(bundle, refused):
     from gcode_ml.gcode.reader import parse_gcode
     assert '500 samples a second' in refused(predict_part, bundle, part_of(parse_gcode(part_program('tube', 1, layers=1)), 250.))
