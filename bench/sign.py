@@ -79,9 +79,9 @@ def one(model, channels, steps=60):
     return call
 
 def small_net():
-    "The net that a run trains: 25 points, directions, a clip and its mirror image."
+    "The net that a run trains: 25 points, directions, two views, a clip and its mirror image."
     preparation = Preparation(points=list(range(25)), skeleton='pose78', normalise='body')
-    return SignConv(50, bones=preparation.bones, pairs=preparation.pairs)
+    return SignConv(50, bones=preparation.bones, pairs=preparation.pairs, centred=True)
 
 def two_nets(small, large, steps):
     count = lambda m: sum(p.numel() for p in m.parameters())

@@ -1,6 +1,7 @@
 "Forward-backward, Viterbi and the stream against enumeration of all paths; the library, the emission, the clocks and the placer against their definitions."
 import itertools
 import time as clock
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,11 @@ from gcode_ml.fingerprint.align import (GaussianEmission, NeuralEmission, Progra
                                         trailing_features)
 from gcode_ml.fingerprint.clocks import clock_table, line_bound, line_lags, on_sensor_clock, sensor_lags
 from gcode_ml.fingerprint.emission import emission_recipe, network_emission
-from gcode_ml.fingerprint.placing import build_placer, gaussian_placer, line_shape, none_of_the_library, place_rows, place_windows, score_windows
+from gcode_ml.fingerprint.placing import Reading, build_placer, gaussian_placer, line_shape, none_of_the_library, place_rows, place_windows, score_windows
 from gcode_ml.fingerprint.evaluate import selective_curve
 from gcode_ml.fingerprint.data import Recording, align_channels, fit_scale, modality, programs, recording_from_table, select_channels
 from gcode_ml.fingerprint.simulate import simulate_recordings
+from gcode_ml.fingerprint.templates import program_templates, whole_pieces
 
 CASES = [dict(lengths=[3, 2]), dict(lengths=[4], known_start=True), dict(lengths=[2, 3], rates=(.5, 1.5), leave=.1, enter=.3), dict(lengths=[1, 3], leave=.05)]
 
@@ -352,3 +354,56 @@ def test_none_of_the_library_is_the_area_under_the_curve():
     a, b = pd.DataFrame(dict(source=list('xxyy'), fit=[3., 2., 5., 4.])), pd.DataFrame(dict(source=list('zz'), fit=[2.5, 1.]))
     found = none_of_the_library(a, b)
     assert found['window'] == np.mean([u > v for u in a.fit for v in b.fit]) and found['run'] == 1.
+
+
+def _other_night(r, size=3., seed=0):
+    "The same run, every board mounted anew."
+    random = np.random.default_rng(seed); n = r.sensors.shape[1]; spread = np.nanstd(r.sensors, 0)
+    return replace(r, sensors=(r.sensors*random.uniform(.6, 1.6, n)+random.normal(0, size*np.where(np.isfinite(spread), spread, 1), n)).astype('float32'))
+
+
+def test_templates_see_neither_level_nor_size(placed):
+    "Another offset and a positive gain change nothing; an inverted sensor is another motion; without motion there is nothing to say."
+    placer, learn, train, test, of = placed; t = placer.templates; assert not {r.name for r in learn.held} & {r.name for r in learn.inner}
+    for r in test[:3]:
+        rows, time = align_channels(r, t.channels)[40:104], r.time[40:104]; score = t.match(rows, time)
+        assert score.shape == (len(placer.library),) and (score >= 0).all() and np.allclose(t.match(7*rows-300, time), score, rtol=2e-2, atol=.5)
+        assert t.match(-rows, time)[score.argmax()] < score.max() and not t.match(np.ones_like(rows), time).any() and not t.match(np.full_like(rows, np.nan), time).any()
+    with pytest.raises(InputError, match='at least one channel'): program_templates(placer.library, train, ('nothing',))
+
+
+def test_whole_recordings_by_their_pieces(placed):
+    "Pieces cover all rows; the margin of the true program alone is positive, also where a sensor drifts."
+    placer, *_, test, of = placed; t = placer.templates; lib = placer.library
+    for n in (1, 40, 64, 200, 777): start, stop = whole_pieces(n); assert start[0] == 0 and stop[-1] == n and (start[1:] == stop[:-1]).all() and (n < 96 or 48 < (stop-start).min() <= (stop-start).max() < 96)
+    for r in test:
+        rows = align_channels(r, t.channels); drift = np.linspace(0, 1, len(rows))[:, None]*np.nanstd(rows, 0)
+        for x in (rows, rows+drift): margin = t.margins(x, r.time); assert [of[n] for n, m in zip(lib.names, margin) if m > 0] == [of[r.operation]]
+
+
+def test_the_stream_with_a_known_start_looks_at_nothing_later(placed):
+    placer, *_, test, of = placed
+    for r in test[:2]:
+        n = 3*len(r)//4; part = replace(r, time=r.time[:n], lines=r.lines[:n], texts=r.texts[:n], sensors=r.sensors[:n], controller=None)
+        a, b = place_rows(placer, r), place_rows(placer, part); first = whole_pieces(len(r))[1][0]
+        same = 64*((n-32)//64)
+        assert (a.known_start_stream_text[:same] == b.known_start_stream_text[:same]).all() and (a.known_start_stream_text == r.texts)[first:].mean() > .9
+
+
+def test_a_foreign_day_is_told_and_left_to_the_filter(placed):
+    placer, learn, train, test, of = placed; own, lost, whole = [], [], []
+    for r in test:
+        start = np.arange(0, len(r)-64, 32); night = place_windows(placer, _other_night(r), start, start+64, readers=True)
+        own += (night.program_said == of[r.operation]).tolist(); lost += (night.operation_network.map(of) == of[r.operation]).tolist()
+        whole.append(of[place_rows(placer, _other_night(r)).operation_said[0]] == of[r.operation])
+    assert np.mean(own) > .75 and np.mean(own) > np.mean(lost) and np.mean(whole) >= .8
+
+
+def test_readings(placed):
+    "Probabilities; an infinite temperature silences a reader; the spread stays within a program."
+    placer, *_ = placed; lib = placer.library; random = np.random.default_rng(0); a, b = random.normal(size=(2, 3, len(lib)))
+    for r in (Reading(4., 8., 1.), Reading(4.), Reading(float('inf'), 2., .5)): p = r.places(lib, r.score(a, b)); assert np.allclose(p.sum(-1), 1) and p.shape == a.shape
+    assert np.array_equal(Reading(4.).score(a, b), a/4) and np.array_equal(Reading(float('inf'), 2.).score(a, b), b/2)
+    one = np.full((1, len(lib)), -1e6); one[0, lib.first[1]] = 0.; p = Reading(1., spread=2.).places(lib, one)[0]
+    assert np.isclose(p[lib.program == 1].sum(), 1) and p[lib.first[1]] > p[lib.first[1]+3] > 0
+    told = placer.operation(np.eye(len(lib.names))[0], random.normal(size=len(placer.operations))); assert np.isclose(told[np.array(placer.program_of) == 0].sum(), 1)

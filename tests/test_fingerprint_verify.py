@@ -151,3 +151,15 @@ def test_healthy_runs_of_another_program_are_refused(tmp_path, capsys):
     for i in range(3): record_program(PROGRAMS['pocket'], seed=i).to_parquet(tmp_path/'healthy'/f'pocket_00{i}.parquet')
     assert main(['verify', str(tmp_path/'healthy'/'pocket_000.parquet'), '--program', str(tmp_path/'face.gcode'), '--healthy', str(tmp_path/'healthy')]) == 2
     assert 'name a folder of runs of this very program' in capsys.readouterr().err
+
+
+def test_a_library_of_programs(tmp_path, capsys):
+    "The claim is held against the other programs of a folder; an unknown one is refused."
+    for n in ('pocket', 'face'):
+        (tmp_path/f'{n}.gcode').write_text(PROGRAMS[n]); (tmp_path/'runs').mkdir(exist_ok=True)
+        for i in range(3): record_program(PROGRAMS[n], i%2, seed=i).to_parquet(tmp_path/'runs'/f'{n}_00{i}.parquet')
+    record_program(PROGRAMS['pocket'], 5, seed=30).to_parquet(tmp_path/'night_001.parquet'); (tmp_path/'contour.gcode').write_text(PROGRAMS['contour'])
+    ask = lambda program, run='night_001', *more: main(['verify', str(tmp_path/f'{run}.parquet'), '--program', str(tmp_path/f'{program}.gcode'), '--library', str(tmp_path/'runs'), *more])
+    assert [ask('pocket'), ask('face'), ask('pocket', 'runs/pocket_001'), ask('face', 'runs/pocket_001')] == [0, 1, 0, 1]
+    assert 'fit pocket best' in capsys.readouterr().out and ask('contour') == 2
+    said = capsys.readouterr().err; assert said.count('\n') == 1 and 'a program with no run cannot be compared' in said

@@ -155,3 +155,26 @@ def test_weights_of_an_image_net_as_they_are_published(tmp_path):
     torch.save(dict(a=Bomb()), tmp_path/'bomb.pth')
     with pytest.raises(InputError, match='a file of tensors'): load_backbone(other, tmp_path/'bomb.pth')
     assert not (tmp_path/'executed').exists()
+
+
+def test_two_views_side_by_side_are_two_nets():
+    "Each half of the grouped net equals a net of its own with the same weights; only the first one sees where the points are."
+    torch.manual_seed(0); two = SignConv(12, 5, 2, width=8, num_layers=2, bones=[(0,3)], pairs=[(0,1),(3,5)], centred=True, drop_path=0.)
+    for b in two.modules():
+        if isinstance(b, MaskedBatchNorm): b.running_mean.normal_(); b.running_var.uniform_(.5, 2.)
+    two.eval(); mask = torch.arange(9) < torch.tensor([9,4,1])[:,None]; x = torch.randn(3, 9, 12); present = (torch.rand(3, 9, 6) > .2).repeat_interleave(2, -1)
+    inputs = dict(channels=torch.where(present, x, 0.), present=present); inside = present & mask[...,None]
+    moved = dict(channels=torch.where(inside, x-(x*inside).sum(1, keepdim=True)/inside.sum(1, keepdim=True).clamp_min(1), 0.), present=present)
+    logits = 0
+    for g,seen in enumerate((inputs,moved)):
+        one = SignConv(12, 5, 2, width=8, num_layers=2, bones=[(0,3)], pairs=[(0,1),(3,5)], drop_path=0.).eval(); own = {}
+        for k,v in two.state_dict().items():
+            name,size = k.rsplit('.', 1)[0],one.state_dict()[k].shape
+            if v.ndim == 3 and 'depthwise' not in k and 'gate' not in k: own[k] = v[g].T
+            elif k.startswith(('gloss.weight','category.weight')): own[k] = 2*v.unflatten(1, (2,-1))[:,g]
+            elif v.shape != size: own[k] = v.unflatten(0, (2,-1))[g]
+            else: own[k] = v
+        one.load_state_dict(own); logits = logits+one(seen, mask)['gloss']/2
+    assert torch.allclose(two(inputs, mask)['gloss'], logits, atol=1e-5)
+    two.train(); two.drop.p = 0.; out = two(inputs, mask); assert torch.allclose(out['gloss'], sum(v['gloss'] for v in out['views'])/2, atol=1e-5)
+    alone = torch.autograd.grad(out['views'][1]['gloss'].sum(), two.stem.weight)[0]; assert not alone[0].any() and alone[1].any()

@@ -6,7 +6,8 @@ Docs: https://example.org/gcode_ml/sign/models.html.md"""
 
 # %% auto #0
 __all__ = ['BACKBONES', 'MODELS', 'MotionChannels', 'SignModel', 'SignTransformer', 'InceptionV3GRU', 'create_backbone',
-           'load_backbone', 'MaskedBatchNorm', 'ConvBlock', 'SignConv', 'BiGRU', 'create_model']
+           'load_backbone', 'MaskedBatchNorm', 'GroupedLinear', 'ConvBlock', 'SignConv', 'EachView', 'BiGRU',
+           'create_model']
 
 # %% ../../nbs/sign/20_models.ipynb #11c58895
 from importlib import import_module
@@ -286,19 +287,38 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if mask.all(): return super().forward(x.flatten(0, 1)).view_as(x)
         return torch.zeros_like(x).masked_scatter(mask[...,None], super().forward(x[mask]))
 
-# %% ../../nbs/sign/20_models.ipynb #fdc18899
+# %% ../../nbs/sign/20_models.ipynb #f9f78d5e
+class GroupedLinear(nn.Module):
+    "Linear layers side by side: each reads and writes a group of the channels of its own."
+    def __init__(self,
+        inputs:int, # Channels that each of them reads
+        outputs:int, # Channels that each of them writes
+        groups:int=2, # How many
+        bias:bool=True, # With a bias
+    ):
+        super().__init__(); each = [nn.Linear(inputs, outputs, bias) for _ in range(groups)] # for the usual start
+        self.weight = nn.Parameter(torch.stack([l.weight.T for l in each])); self.bias = nn.Parameter(torch.cat([l.bias for l in each])) if bias else None
+    def forward(self, x):
+        "`[B,T,G*inputs]` to `[B,T,G*outputs]`."
+        y = torch.einsum('btgi,gio->btgo', x.unflatten(-1, (len(self.weight),-1)), self.weight).flatten(2)
+        return y if self.bias is None else y+self.bias
+
+def _linear(inputs, outputs, groups, bias=True): return GroupedLinear(inputs, outputs, groups, bias) if groups > 1 else nn.Linear(inputs, outputs, bias)
+
+# %% ../../nbs/sign/20_models.ipynb #9d8b0e03
 class ConvBlock(nn.Module):
     "Pointwise, depthwise, gate, pointwise; added to what came in."
     def __init__(self,
-        size:int, # D
+        size:int, # D, of all groups together
         kernel:int=11, # Frames that a convolution sees, odd
         drop_path:float=.1, # Share of the clips that skip the block in training
         gate:int=5, # Channels that the gate sees, odd
+        groups:int=1, # Nets side by side
     ):
         super().__init__()
         if kernel%2 == 0 or gate%2 == 0: raise InputError('ConvBlock', 'kernel, gate', 'odd numbers', f'{kernel}, {gate}')
-        self.drop_path = drop_path
-        self.widen,self.narrow = nn.Linear(size, 2*size),nn.Linear(2*size, size)
+        self.drop_path,self.groups = drop_path,groups
+        self.widen,self.narrow = _linear(size//groups, 2*size//groups, groups),_linear(2*size//groups, size//groups, groups)
         depthwise = nn.Conv2d(2*size, 2*size, (kernel,1), padding=(kernel//2,0), groups=2*size, bias=False)
         self.depthwise = depthwise.to(memory_format=torch.channels_last) # otherwise torch turns every batch around, which takes twice as long
         self.norm,self.gate = MaskedBatchNorm(2*size),nn.Conv1d(1, 1, gate, padding=gate//2, bias=False)
@@ -307,20 +327,20 @@ class ConvBlock(nn.Module):
         h = nn.functional.silu(self.widen(x))*mask[...,None]
         h = self.depthwise(h.mT[...,None])[...,0].mT
         h = self.norm(h, mask)
-        around = nn.functional.pad(masked_mean(h, mask), (self.gate.kernel_size[0]//2,)*2).unfold(1, self.gate.kernel_size[0], 1)
-        h = h*(around @ self.gate.weight[0,0])[:,None].sigmoid()
+        around = nn.functional.pad(masked_mean(h, mask).unflatten(1, (self.groups,-1)), (self.gate.kernel_size[0]//2,)*2).unfold(2, self.gate.kernel_size[0], 1)
+        h = h*(around @ self.gate.weight[0,0]).flatten(1)[:,None].sigmoid()
         h = self.narrow(h)
         if self.training and self.drop_path: h = h*(torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path)/(1-self.drop_path)
         return x+h
 
-# %% ../../nbs/sign/20_models.ipynb #8a892a4e
+# %% ../../nbs/sign/20_models.ipynb #483b9306
 class SignConv(SignModel):
     "Depthwise convolutions over coordinates and velocities."
     def __init__(self,
         channels:int=50, # Coordinates a frame
         glosses:int=25, # Number of glosses
         categories:int=7, # Number of categories
-        width:int=96, # Size of a state
+        width:int=0, # Size of a state; 0: 96, or 64 for each of two views
         num_layers:int=4, # Blocks
         kernel:int=11, # Frames that a convolution sees
         dropout:float=.5, # Before the heads
@@ -331,24 +351,39 @@ class SignConv(SignModel):
         presence:bool=False, # A presence channel a point too
         bones=(), # Pairs of points whose direction counts, see `MotionChannels`
         pairs=(), # (left, right) points that a mirror exchanges; with them an answer is the mean over a clip and its mirror image
+        centred:bool=False, # Also a net beside it that sees each point without its mean place, see `views`
     ):
-        super().__init__(2*width, glosses, categories, dropout)
-        self.channels,self.pairs,self.motion = channels,[list(p) for p in pairs],MotionChannels(channels, hands, velocity, presence, bones=bones)
+        width,groups = width or (64 if centred else 96),1+centred
+        super().__init__(2*groups*width, glosses, categories, dropout)
+        self.centred,self.channels,self.pairs,self.motion = centred,channels,[list(p) for p in pairs],MotionChannels(channels, hands, velocity, presence, bones=bones)
         if pairs: # they follow from the pairs, so no file keeps them
             for k,v in zip(('columns','sign'), _mirror_columns(channels, pairs)): self.register_buffer(k, v, persistent=False)
-        self.stem,self.norm = nn.Linear(self.motion.size, width, bias=False),MaskedBatchNorm(width)
-        self.blocks = nn.ModuleList([ConvBlock(width, kernel, drop_path) for _ in range(num_layers-attention)])
-        self.attention = nn.TransformerEncoderLayer(width, 4, 2*width, .2, batch_first=True, norm_first=True) if attention else None
-        self.last = nn.Linear(width, 2*width)
+        self.stem,self.norm = _linear(self.motion.size, width, groups, bias=False),MaskedBatchNorm(groups*width)
+        self.blocks = nn.ModuleList([ConvBlock(groups*width, kernel, drop_path, groups=groups) for _ in range(num_layers-attention)])
+        self.attention = nn.TransformerEncoderLayer(groups*width, 4, 2*groups*width, .2, batch_first=True, norm_first=True) if attention else None
+        self.last = _linear(width, 2*width, groups)
 
-# %% ../../nbs/sign/20_models.ipynb #e6ca38ed
+# %% ../../nbs/sign/20_models.ipynb #cd1c14df
+@patch
+def views(self:SignConv,
+    inputs:dict, # `channels` and `present`
+    mask:Tensor, # `[B,T]`
+)->Tensor: # `[B,T,size]`, or `[B,T,2*size]`
+    "What the stem reads: the clip, and beside it the clip with the mean of each coordinate at zero."
+    if not self.centred: return self.motion(inputs, mask)
+    present = inputs['present'] & mask[...,None]; x = torch.where(present, inputs['channels'], 0.)
+    moved = torch.where(present, x-x.sum(1, keepdim=True)/present.sum(1, keepdim=True).clamp_min(1), 0.)
+    both = self.motion(dict(channels=torch.cat([x,moved]), present=present.repeat(2,1,1)), mask.repeat(2,1))
+    return torch.cat(both.chunk(2), -1)
+
+# %% ../../nbs/sign/20_models.ipynb #3afc1f61
 @patch
 def state(self:SignConv,
     inputs:dict, # `channels` and `present`
     mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,2*width]`
+)->Tensor: # `[B,2*width]`, of two views one after the other
     "Mean state over the real steps of the clips as they are."
-    h = self.norm(self.stem(self.motion(inputs, mask)), mask)
+    h = self.norm(self.stem(self.views(inputs, mask)), mask)
     for block in self.blocks: h = block(h, mask)
     if self.attention is not None: h = self.attention(h, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
     return masked_mean(self.last(h), mask)
@@ -378,6 +413,33 @@ def embed(self:SignConv,
     if self.training or not self.pairs: return self.state(inputs, mask)
     turned = self.mirrored(inputs); both = {k: torch.cat([inputs[k], turned[k]]) for k in ('channels','present')}
     return self.state(both, torch.cat([mask, mask])).unflatten(0, (2,-1)).mean(0)
+
+# %% ../../nbs/sign/20_models.ipynb #c4aea8c3
+@patch
+def forward(self:SignConv,
+    inputs:dict, # `channels` and `present`
+    mask:Tensor, # `[B,T]`
+)->dict: # Logits `gloss` `[B,G]` and `category` `[B,K]`; in training of two views also `views`, the logits of each
+    "What the heads say."
+    h = self.drop(self.embed(inputs, mask))
+    said = dict(gloss=self.gloss(h), category=self.category(h))
+    if not (self.training and self.centred): return said
+    alone = [(2*h.unflatten(1, (2,-1))*k[:,None]).flatten(1) for k in torch.eye(2, device=h.device)]
+    return said | dict(views=[dict(gloss=self.gloss(v), category=self.category(v)) for v in alone])
+
+# %% ../../nbs/sign/20_models.ipynb #35ddb339
+class EachView(nn.Module):
+    "A loss for each view that a model answers with by itself in training, mean over the views; elsewhere the loss as it is."
+    def __init__(self,
+        loss:nn.Module, # Of a prediction and a target
+    ): super().__init__(); self.loss = loss
+    @property
+    def reduction(self): return self.loss.reduction
+    @reduction.setter
+    def reduction(self, value): self.loss.reduction = value
+    def forward(self, prediction, target):
+        views = prediction.get('views')
+        return self.loss(prediction, target) if views is None else sum(self.loss({**prediction, **v}, target) for v in views)/len(views)
 
 # %% ../../nbs/sign/20_models.ipynb #a8cb895f
 class BiGRU(SignModel):

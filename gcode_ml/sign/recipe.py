@@ -11,7 +11,7 @@ __all__ = ['DEFAULTS', 'FOUNDING', 'FOUNDING_TRAINING', 'FOUNDING_NAMES', 'load_
            'read_inputs', 'predict_bundle', 'evaluate_bundle', 'stream_windows', 'stream_signs', 'joined_clips',
            'extract_features', 'smoke_test', 'simulate']
 
-# %% ../../nbs/sign/50_recipe.ipynb #cdc61bc0
+# %% ../../nbs/sign/50_recipe.ipynb #2d737009
 import inspect, tempfile, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from .callbacks import FiniteBatch, ModelCheckpoints, NamedSubset, SignLog
 from .checks import check
 from .data import SKELETONS, Clip, ClipData, class_names, clip_layout, read_clip, read_clips, read_hands, read_npz, split_clips
 from .evaluate import SIMPLE, Occluded, answer_rows, merge_windows, model_answers, prepared_answers, sign_scores, simple_answers
-from .models import BACKBONES, MODELS, create_model, load_backbone
+from .models import BACKBONES, MODELS, EachView, create_model, load_backbone
 from .skeleton import NobodySeen, Preparation, normalise_points, prepare_clips, reference_frame, to_pixels
 
 # %% ../../nbs/sign/50_recipe.ipynb #9bd67cdc
@@ -163,8 +163,8 @@ def _frames(clip, key):
     if found is None or found.dtype != np.uint8 or found.shape != (len(clip),*found.shape[1:3],3): raise InputError(clip.file, f'array {key}', f'uint8 [{len(clip)},H,W,3]', 'no such array' if found is None else f'{found.dtype} {list(found.shape)}')
     return found
 
-# %% ../../nbs/sign/50_recipe.ipynb #c7b00bdc
-DEFAULTS = dict(max_epochs=30, batch_size=64, learning_rate=2e-3, weight_decay=.05, loss='label_smoothing', monitor='gloss_accuracy')
+# %% ../../nbs/sign/50_recipe.ipynb #c4ece278
+DEFAULTS = dict(max_epochs=60, batch_size=64, learning_rate=2e-3, weight_decay=.05, loss='label_smoothing', monitor='gloss_accuracy')
 FOUNDING = dict(model='transformer', points='all', aspect=False, gaps=0, trim=False, normalise='none', canonical_hand='no', frames=0, augmentation='none', velocity=False)
 FOUNDING_TRAINING = dict(max_epochs=20, batch_size=32, learning_rate=1e-4, weight_decay=0., loss='cross_entropy', schedule='constant', clip=0.)
 
@@ -210,7 +210,7 @@ def category_accuracy(out, targets):
     "Share of right categories in a batch."
     return (out['category'].argmax(-1) == targets['category']).float().mean()
 
-# %% ../../nbs/sign/50_recipe.ipynb #8f7a9e53
+# %% ../../nbs/sign/50_recipe.ipynb #fa213da1
 def recipe(
     data='', # Folder of clips, or what `load_clips` gave; simulated when empty
     split:str='signer', fold:int=0, folds:int=5, # `signer`, `random` or `all`; which signer or part is the test side; parts of the random split
@@ -223,10 +223,11 @@ def recipe(
     points='auto', aspect:bool=True, gaps:int=5, trim:bool=True, normalise:str='auto', canonical_hand:str='auto', frames:int=40, long_clips:str='resample', max_length:int=300, # See `Preparation`; 0 frames: each clip's own length
     velocity:bool=True, presence:bool=False, hand_shape:bool=True, directions:bool=True, # Channels that the model computes, see `MotionChannels`
     mirror_image:bool=True, # Whether an answer is the mean over a clip and its mirror image, see `SignConv`
+    centred:bool=True, # Whether a second net sees the clip without the mean places of its points, see `SignConv`
     width:int=0, num_layers:int=0, kernel:int=0, nhead:int=0, dim_feedforward:int=0, dropout:float=-1., drop_path:float=-1., pooling:str='', hidden1:int=0, hidden2:int=0, # Sizes; 0 or -1: the model's own
     backbone:str='', backbone_weights='', pretrained_backbone:bool=True, freeze_backbone:bool=True, frames_key:str='frames', # Of `iv3_gru` on frames, see `FrameData`; weights from a file
     gloss_weight:float=.5, category_weight:float=.5, # Weights of the two losses
-    augmentation:str='signer', mirror:float=.5, rotation:float=.2, scale:float=.15, shear:float=.1, shift:float=.05, proportions:float=.1, edge:float=.4, tempo:float=.2, crop:float=.8, drop:float=.1, jitter:float=.01, # See `signer_style`
+    augmentation:str='signer', mirror:float=.5, rotation:float=.2, scale:float=.15, shear:float=.1, shift:float=.05, proportions:float=.1, edge:float=0., tempo:float=.2, crop:float=.8, drop:float=.1, jitter:float=.01, # See `signer_style`
     bucket:int=8, # Batches sorted by length together, where lengths differ
     cache='', log_csv='', # Folder of prepared clips; table of epochs
     seed:int=42, device:str='auto', workers='auto', cbs=(), # Seed of everything; device; loader processes; more callbacks
@@ -237,7 +238,7 @@ def recipe(
     if founding: own,training = _founding(own, training)
     return _learner(cbs=cbs, training=training, **own)
 
-# %% ../../nbs/sign/50_recipe.ipynb #a164523e
+# %% ../../nbs/sign/50_recipe.ipynb #20ba1e6b
 _pick = lambda own, names: {k: own[k] for k in names.split()}
 
 def _clips(own):
@@ -262,7 +263,7 @@ def _learner(cbs, training, **own):
     train,valid = (_somebody(data, clips, i, own['empty']) for i in (train,valid))
     if own['backbone']: data = FrameData(data, clips, own['frames_key'], **{k: BACKBONES[own['backbone']][k] for k in ('mean','std')})
     set_seed(own['seed'])
-    arguments = _model_arguments(own['model'], preparation, facts['names'], **_pick(own, 'hand_shape directions mirror_image velocity presence width num_layers kernel nhead dim_feedforward dropout drop_path pooling hidden1 hidden2 backbone freeze_backbone'))
+    arguments = _model_arguments(own['model'], preparation, facts['names'], **_pick(own, 'hand_shape directions mirror_image centred velocity presence width num_layers kernel nhead dim_feedforward dropout drop_path pooling hidden1 hidden2 backbone freeze_backbone'))
     net,arguments = create_model(own['model'], **arguments)
     weights = _backbone_weights(net, own)
     style = style_callbacks(preparation, own['augmentation'], **_pick(own, 'mirror rotation scale shear shift proportions edge tempo crop drop jitter'))
@@ -280,11 +281,11 @@ def _somebody(data, clips, index, empty):
     if len(nobody) and empty == 'refuse': raise NobodySeen(clips[nobody[0]].file or clips[nobody[0]].name, 'points', 'a body or a hand that is seen', f'none ({len(nobody)} such clips in training)', 'empty=skip leaves them out')
     return index[~data.empty[index]]
 
-# %% ../../nbs/sign/50_recipe.ipynb #a2713174
+# %% ../../nbs/sign/50_recipe.ipynb #fee90e94
 def _loss(options, data, train, names, own):
     "Two cross entropies; a clip without a label counts in neither."
     losses = {k: options.loss(getattr(data, k)[train], len(names[k]), head=k, ignore_index=-1) for k in ('gloss','category')}
-    return two_tasks(losses, own['gloss_weight'], own['category_weight'])
+    return EachView(two_tasks(losses, own['gloss_weight'], own['category_weight']))
 
 def _backbone_weights(net, own):
     "Weights of an image net from a file, and the file's SHA-256."
