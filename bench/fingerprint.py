@@ -4,10 +4,12 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from bench import benchmark
 from gcode_ml.fingerprint.align import ProgramChains, StreamAligner, build_library
+from gcode_ml.fingerprint.clocks import on_sensor_clock
 from gcode_ml.fingerprint.data import CONTROLLER, align_channels, read_recordings, recording_files, recording_from_table
 from gcode_ml.fingerprint.emission import NetworkEmission, StateNetwork, row_features
 from gcode_ml.fingerprint.machine import record_program
 from gcode_ml.fingerprint.simulate import example_programs, simulate_recordings
+from gcode_ml.fingerprint.templates import program_templates
 from gcode_ml.fingerprint.verify import Verifier, fit_response, program_signals, verification_rows
 from gcode_ml.lab.settings import data_folder
 
@@ -112,3 +114,20 @@ def verified_rows(quick):
         shift[0] += length
         for x,t in zip(judged.values[20:20+n], judged.time[20:20+n]): warm.step(x, t+shift[0])
     return ours, lambda: spin(length), dict(rows=n, channels=len(judged.channels), seconds_of_the_program=round(float(judged.time[-1]), 1))
+
+@benchmark('sixteen seconds held against every place of all programs by the Fourier transform', 'the same correlations, place by place', 1/5)
+def matched_piece(quick):
+    placed = on_sensor_clock(read_recordings(folder(quick)), step=.25); library = build_library(placed); templates = program_templates(library, placed)
+    r = max(placed, key=len); rows,times = align_channels(r, templates.channels)[40:104],r.time[40:104]
+    there = np.isfinite(rows).all(0); grid = np.arange(times[0], times[-1]+1e-6, library.step); before = min(int(round((times[32]-times[0])/library.step)), len(grid)-1)
+    x = np.stack([np.interp(grid, times, c) for c in rows[:,there].T], 1); x = x-x.mean(0); size = (x**2).sum(0)
+    def place_by_place():
+        found = []
+        for wave in templates.waves:
+            known = np.isfinite(wave[:,there]).all(0) & (size > 0); w,y,n = wave[:,there][:,known].astype(float),x[:,known],size[known]
+            for s in range(len(w)):
+                piece = w[np.clip(np.arange(len(grid))+s-before, 0, len(w)-1)]; piece = piece-piece.mean(0); power = n*(piece**2).sum(0)
+                r = np.where(power > 1e-12, (piece*y).sum(0)/np.sqrt(np.maximum(power, 1e-12)), 0.).clip(0, .99); found.append(-.5*len(grid)*np.log1p(-r**2).sum())
+        return np.array(found)
+    ours = lambda: templates.match(rows, times); a,b = ours(),place_by_place()
+    return ours, place_by_place, dict(states=len(library), sensors=int(there.sum()), largest_difference=float(abs(a-b).max()/b.max()), times_real_time=round(float(times[-1]-times[0])/seconds(ours)))

@@ -18,7 +18,7 @@ MODELS = {
     'sign.models.InceptionV3GRU': lambda: (InceptionV3GRU(**SMALL), clips()),
     'sign.models.MaskedBatchNorm': lambda: (MaskedBatchNorm(6), dict(x=torch.randn(ITEMS, STEPS, 6))),
     'sign.models.ConvBlock': lambda: (ConvBlock(8), dict(x=torch.randn(ITEMS, STEPS, 8))),
-    'sign.models.SignConv': lambda: (SignConv(**SMALL, width=16, num_layers=2, hands=HAND, attention=True, bones=[(0,3)], pairs=[(1,2)]), clips()),
+    'sign.models.SignConv': lambda: (SignConv(**SMALL, width=16, num_layers=2, hands=HAND, attention=True, bones=[(0,3)], pairs=[(1,2)], centred=True), clips()),
     'sign.models.BiGRU': lambda: (BiGRU(**SMALL, width=8), clips()),
 }
 

@@ -287,7 +287,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if mask.all(): return super().forward(x.flatten(0, 1)).view_as(x)
         return torch.zeros_like(x).masked_scatter(mask[...,None], super().forward(x[mask]))
 
-# %% ../../nbs/sign/20_models.ipynb #f9f78d5e
+# %% ../../nbs/sign/20_models.ipynb #7e70e149
 class GroupedLinear(nn.Module):
     "Linear layers side by side: each reads and writes a group of the channels of its own."
     def __init__(self,
@@ -300,8 +300,9 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.stack([l.weight.T for l in each])); self.bias = nn.Parameter(torch.cat([l.bias for l in each])) if bias else None
     def forward(self, x):
         "`[B,T,G*inputs]` to `[B,T,G*outputs]`."
-        y = torch.einsum('btgi,gio->btgo', x.unflatten(-1, (len(self.weight),-1)), self.weight).flatten(2)
-        return y if self.bias is None else y+self.bias
+        y = x.flatten(0, 1).unflatten(1, (len(self.weight),-1)).transpose(0, 1)
+        y = torch.bmm(y, self.weight) if self.bias is None else torch.baddbmm(self.bias.unflatten(0, (len(self.weight),1,-1)), y, self.weight)
+        return y.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
 
 def _linear(inputs, outputs, groups, bias=True): return GroupedLinear(inputs, outputs, groups, bias) if groups > 1 else nn.Linear(inputs, outputs, bias)
 
