@@ -284,21 +284,21 @@ def simple_answers(
     a,b = (np.nan_to_num(window_statistics(x, ('mean','deviation','minimum','maximum'))) for x in (train,test))
     return RandomForestClassifier(300, random_state=seed, n_jobs=1).fit(a, gloss).predict(b)
 
-# %% ../../nbs/sign/40_evaluate.ipynb #5273f84a
+# %% ../../nbs/sign/40_evaluate.ipynb #71bd718f
 def latency(
     model:nn.Module, # A model
     steps:int=60, # Frames of the clip
     repeats:int=20, # Timed calls
     threads:int=1, # Threads
 )->float: # Median milliseconds of one clip, preparation not included
-    "How long a model takes for one clip."
+    "How long a model takes for one clip, in processor time, so that other work on the machine does not count."
     x = torch.randn(1, steps, model.channels); mask = torch.ones(1, steps, dtype=torch.bool)
     inputs,before,times = dict(channels=x, present=torch.ones_like(x, dtype=torch.bool)),torch.get_num_threads(),[]
     torch.set_num_threads(threads); model.eval()
     try:
         with torch.inference_mode():
             for _ in range(repeats+3):
-                began = time.perf_counter(); model(inputs, mask); times.append(time.perf_counter()-began)
+                began = time.process_time(); model(inputs, mask); times.append(time.process_time()-began)
     finally: torch.set_num_threads(before)
     return float(np.median(times[3:])*1e3)
 
