@@ -285,6 +285,7 @@ def test_the_mirror_image_is_looked_at_where_there_is_one(source):
     "Points in the frame of a body that is not turned around already; neither as they are stored nor with `canonical_hand`."
     def pairs(**options): return recipe(source, **{**SMALL, **options}).arguments
     assert len(pairs()['pairs']) > 20 and len(pairs()['bones']) == 11
+    assert pairs()['centred'] and not pairs(centred=False)['centred'] and not pairs(normalise='none', aspect=False)['centred']
     assert not pairs(mirror_image=False)['pairs'] and not pairs(directions=False)['bones'] and not pairs(canonical_hand='yes')['pairs']
     stored = pairs(normalise='none', aspect=False); assert not stored['pairs'] and not stored['bones']
 

@@ -173,7 +173,7 @@ FOUNDING_NAMES = {'epochs': 'max_epochs', 'batch_size': 'batch_size', 'lr': 'lea
     'early_stop': 'early_stop', 'amp': 'precision=fp16', 'compile_model': 'compile_model', 'gradient_accumulation_steps': 'accumulate', 'num_workers': 'workers', 'auto_workers': 'workers=auto', 'pin_memory': 'on with a GPU',
     'resume': 'gcode_ml run sign --resume RUN', 'log_csv': 'log_csv', 'alpha': 'gloss_weight', 'beta': 'category_weight', 'no_pretrained_backbone': 'pretrained_backbone=false', 'deterministic': 'deterministic'}
 
-# %% ../../nbs/sign/50_recipe.ipynb #d3f1e5fe
+# %% ../../nbs/sign/50_recipe.ipynb #b1343161
 def _preparation(clips, read, points, canonical_hand, frames, **settings):
     "A preparation from the options of a recipe."
     layout = 'features' if read == 'features' else clip_layout(clips[0])
@@ -190,6 +190,7 @@ def _model_arguments(model, preparation, names, hand_shape, directions, mirror_i
     seen_from_body = preparation.normalise != 'none' and not preparation.canonical_hand # only then is a mirror image a clip as well
     found = dict(channels=channels, glosses=len(names['gloss']), categories=len(names['category']), hands=hands, bones=preparation.bones if directions else [], pairs=preparation.pairs if mirror_image and seen_from_body else [])
     found |= {k: v for k,v in given.items() if isinstance(v, bool) or not (v in (-1,'') or (v == 0 and type(v) is int))}
+    found['centred'] = found['centred'] and preparation.normalise == 'body' # of a hand that stands still nothing would be left without its mean
     if 'width' in found and model == 'transformer': found['d_model'] = found.pop('width')
     return {k: v for k,v in found.items() if k in known}
 
@@ -210,7 +211,7 @@ def category_accuracy(out, targets):
     "Share of right categories in a batch."
     return (out['category'].argmax(-1) == targets['category']).float().mean()
 
-# %% ../../nbs/sign/50_recipe.ipynb #fa213da1
+# %% ../../nbs/sign/50_recipe.ipynb #121b987a
 def recipe(
     data='', # Folder of clips, or what `load_clips` gave; simulated when empty
     split:str='signer', fold:int=0, folds:int=5, # `signer`, `random` or `all`; which signer or part is the test side; parts of the random split
@@ -223,7 +224,7 @@ def recipe(
     points='auto', aspect:bool=True, gaps:int=5, trim:bool=True, normalise:str='auto', canonical_hand:str='auto', frames:int=40, long_clips:str='resample', max_length:int=300, # See `Preparation`; 0 frames: each clip's own length
     velocity:bool=True, presence:bool=False, hand_shape:bool=True, directions:bool=True, # Channels that the model computes, see `MotionChannels`
     mirror_image:bool=True, # Whether an answer is the mean over a clip and its mirror image, see `SignConv`
-    centred:bool=True, # Whether a second net sees the clip without the mean places of its points, see `SignConv`
+    centred:bool=True, # Whether a second net sees clips of a body without the mean places of its points, see `SignConv`
     width:int=0, num_layers:int=0, kernel:int=0, nhead:int=0, dim_feedforward:int=0, dropout:float=-1., drop_path:float=-1., pooling:str='', hidden1:int=0, hidden2:int=0, # Sizes; 0 or -1: the model's own
     backbone:str='', backbone_weights='', pretrained_backbone:bool=True, freeze_backbone:bool=True, frames_key:str='frames', # Of `iv3_gru` on frames, see `FrameData`; weights from a file
     gloss_weight:float=.5, category_weight:float=.5, # Weights of the two losses
