@@ -287,7 +287,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if mask.all(): return super().forward(x.flatten(0, 1)).view_as(x)
         return torch.zeros_like(x).masked_scatter(mask[...,None], super().forward(x[mask]))
 
-# %% ../../nbs/sign/20_models.ipynb #7e70e149
+# %% ../../nbs/sign/20_models.ipynb #a29357b0
 class GroupedLinear(nn.Module):
     "Linear layers side by side: each reads and writes a group of the channels of its own."
     def __init__(self,
@@ -302,7 +302,7 @@ class GroupedLinear(nn.Module):
         "`[B,T,G*inputs]` to `[B,T,G*outputs]`."
         y = x.flatten(0, 1).unflatten(1, (len(self.weight),-1)).transpose(0, 1)
         y = torch.bmm(y, self.weight) if self.bias is None else torch.baddbmm(self.bias.unflatten(0, (len(self.weight),1,-1)), y, self.weight)
-        return y.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
+        return y.transpose(0, 1).reshape(*x.shape[:2], -1)
 
 def _linear(inputs, outputs, groups, bias=True): return GroupedLinear(inputs, outputs, groups, bias) if groups > 1 else nn.Linear(inputs, outputs, bias)
 
@@ -364,7 +364,7 @@ class SignConv(SignModel):
         self.attention = nn.TransformerEncoderLayer(groups*width, 4, 2*groups*width, .2, batch_first=True, norm_first=True) if attention else None
         self.last = _linear(width, 2*width, groups)
 
-# %% ../../nbs/sign/20_models.ipynb #cd1c14df
+# %% ../../nbs/sign/20_models.ipynb #be57e9ae
 @patch
 def views(self:SignConv,
     inputs:dict, # `channels` and `present`
@@ -374,8 +374,8 @@ def views(self:SignConv,
     if not self.centred: return self.motion(inputs, mask)
     present = inputs['present'] & mask[...,None]; x = torch.where(present, inputs['channels'], 0.)
     moved = torch.where(present, x-x.sum(1, keepdim=True)/present.sum(1, keepdim=True).clamp_min(1), 0.)
-    both = self.motion(dict(channels=torch.cat([x,moved]), present=present.repeat(2,1,1)), mask.repeat(2,1))
-    return torch.cat(both.chunk(2), -1)
+    both = self.motion(dict(channels=torch.cat([x,moved]), present=torch.cat([present,present])), torch.cat([mask,mask]))
+    return torch.cat([*both.unflatten(0, (2,-1))], -1)
 
 # %% ../../nbs/sign/20_models.ipynb #3afc1f61
 @patch
