@@ -55,7 +55,7 @@ def missing_boards(
     board = lambda names: {c.lstrip('~').split('.')[0] for c in names if '.' in c}
     return sorted(board(response.channels)-board(rows.channels))
 
-# %% ../../nbs/fingerprint/60_commands.ipynb #3a9e1744
+# %% ../../nbs/fingerprint/60_commands.ipynb #d2afca78
 def library_answer(
     recording, # `Recording` that is judged, from the start of the program on
     program:str, # Text of the claimed program
@@ -70,6 +70,7 @@ def library_answer(
     own = [n for n in library.names if _is_run(next(r for r in found if of[r.operation] == of.get(n, n)), program)]
     if not own: raise InputError(folder, 'library', 'a run of the claimed program', f"runs of {', '.join(library.names)}", 'a program with no run cannot be compared')
     templates = program_templates(library, found); margin = templates.margins(align_channels(recording, templates.channels), recording.time); best = library.names[margin.argmax()]
+    if margin.max() <= 0: raise InputError(recording.name, 'sensors', 'some that move and that the library has', 'none', 'without them no program fits better than another')
     sentence = f'of {len(library.names)} programs of the library the sensors fit {best} best (by {margin.max():.0f} before the next)'
     return best in own, sentence if best in own else f'{sentence}, and not {own[0]}'
 
