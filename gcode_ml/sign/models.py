@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError, check_choice
 from ..core.layers import SinusoidalPositions, masked_max, masked_mean, reverse_padded
 
-# %% ../../nbs/sign/20_models.ipynb #d6f18611
+# %% ../../nbs/sign/20_models.ipynb #114f9374
 class MotionChannels(nn.Module):
     "Coordinates, hands in their own frame, velocity, presence."
     def __init__(self,
@@ -33,15 +33,18 @@ class MotionChannels(nn.Module):
         if (hands or presence or bones) and channels%2: raise InputError('MotionChannels', 'channels', 'x and y of each point', str(channels))
         if any(len(h) != 21 or max(h) >= channels//2 for h in self.hands): raise InputError('MotionChannels', 'hands', f'21 points below {channels//2} a hand', str(self.hands))
         if any(len(b) != 2 or max(b) >= channels//2 for b in self.bones): raise InputError('MotionChannels', 'bones', f'pairs of points below {channels//2}', str(self.bones))
+        if bones: # columns of both ends, and for each new channel the columns that say whether the ends are there; they follow from the bones, so no file keeps them
+            ends = 2*torch.tensor(self.bones).T
+            for k,v in dict(ends=torch.stack([ends,ends+1], -1).flatten(), known=ends.repeat_interleave(3, -1)).items(): self.register_buffer(k, v, persistent=False)
         self.size = (channels+len(self.hands)+3*len(self.bones))*(1+velocity) + presence*channels//2
 
-# %% ../../nbs/sign/20_models.ipynb #e0d968f1
+# %% ../../nbs/sign/20_models.ipynb #5be80c99
 def _differences(x, there):
     "Steps from one frame to the next, where both are there; zero at the end."
-    following = (torch.arange(x.shape[1], device=x.device)+1).clamp_max(x.shape[1]-1) # the last frame follows itself
-    return torch.where(there[:,following] & there, x[:,following]-x, 0.)
+    following,known = (torch.cat([v,v[:,-1:]], 1)[:,1:] for v in (x,there)) # the last frame follows itself
+    return torch.where(known & there, following-x, 0.)
 
-# %% ../../nbs/sign/20_models.ipynb #3d94633c
+# %% ../../nbs/sign/20_models.ipynb #29f57400
 @patch
 def forward(self:MotionChannels,
     inputs:dict, # `channels` and `present`, `[B,T,C]`
@@ -49,7 +52,15 @@ def forward(self:MotionChannels,
 )->Tensor: # `[B,T,size]`
     "`[B,T,size]` of `channels` and `present` `[B,T,C]`; zero where missing or padded."
     present = inputs['present'] & mask[...,None]
-    x = torch.where(present, inputs['channels'], 0.)
+    return self.signals(torch.where(present, inputs['channels'], 0.), present)
+
+# %% ../../nbs/sign/20_models.ipynb #57343472
+@patch
+def signals(self:MotionChannels,
+    x:Tensor, # `[B,T,C]`, zero where missing or padded
+    present:Tensor, # `[B,T,C]`, `False` there
+)->Tensor: # `[B,T,size]`
+    "What `forward` answers with, of coordinates that are zero where missing."
     lines = self.directions(x, present) if self.bones else None
     x,there = self.in_hand(x, present) if self.hands else (x,present)
     if self.bones: x,there = (torch.cat(p, -1) for p in zip((x,there), lines))
@@ -77,16 +88,16 @@ def in_hand(self:MotionChannels,
         sizes.append(torch.where(there, size.log()-masked_mean(size.log()[...,None], there), 0.)); known.append(there)
     return torch.cat([points.flatten(2), torch.stack(sizes, -1)], -1), torch.cat([present, torch.stack(known, -1)], -1)
 
-# %% ../../nbs/sign/20_models.ipynb #f5c04fed
+# %% ../../nbs/sign/20_models.ipynb #0ec6ff12
 @patch
 def directions(self:MotionChannels,
     x:Tensor, # `[B,T,C]`
     present:Tensor, # `[B,T,C]`
 )->tuple: # `[B,T,3*bones]`, and where both ends are there
     "Direction and length of each bone."
-    points,(a,b) = x.unflatten(-1, (-1,2)),torch.tensor(self.bones, device=x.device).T
-    way = points[:,:,b]-points[:,:,a]; length = (way.square().sum(-1, keepdim=True)+1e-12).sqrt() # the root of zero has no gradient
-    there = (present[...,::2][...,a] & present[...,::2][...,b]).repeat_interleave(3, -1)
+    ends = x.index_select(-1, self.ends).unflatten(-1, (2,-1,2)); way = ends[:,:,1]-ends[:,:,0]
+    square = way.square(); length = (square[...,:1]+square[...,1:]+1e-12).sqrt() # the root of zero has no gradient
+    there = present.index_select(-1, self.known[0]) & present.index_select(-1, self.known[1])
     return torch.where(there, torch.cat([way/(length+.1), length], -1).flatten(2), 0.), there
 
 # %% ../../nbs/sign/20_models.ipynb #38394498
@@ -276,18 +287,18 @@ def load_backbone(
     backbone.load_state_dict(state)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../../nbs/sign/20_models.ipynb #84c25b43
+# %% ../../nbs/sign/20_models.ipynb #b64c49cc
 class MaskedBatchNorm(nn.BatchNorm1d):
     "Batch norm over `[B,T,D]` whose statistics come from real steps."
-    def forward(self, x, mask):
-        "`x` normalised; in evaluation a fixed scale and shift."
-        if not self.training or mask.sum() < 2: # by hand: torch spends more on its own kernel than on the net for a single clip
+    def forward(self, x, mask=None):
+        "`x` normalised; in evaluation a fixed scale and shift. Without a mask every step is real."
+        if not self.training or (len(x)*x.shape[1] if mask is None else mask.sum()) < 2: # by hand: torch spends more on its own kernel than on the net for a single clip
             scale = self.weight*(self.running_var+self.eps).rsqrt()
             return x*scale+(self.bias-self.running_mean*scale)
-        if mask.all(): return super().forward(x.flatten(0, 1)).view_as(x)
+        if mask is None or mask.all(): return super().forward(x.flatten(0, 1)).view_as(x)
         return torch.zeros_like(x).masked_scatter(mask[...,None], super().forward(x[mask]))
 
-# %% ../../nbs/sign/20_models.ipynb #a29357b0
+# %% ../../nbs/sign/20_models.ipynb #9780e982
 class GroupedLinear(nn.Module):
     "Linear layers side by side: each reads and writes a group of the channels of its own."
     def __init__(self,
@@ -300,13 +311,18 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.stack([l.weight.T for l in each])); self.bias = nn.Parameter(torch.cat([l.bias for l in each])) if bias else None
     def forward(self, x):
         "`[B,T,G*inputs]` to `[B,T,G*outputs]`."
-        y = x.flatten(0, 1).unflatten(1, (len(self.weight),-1)).transpose(0, 1)
-        y = torch.bmm(y, self.weight) if self.bias is None else torch.baddbmm(self.bias.unflatten(0, (len(self.weight),1,-1)), y, self.weight)
+        groups,size,_ = self.weight.shape; y = x.reshape(-1, groups, size).transpose(0, 1)
+        y = torch.bmm(y, self.weight) if self.bias is None else torch.baddbmm(self.bias.view(groups, 1, -1), y, self.weight)
         return y.transpose(0, 1).reshape(*x.shape[:2], -1)
 
 def _linear(inputs, outputs, groups, bias=True): return GroupedLinear(inputs, outputs, groups, bias) if groups > 1 else nn.Linear(inputs, outputs, bias)
 
-# %% ../../nbs/sign/20_models.ipynb #9d8b0e03
+# %% ../../nbs/sign/20_models.ipynb #75507500
+def _padding(mask): return mask if torch.compiler.is_compiling() or torch.jit.is_tracing() or not mask.all() else None
+
+def _mean(h, mask): return h.sum(1)/h.shape[1] if mask is None else masked_mean(h, mask)
+
+# %% ../../nbs/sign/20_models.ipynb #453a0e2c
 class ConvBlock(nn.Module):
     "Pointwise, depthwise, gate, pointwise; added to what came in."
     def __init__(self,
@@ -323,13 +339,15 @@ class ConvBlock(nn.Module):
         depthwise = nn.Conv2d(2*size, 2*size, (kernel,1), padding=(kernel//2,0), groups=2*size, bias=False)
         self.depthwise = depthwise.to(memory_format=torch.channels_last) # otherwise torch turns every batch around, which takes twice as long
         self.norm,self.gate = MaskedBatchNorm(2*size),nn.Conv1d(1, 1, gate, padding=gate//2, bias=False)
-    def forward(self, x, mask):
-        "`[B,T,D]` to `[B,T,D]`."
-        h = nn.functional.silu(self.widen(x))*mask[...,None]
+    def forward(self, x, mask=None):
+        "`[B,T,D]` to `[B,T,D]`. Without a mask every step is real."
+        h = nn.functional.silu(self.widen(x))
+        if mask is not None: h = h*mask[...,None]
         h = self.depthwise(h.mT[...,None])[...,0].mT
         h = self.norm(h, mask)
-        around = nn.functional.pad(masked_mean(h, mask).unflatten(1, (self.groups,-1)), (self.gate.kernel_size[0]//2,)*2).unfold(2, self.gate.kernel_size[0], 1)
-        h = h*(around @ self.gate.weight[0,0]).flatten(1)[:,None].sigmoid()
+        seen = self.gate.kernel_size[0]
+        around = nn.functional.pad(_mean(h, mask).unflatten(1, (self.groups,-1)), (seen//2,seen//2)).unfold(2, seen, 1)
+        h = h*(around @ self.gate.weight.view(-1)).flatten(1)[:,None].sigmoid()
         h = self.narrow(h)
         if self.training and self.drop_path: h = h*(torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path)/(1-self.drop_path)
         return x+h
@@ -364,7 +382,7 @@ class SignConv(SignModel):
         self.attention = nn.TransformerEncoderLayer(groups*width, 4, 2*groups*width, .2, batch_first=True, norm_first=True) if attention else None
         self.last = _linear(width, 2*width, groups)
 
-# %% ../../nbs/sign/20_models.ipynb #be57e9ae
+# %% ../../nbs/sign/20_models.ipynb #a6365d8f
 @patch
 def views(self:SignConv,
     inputs:dict, # `channels` and `present`
@@ -374,20 +392,20 @@ def views(self:SignConv,
     if not self.centred: return self.motion(inputs, mask)
     present = inputs['present'] & mask[...,None]; x = torch.where(present, inputs['channels'], 0.)
     moved = torch.where(present, x-x.sum(1, keepdim=True)/present.sum(1, keepdim=True).clamp_min(1), 0.)
-    both = self.motion(dict(channels=torch.cat([x,moved]), present=torch.cat([present,present])), torch.cat([mask,mask]))
-    return torch.cat([*both.unflatten(0, (2,-1))], -1)
+    return torch.cat(self.motion.signals(torch.cat([x,moved]), torch.cat([present,present])).unflatten(0, (2,-1)).unbind(), -1)
 
-# %% ../../nbs/sign/20_models.ipynb #3afc1f61
+# %% ../../nbs/sign/20_models.ipynb #14ab8ea7
 @patch
 def state(self:SignConv,
     inputs:dict, # `channels` and `present`
     mask:Tensor, # `[B,T]`
 )->Tensor: # `[B,2*width]`, of two views one after the other
     "Mean state over the real steps of the clips as they are."
-    h = self.norm(self.stem(self.views(inputs, mask)), mask)
-    for block in self.blocks: h = block(h, mask)
+    real = _padding(mask); h = self.norm(self.stem(self.views(inputs, mask)), real)
+    for block in self.blocks: h = block(h, real)
     if self.attention is not None: h = self.attention(h, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
-    return masked_mean(self.last(h), mask)
+    if self.training: return _mean(self.last(h), real) # in the order of rounding that the recorded runs were trained with
+    return self.last(_mean(h, real)[:,None])[:,0] # a mean and a linear layer commute: one step in the place of all
 
 # %% ../../nbs/sign/20_models.ipynb #f6889796
 def _mirror_columns(channels, pairs):
@@ -396,13 +414,13 @@ def _mirror_columns(channels, pairs):
     for a,b in pairs: order[a],order[b] = b,a
     return torch.stack([2*order,2*order+1], -1).flatten(), torch.tensor([-1.,1.]).repeat(channels//2)
 
-# %% ../../nbs/sign/20_models.ipynb #640dd382
+# %% ../../nbs/sign/20_models.ipynb #e8e6f4c1
 @patch
 def mirrored(self:SignConv,
     inputs:dict, # `channels` and `present`
 )->dict: # The same of the mirror images
     "Coordinates turned around, left and right points exchanged."
-    return dict(channels=inputs['channels'][...,self.columns]*self.sign, present=inputs['present'][...,self.columns])
+    return dict(channels=inputs['channels'].index_select(-1, self.columns)*self.sign, present=inputs['present'].index_select(-1, self.columns))
 
 # %% ../../nbs/sign/20_models.ipynb #f6ac36a4
 @patch
