@@ -219,7 +219,7 @@ class Speed(Augmentation):
         real = (steps < (length/speed).round().clamp_min(1)) & mask.any(1, keepdim=True)
         return resample(x, steps*speed, mask).masked_fill(~real[...,None], 0.), real
 
-# %% ../../nbs/core/15_augment.ipynb #68839dec
+# %% ../../nbs/core/15_augment.ipynb #37fb81d3
 @register_augmentation
 class TimeShift(Augmentation):
     "Move each sample to and fro within its real part."
@@ -232,14 +232,15 @@ class TimeShift(Augmentation):
         steps,length = _real_steps(mask)
         most = (self.limit*length).floor() if self.limit < 1 else torch.full_like(length, int(self.limit))
         first = most - ((2*most+1)*_uniform(x, 0., 1., 1)).floor()
-        if self.wrap and mask[:,-1].all(): return _rolled(x, first[:,0].remainder(mask.shape[1]).long())
+        if self.wrap and mask[:,-1].all(): return _rolled(x, first[:,0].long(), int(most.max()))
         source = steps+first
         return _take(x, (source.remainder(length) if self.wrap else torch.minimum(source.clamp_min(0), length-1)).long())
 
-def _rolled(x, first):
-    "Each sequence from its step `first` `[B]` on, the steps before it behind: whole rows of the sequences laid twice, one after the other."
-    size,steps = x[0].numel(),x.shape[1]
-    return torch.cat([x, x], 1).flatten().unfold(0, size, size//steps).index_select(0, first+2*steps*torch.arange(len(x), device=x.device)).view(x.shape)
+def _rolled(x, first, most):
+    "Each sequence from its step `first` `[B]` on, round the end; none is further than `most` from its start: whole rows of the sequences with as much of both ends laid around them."
+    size,steps = x[0].numel(),x.shape[1]; first,most = first.fmod(steps),min(most, steps)
+    wide = torch.cat([x[:,steps-most:], x, x[:,:most]], 1)
+    return wide.flatten().unfold(0, size, size//steps).index_select(0, first+most+wide.shape[1]*torch.arange(len(x), device=x.device)).view(x.shape)
 
 # %% ../../nbs/core/15_augment.ipynb #76330ca0
 @register_augmentation
