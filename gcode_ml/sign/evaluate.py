@@ -240,7 +240,7 @@ def _nearest_warped(query, clips, least, width, block=48):
         order = order[least[order] <= best*(1+1e-4)]
     return found
 
-# %% ../../nbs/sign/40_evaluate.ipynb #41026039
+# %% ../../nbs/sign/40_evaluate.ipynb #bc015a8c
 def dtw_answers(
     train, # Training clips, `[N,T,C]`, NaN where missing
     gloss, # Their glosses, `[N]`
@@ -252,8 +252,7 @@ def dtw_answers(
     "Nearest neighbour by dynamic time warping."
     shape = np.shape(train)[1:]; width = max(1, round(band*shape[0]))
     a,b = (x.reshape(-1, *shape) for x in _filled(np.asarray(train), np.asarray(test)))
-    rows = (a-a.mean((0,1))).reshape(-1, shape[1])
-    some = rows[::max(1, len(rows)//5000)]; axes = np.linalg.eigh(some.T@some)[1][:,-bound:] # turning all clips alike changes no distance
+    rows = a.reshape(-1, shape[1]); some = rows[::max(1, len(rows)//5000)]; some = some-some.mean(0); axes = np.linalg.eigh(some.T@some)[1][:,-bound:] # turning all clips alike changes no distance
     small,turned = (a@axes).reshape(len(a), -1),b@axes
     limit = _squares(b.reshape(len(b), -1), a.reshape(len(a), -1)).min(1)*(1+1e-4)+1e-5
     around = [np.clip(np.arange(shape[0])+k, 0, shape[0]-1) for k in range(-width, width+1)]

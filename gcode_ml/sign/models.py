@@ -317,10 +317,14 @@ class GroupedLinear(nn.Module):
 
 def _linear(inputs, outputs, groups, bias=True): return GroupedLinear(inputs, outputs, groups, bias) if groups > 1 else nn.Linear(inputs, outputs, bias)
 
-# %% ../../nbs/sign/20_models.ipynb #75507500
+# %% ../../nbs/sign/20_models.ipynb #b41a1e9c
 def _padding(mask): return mask if torch.compiler.is_compiling() or torch.jit.is_tracing() or not mask.all() else None
 
-def _mean(h, mask): return h.sum(1)/h.shape[1] if mask is None else masked_mean(h, mask)
+def _mean(h, mask):
+    "`masked_mean` as a product, which makes no masked copy of the states."
+    if mask is None: return h.sum(1)/h.shape[1]
+    real = mask.to(h.dtype)
+    return (real[:,None] @ h)[:,0]/real.sum(1, keepdim=True).clamp_min(1)
 
 # %% ../../nbs/sign/20_models.ipynb #453a0e2c
 class ConvBlock(nn.Module):
