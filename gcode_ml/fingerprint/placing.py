@@ -114,6 +114,7 @@ def _filter_scores(placer, recording, start, stop):
     rows = align_channels(recording, placer.templates.channels)
     return np.stack([placer.templates.match(rows[a:b], recording.time[a:b]) for a,b in zip(start, stop)])
 
+# %% ../../nbs/fingerprint/41_placing.ipynb #e4b3337a
 def _held_scores(placer, held, size):
     "Scores of both readers for pieces of runs, and the numbers of their true texts (-1: no such text)."
     number = {t: i for i,t in enumerate(placer.library.texts)}; network,matched,true = [],[],[]

@@ -343,18 +343,24 @@ class ConvBlock(nn.Module):
         depthwise = nn.Conv2d(2*size, 2*size, (kernel,1), padding=(kernel//2,0), groups=2*size, bias=False)
         self.depthwise = depthwise.to(memory_format=torch.channels_last) # otherwise torch turns every batch around, which takes twice as long
         self.norm,self.gate = MaskedBatchNorm(2*size),nn.Conv1d(1, 1, gate, padding=gate//2, bias=False)
-    def forward(self, x, mask=None):
-        "`[B,T,D]` to `[B,T,D]`. Without a mask every step is real."
-        h = nn.functional.silu(self.widen(x))
-        if mask is not None: h = h*mask[...,None]
-        h = self.depthwise(h.mT[...,None])[...,0].mT
-        h = self.norm(h, mask)
-        seen = self.gate.kernel_size[0]
-        around = nn.functional.pad(_mean(h, mask).unflatten(1, (self.groups,-1)), (seen//2,seen//2)).unfold(2, seen, 1)
-        h = h*(around @ self.gate.weight.view(-1)).flatten(1)[:,None].sigmoid()
-        h = self.narrow(h)
-        if self.training and self.drop_path: h = h*(torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path)/(1-self.drop_path)
-        return x+h
+
+# %% ../../nbs/sign/20_models.ipynb #9777f95f
+@patch
+def forward(self:ConvBlock,
+    x:Tensor, # `[B,T,D]`
+    mask:Tensor=None, # `[B,T]`; without it every step is real
+)->Tensor: # `[B,T,D]`
+    "What came in, and what the block adds to it."
+    h = nn.functional.silu(self.widen(x))
+    if mask is not None: h = h*mask[...,None]
+    h = self.depthwise(h.mT[...,None])[...,0].mT
+    h = self.norm(h, mask)
+    seen = self.gate.kernel_size[0]
+    around = nn.functional.pad(_mean(h, mask).unflatten(1, (self.groups,-1)), (seen//2,seen//2)).unfold(2, seen, 1)
+    h = h*(around @ self.gate.weight.view(-1)).flatten(1)[:,None].sigmoid()
+    h = self.narrow(h)
+    if self.training and self.drop_path: h = h*(torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path)/(1-self.drop_path)
+    return x+h
 
 # %% ../../nbs/sign/20_models.ipynb #483b9306
 class SignConv(SignModel):
