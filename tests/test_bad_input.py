@@ -169,6 +169,28 @@ def test_grammar(command, words):
     "Words that are no command: exit code 2 and how to use it."
     code,out,error = command(*words.split()); assert code == 2 and out == '' and error.startswith('usage: gcode_ml')
 
+@pytest.mark.parametrize('verb', ['run bearing', 'sweep bearing --space nbs/experiments/bearing.sweep.yaml'])
+@pytest.mark.parametrize('name', ['.', '..', '...', '../bearing', 'a/b'])
+def test_name_that_is_no_name(command, tmp_path, verb, name):
+    "A name of dots would be the folder of all runs: it is refused before anything is made, and --replace removes nothing."
+    kept = new_run('fingerprint', dict(seed=1), 'kept', tmp_path/'runs')
+    for replace in ([], ['--replace'] if verb.startswith('run') else []):
+        code,_,error = command(*verb.split(), '--name', name, *replace)
+        assert code == 2
+        sentence(error, f'--name: {name}: expected ')
+    assert kept.path('params.json').exists()
+    assert [f.name for f in (tmp_path/'runs').iterdir()] == ['fingerprint']
+
+def test_only_a_run_is_replaced(command, tmp_path):
+    "A folder that is no run of this workspace is not removed, whatever it holds."
+    mine = tmp_path/'runs'/'bearing'/'mine'
+    for params in ({}, dict(domain='bearing', name='another'), dict(domain='sign', name='mine', parameters={})):
+        write_json(mine/'params.json', params)
+        code,_,error = command('run', 'bearing', '--name', 'mine', '--replace')
+        assert code == 2
+        sentence(error, 'mine: params.json: expected those of the run bearing/mine')
+        assert (mine/'params.json').exists()
+
 def test_existing_run(command, tmp_path):
     "A name that is taken is refused, and the run that has it stays as it is; it is not finished, so there is no report of it."
     run = new_run('fingerprint', dict(seed=1), 'taken', tmp_path/'runs'); run.log('kept')

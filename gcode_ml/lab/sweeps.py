@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from ..core.errors import InputError, check_choice
 from ..core.files import read_json, write_json
-from .runs import Run, TrialPruned, new_run
+from .runs import Run, TrialPruned, check_name, new_run
 from .settings import runs_folder
 from .spaces import METHODS, Space, dimension, read_space
 
@@ -113,7 +113,7 @@ def new_sweep(
     facts = dict(domain=str(domain), method=found.method, metric=found.metric, goal=found.goal, seeds=found.seeds, trials=found.trials, prune=prune, seed=seed,
                  parameters=yaml.safe_load(Path(space).read_text(encoding='utf-8'))['parameters'], values=values, storage=storage)
     create_pruner(prune)
-    return _kept(Path(runs or runs_folder()).resolve()/'sweeps'/(name or f'{_stem(domain)}-{found.method}'), facts)
+    return _kept(Path(runs or runs_folder()).resolve()/'sweeps'/check_name(name or f'{_stem(domain)}-{found.method}'), facts)
 
 # %% ../../nbs/lab/13_sweeps.ipynb #0ce003df
 def _stem(domain): return Path(domain).stem if str(domain).endswith('.ipynb') else domain
