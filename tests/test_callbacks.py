@@ -1,294 +1,564 @@
 "What every callback of the shared pages promises: finite losses, the same result from the same seed, validation left alone, and a resumed fit equal to the last bit. Callbacks are found, not listed."
-import importlib, inspect, json
+
+import importlib
+import inspect
+import json
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-import pandas as pd, pytest, torch
-from fastai.callback import schedule as _ # gives a learner `lr_find`
+
+import pandas as pd
+import pytest
+import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
+
 import gcode_ml
 from gcode_ml.core import speed
 from gcode_ml.core.augment import Augment
 from gcode_ml.core.averaging import EMA, SWA
 from gcode_ml.core.batch import dataloaders
-from gcode_ml.core.callbacks import Checkpoints, EarlyStopping, FiniteLoss, History, TextLog, TrainingMetrics, load_checkpoint, monitored
+from gcode_ml.core.callbacks import (
+    Checkpoints,
+    EarlyStopping,
+    FiniteLoss,
+    History,
+    TextLog,
+    TrainingMetrics,
+    load_checkpoint,
+    monitored,
+)
 from gcode_ml.core.curriculum import Curriculum, ScheduledSampling
 from gcode_ml.core.distillation import Distill
 from gcode_ml.core.fit import LossParameters, MoreTargets, Schedule, schedule
 from gcode_ml.core.mixing import AdversarialTraining, CutMix, MixUp
 from gcode_ml.core.monitors import GradientMonitor, Timing, UniqueTokens
 from gcode_ml.core.physics import PhysicsLoss
-from gcode_ml.core.speed import Accumulation, Compile, Deterministic, GradientCheckpointing, MixedPrecision, ProgressiveLength
+from gcode_ml.core.speed import (
+    Accumulation,
+    Compile,
+    Deterministic,
+    GradientCheckpointing,
+    MixedPrecision,
+    ProgressiveLength,
+)
 from gcode_ml.core.tiny import TinyClassifier, TinySequences, tiny_learner
 from gcode_ml.lab.runs import Run, RunProgress
 from gcode_ml.lab.snapshot import Snapshot, _pack_attributes
 from gcode_ml.lab.tracking import Tracker, Tracking
 
-pytestmark = pytest.mark.filterwarnings('ignore')
-EPOCHS = 4 # of six batches
+pytestmark = pytest.mark.filterwarnings("ignore")
+EPOCHS = 4  # of six batches
 
-ELSEWHERE = {'lab.distributed.SharedFit', 'lab.distributed.SharedSnapshot'} # live in a group of processes: tests/test_distributed.py fits, kills and resumes them there
+ELSEWHERE = {
+    "lab.distributed.SharedFit",
+    "lab.distributed.SharedSnapshot",
+}  # live in a group of processes: tests/test_distributed.py fits, kills and resumes them there
+
 
 def callbacks():
     "Every callback class of the shared pages by its name in the package."
-    pages = [f'{p.parent.name}.{p.stem}' for d in ('core','lab') for p in sorted((Path(gcode_ml.__file__).parent/d).glob('[!_]*.py'))]
-    return {f'{page}.{name}': cls for page in pages for name,cls in vars(importlib.import_module(f'gcode_ml.{page}')).items()
-            if inspect.isclass(cls) and issubclass(cls, Callback) and cls.__module__ == f'gcode_ml.{page}' and not name.startswith('_') and f'{page}.{name}' not in ELSEWHERE}
+    pages = [
+        f"{p.parent.name}.{p.stem}"
+        for d in ("core", "lab")
+        for p in sorted((Path(gcode_ml.__file__).parent / d).glob("[!_]*.py"))
+    ]
+    return {
+        f"{page}.{name}": cls
+        for page in pages
+        for name, cls in vars(importlib.import_module(f"gcode_ml.{page}")).items()
+        if inspect.isclass(cls)
+        and issubclass(cls, Callback)
+        and cls.__module__ == f"gcode_ml.{page}"
+        and not name.startswith("_")
+        and f"{page}.{name}" not in ELSEWHERE
+    }
+
 
 class Warm(torch.nn.Module):
     "Cross entropy with a temperature that is learnt."
-    def __init__(self): super().__init__(); self.temperature = torch.nn.Parameter(torch.ones(1))
-    def forward(self, pred, y): return torch.nn.functional.cross_entropy(pred*self.temperature, y)
 
-def lengths(x, mask): return dict(length=mask.sum(1))
-def weighted(pred, y): return (torch.nn.functional.cross_entropy(pred, y['target'], reduction='none')*y['length']/30).mean()
+    def __init__(self):
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, pred, y):
+        return torch.nn.functional.cross_entropy(pred * self.temperature, y)
+
+
+def lengths(x, mask):
+    return dict(length=mask.sum(1))
+
+
+def weighted(pred, y):
+    return (
+        torch.nn.functional.cross_entropy(pred, y["target"], reduction="none") * y["length"] / 30
+    ).mean()
+
 
 def teacher():
     "A teacher that is the same each time."
     torch.manual_seed(9)
     return TinyClassifier(width=8)
 
-def likely(pred, y, x, mask): return pred.softmax(-1)[:,0]-.3
+
+def likely(pred, y, x, mask):
+    return pred.softmax(-1)[:, 0] - 0.3
+
 
 class Lines(TinySequences):
     "Lines of four tokens that tell the class, among the inputs as a decoder gets them."
+
     def batch(self, index):
-        x,mask,y = super().batch(index)
-        line = 3+(y[:,None]+torch.arange(4))%3
-        return dict(x=x, tokens=torch.nn.functional.pad(line[:,:-1], (1,0), value=1)), mask, line
+        x, mask, y = super().batch(index)
+        line = 3 + (y[:, None] + torch.arange(4)) % 3
+        return dict(x=x, tokens=torch.nn.functional.pad(line[:, :-1], (1, 0), value=1)), mask, line
+
 
 class LineWriter(TinyClassifier):
     "Logits of the next token from the last one and from the sequence."
-    def __init__(self): super().__init__(classes=6, dropout=.3); self.embed = torch.nn.Embedding(6, 6)
-    def forward(self, inputs, mask): return super().forward(inputs['x'], mask)[:,None] + self.embed(inputs['tokens'])
 
-def line_loss(pred, y): return torch.nn.functional.cross_entropy(pred.flatten(0, 1), y.flatten())
-def line_accuracy(pred, y): return (pred.argmax(-1) == y).float().mean()
-def writer(*cbs): return dict(cbs=[*cbs], model=LineWriter(), data=Lines, loss_func=line_loss, metrics=line_accuracy)
+    def __init__(self):
+        super().__init__(classes=6, dropout=0.3)
+        self.embed = torch.nn.Embedding(6, 6)
 
-EXAMPLES = { # name in the package -> the callback (and what it is used with), or arguments of `tiny_learner` (and `data`, another data set); written to act within four epochs
-    'core.callbacks.History': lambda folder: [History(folder/'history.csv')],
-    'core.callbacks.TextLog': lambda folder: [TextLog(folder/'train_log.txt'), UniqueTokens(4)],
-    'core.callbacks.TrainingMetrics': lambda folder: [TrainingMetrics(), History(folder/'history.csv')],
-    'core.callbacks.EarlyStopping': lambda folder: [EarlyStopping(patience=2, min_delta=10)],
-    'core.callbacks.Checkpoints': lambda folder: [Checkpoints(folder/'checkpoints', 'accuracy', 'max', every=1, keep_last=2)],
-    'core.callbacks.FiniteLoss': lambda folder: [FiniteLoss()],
-    'core.monitors.GradientMonitor': lambda folder: [GradientMonitor(interval=4, alert=.1, bins=5)],
-    'core.monitors.Timing': lambda folder: [Timing()],
-    'core.monitors.UniqueTokens': lambda folder: [UniqueTokens(6, ignore=[5])],
-    'core.speed.MixedPrecision': lambda folder: [MixedPrecision()],
-    'core.speed.Compile': lambda folder: [Compile('eager')],
-    'core.speed.GradientCheckpointing': lambda folder: [GradientCheckpointing()],
-    'core.speed.Accumulation': lambda folder: [Accumulation(40)],
-    'core.speed.Deterministic': lambda folder: [Deterministic()],
-    'core.speed.ProgressiveLength': lambda folder: [ProgressiveLength([(10,1),(25,2)])],
-    'core.averaging.EMA': lambda folder: [EMA(.9), Checkpoints(folder/'checkpoints')],
-    'core.averaging.SWA': lambda folder: [SWA(.5)],
-    'core.augment.Augment': lambda folder: [Augment({'noise': dict(std=.1)})],
-    'core.fit.Schedule': lambda folder: [schedule('plateau', 1e-2, patience=1)],
-    'core.fit.MoreTargets': lambda folder: dict(cbs=[MoreTargets(lengths)], loss_func=weighted),
-    'core.fit.LossParameters': lambda folder: dict(cbs=[LossParameters()], loss_func=Warm()),
-    'core.mixing.Mixing': lambda folder: [MixUp(1.)], # the base of the next two
-    'core.mixing.MixUp': lambda folder: [MixUp(p=.5)],
-    'core.mixing.CutMix': lambda folder: [CutMix()],
-    'core.mixing.AdversarialTraining': lambda folder: [AdversarialTraining(.1)],
-    'core.distillation.Distill': lambda folder: [Distill(teacher(), alpha=.5)],
-    'core.physics.PhysicsLoss': lambda folder: [PhysicsLoss(likely, .5, delay=.5, rise=2), History(folder/'history.csv')],
-    'core.curriculum.Curriculum': lambda folder: [Curriculum('length', 'root', start=.3, until=2.5), History(folder/'history.csv')],
-    'core.curriculum.ScheduledSampling': lambda folder: writer(ScheduledSampling(k=3., greedy=False), History(folder/'history.csv')),
-    'lab.tracking.Tracking': lambda folder: [Tracking(Tracker(), gradients_every=2)],
-    'lab.snapshot.Snapshot': lambda folder: [],
-    'lab.runs.RunProgress': lambda folder: [RunProgress(Run(folder/'run'))],
+    def forward(self, inputs, mask):
+        return super().forward(inputs["x"], mask)[:, None] + self.embed(inputs["tokens"])
+
+
+def line_loss(pred, y):
+    return torch.nn.functional.cross_entropy(pred.flatten(0, 1), y.flatten())
+
+
+def line_accuracy(pred, y):
+    return (pred.argmax(-1) == y).float().mean()
+
+
+def writer(*cbs):
+    return dict(
+        cbs=[*cbs], model=LineWriter(), data=Lines, loss_func=line_loss, metrics=line_accuracy
+    )
+
+
+EXAMPLES = {  # name in the package -> the callback (and what it is used with), or arguments of `tiny_learner` (and `data`, another data set); written to act within four epochs
+    "core.callbacks.History": lambda folder: [History(folder / "history.csv")],
+    "core.callbacks.TextLog": lambda folder: [TextLog(folder / "train_log.txt"), UniqueTokens(4)],
+    "core.callbacks.TrainingMetrics": lambda folder: [
+        TrainingMetrics(),
+        History(folder / "history.csv"),
+    ],
+    "core.callbacks.EarlyStopping": lambda folder: [EarlyStopping(patience=2, min_delta=10)],
+    "core.callbacks.Checkpoints": lambda folder: [
+        Checkpoints(folder / "checkpoints", "accuracy", "max", every=1, keep_last=2)
+    ],
+    "core.callbacks.FiniteLoss": lambda folder: [FiniteLoss()],
+    "core.monitors.GradientMonitor": lambda folder: [
+        GradientMonitor(interval=4, alert=0.1, bins=5)
+    ],
+    "core.monitors.Timing": lambda folder: [Timing()],
+    "core.monitors.UniqueTokens": lambda folder: [UniqueTokens(6, ignore=[5])],
+    "core.speed.MixedPrecision": lambda folder: [MixedPrecision()],
+    "core.speed.Compile": lambda folder: [Compile("eager")],
+    "core.speed.GradientCheckpointing": lambda folder: [GradientCheckpointing()],
+    "core.speed.Accumulation": lambda folder: [Accumulation(40)],
+    "core.speed.Deterministic": lambda folder: [Deterministic()],
+    "core.speed.ProgressiveLength": lambda folder: [ProgressiveLength([(10, 1), (25, 2)])],
+    "core.averaging.EMA": lambda folder: [EMA(0.9), Checkpoints(folder / "checkpoints")],
+    "core.averaging.SWA": lambda folder: [SWA(0.5)],
+    "core.augment.Augment": lambda folder: [Augment({"noise": dict(std=0.1)})],
+    "core.fit.Schedule": lambda folder: [schedule("plateau", 1e-2, patience=1)],
+    "core.fit.MoreTargets": lambda folder: dict(cbs=[MoreTargets(lengths)], loss_func=weighted),
+    "core.fit.LossParameters": lambda folder: dict(cbs=[LossParameters()], loss_func=Warm()),
+    "core.mixing.Mixing": lambda folder: [MixUp(1.0)],  # the base of the next two
+    "core.mixing.MixUp": lambda folder: [MixUp(p=0.5)],
+    "core.mixing.CutMix": lambda folder: [CutMix()],
+    "core.mixing.AdversarialTraining": lambda folder: [AdversarialTraining(0.1)],
+    "core.distillation.Distill": lambda folder: [Distill(teacher(), alpha=0.5)],
+    "core.physics.PhysicsLoss": lambda folder: [
+        PhysicsLoss(likely, 0.5, delay=0.5, rise=2),
+        History(folder / "history.csv"),
+    ],
+    "core.curriculum.Curriculum": lambda folder: [
+        Curriculum("length", "root", start=0.3, until=2.5),
+        History(folder / "history.csv"),
+    ],
+    "core.curriculum.ScheduledSampling": lambda folder: writer(
+        ScheduledSampling(k=3.0, greedy=False), History(folder / "history.csv")
+    ),
+    "lab.tracking.Tracking": lambda folder: [Tracking(Tracker(), gradients_every=2)],
+    "lab.snapshot.Snapshot": lambda folder: [],
+    "lab.runs.RunProgress": lambda folder: [RunProgress(Run(folder / "run"))],
 }
-SILENT = {'History','TextLog','TrainingMetrics','Checkpoints','FiniteLoss','GradientMonitor','Timing','UniqueTokens','Compile','GradientCheckpointing','Deterministic','Snapshot','RunProgress','Tracking'} # leave the weights of a fit alone
-OWN_WEIGHTS = {'EMA'} # validate with other weights than they train
-MEASURED = {'seconds','elapsed','batch_seconds','epoch_seconds','batch_p50','batch_p95','batch_p99','peak_memory','start_epoch','log'} # times and sizes: only how many there are can be equal
+SILENT = {
+    "History",
+    "TextLog",
+    "TrainingMetrics",
+    "Checkpoints",
+    "FiniteLoss",
+    "GradientMonitor",
+    "Timing",
+    "UniqueTokens",
+    "Compile",
+    "GradientCheckpointing",
+    "Deterministic",
+    "Snapshot",
+    "RunProgress",
+    "Tracking",
+}  # leave the weights of a fit alone
+OWN_WEIGHTS = {"EMA"}  # validate with other weights than they train
+MEASURED = {
+    "seconds",
+    "elapsed",
+    "batch_seconds",
+    "epoch_seconds",
+    "batch_p50",
+    "batch_p95",
+    "batch_p99",
+    "peak_memory",
+    "start_epoch",
+    "log",
+}  # times and sizes: only how many there are can be equal
+
 
 class PowerCut(Callback):
     "Stop the fit where a power cut would."
+
     order = 2000
-    def __init__(self, *where): self.where = where
+
+    def __init__(self, *where):
+        self.where = where
+
     def after_batch(self):
-        if (self.epoch, self.iter, self.training) == self.where: raise SystemError('power cut')
+        if (self.epoch, self.iter, self.training) == self.where:
+            raise SystemError("power cut")
+
 
 def fit(folder, example, *cbs, epochs=EPOCHS):
     "A tiny learner with dropout after a fit."
-    folder.mkdir(exist_ok=True); torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
     made = example(folder)
     kwargs = dict(made) if isinstance(made, dict) else dict(cbs=made)
-    data = kwargs.pop('data', None)
-    rates = [] if any(isinstance(cb, Schedule) for cb in kwargs['cbs']) else [schedule('one_cycle', 1e-2)]
-    learn = tiny_learner(**{'metrics': accuracy, 'model': TinyClassifier(dropout=.3), **kwargs, 'cbs': [*kwargs['cbs'], *rates, *cbs]})
-    if data: learn.dls = dataloaders(data(96), data(48, seed=1000), 16)
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+    data = kwargs.pop("data", None)
+    rates = (
+        []
+        if any(isinstance(cb, Schedule) for cb in kwargs["cbs"])
+        else [schedule("one_cycle", 1e-2)]
+    )
+    learn = tiny_learner(
+        **{
+            "metrics": accuracy,
+            "model": TinyClassifier(dropout=0.3),
+            **kwargs,
+            "cbs": [*kwargs["cbs"], *rates, *cbs],
+        }
+    )
+    if data:
+        learn.dls = dataloaders(data(96), data(48, seed=1000), 16)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(epochs)
     return learn
+
 
 def resumed(folder, example, where):
     "The same fit with a power cut, taken up by a new learner."
-    folder.mkdir(exist_ok=True); file = folder/'fit.snapshot'
-    with pytest.raises(SystemError): fit(folder, example, Snapshot(file, batches=2), PowerCut(*where))
+    folder.mkdir(exist_ok=True)
+    file = folder / "fit.snapshot"
+    with pytest.raises(SystemError):
+        fit(folder, example, Snapshot(file, batches=2), PowerCut(*where))
     return fit(folder, example, Snapshot(file, batches=2))
+
 
 def uncounted(value):
     "`value` without times and sizes."
-    if isinstance(value, dict): return {k: len(v) if isinstance(v, list) and k in MEASURED else uncounted(v) for k,v in value.items() if k not in MEASURED or isinstance(v, list)}
-    return type(value)(map(uncounted, value)) if isinstance(value, (list,tuple)) else value
+    if isinstance(value, dict):
+        return {
+            k: len(v) if isinstance(v, list) and k in MEASURED else uncounted(v)
+            for k, v in value.items()
+            if k not in MEASURED or isinstance(v, list)
+        }
+    return type(value)(map(uncounted, value)) if isinstance(value, (list, tuple)) else value
+
 
 def kept(learn):
     "What a snapshot keeps of every callback."
     tensors = {}
-    state = [(cb.name, _pack_attributes(SimpleNamespace(**uncounted(vars(cb))), tensors)) for cb in learn.cbs if not isinstance(cb, (Snapshot,PowerCut))]
-    return json.dumps(state, sort_keys=True), {k: (str(v.dtype), v.numpy().tobytes()) for k,v in tensors.items()}
+    state = [
+        (cb.name, _pack_attributes(SimpleNamespace(**uncounted(vars(cb))), tensors))
+        for cb in learn.cbs
+        if not isinstance(cb, (Snapshot, PowerCut))
+    ]
+    return json.dumps(state, sort_keys=True), {
+        k: (str(v.dtype), v.numpy().tobytes()) for k, v in tensors.items()
+    }
+
 
 def written(folder):
     "The files of a fit; of tables what does not measure time."
-    files = [f for f in sorted(folder.rglob('*')) if f.is_file() and f.name not in ('fit.snapshot','progress.json')]
-    return {f.relative_to(folder).as_posix(): uncounted(pd.read_csv(f).to_dict('list')) if f.suffix == '.csv' else f.read_bytes() for f in files}
+    files = [
+        f
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name not in ("fit.snapshot", "progress.json")
+    ]
+    return {
+        f.relative_to(folder).as_posix(): uncounted(pd.read_csv(f).to_dict("list"))
+        if f.suffix == ".csv"
+        else f.read_bytes()
+        for f in files
+    }
 
-def same_weights(a, b): return all(torch.equal(p, q) for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
+
+def same_weights(a, b):
+    return all(
+        torch.equal(p, q)
+        for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    )
+
 
 def same(a, b, folders=()):
     "Whether two fits have equal weights, records, callbacks and files."
-    return (same_weights(a, b) and json.dumps(list(map(list, a.recorder.values))) == json.dumps(list(map(list, b.recorder.values)))
-            and kept(a) == kept(b) and len({repr(written(f)) for f in folders}) < 2)
+    return (
+        same_weights(a, b)
+        and json.dumps(list(map(list, a.recorder.values)))
+        == json.dumps(list(map(list, b.recorder.values)))
+        and kept(a) == kept(b)
+        and len({repr(written(f)) for f in folders}) < 2
+    )
+
 
 NAMES = sorted(callbacks())
+
+
 def example(name):
-    assert name in EXAMPLES, f'add {name} to EXAMPLES in tests/test_callbacks.py'
+    assert name in EXAMPLES, f"add {name} to EXAMPLES in tests/test_callbacks.py"
     return EXAMPLES[name]
+
 
 def test_every_callback_has_an_example():
     "A new callback cannot be forgotten, nor an example outlive its callback."
     assert set(NAMES) == set(EXAMPLES)
 
-@pytest.mark.parametrize('name', NAMES)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_result(tmp_path, name):
     "The losses are finite, and a second fit repeats the first; those that only look leave the weights alone."
-    a,b = (fit(tmp_path/f, example(name)) for f in 'ab')
+    a, b = (fit(tmp_path / f, example(name)) for f in "ab")
     assert torch.tensor([list(v) for v in a.recorder.values]).isfinite().all()
-    assert same(a, b, (tmp_path/'a', tmp_path/'b'))
-    assert same_weights(a, fit(tmp_path/'c', plain(example(name)))) == (name.split('.')[-1] in SILENT)
+    assert same(a, b, (tmp_path / "a", tmp_path / "b"))
+    assert same_weights(a, fit(tmp_path / "c", plain(example(name)))) == (
+        name.split(".")[-1] in SILENT
+    )
+
 
 def plain(example):
     "The same data and model without the callbacks; with the learner's own loss where the callbacks need another."
+
     def made(folder):
         made = example(folder)
-        return {**made, 'cbs': []} if isinstance(made, dict) and 'data' in made else []
+        return {**made, "cbs": []} if isinstance(made, dict) and "data" in made else []
+
     return made
+
 
 def leaves(value):
     "All tensors of nested containers."
-    if isinstance(value, dict): value = value.values()
+    if isinstance(value, dict):
+        value = value.values()
     return [value] if torch.is_tensor(value) else [t for v in value for t in leaves(v)]
+
 
 class Spy(Callback):
     "What the model sees in validation, and whether with the weights that training has left."
-    order = 3000
-    def __init__(self): self.seen,self.as_trained = [],[]
-    def weights(self): return torch.cat([p.detach().flatten() for p in self.model.parameters()])
-    def after_train(self): self.trained = self.weights().clone()
-    def before_batch(self):
-        if self.training or self.epoch: return
-        self.seen.append((*self.xb, *self.yb)); self.as_trained.append(torch.equal(self.weights(), self.trained))
 
-@pytest.mark.parametrize('name', NAMES)
+    order = 3000
+
+    def __init__(self):
+        self.seen, self.as_trained = [], []
+
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+    def after_train(self):
+        self.trained = self.weights().clone()
+
+    def before_batch(self):
+        if self.training or self.epoch:
+            return
+        self.seen.append((*self.xb, *self.yb))
+        self.as_trained.append(torch.equal(self.weights(), self.trained))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_validation_is_left_alone(tmp_path, name):
     "Validation batches come as the data set has them, and meet the weights of the moment."
-    learn = fit(tmp_path/'a', example(name), Spy(), epochs=2)
-    for seen,batch in zip(learn.spy.seen, learn.dls.valid, strict=True): assert all(map(torch.equal, leaves(seen), leaves(batch)))
-    assert set(learn.spy.as_trained) == {name.split('.')[-1] not in OWN_WEIGHTS}
+    learn = fit(tmp_path / "a", example(name), Spy(), epochs=2)
+    for seen, batch in zip(learn.spy.seen, learn.dls.valid, strict=True):
+        assert all(map(torch.equal, leaves(seen), leaves(batch)))
+    assert set(learn.spy.as_trained) == {name.split(".")[-1] not in OWN_WEIGHTS}
 
-CUTS = {'in an epoch': (1,2,True), 'in validation': (1,0,False), 'between epochs': (2,0,True)}
+
+CUTS = {"in an epoch": (1, 2, True), "in validation": (1, 0, False), "between epochs": (2, 0, True)}
+
 
 def resumes(folder, example):
     "In which of the `CUTS` a resumed fit equals the unbroken one."
-    whole = fit(folder/'whole', example)
-    return {k for k,where in CUTS.items() if same(whole, resumed(folder/k, example, where), (folder/'whole', folder/k))}
+    whole = fit(folder / "whole", example)
+    return {
+        k
+        for k, where in CUTS.items()
+        if same(whole, resumed(folder / k, example, where), (folder / "whole", folder / k))
+    }
 
-@pytest.mark.parametrize('name', NAMES)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_resume(tmp_path, name):
     "Stopped anywhere and taken up, a fit has the weights, the records, the callbacks' states and the files of an unbroken one, to the last bit."
     assert resumes(tmp_path, example(name)) == set(CUTS)
-    if getattr(callbacks()[name], 'resumable', True) is False: assert not list(tmp_path.glob('*/fit.snapshot'))
+    if getattr(callbacks()[name], "resumable", True) is False:
+        assert not list(tmp_path.glob("*/fit.snapshot"))
+
 
 class Hidden(Callback):
     "Remembers how many batches there were where no snapshot looks."
-    def __init__(self): self.batches = count()
+
+    def __init__(self):
+        self.batches = count()
+
     def before_step(self):
         if next(self.batches) % 7 == 6:
-            for p in self.parameters(): p.grad.mul_(.5)
+            for p in self.parameters():
+                p.grad.mul_(0.5)
+
 
 class HiddenSum(Callback):
     "Only its own record depends on what no snapshot keeps."
-    def __init__(self): self.batches,self.last = count(),0
-    def before_batch(self): self.last = next(self.batches)
+
+    def __init__(self):
+        self.batches, self.last = count(), 0
+
+    def before_batch(self):
+        self.last = next(self.batches)
+
 
 class HiddenFile(HiddenSum):
     "Only a file does."
-    def __init__(self, path): super().__init__(); self.path = path
-    def before_batch(self): next(self.batches)
-    def after_fit(self): self.path.write_text(repr(self.batches))
 
-@pytest.mark.parametrize('make', [lambda folder: [Hidden()], lambda folder: [HiddenSum()], lambda folder: [HiddenFile(folder/'count.txt')]])
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def before_batch(self):
+        next(self.batches)
+
+    def after_fit(self):
+        self.path.write_text(repr(self.batches))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: [Hidden()],
+        lambda folder: [HiddenSum()],
+        lambda folder: [HiddenFile(folder / "count.txt")],
+    ],
+)
 def test_hidden_state_is_found(tmp_path, make):
     "The comparison above sees a callback whose state is lost, be it in the weights, in its records or in a file."
     assert resumes(tmp_path, make) == set()
 
+
 def test_not_resumable(tmp_path):
     "A callback that says so is not continued: no snapshot is written, and the fit begins anew with the same end."
-    class Honest(Hidden): resumable = False
-    assert resumes(tmp_path, lambda folder: [Honest()]) == set(CUTS) and not list(tmp_path.glob('*/fit.snapshot'))
+
+    class Honest(Hidden):
+        resumable = False
+
+    assert resumes(tmp_path, lambda folder: [Honest()]) == set(CUTS) and not list(
+        tmp_path.glob("*/fit.snapshot")
+    )
+
 
 def test_scaler_resumes(tmp_path, monkeypatch):
     "The scale of fp16 gradients, which has grown and shrunk on the way, is continued; without its state the fit would differ."
-    monkeypatch.setattr(speed, 'check_mixed_precision', lambda kind: dict(fp16=True)) # float16 is slow on a processor, but it computes
-    def scaled(folder): return [MixedPrecision('fp16', init_scale=2.**22, growth_interval=4)]
+    monkeypatch.setattr(
+        speed, "check_mixed_precision", lambda kind: dict(fp16=True)
+    )  # float16 is slow on a processor, but it computes
+
+    def scaled(folder):
+        return [MixedPrecision("fp16", init_scale=2.0**22, growth_interval=4)]
+
     assert resumes(tmp_path, scaled) == set(CUTS)
-    assert fit(tmp_path/'a', scaled).mixed_precision.scaler_state['scale'] != 2.**22
-    monkeypatch.setattr(MixedPrecision, 'before_train', lambda self: None); (tmp_path/'forgotten').mkdir()
-    assert resumes(tmp_path/'forgotten', scaled) == set()
+    assert fit(tmp_path / "a", scaled).mixed_precision.scaler_state["scale"] != 2.0**22
+    monkeypatch.setattr(MixedPrecision, "before_train", lambda self: None)
+    (tmp_path / "forgotten").mkdir()
+    assert resumes(tmp_path / "forgotten", scaled) == set()
+
 
 class Tally(Callback):
     "Weaken every so many gradients, and count them."
-    def __init__(self, every): self.every,self.seen = every,0
+
+    def __init__(self, every):
+        self.every, self.seen = every, 0
+
     def before_step(self):
         self.seen += 1
         if self.seen % self.every == 0:
-            for p in self.parameters(): p.grad.mul_(.5)
+            for p in self.parameters():
+                p.grad.mul_(0.5)
+
 
 def test_two_of_a_class(tmp_path, monkeypatch):
     "Several callbacks of one class each get their own state back; under one name they would not."
-    def tallies(folder): return [Tally(3), Tally(4), Tally(5)]
+
+    def tallies(folder):
+        return [Tally(3), Tally(4), Tally(5)]
+
     assert resumes(tmp_path, tallies) == set(CUTS)
-    (tmp_path/'one_name').mkdir()
-    monkeypatch.setattr(Snapshot, '_kept_callbacks', lambda self: {cb.name: cb for cb in self.learn.cbs if cb is not self})
-    assert resumes(tmp_path/'one_name', tallies) == set()
+    (tmp_path / "one_name").mkdir()
+    monkeypatch.setattr(
+        Snapshot,
+        "_kept_callbacks",
+        lambda self: {cb.name: cb for cb in self.learn.cbs if cb is not self},
+    )
+    assert resumes(tmp_path / "one_name", tallies) == set()
+
 
 def test_stopped_fit_stops_again(tmp_path):
     "A fit that stopped early, killed before anybody read its result, is not trained on."
-    def stopping(folder): return [EarlyStopping(patience=1, min_delta=10), Checkpoints(folder)]
-    first,again = (fit(tmp_path, stopping, Snapshot(tmp_path/'fit.snapshot')) for _ in range(2))
-    assert len(monitored(first, 'valid_loss')) == 2 and same(first, again)
+
+    def stopping(folder):
+        return [EarlyStopping(patience=1, min_delta=10), Checkpoints(folder)]
+
+    first, again = (fit(tmp_path, stopping, Snapshot(tmp_path / "fit.snapshot")) for _ in range(2))
+    assert len(monitored(first, "valid_loss")) == 2 and same(first, again)
+
 
 def test_best_of_both_halves(tmp_path):
     "The best epoch before an interruption is still the one to beat after it."
-    def keep(folder): return [Checkpoints(folder/'c', 'accuracy', 'max')]
-    whole,broken = fit(tmp_path/'a', keep),resumed(tmp_path/'b', keep, (3,0,True))
-    for folder,learn in ((tmp_path/'a',whole), (tmp_path/'b',broken)):
-        values = monitored(learn, 'accuracy')
-        assert load_checkpoint(TinyClassifier(), folder/'c'/'best.safetensors') == dict(epoch=int(values.argmax()), monitor='accuracy', value=values.max())
 
-@pytest.mark.parametrize('name', NAMES)
+    def keep(folder):
+        return [Checkpoints(folder / "c", "accuracy", "max")]
+
+    whole, broken = fit(tmp_path / "a", keep), resumed(tmp_path / "b", keep, (3, 0, True))
+    for folder, learn in ((tmp_path / "a", whole), (tmp_path / "b", broken)):
+        values = monitored(learn, "accuracy")
+        assert load_checkpoint(TinyClassifier(), folder / "c" / "best.safetensors") == dict(
+            epoch=int(values.argmax()), monitor="accuracy", value=values.max()
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_silent_outside_a_fit(tmp_path, name):
     "Looking for a learning rate, and validating, write no file and leave the weights."
-    made = example(name)(tmp_path/'files')
+    made = example(name)(tmp_path / "files")
     kwargs = dict(made) if isinstance(made, dict) else dict(cbs=made)
-    data = kwargs.pop('data', None)
-    learn = tiny_learner(**{'metrics': accuracy, **kwargs, 'path': tmp_path})
-    if data: learn.dls = dataloaders(data(96), data(48, seed=1000), 16)
+    data = kwargs.pop("data", None)
+    learn = tiny_learner(**{"metrics": accuracy, **kwargs, "path": tmp_path})
+    if data:
+        learn.dls = dataloaders(data(96), data(48, seed=1000), 16)
     before = [p.clone() for p in learn.model.parameters()]
     with learn.no_bar(), learn.no_logging():
-        learn.lr_find(num_it=8, show_plot=False); learn.validate()
+        learn.lr_find(num_it=8, show_plot=False)
+        learn.validate()
     assert all(map(torch.equal, before, learn.model.parameters()))
-    assert {f.name for f in (tmp_path/'files').rglob('*') if f.is_file()} <= {'progress.json'}
+    assert {f.name for f in (tmp_path / "files").rglob("*") if f.is_file()} <= {"progress.json"}

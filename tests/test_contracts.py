@@ -1,10 +1,16 @@
 """What every masked model of the package promises: padding and missing channels change nothing. What every recipe promises: the seed decides, every
 parameter learns, an interruption leaves no trace. Models and recipes are found, not listed; a domain's examples are in `examples_<domain>.py`."""
-import importlib, inspect
+
+import importlib
+import inspect
 from pathlib import Path
-import pytest, torch
+
+import pytest
+import torch
+from examples_fingerprint import PARTS
 from fastai.callback.core import Callback
 from torch import nn
+
 import gcode_ml
 from gcode_ml.core.layers import MaskedLSTM, length_mask, masked_max, masked_mean, reverse_padded
 from gcode_ml.core.tiny import TinyClassifier
@@ -12,181 +18,318 @@ from gcode_ml.core.training import fit
 from gcode_ml.fingerprint.models import LineLoss
 from gcode_ml.lab.experiment import domain_recipe, domains
 from gcode_ml.lab.snapshot import Snapshot
-from examples_fingerprint import PARTS
 
-ITEMS,STEPS,EXTRA = 3,7,5 # no other axis of an example is STEPS long
-LENGTHS = torch.tensor([7,4,1])
+ITEMS, STEPS, EXTRA = 3, 7, 5  # no other axis of an example is STEPS long
+LENGTHS = torch.tensor([7, 4, 1])
+
 
 def masked_models():
     "Every module class of the models pages and of the shared layers whose `forward` takes a mask, by its name in the package."
-    pages = [f'{p.parent.name}.models' for p in sorted(Path(gcode_ml.__file__).parent.glob('*/models.py'))] + ['core.layers', 'core.tiny']
-    return {f'{page}.{name}': cls for page in pages for name,cls in vars(importlib.import_module(f'gcode_ml.{page}')).items()
-            if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__ == f'gcode_ml.{page}' and 'mask' in inspect.signature(cls.forward).parameters}
+    pages = [
+        f"{p.parent.name}.models"
+        for p in sorted(Path(gcode_ml.__file__).parent.glob("*/models.py"))
+    ] + ["core.layers", "core.tiny"]
+    return {
+        f"{page}.{name}": cls
+        for page in pages
+        for name, cls in vars(importlib.import_module(f"gcode_ml.{page}")).items()
+        if inspect.isclass(cls)
+        and issubclass(cls, nn.Module)
+        and cls.__module__ == f"gcode_ml.{page}"
+        and "mask" in inspect.signature(cls.forward).parameters
+    }
 
-def numbers(*shape): return torch.randn(ITEMS, *shape)
-def examples(): return {p.stem.removeprefix('examples_'): importlib.import_module(p.stem) for p in sorted(Path(__file__).parent.glob('examples_*.py'))}
 
-EXAMPLES = { # name in the package -> model and the arguments of its `forward` but for the mask
-    'core.layers.MaskedLSTM': lambda: (MaskedLSTM(6, 8), dict(x=numbers(STEPS, 6))),
-    'core.tiny.TinyClassifier': lambda: (TinyClassifier(channels=6, dropout=.5), dict(x=numbers(STEPS, 6))),
-    **{name: make for module in examples().values() for name,make in getattr(module, 'MODELS', {}).items()}
+def numbers(*shape):
+    return torch.randn(ITEMS, *shape)
+
+
+def examples():
+    return {
+        p.stem.removeprefix("examples_"): importlib.import_module(p.stem)
+        for p in sorted(Path(__file__).parent.glob("examples_*.py"))
+    }
+
+
+EXAMPLES = {  # name in the package -> model and the arguments of its `forward` but for the mask
+    "core.layers.MaskedLSTM": lambda: (MaskedLSTM(6, 8), dict(x=numbers(STEPS, 6))),
+    "core.tiny.TinyClassifier": lambda: (
+        TinyClassifier(channels=6, dropout=0.5),
+        dict(x=numbers(STEPS, 6)),
+    ),
+    **{
+        name: make
+        for module in examples().values()
+        for name, make in getattr(module, "MODELS", {}).items()
+    },
 }
+
 
 def each(change, value):
     "Apply `change` to every tensor of nested containers."
-    if torch.is_tensor(value): return change(value)
-    if isinstance(value, dict): return {k: each(change, v) for k,v in value.items()}
+    if torch.is_tensor(value):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: each(change, v) for k, v in value.items()}
     return type(value)(each(change, v) for v in value)
+
 
 def leaves(value):
     "All tensors of nested containers."
-    found = []; each(found.append, value)
+    found = []
+    each(found.append, value)
     return found
 
-def in_time(t, mask): return t.dim() > 1 and t.shape[:2] == mask.shape
+
+def in_time(t, mask):
+    return t.dim() > 1 and t.shape[:2] == mask.shape
+
 
 def garbage(like, steps):
     "Large random values of the type of `like`, `steps` of them."
-    t = 1e3*torch.randn(len(like), steps, *like.shape[2:])
-    return t > 0 if like.dtype == torch.bool else t.abs().long() % 6 if like.dtype == torch.long else t
+    t = 1e3 * torch.randn(len(like), steps, *like.shape[2:])
+    return (
+        t > 0 if like.dtype == torch.bool else t.abs().long() % 6 if like.dtype == torch.long else t
+    )
+
 
 def padded(value, mask, extra):
     "Put garbage where `mask` is false and in `extra` more steps."
+
     def change(t):
-        if not in_time(t, mask): return t
-        real = mask.reshape(mask.shape+(1,)*(t.dim()-2))
+        if not in_time(t, mask):
+            return t
+        real = mask.reshape(mask.shape + (1,) * (t.dim() - 2))
         return torch.cat([torch.where(real, t, garbage(t, mask.shape[1])), garbage(t, extra)], 1)
+
     return each(change, value)
+
 
 def real(out, mask):
     "Outputs at the real steps; all of one that has no time axis."
     return [t[mask] if in_time(t, mask) else t for t in leaves(out)]
 
+
 @torch.no_grad()
 def padding_matters(model, inputs):
     "Largest change of an output when garbage is put behind the real steps, in units of the output."
-    mask,longer = length_mask(LENGTHS, STEPS),length_mask(LENGTHS, STEPS+EXTRA)
+    mask, longer = length_mask(LENGTHS, STEPS), length_mask(LENGTHS, STEPS + EXTRA)
     return difference(model, inputs, mask, longer)
 
+
 def difference(model, inputs, mask, longer):
-    short,long = real(model(**inputs, mask=mask), mask),real(model(**padded(inputs, mask, longer.shape[1]-mask.shape[1]), mask=longer), longer)
-    return max(((a-b).abs().max()/(1+a.abs().max())).item() for a,b in zip(short, long, strict=True))
+    short, long = (
+        real(model(**inputs, mask=mask), mask),
+        real(model(**padded(inputs, mask, longer.shape[1] - mask.shape[1]), mask=longer), longer),
+    )
+    return max(
+        ((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(short, long, strict=True)
+    )
+
 
 def test_every_masked_model_has_an_example():
     "A new model cannot be forgotten, nor an example outlive its model."
     assert set(masked_models()) == set(EXAMPLES)
 
-@pytest.mark.parametrize('name', sorted(masked_models()))
+
+@pytest.mark.parametrize("name", sorted(masked_models()))
 def test_padding_invariance(name):
     "In evaluation, what stands behind the real steps, and how much of it, changes no output by more than rounding."
-    assert name in EXAMPLES, f'add {name} to MODELS in tests/examples_<domain>.py'
-    torch.manual_seed(0); model,inputs = EXAMPLES[name]()
+    assert name in EXAMPLES, f"add {name} to MODELS in tests/examples_<domain>.py"
+    torch.manual_seed(0)
+    model, inputs = EXAMPLES[name]()
     assert type(model) is masked_models()[name]
     assert padding_matters(model.eval(), inputs) < 1e-5
 
+
 class Forgetful(nn.Module):
     "Does not look at the mask."
-    def forward(self, x, mask): return dict(mean=x.mean(1), steps=x)
+
+    def forward(self, x, mask):
+        return dict(mean=x.mean(1), steps=x)
+
 
 class Leaky(nn.Module):
     "Looks at the mask after a convolution over padding."
-    def __init__(self): super().__init__(); self.conv = nn.Conv1d(6, 4, 3, padding=1)
-    def forward(self, x, mask): return (masked_mean(self.conv(x.mT).mT, mask),)
 
-@pytest.mark.parametrize('model', [Forgetful, Leaky])
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(6, 4, 3, padding=1)
+
+    def forward(self, x, mask):
+        return (masked_mean(self.conv(x.mT).mT, mask),)
+
+
+@pytest.mark.parametrize("model", [Forgetful, Leaky])
 def test_bad_models_are_found(model):
     "The measure above sees a model that breaks the promise."
-    torch.manual_seed(0); assert padding_matters(model(), dict(x=numbers(STEPS, 6))) > .1
+    torch.manual_seed(0)
+    assert padding_matters(model(), dict(x=numbers(STEPS, 6))) > 0.1
 
-@pytest.mark.parametrize('pool', [masked_mean, masked_max, lambda h, mask: reverse_padded(h, mask)[:,0]])
+
+@pytest.mark.parametrize(
+    "pool", [masked_mean, masked_max, lambda h, mask: reverse_padded(h, mask)[:, 0]]
+)
 def test_pools(pool):
     "The functions that models are made of."
+
     class Pool(nn.Module):
-        def forward(self, x, mask): return pool(x, mask)
+        def forward(self, x, mask):
+            return pool(x, mask)
+
     assert padding_matters(Pool(), dict(x=numbers(STEPS, 6))) < 1e-6
 
-@pytest.mark.parametrize('train', [False, True])
-@pytest.mark.parametrize('name', ['fingerprint.models.MMDTAELSTM', 'fingerprint.models.GCodeFingerprinter'])
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    "name", ["fingerprint.models.MMDTAELSTM", "fingerprint.models.GCodeFingerprinter"]
+)
 def test_missing_channels(name, train):
     "Values of channels that are not present change nothing, in training too; a modality, or every channel, may be missing."
-    torch.manual_seed(0); model,args = EXAMPLES[name](); model.train(train)
-    inputs,mask = args['inputs'],length_mask(LENGTHS, STEPS)
-    inputs['present'][0,:,2] = False; inputs['present'][1] = False
+    torch.manual_seed(0)
+    model, args = EXAMPLES[name]()
+    model.train(train)
+    inputs, mask = args["inputs"], length_mask(LENGTHS, STEPS)
+    inputs["present"][0, :, 2] = False
+    inputs["present"][1] = False
+
     def out(sensors):
         torch.manual_seed(1)
         return model(dict(inputs, sensors=sensors), mask)
-    there,absent = inputs['sensors'],torch.where(inputs['present'], inputs['sensors'], garbage(inputs['sensors'], STEPS))
-    for a,b,c in zip(*(leaves(out(x)) for x in (there, absent, there+1))):
+
+    there, absent = (
+        inputs["sensors"],
+        torch.where(inputs["present"], inputs["sensors"], garbage(inputs["sensors"], STEPS)),
+    )
+    for a, b, c in zip(*(leaves(out(x)) for x in (there, absent, there + 1))):
         assert a.isfinite().all() and torch.equal(a, b)
-        assert not torch.equal(a, c) # what is present does matter
+        assert not torch.equal(a, c)  # what is present does matter
+
 
 def test_loss_of_missing_channels():
     "Neither a padded token nor the value of an absent channel counts in the loss."
-    torch.manual_seed(0); model,args = EXAMPLES['fingerprint.models.GCodeFingerprinter'](); model.eval()
-    inputs,loss = args['inputs'],LineLoss(torch.tensor(PARTS))
-    inputs['present'] &= length_mask(LENGTHS, STEPS)[...,None]
-    targets = dict(tokens=torch.tensor([[3,4,5,2,0],[3,2,0,0,0],[4,5,5,5,2]]), operation=torch.tensor([0,1,3]), sensors=inputs['sensors'], present=inputs['present'])
+    torch.manual_seed(0)
+    model, args = EXAMPLES["fingerprint.models.GCodeFingerprinter"]()
+    model.eval()
+    inputs, loss = args["inputs"], LineLoss(torch.tensor(PARTS))
+    inputs["present"] &= length_mask(LENGTHS, STEPS)[..., None]
+    targets = dict(
+        tokens=torch.tensor([[3, 4, 5, 2, 0], [3, 2, 0, 0, 0], [4, 5, 5, 5, 2]]),
+        operation=torch.tensor([0, 1, 3]),
+        sensors=inputs["sensors"],
+        present=inputs["present"],
+    )
     out = model(inputs, length_mask(LENGTHS, STEPS))
-    other = {**out, **{k: torch.where((targets['tokens'] != 0)[...,None], out[k], 9.) for k in ('type','command','param_type','param_val')}}
-    wrong = dict(targets, sensors=torch.where(inputs['present'], inputs['sensors'], 1e3))
+    other = {
+        **out,
+        **{
+            k: torch.where((targets["tokens"] != 0)[..., None], out[k], 9.0)
+            for k in ("type", "command", "param_type", "param_val")
+        },
+    }
+    wrong = dict(targets, sensors=torch.where(inputs["present"], inputs["sensors"], 1e3))
     assert loss(out, targets).isfinite() and torch.equal(loss(out, targets), loss(other, wrong))
 
-WITH_RECIPE = [d for d in domains() if hasattr(examples().get(d), 'RECIPE')]
+
+WITH_RECIPE = [d for d in domains() if hasattr(examples().get(d), "RECIPE")]
+
 
 def test_every_recipe_has_sizes():
     "A new recipe cannot be forgotten."
-    assert WITH_RECIPE == domains(), 'give tests/examples_<domain>.py a RECIPE'
+    assert domains() == WITH_RECIPE, "give tests/examples_<domain>.py a RECIPE"
 
-@pytest.fixture(scope='module', params=WITH_RECIPE)
+
+@pytest.fixture(scope="module", params=WITH_RECIPE)
 def recipe(request, tmp_path_factory):
     "A domain's recipe with small sizes: `recipe(seed=…, cbs=…)`; `RECIPE` is a dictionary, or a function of a folder that returns one."
     sizes = examples()[request.param].RECIPE
     sizes = sizes(tmp_path_factory.mktemp(request.param)) if callable(sizes) else sizes
-    def make(**kwargs): return domain_recipe(request.param).recipe(**{'seed': 1, 'device': 'cpu', 'max_epochs': 2, **sizes, **kwargs})
+
+    def make(**kwargs):
+        return domain_recipe(request.param).recipe(
+            **{"seed": 1, "device": "cpu", "max_epochs": 2, **sizes, **kwargs}
+        )
+
     make.domain = request.param
     return make
 
+
 def fitted(learn):
-    with learn.no_bar(), learn.no_logging(): fit(learn)
+    with learn.no_bar(), learn.no_logging():
+        fit(learn)
     return learn
 
-def weights(learn): return [v.clone() for v in learn.model.state_dict().values()]
-def same(a, b): return len(a) == len(b) and all(map(torch.equal, a, b))
+
+def weights(learn):
+    return [v.clone() for v in learn.model.state_dict().values()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
 
 class Reached(Callback):
     "Which parameters have had a gradient that is not zero."
+
     order = 5
-    def before_fit(self): self.names = set()
-    def before_step(self): self.names |= {k for k,p in self.model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    def before_fit(self):
+        self.names = set()
+
+    def before_step(self):
+        self.names |= {
+            k for k, p in self.model.named_parameters() if p.grad is not None and p.grad.any()
+        }
+
 
 class PowerCut(Callback):
     order = 2000
-    def after_batch(self):
-        if self.training and (self.epoch, self.iter) == (1, 0): raise SystemError('power cut')
 
-@pytest.fixture(scope='module')
-def once(recipe): return fitted(recipe(cbs=[Reached()]))
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter) == (1, 0):
+            raise SystemError("power cut")
+
+
+@pytest.fixture(scope="module")
+def once(recipe):
+    return fitted(recipe(cbs=[Reached()]))
+
 
 def test_seed_decides(recipe, once):
     "The same seed gives the same weights to the last bit, another one others."
     assert same(weights(once), weights(fitted(recipe())))
     assert not same(weights(once), weights(fitted(recipe(seed=2))))
 
+
 def test_every_parameter_learns(recipe, once):
     "A gradient reaches all that can learn."
-    assert {k for k,p in once.model.named_parameters() if p.requires_grad} - once.reached.names == set()
+    assert {
+        k for k, p in once.model.named_parameters() if p.requires_grad
+    } - once.reached.names == set()
+
 
 def test_recipe_resumes(recipe, once, tmp_path):
     "Cut in the second epoch and taken up by a new learner, a fit ends in the same weights."
-    with pytest.raises(SystemError): fitted(recipe(cbs=[Snapshot(tmp_path/'fit.safetensors', batches=1), PowerCut()]))
-    assert same(weights(once), weights(fitted(recipe(cbs=[Snapshot(tmp_path/'fit.safetensors', batches=1)]))))
+    with pytest.raises(SystemError):
+        fitted(recipe(cbs=[Snapshot(tmp_path / "fit.safetensors", batches=1), PowerCut()]))
+    assert same(
+        weights(once),
+        weights(fitted(recipe(cbs=[Snapshot(tmp_path / "fit.safetensors", batches=1)]))),
+    )
+
 
 def test_recipe_respects_the_mask(recipe, once):
     "Garbage behind the real steps of a batch changes no prediction."
-    if getattr(examples()[recipe.domain], 'FIXED_LENGTH', False): pytest.skip('items of one length')
-    inputs,mask,_ = once.dls.valid.one_batch()
+    if getattr(examples()[recipe.domain], "FIXED_LENGTH", False):
+        pytest.skip("items of one length")
+    inputs, mask, _ = once.dls.valid.one_batch()
     longer = torch.nn.functional.pad(mask, (0, EXTRA))
+
     class Named(nn.Module):
-        def forward(self, inputs, mask): return once.model(inputs, mask)
-    once.model.eval(); torch.manual_seed(0)
-    with torch.no_grad(): assert difference(Named(), dict(inputs=inputs), mask, longer) < 1e-4
+        def forward(self, inputs, mask):
+            return once.model(inputs, mask)
+
+    once.model.eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert difference(Named(), dict(inputs=inputs), mask, longer) < 1e-4

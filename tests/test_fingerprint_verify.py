@@ -1,165 +1,379 @@
 "Verification of recordings against programs: oracles of its parts, honest answers, bad input, and the stream that goes on."
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
 from scipy.stats import multivariate_normal
+
 from gcode_ml.core.errors import InputError
-from gcode_ml.fingerprint.anomaly import AnomalyDetector, DETECTORS
+from gcode_ml.fingerprint.anomaly import DETECTORS, AnomalyDetector
 from gcode_ml.fingerprint.commands import check_healthy
 from gcode_ml.fingerprint.data import check, check_sections, recording_from_table
-from gcode_ml.fingerprint.machine import planned_motion, record_program, structure, varied_programs, warmth
+from gcode_ml.fingerprint.machine import (
+    planned_motion,
+    record_program,
+    structure,
+    varied_programs,
+    warmth,
+)
 from gcode_ml.fingerprint.simulate import example_programs
 from gcode_ml.fingerprint.tokens import NumberScale
-from gcode_ml.fingerprint.verify import (EDITS, FEATURES, MatchLimits, Rows, Verifier, _relative, calibrate, edit_program, fit_response, program_signals, rebuilt_program,
-                                         self_check, trace, verification_rows, verify)
+from gcode_ml.fingerprint.verify import (
+    EDITS,
+    FEATURES,
+    Verifier,
+    _relative,
+    calibrate,
+    edit_program,
+    fit_response,
+    program_signals,
+    rebuilt_program,
+    self_check,
+    trace,
+    verification_rows,
+    verify,
+)
 from gcode_ml.lab.command import main
 
 PROGRAMS = example_programs()
-def rows(program, name='pocket_001', **kwargs): return verification_rows(recording_from_table(record_program(program, **kwargs), name))
 
-@pytest.fixture(scope='module')
+
+def rows(program, name="pocket_001", **kwargs):
+    return verification_rows(recording_from_table(record_program(program, **kwargs), name))
+
+
+@pytest.fixture(scope="module")
 def machine():
     "Signals of two programs, and a response from other ones."
-    texts = varied_programs(6, 1); healthy = [(rows(t, f'{n}_001', day=i%3, seed=i), program_signals(t, n)) for i,(n,t) in enumerate(texts.items())]
-    return {n: program_signals(PROGRAMS[n], n) for n in ('pocket','face','contour')}, fit_response(healthy), calibrate(healthy)
+    texts = varied_programs(6, 1)
+    healthy = [
+        (rows(t, f"{n}_001", day=i % 3, seed=i), program_signals(t, n))
+        for i, (n, t) in enumerate(texts.items())
+    ]
+    return (
+        {n: program_signals(PROGRAMS[n], n) for n in ("pocket", "face", "contour")},
+        fit_response(healthy),
+        calibrate(healthy),
+    )
+
 
 def test_planned_motion_takes_the_time_of_its_feeds():
     "A long straight cut lasts length over feed."
-    m = planned_motion('G21 G90\nG1 X100 F600\nM30\n')
-    assert m['time'][-1] == pytest.approx(10, abs=.2) and m['position'][-1,0] == pytest.approx(100, abs=.1)
+    m = planned_motion("G21 G90\nG1 X100 F600\nM30\n")
+    assert m["time"][-1] == pytest.approx(10, abs=0.2) and m["position"][-1, 0] == pytest.approx(
+        100, abs=0.1
+    )
+
 
 def test_fast_sensors_integrate_to_the_motion():
     "Without noise and modes far above the motion, the board's acceleration integrates to the velocity."
-    m = planned_motion('G21 G90\nG1 Y40 F1200\nM30\n', 1000.); a = np.gradient(m['velocity'], m['time'], axis=0)
-    felt = structure(a, 1000., (200.,200.,200.), .5)
-    assert np.cumsum(felt[:,1])/1000 == pytest.approx(m['velocity'][:,1], abs=1.5)
+    m = planned_motion("G21 G90\nG1 Y40 F1200\nM30\n", 1000.0)
+    a = np.gradient(m["velocity"], m["time"], axis=0)
+    felt = structure(a, 1000.0, (200.0, 200.0, 200.0), 0.5)
+    assert np.cumsum(felt[:, 1]) / 1000 == pytest.approx(m["velocity"][:, 1], abs=1.5)
+
 
 def test_temperature_of_a_constant_current():
     "The exponential of a first-order lag."
-    t = np.arange(600); assert warmth(np.ones((600,1)), 1., tau=100., gain=8.)[:,0] == pytest.approx(8*(1-np.exp(-(t+1)/100)))
+    t = np.arange(600)
+    assert warmth(np.ones((600, 1)), 1.0, tau=100.0, gain=8.0)[:, 0] == pytest.approx(
+        8 * (1 - np.exp(-(t + 1) / 100))
+    )
 
-@pytest.mark.parametrize('rate', [0, 200])
+
+@pytest.mark.parametrize("rate", [0, 200])
 def test_any_file_becomes_a_recording(rate):
     "A program without M30, in millimetres, with a helix."
-    t = record_program('G21 G90\nG0 X5\nG1 Z-1 F300\nG2 X15 Y0 I5 J0 Z-2\nG1 X0\n', rate=rate)
-    r = recording_from_table(t, 'helix_001')
-    assert {'G2 X15 Y0 I5 J0 Z-2','M30'} <= set(r.texts) and np.isfinite(r.sensors).all()
+    t = record_program("G21 G90\nG0 X5\nG1 Z-1 F300\nG2 X15 Y0 I5 J0 Z-2\nG1 X0\n", rate=rate)
+    r = recording_from_table(t, "helix_001")
+    assert {"G2 X15 Y0 I5 J0 Z-2", "M30"} <= set(r.texts) and np.isfinite(r.sensors).all()
+
 
 def test_running_mean_is_causal_and_forgets_offsets():
     "A constant offset changes nothing, and the future changes nothing."
-    x = np.random.default_rng(0).normal(size=(200,2)); g = np.full(200, .25)
-    assert _relative(x+7, g) == pytest.approx(_relative(x, g)); assert _relative(x[:90], g[:90]) == pytest.approx(_relative(x, g)[:90])
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    g = np.full(200, 0.25)
+    assert _relative(x + 7, g) == pytest.approx(_relative(x, g))
+    assert _relative(x[:90], g[:90]) == pytest.approx(_relative(x, g)[:90])
+
 
 def test_evidence_is_the_likelihood_ratio_of_normal_distributions(machine):
     "One row, one lag: the sufficient numbers give what the full densities of all channels give."
-    signals,response,_ = machine; r = rows(PROGRAMS['pocket'], seed=3); v = Verifier(response, signals['pocket'], r.channels, start=0.)
-    known = v.known; f = np.random.default_rng(0).normal(size=(1,len(FEATURES)))*.3; x = np.random.default_rng(1).normal(size=len(known))
-    project,j,inner,constant,*_ = v._information(np.ones(len(known), bool))
-    y = x@project; ours = (f@y-.5*((f@j)*f).sum(1))[0]-(.5*y@inner@y+constant)
-    s,w = response.covariance[np.ix_(known, known)]*response.temperature,response.weights[:,known]
-    full = multivariate_normal(f[0]@w, s).logpdf(x)-multivariate_normal(np.zeros(len(known)), s+w.T@response.spread@w).logpdf(x)
+    signals, response, _ = machine
+    r = rows(PROGRAMS["pocket"], seed=3)
+    v = Verifier(response, signals["pocket"], r.channels, start=0.0)
+    known = v.known
+    f = np.random.default_rng(0).normal(size=(1, len(FEATURES))) * 0.3
+    x = np.random.default_rng(1).normal(size=len(known))
+    project, j, inner, constant, *_ = v._information(np.ones(len(known), bool))
+    y = x @ project
+    ours = (f @ y - 0.5 * ((f @ j) * f).sum(1))[0] - (0.5 * y @ inner @ y + constant)
+    s, w = (
+        response.covariance[np.ix_(known, known)] * response.temperature,
+        response.weights[:, known],
+    )
+    full = multivariate_normal(f[0] @ w, s).logpdf(x) - multivariate_normal(
+        np.zeros(len(known)), s + w.T @ response.spread @ w
+    ).logpdf(x)
     assert ours == pytest.approx(full, rel=1e-6, abs=1e-6)
+
 
 def test_genuine_matches_and_others_do_not(machine):
     "The three answers, and the area under the curve of a few pairs."
-    signals,response,limits = machine; found = {}
-    for n in ('pocket','contour'):
+    signals, response, limits = machine
+    found = {}
+    for n in ("pocket", "contour"):
         for i in range(3):
-            r = rows(PROGRAMS[n], f'{n}_001', day=i, seed=50+i)
-            found.setdefault('genuine', []).append(verify(r, signals[n], response, limits)); found.setdefault('other', []).append(verify(r, signals['face'], response, limits))
-            found.setdefault('feed', []).append(verify(rows(edit_program(PROGRAMS[n], 'feed')[0], f'{n}_001', day=i, seed=60+i), signals[n], response, limits))
-    cusum = {k: np.array([v.cusum for v in vs]) for k,vs in found.items()}
-    assert (cusum['genuine'].max() < cusum['other'].min()) and (cusum['genuine'].max() < cusum['feed'].min())
-    assert np.mean([v.match for v in found['genuine']]) >= .8 and not any(v.match for v in found['other'])
-    assert all(v.evidence > 0 for v in found['genuine'])
+            r = rows(PROGRAMS[n], f"{n}_001", day=i, seed=50 + i)
+            found.setdefault("genuine", []).append(verify(r, signals[n], response, limits))
+            found.setdefault("other", []).append(verify(r, signals["face"], response, limits))
+            found.setdefault("feed", []).append(
+                verify(
+                    rows(edit_program(PROGRAMS[n], "feed")[0], f"{n}_001", day=i, seed=60 + i),
+                    signals[n],
+                    response,
+                    limits,
+                )
+            )
+    cusum = {k: np.array([v.cusum for v in vs]) for k, vs in found.items()}
+    assert (cusum["genuine"].max() < cusum["other"].min()) and (
+        cusum["genuine"].max() < cusum["feed"].min()
+    )
+    assert np.mean([v.match for v in found["genuine"]]) >= 0.8 and not any(
+        v.match for v in found["other"]
+    )
+    assert all(v.evidence > 0 for v in found["genuine"])
+
 
 def test_stream_goes_on(machine):
     "Boards that fall silent, a clock that goes back, a row without anything: constant memory, no alarm."
-    signals,response,limits = machine; r = rows(PROGRAMS['pocket'], seed=4); v = Verifier(response, signals['pocket'], r.channels); x = r.values.copy()
-    x[50:,[i for i,c in enumerate(r.channels) if c.startswith('frame')]] = np.nan
-    for row,t in zip(x[:80], r.time): v.step(row, t)
+    signals, response, limits = machine
+    r = rows(PROGRAMS["pocket"], seed=4)
+    v = Verifier(response, signals["pocket"], r.channels)
+    x = r.values.copy()
+    x[50:, [i for i, c in enumerate(r.channels) if c.startswith("frame")]] = np.nan
+    for row, t in zip(x[:80], r.time):
+        v.step(row, t)
     before = (v.cusum, v.evidence)
-    with pytest.raises(InputError, match='the clock jumps; this row is passed over'): v.step(x[80], r.time[79]-3)
+    with pytest.raises(InputError, match="the clock jumps; this row is passed over"):
+        v.step(x[80], r.time[79] - 3)
     assert (v.cusum, v.evidence) == before
-    assert v.step(np.full(len(r.channels), np.nan), r.time[79]+.25)['ratio'] == 0
-    last = [v.step(row, t) for row,t in zip(x[81:], r.time[81:])][-1]
-    assert last['cusum'] < 2*limits.alarm and last['evidence'] > 0 and len(v.parts) == 2
+    assert v.step(np.full(len(r.channels), np.nan), r.time[79] + 0.25)["ratio"] == 0
+    last = [v.step(row, t) for row, t in zip(x[81:], r.time[81:])][-1]
+    assert last["cusum"] < 2 * limits.alarm and last["evidence"] > 0 and len(v.parts) == 2
+
 
 def test_offline_is_the_stream(machine):
     "`trace` gives what the steps give."
-    signals,response,_ = machine; r = rows(PROGRAMS['pocket'], seed=4); v = Verifier(response, signals['pocket'], r.channels)
-    steps = [v.step(row, t)['cusum'] for row,t in zip(r.values, r.time)]
-    assert trace(r, signals['pocket'], response).cusum.to_numpy() == pytest.approx(steps)
+    signals, response, _ = machine
+    r = rows(PROGRAMS["pocket"], seed=4)
+    v = Verifier(response, signals["pocket"], r.channels)
+    steps = [v.step(row, t)["cusum"] for row, t in zip(r.values, r.time)]
+    assert trace(r, signals["pocket"], response).cusum.to_numpy() == pytest.approx(steps)
 
-@pytest.mark.parametrize('kind', EDITS)
+
+@pytest.mark.parametrize("kind", EDITS)
 def test_edits_are_programs(kind):
     "Each edit can be planned, changes the motion from its line on, and is the same for the same seed."
-    text,line = edit_program(PROGRAMS['contour'], kind, 3); again,_ = edit_program(PROGRAMS['contour'], kind, 3)
-    assert text == again and planned_motion(text)['time'][-1] > 10
-    a,b = planned_motion(PROGRAMS['contour']),planned_motion(text); before = a['line'] < line
-    n = min(before.sum(), len(b['time']))-30
-    assert a['position'][:n] == pytest.approx(b['position'][:n], abs=1.)
+    text, line = edit_program(PROGRAMS["contour"], kind, 3)
+    again, _ = edit_program(PROGRAMS["contour"], kind, 3)
+    assert text == again and planned_motion(text)["time"][-1] > 10
+    a, b = planned_motion(PROGRAMS["contour"]), planned_motion(text)
+    before = a["line"] < line
+    n = min(before.sum(), len(b["time"])) - 30
+    assert a["position"][:n] == pytest.approx(b["position"][:n], abs=1.0)
+
 
 def test_rebuilt_program_moves_as_its_recordings():
     "From reports alone, within the corners that no report shows."
-    again = rebuilt_program([recording_from_table(record_program(PROGRAMS['face'], seed=i), f'face_00{i}') for i in range(2)])
-    assert planned_motion(again)['time'][-1] == pytest.approx(planned_motion(PROGRAMS['face'])['time'][-1], abs=4)
+    again = rebuilt_program(
+        [
+            recording_from_table(record_program(PROGRAMS["face"], seed=i), f"face_00{i}")
+            for i in range(2)
+        ]
+    )
+    assert planned_motion(again)["time"][-1] == pytest.approx(
+        planned_motion(PROGRAMS["face"])["time"][-1], abs=4
+    )
+
 
 def test_without_healthy_runs_a_wrong_program_is_found(machine):
-    signals,*_ = machine; r = rows(PROGRAMS['pocket'], seed=6)
-    assert self_check(r, signals['pocket'])[0] > 4 > self_check(r, signals['contour'])[0]
+    signals, *_ = machine
+    r = rows(PROGRAMS["pocket"], seed=6)
+    assert self_check(r, signals["pocket"])[0] > 4 > self_check(r, signals["contour"])[0]
+
 
 def test_numbers_keep_sign_and_magnitude():
     "There and back through spreads; the letters that a line lacks are NaN."
-    texts = ['G1 X-0.0151 Y1.575','X0.157','F22.','M30']; s = NumberScale.fit(texts)
-    assert s.write(texts, np.nan_to_num(s.standardise(texts))) == texts and np.isnan(s.standardise(['M30'])).all()
+    texts = ["G1 X-0.0151 Y1.575", "X0.157", "F22.", "M30"]
+    s = NumberScale.fit(texts)
+    assert (
+        s.write(texts, np.nan_to_num(s.standardise(texts))) == texts
+        and np.isnan(s.standardise(["M30"])).all()
+    )
 
-@pytest.mark.parametrize('name', DETECTORS)
+
+@pytest.mark.parametrize("name", DETECTORS)
 def test_detectors_score_rows(name):
     "One finite number a row, larger for a run with broken sensors."
-    signals = program_signals(PROGRAMS['pocket'], 'pocket'); d = AnomalyDetector(name).fit([(rows(PROGRAMS['pocket'], seed=i), signals) for i in range(3)])
-    calm,wild = rows(PROGRAMS['pocket'], seed=9),rows(PROGRAMS['pocket'], seed=9); wild.values = wild.values+np.random.default_rng(0).normal(size=wild.values.shape)*wild.values.std(0)*5
-    a,b = d.score(calm, signals),d.score(wild, signals)
+    signals = program_signals(PROGRAMS["pocket"], "pocket")
+    d = AnomalyDetector(name).fit([(rows(PROGRAMS["pocket"], seed=i), signals) for i in range(3)])
+    calm, wild = rows(PROGRAMS["pocket"], seed=9), rows(PROGRAMS["pocket"], seed=9)
+    wild.values = (
+        wild.values
+        + np.random.default_rng(0).normal(size=wild.values.shape) * wild.values.std(0) * 5
+    )
+    a, b = d.score(calm, signals), d.score(wild, signals)
     assert np.isfinite(a).all() and len(a) == len(calm.time) and b.mean() > a.mean()
+
 
 def test_files_with_faults_are_named(tmp_path):
     "Two programs in one file, a clock that jumps: one sentence each."
-    t = record_program(PROGRAMS['pocket'], seed=1); pd.concat([t, record_program(PROGRAMS['pocket'], seed=2)]).to_parquet(tmp_path/'twice_001.parquet')
-    t = t.reset_index(drop=True); t.loc[80:,'t_console'] = '23:00:00.000'; t.to_parquet(tmp_path/'jump_001.parquet')
-    with pytest.raises(InputError, match='two programs or more'): check_sections(tmp_path/'twice_001.parquet')
-    said = check(tmp_path); assert len(said) == 2 and any('two programs' in s for s in said) and any('the clock jumps' in s for s in said)
+    t = record_program(PROGRAMS["pocket"], seed=1)
+    pd.concat([t, record_program(PROGRAMS["pocket"], seed=2)]).to_parquet(
+        tmp_path / "twice_001.parquet"
+    )
+    t = t.reset_index(drop=True)
+    t.loc[80:, "t_console"] = "23:00:00.000"
+    t.to_parquet(tmp_path / "jump_001.parquet")
+    with pytest.raises(InputError, match="two programs or more"):
+        check_sections(tmp_path / "twice_001.parquet")
+    said = check(tmp_path)
+    assert (
+        len(said) == 2
+        and any("two programs" in s for s in said)
+        and any("the clock jumps" in s for s in said)
+    )
+
 
 def test_command(tmp_path, capsys):
     "Exit codes 0, 1 and 2, one sentence on standard error."
-    file = tmp_path/'pocket.gcode'; file.write_text(PROGRAMS['pocket']); (tmp_path/'healthy').mkdir(); (tmp_path/'runs').mkdir()
-    for i in range(3): record_program(PROGRAMS['pocket'], i%2, seed=i).to_parquet(tmp_path/'healthy'/f'pocket_00{i}.parquet')
-    for n,p in (('same',PROGRAMS['pocket']),('other',PROGRAMS['face'])): record_program(p, seed=30).to_parquet(tmp_path/'runs'/f'{n}_001.parquet')
-    ask = lambda run,*more: main(['verify', str(tmp_path/'runs'/f'{run}_001.parquet'), '--program', str(file), *more])
-    assert [ask('same', '--healthy', str(tmp_path/'healthy')), ask('other', '--healthy', str(tmp_path/'healthy')), ask('same'), ask('other')] == [0,1,0,1]
+    file = tmp_path / "pocket.gcode"
+    file.write_text(PROGRAMS["pocket"])
+    (tmp_path / "healthy").mkdir()
+    (tmp_path / "runs").mkdir()
+    for i in range(3):
+        record_program(PROGRAMS["pocket"], i % 2, seed=i).to_parquet(
+            tmp_path / "healthy" / f"pocket_00{i}.parquet"
+        )
+    for n, p in (("same", PROGRAMS["pocket"]), ("other", PROGRAMS["face"])):
+        record_program(p, seed=30).to_parquet(tmp_path / "runs" / f"{n}_001.parquet")
+
+    def ask(run, *more):
+        return main(
+            ["verify", str(tmp_path / "runs" / f"{run}_001.parquet"), "--program", str(file), *more]
+        )
+
+    assert [
+        ask("same", "--healthy", str(tmp_path / "healthy")),
+        ask("other", "--healthy", str(tmp_path / "healthy")),
+        ask("same"),
+        ask("other"),
+    ] == [0, 1, 0, 1]
     capsys.readouterr()
-    assert ask('none') == 2 and main(['verify', str(tmp_path/'runs'/'same_001.parquet'), '--program', str(tmp_path/'no.gcode')]) == 2
-    err = capsys.readouterr().err; assert err.count('\n') == 2 and 'Traceback' not in err
-    assert main(['simulate', 'fingerprint', '-o', str(tmp_path/'made'), '-p', f'program={file}', '-p', 'runs=1', '--quiet']) == 0 and (tmp_path/'made'/'runs'/'pocket_001.parquet').exists()
+    assert (
+        ask("none") == 2
+        and main(
+            [
+                "verify",
+                str(tmp_path / "runs" / "same_001.parquet"),
+                "--program",
+                str(tmp_path / "no.gcode"),
+            ]
+        )
+        == 2
+    )
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and "Traceback" not in err
+    assert (
+        main(
+            [
+                "simulate",
+                "fingerprint",
+                "-o",
+                str(tmp_path / "made"),
+                "-p",
+                f"program={file}",
+                "-p",
+                "runs=1",
+                "--quiet",
+            ]
+        )
+        == 0
+        and (tmp_path / "made" / "runs" / "pocket_001.parquet").exists()
+    )
 
 
 def test_healthy_runs_of_another_program_are_refused(tmp_path, capsys):
     "Else a machine that answers to the wrong program would be learnt, and the wrong claim be a match."
-    run = recording_from_table(record_program(PROGRAMS['pocket'], seed=1), 'pocket_001'); moves = [t for t in run.texts if 'X' in t and 'Y' in t]; changed = PROGRAMS['pocket'].replace(moves[20], 'G1 X0.7777')
-    assert check_healthy(run, PROGRAMS['pocket']) is None
-    dressed = '\n'.join(f'N{i} {l.lower()} (part; one)' for i, l in enumerate(PROGRAMS['pocket'].splitlines(), 10)); assert check_healthy(run, dressed) is None
-    for text in (PROGRAMS['face'], edit_program(PROGRAMS['pocket'], 'feed', factor=1.05)[0], changed):
-        with pytest.raises(InputError, match='which that program does not hold'): check_healthy(run, text)
-    (tmp_path/'face.gcode').write_text(PROGRAMS['face']); (tmp_path/'healthy').mkdir()
-    for i in range(3): record_program(PROGRAMS['pocket'], seed=i).to_parquet(tmp_path/'healthy'/f'pocket_00{i}.parquet')
-    assert main(['verify', str(tmp_path/'healthy'/'pocket_000.parquet'), '--program', str(tmp_path/'face.gcode'), '--healthy', str(tmp_path/'healthy')]) == 2
-    assert 'name a folder of runs of this very program' in capsys.readouterr().err
+    run = recording_from_table(record_program(PROGRAMS["pocket"], seed=1), "pocket_001")
+    moves = [t for t in run.texts if "X" in t and "Y" in t]
+    changed = PROGRAMS["pocket"].replace(moves[20], "G1 X0.7777")
+    assert check_healthy(run, PROGRAMS["pocket"]) is None
+    dressed = "\n".join(
+        f"N{i} {l.lower()} (part; one)" for i, l in enumerate(PROGRAMS["pocket"].splitlines(), 10)
+    )
+    assert check_healthy(run, dressed) is None
+    for text in (
+        PROGRAMS["face"],
+        edit_program(PROGRAMS["pocket"], "feed", factor=1.05)[0],
+        changed,
+    ):
+        with pytest.raises(InputError, match="which that program does not hold"):
+            check_healthy(run, text)
+    (tmp_path / "face.gcode").write_text(PROGRAMS["face"])
+    (tmp_path / "healthy").mkdir()
+    for i in range(3):
+        record_program(PROGRAMS["pocket"], seed=i).to_parquet(
+            tmp_path / "healthy" / f"pocket_00{i}.parquet"
+        )
+    assert (
+        main(
+            [
+                "verify",
+                str(tmp_path / "healthy" / "pocket_000.parquet"),
+                "--program",
+                str(tmp_path / "face.gcode"),
+                "--healthy",
+                str(tmp_path / "healthy"),
+            ]
+        )
+        == 2
+    )
+    assert "name a folder of runs of this very program" in capsys.readouterr().err
 
 
 def test_a_library_of_programs(tmp_path, capsys):
     "The claim is held against the other programs of a folder; an unknown one is refused."
-    for n in ('pocket', 'face'):
-        (tmp_path/f'{n}.gcode').write_text(PROGRAMS[n]); (tmp_path/'runs').mkdir(exist_ok=True)
-        for i in range(3): record_program(PROGRAMS[n], i%2, seed=i).to_parquet(tmp_path/'runs'/f'{n}_00{i}.parquet')
-    record_program(PROGRAMS['pocket'], 5, seed=30).to_parquet(tmp_path/'night_001.parquet'); (tmp_path/'contour.gcode').write_text(PROGRAMS['contour'])
-    ask = lambda program, run='night_001', *more: main(['verify', str(tmp_path/f'{run}.parquet'), '--program', str(tmp_path/f'{program}.gcode'), '--library', str(tmp_path/'runs'), *more])
-    assert [ask('pocket'), ask('face'), ask('pocket', 'runs/pocket_001'), ask('face', 'runs/pocket_001')] == [0, 1, 0, 1]
-    assert 'fit pocket best' in capsys.readouterr().out and ask('contour') == 2
-    said = capsys.readouterr().err; assert said.count('\n') == 1 and 'a program with no run cannot be compared' in said
+    for n in ("pocket", "face"):
+        (tmp_path / f"{n}.gcode").write_text(PROGRAMS[n])
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        for i in range(3):
+            record_program(PROGRAMS[n], i % 2, seed=i).to_parquet(
+                tmp_path / "runs" / f"{n}_00{i}.parquet"
+            )
+    record_program(PROGRAMS["pocket"], 5, seed=30).to_parquet(tmp_path / "night_001.parquet")
+    (tmp_path / "contour.gcode").write_text(PROGRAMS["contour"])
+
+    def ask(program, run="night_001", *more):
+        return main(
+            [
+                "verify",
+                str(tmp_path / f"{run}.parquet"),
+                "--program",
+                str(tmp_path / f"{program}.gcode"),
+                "--library",
+                str(tmp_path / "runs"),
+                *more,
+            ]
+        )
+
+    assert [
+        ask("pocket"),
+        ask("face"),
+        ask("pocket", "runs/pocket_001"),
+        ask("face", "runs/pocket_001"),
+    ] == [0, 1, 0, 1]
+    assert "fit pocket best" in capsys.readouterr().out and ask("contour") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "a program with no run cannot be compared" in said

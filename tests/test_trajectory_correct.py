@@ -1,151 +1,420 @@
 "Corrected programs: what they keep, what they are worth when printed again, and what is refused."
-import numpy as np, pytest
+
+import numpy as np
+import pytest
+
 from gcode_ml.gcode.parts import part_program
 from gcode_ml.gcode.planner import plan, sample
 from gcode_ml.gcode.reader import moves, parse_gcode
 from gcode_ml.lab.command import main
-from gcode_ml.trajectory.correct import Remedy, advise, apply_correction, calibration_print, choose_remedies, commands, compare_methods, correct_program, firmware_lines, identified_machine, inverse_command, judge, rejudged, remedied, resampled_program, uncertain_machines, unknown_machines
-from gcode_ml.trajectory.simulate import MACHINES, Machine, axis_error, named_machine, random_machine, tracking_error
+from gcode_ml.trajectory.correct import (
+    Remedy,
+    advise,
+    apply_correction,
+    calibration_print,
+    choose_remedies,
+    commands,
+    compare_methods,
+    correct_program,
+    firmware_lines,
+    identified_machine,
+    inverse_command,
+    judge,
+    rejudged,
+    remedied,
+    resampled_program,
+    uncertain_machines,
+    unknown_machines,
+)
+from gcode_ml.trajectory.simulate import (
+    MACHINES,
+    Machine,
+    axis_error,
+    named_machine,
+    random_machine,
+)
 
-MODES = list(zip(MACHINES['bedslinger'].frequency, MACHINES['bedslinger'].damping))
+MODES = list(zip(MACHINES["bedslinger"].frequency, MACHINES["bedslinger"].damping))
 
-@pytest.fixture(scope='module')
-def text(): return part_program('box', 1, layers=1)
 
-@pytest.fixture(scope='module')
-def made(text): return {m: correct_program(parse_gcode(text), MODES, m, [MACHINES['bedslinger']]) for m in ('inverse','ZV','MZV')}
+@pytest.fixture(scope="module")
+def text():
+    return part_program("box", 1, layers=1)
+
+
+@pytest.fixture(scope="module")
+def made(text):
+    return {
+        m: correct_program(parse_gcode(text), MODES, m, [MACHINES["bedslinger"]])
+        for m in ("inverse", "ZV", "MZV")
+    }
+
 
 def test_inverse_is_below_zv_on_the_machine_it_knows(made):
-    contour = {m: c.table.contour_after[0] for m,c in made.items()}
-    assert contour['inverse'] < contour['ZV'] < contour['MZV'] < made['ZV'].table.contour_before[0]
+    contour = {m: c.table.contour_after[0] for m, c in made.items()}
+    assert contour["inverse"] < contour["ZV"] < contour["MZV"] < made["ZV"].table.contour_before[0]
+
 
 def test_mistuned_inverse_is_not_worse_than_mistuned_mzv(text):
     "10 % off either way."
     box = judge(plan(parse_gcode(text)))
-    for off in (.9, 1.1):
-        modes = [(f*off, z) for f,z in MODES]; table = compare_methods(box, modes, [MACHINES['bedslinger']], ('none','MZV','inverse')).set_index('method').contour
-        assert table['inverse'] < table['MZV'] < table['none']
+    for off in (0.9, 1.1):
+        modes = [(f * off, z) for f, z in MODES]
+        table = (
+            compare_methods(box, modes, [MACHINES["bedslinger"]], ("none", "MZV", "inverse"))
+            .set_index("method")
+            .contour
+        )
+        assert table["inverse"] < table["MZV"] < table["none"]
+
 
 def test_subtracting_the_error_makes_it_worse(text):
     "The obvious correction is the negative control."
-    box = judge(plan(parse_gcode(text))); m = MACHINES['bedslinger']
-    exact = np.column_stack([axis_error(v, f, z) for v,(f,z) in zip(box.position.T, MODES)])
-    assert box.judged(box.position-exact, m)['contour'] > 2*box.judged(box.position, m)['contour']
+    box = judge(plan(parse_gcode(text)))
+    m = MACHINES["bedslinger"]
+    exact = np.column_stack([axis_error(v, f, z) for v, (f, z) in zip(box.position.T, MODES)])
+    assert (
+        box.judged(box.position - exact, m)["contour"] > 2 * box.judged(box.position, m)["contour"]
+    )
+
 
 def test_inverse_undoes_a_smooth_motion():
     "A slow sine arrives where it was sent."
-    t = np.arange(4000)/1000; x = 10*np.sin(2*np.pi*2*t)**2; c = inverse_command(x, 40, .1)
-    assert np.abs(c+axis_error(c, 40, .1)-x)[200:-200].max() < .05*np.abs(axis_error(x, 40, .1)).max()
+    t = np.arange(4000) / 1000
+    x = 10 * np.sin(2 * np.pi * 2 * t) ** 2
+    c = inverse_command(x, 40, 0.1)
+    assert (
+        np.abs(c + axis_error(c, 40, 0.1) - x)[200:-200].max()
+        < 0.05 * np.abs(axis_error(x, 40, 0.1)).max()
+    )
+
 
 def test_resampled_program_keeps(text, made):
     "Comments, other lines, extrusion of each line, layers and time."
-    a,b = parse_gcode(text),parse_gcode(made['inverse'].text); p,q = plan(a),plan(b)
-    assert [l for l in b.lines if not l.startswith(('G1 ','M201','M204','M205'))] == [l for l in a.lines if not l.startswith(('G1 ','M201','M204','M205'))]
-    assert abs(moves(a).de.sum()-moves(b).de.sum()) < 1e-3 and abs(p.duration-q.duration) < .01*p.duration and set(p.layer) == set(q.layer)
-    assert all(l in b.lines for l in a.lines if l.startswith('M2'))
+    a, b = parse_gcode(text), parse_gcode(made["inverse"].text)
+    p, q = plan(a), plan(b)
+    assert [l for l in b.lines if not l.startswith(("G1 ", "M201", "M204", "M205"))] == [
+        l for l in a.lines if not l.startswith(("G1 ", "M201", "M204", "M205"))
+    ]
+    assert (
+        abs(moves(a).de.sum() - moves(b).de.sum()) < 1e-3
+        and abs(p.duration - q.duration) < 0.01 * p.duration
+        and set(p.layer) == set(q.layer)
+    )
+    assert all(l in b.lines for l in a.lines if l.startswith("M2"))
+
 
 def test_absolute_extrusion(text):
     "A program with M82 and G92 E0 gives the same filament line by line."
-    lines,e = [],0.
+    lines, e = [], 0.0
     for l in text.splitlines():
         words = l.split()
-        if l == 'M83': l = 'M82'
-        elif words and words[0] == 'G1' and (w := [i for i,x in enumerate(words) if x[0] == 'E']): e += float(words[w[0]][1:]); words[w[0]] = f'E{e:.5f}'; l = ' '.join(words)
-        elif l == ';TYPE:Outer wall': l += '\nG92 E0'; e = 0.
+        if l == "M83":
+            l = "M82"
+        elif words and words[0] == "G1" and (w := [i for i, x in enumerate(words) if x[0] == "E"]):
+            e += float(words[w[0]][1:])
+            words[w[0]] = f"E{e:.5f}"
+            l = " ".join(words)
+        elif l == ";TYPE:Outer wall":
+            l += "\nG92 E0"
+            e = 0.0
         lines.append(l)
-    absolute = parse_gcode('\n'.join(lines)); done = correct_program(absolute, MODES, 'inverse', [MACHINES['bedslinger']])
-    assert abs(moves(parse_gcode(done.text)).de.sum()-moves(parse_gcode(text)).de.sum()) < 2e-3
+    absolute = parse_gcode("\n".join(lines))
+    done = correct_program(absolute, MODES, "inverse", [MACHINES["bedslinger"]])
+    assert abs(moves(parse_gcode(done.text)).de.sum() - moves(parse_gcode(text)).de.sum()) < 2e-3
+
 
 def test_never_worse_on_machines_it_does_not_know(text):
     "What is not better on every machine that is judged is not written."
     program = parse_gcode(text)
     for seed in range(2):
-        machine = random_machine(seed, 'bedslinger')
-        try: done = correct_program(program, MODES, 'inverse', [machine])
-        except Exception as e: assert 'nothing was written' in str(e)
-        else: assert (done.table.contour_after < done.table.contour_before).all()
+        machine = random_machine(seed, "bedslinger")
+        try:
+            done = correct_program(program, MODES, "inverse", [machine])
+        except Exception as e:
+            assert "nothing was written" in str(e)
+        else:
+            assert (done.table.contour_after < done.table.contour_before).all()
+
 
 def test_a_program_judged_twice_is_the_same(text):
-    p = plan(parse_gcode(text)); box = judge(p); same = np.arange(len(text.splitlines())+1)
-    assert rejudged(p, box, p, same, MACHINES['hard'])['contour'] == pytest.approx(box.judged(box.position, MACHINES['hard'])['contour'], rel=1e-3)
+    p = plan(parse_gcode(text))
+    box = judge(p)
+    same = np.arange(len(text.splitlines()) + 1)
+    assert rejudged(p, box, p, same, MACHINES["hard"])["contour"] == pytest.approx(
+        box.judged(box.position, MACHINES["hard"])["contour"], rel=1e-3
+    )
+
 
 def test_advice(text):
-    box = judge(plan(parse_gcode(text))); table = compare_methods(box, MODES, uncertain_machines(MODES), ('none','ZV','MZV','EI'))
-    best = advise(table); worst = table.groupby('method').contour.max(); assert worst[best] == worst[['ZV','MZV','EI']].min()
-    assert firmware_lines('3HUMP', MODES)[0].startswith('SET_INPUT_SHAPER SHAPER_TYPE_X=3hump_ei SHAPER_FREQ_X=55')
+    box = judge(plan(parse_gcode(text)))
+    table = compare_methods(box, MODES, uncertain_machines(MODES), ("none", "ZV", "MZV", "EI"))
+    best = advise(table)
+    worst = table.groupby("method").contour.max()
+    assert worst[best] == worst[["ZV", "MZV", "EI"]].min()
+    assert firmware_lines("3HUMP", MODES)[0].startswith(
+        "SET_INPUT_SHAPER SHAPER_TYPE_X=3hump_ei SHAPER_FREQ_X=55"
+    )
+
 
 def test_shaper_line_and_nothing_else(text, made):
-    assert [l for l in made['ZV'].text.splitlines() if not l.startswith('SET_INPUT_SHAPER')] == text.splitlines()
+    assert [
+        l for l in made["ZV"].text.splitlines() if not l.startswith("SET_INPUT_SHAPER")
+    ] == text.splitlines()
+
 
 def test_vertices_keep_everything_but_positions(text):
     "Zero error is the same bytes; otherwise lines, E, F and comments stay."
-    n = len(sample(plan(parse_gcode(text)), 500., ('x',))['x']); assert apply_correction(text, np.zeros(n), np.zeros(n)) == text
-    moved = apply_correction(text, np.full(n, .02), np.full(n, -.02)); a,b = moves(parse_gcode(text)),moves(parse_gcode(moved))
-    assert len(moved.splitlines()) == len(text.splitlines()) and a.de.equals(b.de) and a.feed.equals(b.feed)
-    assert np.abs(b.x-a.x+.02)[6:].max() < 2e-3 and [l for l in moved.splitlines() if not l.startswith('G1')] == [l for l in text.splitlines() if not l.startswith('G1')]
+    n = len(sample(plan(parse_gcode(text)), 500.0, ("x",))["x"])
+    assert apply_correction(text, np.zeros(n), np.zeros(n)) == text
+    moved = apply_correction(text, np.full(n, 0.02), np.full(n, -0.02))
+    a, b = moves(parse_gcode(text)), moves(parse_gcode(moved))
+    assert (
+        len(moved.splitlines()) == len(text.splitlines())
+        and a.de.equals(b.de)
+        and a.feed.equals(b.feed)
+    )
+    assert np.abs(b.x - a.x + 0.02)[6:].max() < 2e-3 and [
+        l for l in moved.splitlines() if not l.startswith("G1")
+    ] == [l for l in text.splitlines() if not l.startswith("G1")]
+
 
 def test_refused(text, refused):
-    program,n = parse_gcode(text),len(sample(plan(parse_gcode(text)), 500., ('x',))['x'])
-    assert 'at most 0.1 mm' in refused(apply_correction, text, np.full(n, .5), np.zeros(n)) and 'relative ones' in refused(apply_correction, 'G91\nG1 X1 F600\nG90\n', np.zeros(100), np.zeros(100))
-    assert 'nothing was written' in refused(correct_program, program, [(20.,.08)]*2, 'inverse', [MACHINES['bedslinger']])
-    assert 'moves inside' in refused(correct_program, program, MODES, bed=(50.,50.,50.)) and 'one of' in refused(correct_program, program, MODES, 'subtract')
-    for lines,words in (('G91\nG1 X1 Y1 F600\n','relative'), ('G20\nG1 X1 Y1 F60\n','inches'), ('G1 X10 Y10 F600\nG92 X0 Y0\nG1 X2 Y1 E.1\n','origin')):
-        p = parse_gcode(lines); assert words in refused(resampled_program, p, plan(p), np.zeros((5000,2)))
+    program, n = parse_gcode(text), len(sample(plan(parse_gcode(text)), 500.0, ("x",))["x"])
+    assert "at most 0.1 mm" in refused(
+        apply_correction, text, np.full(n, 0.5), np.zeros(n)
+    ) and "relative ones" in refused(
+        apply_correction, "G91\nG1 X1 F600\nG90\n", np.zeros(100), np.zeros(100)
+    )
+    assert "nothing was written" in refused(
+        correct_program, program, [(20.0, 0.08)] * 2, "inverse", [MACHINES["bedslinger"]]
+    )
+    assert "moves inside" in refused(
+        correct_program, program, MODES, bed=(50.0, 50.0, 50.0)
+    ) and "one of" in refused(correct_program, program, MODES, "subtract")
+    for lines, words in (
+        ("G91\nG1 X1 Y1 F600\n", "relative"),
+        ("G20\nG1 X1 Y1 F60\n", "inches"),
+        ("G1 X10 Y10 F600\nG92 X0 Y0\nG1 X2 Y1 E.1\n", "origin"),
+    ):
+        p = parse_gcode(lines)
+        assert words in refused(resampled_program, p, plan(p), np.zeros((5000, 2)))
+
 
 def test_commands_write_atomically(text, tmp_path, capsys):
-    file = tmp_path/'box_1.gcode'; file.write_text(text); out = tmp_path/'better.gcode'
-    words = ['correct', str(file), '--model', 'filter', '--frequency', '55', '40', '--damping', '.08', '-o', str(out), '--identified']
-    assert main(words) == 0 and 'as modelled' in capsys.readouterr().out and out.exists()
-    out.unlink(); assert main([*words, '--method', 'inverse', '--judge', 'bedslinger', '--spread', '0', '--frequency', '20']) == 2 and not out.exists()
-    assert 'gcode_ml: ' in capsys.readouterr().err
-    assert main(['simulate', str(file), '--layers', 'all', '--machine', 'soft', '-o', str(tmp_path/'set'), '--quiet']) == 0 and (tmp_path/'set'/'box_1'/'soft.parquet').exists()
-    assert main(['correct', str(tmp_path/'no.gcode'), '--model', 'filter', '-o', str(out)]) == 2
-    file.write_bytes(b'\x1f\x8b\x08\x00'+bytes(range(256))*4); assert main(words) == 2 and not out.exists()
+    file = tmp_path / "box_1.gcode"
+    file.write_text(text)
+    out = tmp_path / "better.gcode"
+    words = [
+        "correct",
+        str(file),
+        "--model",
+        "filter",
+        "--frequency",
+        "55",
+        "40",
+        "--damping",
+        ".08",
+        "-o",
+        str(out),
+        "--identified",
+    ]
+    assert main(words) == 0 and "as modelled" in capsys.readouterr().out and out.exists()
+    out.unlink()
+    assert (
+        main(
+            [
+                *words,
+                "--method",
+                "inverse",
+                "--judge",
+                "bedslinger",
+                "--spread",
+                "0",
+                "--frequency",
+                "20",
+            ]
+        )
+        == 2
+        and not out.exists()
+    )
+    assert "gcode_ml: " in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "simulate",
+                str(file),
+                "--layers",
+                "all",
+                "--machine",
+                "soft",
+                "-o",
+                str(tmp_path / "set"),
+                "--quiet",
+            ]
+        )
+        == 0
+        and (tmp_path / "set" / "box_1" / "soft.parquet").exists()
+    )
+    assert main(["correct", str(tmp_path / "no.gcode"), "--model", "filter", "-o", str(out)]) == 2
+    file.write_bytes(b"\x1f\x8b\x08\x00" + bytes(range(256)) * 4)
+    assert main(words) == 2 and not out.exists()
+
 
 def test_extrusion_before_a_retraction():
     "No piece of a move that lays something down draws filament back."
-    text = 'M83\nG1 X10 Y10 F6000\n'+''.join(f'G1 X{10+9*(k%2)} Y{11+k} E.3 F1200\nG1 E-2.7 F4200\nG1 X12 Y{11.5+k} F6000\nG1 E2.7 F2400\n' for k in range(6)); program = parse_gcode(text); motion = plan(program)
-    written,origin = resampled_program(program, motion, np.column_stack([*sample(motion, 1000., ('x','y')).values()])); a,b = moves(program),moves(parse_gcode(written))
-    assert b.de.clip(0).sum() == pytest.approx(a.de.clip(0).sum(), rel=1e-6) and (b.de[np.isin(origin[b.line], a.line[(a.de > 0) & (a.x != a.x0)])] >= 0).all()
+    text = "M83\nG1 X10 Y10 F6000\n" + "".join(
+        f"G1 X{10 + 9 * (k % 2)} Y{11 + k} E.3 F1200\nG1 E-2.7 F4200\nG1 X12 Y{11.5 + k} F6000\nG1 E2.7 F2400\n"
+        for k in range(6)
+    )
+    program = parse_gcode(text)
+    motion = plan(program)
+    written, origin = resampled_program(
+        program, motion, np.column_stack([*sample(motion, 1000.0, ("x", "y")).values()])
+    )
+    a, b = moves(program), moves(parse_gcode(written))
+    assert (
+        b.de.clip(0).sum() == pytest.approx(a.de.clip(0).sum(), rel=1e-6)
+        and (b.de[np.isin(origin[b.line], a.line[(a.de > 0) & (a.x != a.x0)])] >= 0).all()
+    )
+
 
 def test_commands_one_after_the_other(text):
     "Printed in one series, each is worth what it is alone."
-    box = judge(plan(parse_gcode(text))); made = [box.position, commands(box.position, 'ZV', MODES), commands(box.position, 'inverse', MODES)]
-    for machine in (MACHINES['bedslinger'], MACHINES['hard'].without('belt')):
-        for one,c in zip(box.judged_all(made, machine), made): assert one['contour'] == pytest.approx(box.judged(c, machine)['contour'], rel=.02)
+    box = judge(plan(parse_gcode(text)))
+    made = [
+        box.position,
+        commands(box.position, "ZV", MODES),
+        commands(box.position, "inverse", MODES),
+    ]
+    for machine in (MACHINES["bedslinger"], MACHINES["hard"].without("belt")):
+        for one, c in zip(box.judged_all(made, machine), made):
+            assert one["contour"] == pytest.approx(box.judged(c, machine)["contour"], rel=0.02)
 
-@pytest.fixture(scope='module')
-def hard(): return identified_machine(*calibration_print(MACHINES['hard']))
+
+@pytest.fixture(scope="module")
+def hard():
+    return identified_machine(*calibration_print(MACHINES["hard"]))
+
 
 def test_machine_is_identified_from_a_record(hard):
-    true = MACHINES['hard']; np.testing.assert_allclose(hard.frequency, true.frequency, rtol=.02); assert abs(hard.backlash-true.backlash) < 1e-3 and abs(hard.second_gain-true.second_gain) < .03
-    np.testing.assert_allclose([a for a,_,_ in hard.ripple], [a for a,_,_ in true.ripple], atol=5e-4)
-    made = Machine('m', 'cartesian', (62.,33.), (.06,.11), second_gain=.2, second_ratio=2.5, backlash=.02, ripple=((.002,.8,1.),)); found = identified_machine(*calibration_print(made))
-    np.testing.assert_allclose([*found.frequency,found.backlash], [*made.frequency,made.backlash], rtol=.03)
+    true = MACHINES["hard"]
+    np.testing.assert_allclose(hard.frequency, true.frequency, rtol=0.02)
+    assert (
+        abs(hard.backlash - true.backlash) < 1e-3
+        and abs(hard.second_gain - true.second_gain) < 0.03
+    )
+    np.testing.assert_allclose(
+        [a for a, _, _ in hard.ripple], [a for a, _, _ in true.ripple], atol=5e-4
+    )
+    made = Machine(
+        "m",
+        "cartesian",
+        (62.0, 33.0),
+        (0.06, 0.11),
+        second_gain=0.2,
+        second_ratio=2.5,
+        backlash=0.02,
+        ripple=((0.002, 0.8, 1.0),),
+    )
+    found = identified_machine(*calibration_print(made))
+    np.testing.assert_allclose(
+        [*found.frequency, found.backlash], [*made.frequency, made.backlash], rtol=0.03
+    )
+
 
 def test_identified_machine_is_below_zv(hard):
     "On a machine with a second mode, play and ripple; with frequencies 10 % off not above MZV."
-    box = judge(plan(parse_gcode(part_program('label', 2, layers=1)))); modes = list(zip(hard.frequency, hard.damping)); of = lambda name, k=1.: box.judged(commands(box.position, name, [(f*k, z) for f,z in modes], machine=Machine(**{**vars(hard), 'frequency': [f*k for f in hard.frequency]})), MACHINES['hard'])['contour']
-    assert of('full') < .5*of('ZV') and all(of('full', k) <= of('MZV', k) for k in (.9, 1.1))
+    box = judge(plan(parse_gcode(part_program("label", 2, layers=1))))
+    modes = list(zip(hard.frequency, hard.damping))
+
+    def of(name, k=1.0):
+        return box.judged(
+            commands(
+                box.position,
+                name,
+                [(f * k, z) for f, z in modes],
+                machine=Machine(**{**vars(hard), "frequency": [f * k for f in hard.frequency]}),
+            ),
+            MACHINES["hard"],
+        )["contour"]
+
+    assert of("full") < 0.5 * of("ZV") and all(of("full", k) <= of("MZV", k) for k in (0.9, 1.1))
+
 
 def test_safe_choice_is_better_on_the_whole_family():
     "And on machines that are not in it; the full inverse is not."
-    box = judge(plan(parse_gcode(part_program('label', 2, layers=1))), most=3000); machines = unknown_machines(MODES); chosen,ratio = choose_remedies(box, MODES, machines)
-    assert (ratio[str(chosen[0])] < 1).all() and ratio['inverse'].max() > 1 and len({m.name for m in machines}) == len(machines)
+    box = judge(plan(parse_gcode(part_program("label", 2, layers=1))), most=3000)
+    machines = unknown_machines(MODES)
+    chosen, ratio = choose_remedies(box, MODES, machines)
+    assert (
+        (ratio[str(chosen[0])] < 1).all()
+        and ratio["inverse"].max() > 1
+        and len({m.name for m in machines}) == len(machines)
+    )
     c = remedied(box.position, chosen[0], MODES)
-    for machine in (MACHINES['soft'], MACHINES['bedslinger'], named_machine('bedslinger:3'), Machine('other', 'cartesian', (75.,52.), (.1,.05), backlash=.01)): assert box.judged(c, machine)['contour'] < box.judged(box.position, machine)['contour']
-    known,_ = choose_remedies(box, MODES, uncertain_machines(MODES)); assert known[0].share == 1 and box.judged(remedied(box.position, known[0], MODES), MACHINES['bedslinger'])['contour'] < .5*box.judged(c, MACHINES['bedslinger'])['contour']
+    for machine in (
+        MACHINES["soft"],
+        MACHINES["bedslinger"],
+        named_machine("bedslinger:3"),
+        Machine("other", "cartesian", (75.0, 52.0), (0.1, 0.05), backlash=0.01),
+    ):
+        assert box.judged(c, machine)["contour"] < box.judged(box.position, machine)["contour"]
+    known, _ = choose_remedies(box, MODES, uncertain_machines(MODES))
+    assert (
+        known[0].share == 1
+        and box.judged(remedied(box.position, known[0], MODES), MACHINES["bedslinger"])["contour"]
+        < 0.5 * box.judged(c, MACHINES["bedslinger"])["contour"]
+    )
+
 
 def test_shares_and_refusals(text, refused):
-    box = judge(plan(parse_gcode(text))); np.testing.assert_allclose(remedied(box.position, Remedy('ZV', 1., .5), MODES), (box.position+commands(box.position, 'ZV', MODES))/2)
-    assert 'an identified machine' in refused(commands, box.position, 'full', MODES) and 'one of' in refused(correct_program, parse_gcode(text), MODES, Remedy('magic'))
+    box = judge(plan(parse_gcode(text)))
+    np.testing.assert_allclose(
+        remedied(box.position, Remedy("ZV", 1.0, 0.5), MODES),
+        (box.position + commands(box.position, "ZV", MODES)) / 2,
+    )
+    assert "an identified machine" in refused(
+        commands, box.position, "full", MODES
+    ) and "one of" in refused(correct_program, parse_gcode(text), MODES, Remedy("magic"))
+
 
 def test_record_of_a_machine(tmp_path, capsys, refused):
     import pandas as pd
+
     from gcode_ml.trajectory.commands import read_record
-    x,e = calibration_print(MACHINES['hard']); table = pd.DataFrame(np.column_stack([np.arange(len(x))/1000, x, e]), columns=['t','x','y','error_x','error_y']); table.to_parquet(tmp_path/'r.parquet')
-    file = tmp_path/'tube.gcode'; file.write_text(part_program('tube', 4, layers=1)); out = tmp_path/'out.gcode'
-    assert main(['correct', str(file), '--record', str(tmp_path/'r.parquet'), '-o', str(out), '--judge', 'hard']) == 0 and 'chosen   full' in capsys.readouterr().out and out.exists()
-    table.drop(columns='x').to_csv(tmp_path/'r.csv'); assert 'none called x' in refused(read_record, tmp_path/'r.csv')
-    table.assign(x=np.nan).to_csv(tmp_path/'n.csv'); assert 'no numbers' in refused(read_record, tmp_path/'n.csv'); table[:5].to_csv(tmp_path/'s.csv'); assert '5 rows' in refused(read_record, tmp_path/'s.csv'); assert 'nothing there' in refused(read_record, tmp_path/'no.csv')
-    assert main(['correct', str(file), '-o', str(out)]) == 2
+
+    x, e = calibration_print(MACHINES["hard"])
+    table = pd.DataFrame(
+        np.column_stack([np.arange(len(x)) / 1000, x, e]),
+        columns=["t", "x", "y", "error_x", "error_y"],
+    )
+    table.to_parquet(tmp_path / "r.parquet")
+    file = tmp_path / "tube.gcode"
+    file.write_text(part_program("tube", 4, layers=1))
+    out = tmp_path / "out.gcode"
+    assert (
+        main(
+            [
+                "correct",
+                str(file),
+                "--record",
+                str(tmp_path / "r.parquet"),
+                "-o",
+                str(out),
+                "--judge",
+                "hard",
+            ]
+        )
+        == 0
+        and "chosen   full" in capsys.readouterr().out
+        and out.exists()
+    )
+    table.drop(columns="x").to_csv(tmp_path / "r.csv")
+    assert "none called x" in refused(read_record, tmp_path / "r.csv")
+    table.assign(x=np.nan).to_csv(tmp_path / "n.csv")
+    assert "no numbers" in refused(read_record, tmp_path / "n.csv")
+    table[:5].to_csv(tmp_path / "s.csv")
+    assert "5 rows" in refused(read_record, tmp_path / "s.csv")
+    assert "nothing there" in refused(read_record, tmp_path / "no.csv")
+    assert main(["correct", str(file), "-o", str(out)]) == 2

@@ -10,33 +10,47 @@ __all__ = ['SlowDown', 'slowed']
 # %% ../../nbs/bearing/10_augment.ipynb #116d2d15
 import torch
 from fastai.callback.core import Callback
+
 from ..core.augment import resample
 from ..core.errors import InputError
 
 # %% ../../nbs/bearing/10_augment.ipynb #e9021beb
 class SlowDown(Callback):
     "Play training windows more slowly, and say so in `shaft`."
-    order,run_valid = 4,False # before augmentations of the signal alone
-    def __init__(self,
-        limit:float=.2, # The slowest plays at 1-limit
-        p:float=1., # Share of the samples
+
+    order, run_valid = 4, False  # before augmentations of the signal alone
+
+    def __init__(
+        self,
+        limit: float = 0.2,  # The slowest plays at 1-limit
+        p: float = 1.0,  # Share of the samples
     ):
-        if not 0 <= limit < 1: raise InputError('SlowDown', 'limit', 'a share from 0 to below 1', repr(limit))
-        self.limit,self.p = limit,p
+        if not 0 <= limit < 1:
+            raise InputError("SlowDown", "limit", "a share from 0 to below 1", repr(limit))
+        self.limit, self.p = limit, p
+
     def before_batch(self):
-        inputs,mask = self.xb
+        inputs, mask = self.xb
         self.learn.xb = slowed(inputs, mask, self.limit, self.p), mask
 
 # %% ../../nbs/bearing/10_augment.ipynb #08c43891
 def slowed(
-    inputs:dict, # `signal` `[B,T,1]`, `shaft` `[B]`, and what else a batch has
-    mask:torch.Tensor, # `[B,T]`
-    limit:float=.2, # The slowest plays at 1-limit
-    p:float=1., # Share of the samples
-)->dict: # The same with another `signal` and `shaft`
+    inputs: dict,  # `signal` `[B,T,1]`, `shaft` `[B]`, and what else a batch has
+    mask: torch.Tensor,  # `[B,T]`
+    limit: float = 0.2,  # The slowest plays at 1-limit
+    p: float = 1.0,  # Share of the samples
+) -> dict:  # The same with another `signal` and `shaft`
     "Inputs at lower speeds, each by a draw of its own."
-    x = inputs['signal']; draw = torch.rand(3, len(x), 1, device=x.device)
-    speed = torch.where(draw[0] < p, 1-limit*draw[1], 1.)
-    start = (mask.sum(1, keepdim=True)-1)*(1-speed)*draw[2]
-    signal = resample(x, start+torch.arange(x.shape[1], device=x.device)*speed, mask)*mask[...,None]
-    return {**{k: v for k,v in inputs.items() if k != 'evidence'}, 'signal': signal, 'shaft': inputs['shaft']*speed[:,0]}
+    x = inputs["signal"]
+    draw = torch.rand(3, len(x), 1, device=x.device)
+    speed = torch.where(draw[0] < p, 1 - limit * draw[1], 1.0)
+    start = (mask.sum(1, keepdim=True) - 1) * (1 - speed) * draw[2]
+    signal = (
+        resample(x, start + torch.arange(x.shape[1], device=x.device) * speed, mask)
+        * mask[..., None]
+    )
+    return {
+        **{k: v for k, v in inputs.items() if k != "evidence"},
+        "signal": signal,
+        "shaft": inputs["shaft"] * speed[:, 0],
+    }

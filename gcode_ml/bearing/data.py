@@ -11,461 +11,859 @@ __all__ = ['ORDERS', 'BEARINGS', 'FAULTS', 'JOURNAL_FAULTS', 'SPLITS', 'Geometry
            'split_folds', 'split_windows', 'check']
 
 # %% ../../nbs/bearing/00_data.ipynb #f4d7023f
-import json, re, warnings
+import json
+import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch
 from scipy.io import loadmat, whosmat
 from scipy.signal import resample_poly
+
 from ..core.errors import InputError, check_choice, check_finite
 from ..core.files import atomic_path, read_arrays, read_json, write_json
 from ..core.split import check_disjoint, random_split
 from ..core.windows import RowTable, Windows, window_starts
 
 # %% ../../nbs/bearing/00_data.ipynb #6092a333
-ORDERS = ('outer','inner','ball','cage') # BPFO, BPFI, twice the ball's spin, cage: multiples of the shaft speed
+ORDERS = (
+    "outer",
+    "inner",
+    "ball",
+    "cage",
+)  # BPFO, BPFI, twice the ball's spin, cage: multiples of the shaft speed
 
 # %% ../../nbs/bearing/00_data.ipynb #b513c8b5
 @dataclass(frozen=True)
 class Geometry:
     "A rolling element bearing; only the ratio of the two diameters counts."
-    balls:int # Number of rolling elements
-    ball:float # Diameter of one
-    pitch:float # Diameter of the circle through their centres, in the same unit
-    angle:float = 0. # Contact angle in degrees
-    name:str = '' # Type
+
+    balls: int  # Number of rolling elements
+    ball: float  # Diameter of one
+    pitch: float  # Diameter of the circle through their centres, in the same unit
+    angle: float = 0.0  # Contact angle in degrees
+    name: str = ""  # Type
+
     def __post_init__(self):
         if not (self.balls >= 3 and 0 < self.ball < self.pitch and abs(self.angle) < 90):
-            raise InputError(self.name or 'geometry', 'balls, ball, pitch, angle', 'at least 3 balls, smaller than the pitch circle, and an angle below 90 degrees', f'{self.balls}, {self.ball}, {self.pitch}, {self.angle}')
+            raise InputError(
+                self.name or "geometry",
+                "balls, ball, pitch, angle",
+                "at least 3 balls, smaller than the pitch circle, and an angle below 90 degrees",
+                f"{self.balls}, {self.ball}, {self.pitch}, {self.angle}",
+            )
+
     @property
     def orders(self):
-        r = self.ball/self.pitch*np.cos(np.deg2rad(self.angle))
-        return np.array([self.balls*(1-r)/2, self.balls*(1+r)/2, self.pitch/self.ball*(1-r*r), (1-r)/2])
+        r = self.ball / self.pitch * np.cos(np.deg2rad(self.angle))
+        return np.array(
+            [
+                self.balls * (1 - r) / 2,
+                self.balls * (1 + r) / 2,
+                self.pitch / self.ball * (1 - r * r),
+                (1 - r) / 2,
+            ]
+        )
 
 # %% ../../nbs/bearing/00_data.ipynb #5a2c2ccb
-BEARINGS = {'6205': Geometry(9, .3126, 1.537, 0., '6205'), '6203': Geometry(8, .2656, 1.122, 0., '6203')} # Drive end and fan end of the CWRU rig, in inches
+BEARINGS = {
+    "6205": Geometry(9, 0.3126, 1.537, 0.0, "6205"),
+    "6203": Geometry(8, 0.2656, 1.122, 0.0, "6203"),
+}  # Drive end and fan end of the CWRU rig, in inches
 
 # %% ../../nbs/bearing/00_data.ipynb #a3570b5c
-FAULTS = ('outer','inner','ball') # In the order of `ORDERS`
+FAULTS = ("outer", "inner", "ball")  # In the order of `ORDERS`
 
 # %% ../../nbs/bearing/00_data.ipynb #6d7c6344
-JOURNAL_FAULTS = ('healthy','misalignment','imbalance','clearance','lubrication','cavitation','wear','oil_whirl','misalignment_imbalance','wear_lubrication','cavitation_clearance') # Of the simulated journal bearing
+JOURNAL_FAULTS = (
+    "healthy",
+    "misalignment",
+    "imbalance",
+    "clearance",
+    "lubrication",
+    "cavitation",
+    "wear",
+    "oil_whirl",
+    "misalignment_imbalance",
+    "wear_lubrication",
+    "cavitation_clearance",
+)  # Of the simulated journal bearing
 
 # %% ../../nbs/bearing/00_data.ipynb #d3e26403
-_ALIASES = dict(ir='inner', inner_race='inner', bpfi='inner', outer_race='outer', bpfo='outer', b='ball', ball_fault='ball', rolling_element='ball', normal='healthy', none='healthy', sain='healthy',
-                desalignement='misalignment', desequilibre='imbalance', jeu='clearance', usure='wear', lubrification='lubrication')
-_ALIASES['or'] = 'outer'
+_ALIASES = dict(
+    ir="inner",
+    inner_race="inner",
+    bpfi="inner",
+    outer_race="outer",
+    bpfo="outer",
+    b="ball",
+    ball_fault="ball",
+    rolling_element="ball",
+    normal="healthy",
+    none="healthy",
+    sain="healthy",
+    desalignement="misalignment",
+    desequilibre="imbalance",
+    jeu="clearance",
+    usure="wear",
+    lubrification="lubrication",
+)
+_ALIASES["or"] = "outer"
+
 
 def fault_name(
-    text:str, # A name as it is written in a table, in any case
-    file='labels', # File, for the message
-)->str: # One of `FAULTS` or `JOURNAL_FAULTS`
+    text: str,  # A name as it is written in a table, in any case
+    file="labels",  # File, for the message
+) -> str:  # One of `FAULTS` or `JOURNAL_FAULTS`
     "The name of a fault that a usual abbreviation stands for."
-    name = str(text).strip().lower().replace(' ', '_').replace('-', '_')
-    return check_choice(file, 'fault', _ALIASES.get(name, name), (*FAULTS, *JOURNAL_FAULTS))
+    name = str(text).strip().lower().replace(" ", "_").replace("-", "_")
+    return check_choice(file, "fault", _ALIASES.get(name, name), (*FAULTS, *JOURNAL_FAULTS))
 
 # %% ../../nbs/bearing/00_data.ipynb #9f89bff8
 @dataclass
 class Record:
     "One measurement at one speed."
-    name:str # Unique among the records
-    signal:np.ndarray # Acceleration, `[T]` float32
-    rate:float # Samples a second
-    rpm:float # Turns of the shaft a minute
-    fault:str = '' # Class; empty where it is not known
-    diameter:str = '' # Size of the defect, as text
-    load:str = '' # Load, as text
-    bearing:str = '' # Which physical bearing: records of one bearing never stand on two sides
-    orders:np.ndarray|None = None # `[4]`, see `ORDERS`; none for a machine without rolling elements
-    facts:dict = field(default_factory=dict, repr=False) # Anything else
+
+    name: str  # Unique among the records
+    signal: np.ndarray  # Acceleration, `[T]` float32
+    rate: float  # Samples a second
+    rpm: float  # Turns of the shaft a minute
+    fault: str = ""  # Class; empty where it is not known
+    diameter: str = ""  # Size of the defect, as text
+    load: str = ""  # Load, as text
+    bearing: str = ""  # Which physical bearing: records of one bearing never stand on two sides
+    orders: np.ndarray | None = (
+        None  # `[4]`, see `ORDERS`; none for a machine without rolling elements
+    )
+    facts: dict = field(default_factory=dict, repr=False)  # Anything else
+
     def __post_init__(self):
-        self.signal = np.ascontiguousarray(self.signal, 'float32')
-        if not self.bearing: self.bearing = f'{self.fault}{self.diameter}' or self.name
-    def __len__(self): return len(self.signal)
+        self.signal = np.ascontiguousarray(self.signal, "float32")
+        if not self.bearing:
+            self.bearing = f"{self.fault}{self.diameter}" or self.name
+
+    def __len__(self):
+        return len(self.signal)
+
     @property
-    def shaft(self): return self.rpm/60
+    def shaft(self):
+        return self.rpm / 60
 
 # %% ../../nbs/bearing/00_data.ipynb #951c5581
 def check_record(
-    record:Record, # A record
-)->Record: # The same
+    record: Record,  # A record
+) -> Record:  # The same
     "Raise `InputError` for what cannot be used."
-    for k,v in dict(fs=record.rate, rpm=record.rpm).items():
-        if not (np.isfinite(v) and v > 0): raise InputError(record.name, k, 'a positive number', str(v), 'every fault frequency is a multiple of the speed')
-    if record.signal.ndim != 1 or not len(record): raise InputError(record.name, 'signal', 'one channel of samples', f'shape {record.signal.shape}')
-    check_finite(record.name, 'signal', record.signal, 'sample')
-    if np.ptp(record.signal) == 0: raise InputError(record.name, 'signal', 'values that change', f'the same value {record.signal[0]:g} in all {len(record)} samples')
+    for k, v in dict(fs=record.rate, rpm=record.rpm).items():
+        if not (np.isfinite(v) and v > 0):
+            raise InputError(
+                record.name,
+                k,
+                "a positive number",
+                str(v),
+                "every fault frequency is a multiple of the speed",
+            )
+    if record.signal.ndim != 1 or not len(record):
+        raise InputError(
+            record.name, "signal", "one channel of samples", f"shape {record.signal.shape}"
+        )
+    check_finite(record.name, "signal", record.signal, "sample")
+    if np.ptp(record.signal) == 0:
+        raise InputError(
+            record.name,
+            "signal",
+            "values that change",
+            f"the same value {record.signal[0]:g} in all {len(record)} samples",
+        )
     return record
 
 # %% ../../nbs/bearing/00_data.ipynb #31f392d8
 def comb_score(
-    signal:np.ndarray, # `[T]`
-    rate:float, # Samples a second
-    rpm:float, # Turns a minute
-    harmonics:int=6, # How many multiples of the shaft speed
-)->float: # Near 0: no line of the shaft where one should be
+    signal: np.ndarray,  # `[T]`
+    rate: float,  # Samples a second
+    rpm: float,  # Turns a minute
+    harmonics: int = 6,  # How many multiples of the shaft speed
+) -> float:  # Near 0: no line of the shaft where one should be
     "How well the lines of the shaft fit a sampling rate."
-    spectrum = np.abs(np.fft.rfft((signal-signal.mean())*np.hanning(len(signal))))
-    at = (np.arange(1, harmonics+1)[:,None]+[0,.25,.5,.75])*rpm/60*len(signal)/rate
-    reach = np.maximum(.004*at, 2)
-    if (at+reach).max()+2 > len(spectrum) or at[0,0] < 16: return 0.
-    peaks = np.log([spectrum[int(a-t):int(a+t)+2].max()+1e-12 for a,t in zip(at.ravel(), reach.ravel())]).reshape(at.shape)
-    return float(peaks[:,0].mean()-peaks[:,1:].mean())
+    spectrum = np.abs(np.fft.rfft((signal - signal.mean()) * np.hanning(len(signal))))
+    at = (
+        (np.arange(1, harmonics + 1)[:, None] + [0, 0.25, 0.5, 0.75])
+        * rpm
+        / 60
+        * len(signal)
+        / rate
+    )
+    reach = np.maximum(0.004 * at, 2)
+    if (at + reach).max() + 2 > len(spectrum) or at[0, 0] < 16:
+        return 0.0
+    peaks = np.log(
+        [
+            spectrum[int(a - t) : int(a + t) + 2].max() + 1e-12
+            for a, t in zip(at.ravel(), reach.ravel())
+        ]
+    ).reshape(at.shape)
+    return float(peaks[:, 0].mean() - peaks[:, 1:].mean())
 
 # %% ../../nbs/bearing/00_data.ipynb #8e12aee5
 def doubts(
-    record:Record, # A record
-)->list: # One sentence each
+    record: Record,  # A record
+) -> list:  # One sentence each
     "What looks wrong with a record and need not be."
-    found,top = [],np.abs(record.signal).max()
-    clipped = (np.abs(record.signal) >= .999*top).mean()
-    if clipped > .002: found.append(f'{record.name}: signal: {clipped:.1%} of the samples stand at the largest value, as if clipped.')
-    if record.rpm < 100 and record.orders is not None: found.append(f'{record.name}: rpm: {record.rpm:g} turns a minute is very slow; is it Hz?')
+    found, top = [], np.abs(record.signal).max()
+    clipped = (np.abs(record.signal) >= 0.999 * top).mean()
+    if clipped > 0.002:
+        found.append(
+            f"{record.name}: signal: {clipped:.1%} of the samples stand at the largest value, as if clipped."
+        )
+    if record.rpm < 100 and record.orders is not None:
+        found.append(f"{record.name}: rpm: {record.rpm:g} turns a minute is very slow; is it Hz?")
     here = comb_score(record.signal, record.rate, record.rpm)
-    scores = {m: comb_score(record.signal, m*record.rate, record.rpm) for m in (4,2,.5,.25)}
+    scores = {m: comb_score(record.signal, m * record.rate, record.rpm) for m in (4, 2, 0.5, 0.25)}
     best = max(scores, key=scores.get)
-    if scores[best] > max(here+1, 1.5): found.append(f'{record.name}: fs: the lines of the shaft fit {best*record.rate:g} Hz better than {record.rate:g} Hz (comb scores {scores[best]:.2f} and {here:.2f}).')
+    if scores[best] > max(here + 1, 1.5):
+        found.append(
+            f"{record.name}: fs: the lines of the shaft fit {best * record.rate:g} Hz better than {record.rate:g} Hz (comb scores {scores[best]:.2f} and {here:.2f})."
+        )
     return found
 
 # %% ../../nbs/bearing/00_data.ipynb #7294c719
-_CWRU = re.compile(r'(?P<fault>IR|OR|B|normal)(?P<diameter>\d{3})?(?:@\d+)?_(?P<load>\d)_(?P<number>\d+)(?:_extract)?', re.I)
-_NOMINAL = {'0': 1797., '1': 1772., '2': 1750., '3': 1730.}
+_CWRU = re.compile(
+    r"(?P<fault>IR|OR|B|normal)(?P<diameter>\d{3})?(?:@\d+)?_(?P<load>\d)_(?P<number>\d+)(?:_extract)?",
+    re.I,
+)
+_NOMINAL = {"0": 1797.0, "1": 1772.0, "2": 1750.0, "3": 1730.0}
+
 
 def read_matlab(
-    path, # A `.mat` file
-    names, # Variables to read, those that are there
-)->dict: # Name -> array
+    path,  # A `.mat` file
+    names,  # Variables to read, those that are there
+) -> dict:  # Name -> array
     "Named variables of a MATLAB file up to version 7; nothing else is decompressed."
     path = Path(path)
-    if not path.is_file(): raise InputError(path, 'file', 'a MATLAB file', 'nothing there')
-    try: return {k: np.ravel(v) for k,v in loadmat(path, variable_names=list(names)).items() if k in names}
-    except NotImplementedError: raise InputError(path, 'version', 'MATLAB 4 to 7', 'a file of version 7.3 (HDF5)', 'save it again with -v7') from None
-    except Exception as e: raise InputError(path, 'content', 'a whole MATLAB file', f'{type(e).__name__}: {str(e)[:80]}') from None
+    if not path.is_file():
+        raise InputError(path, "file", "a MATLAB file", "nothing there")
+    try:
+        return {
+            k: np.ravel(v)
+            for k, v in loadmat(path, variable_names=list(names)).items()
+            if k in names
+        }
+    except NotImplementedError:
+        raise InputError(
+            path,
+            "version",
+            "MATLAB 4 to 7",
+            "a file of version 7.3 (HDF5)",
+            "save it again with -v7",
+        ) from None
+    except Exception as e:
+        raise InputError(
+            path, "content", "a whole MATLAB file", f"{type(e).__name__}: {str(e)[:80]}"
+        ) from None
 
 # %% ../../nbs/bearing/00_data.ipynb #be70e52a
 def _cwru_signal(path, about):
     "Signal and speed of one file; a table of published samples has no speed."
-    number = int(about['number'])
-    if path.suffix == '.csv': return pd.read_csv(path)['DE'].to_numpy('float32'), None
-    name,speed = f'X{number:03d}_DE_time', f'X{number:03d}RPM'
-    found = read_matlab(path, [name,speed])
-    if name not in found: raise InputError(path, f'variable {name}', 'the drive end signal of that record number', ', '.join(k for k,*_ in whosmat(path)) or 'none')
-    return found[name].astype('float32'), float(found[speed][0]) if len(found.get(speed, ())) else None
+    number = int(about["number"])
+    if path.suffix == ".csv":
+        return pd.read_csv(path)["DE"].to_numpy("float32"), None
+    name, speed = f"X{number:03d}_DE_time", f"X{number:03d}RPM"
+    found = read_matlab(path, [name, speed])
+    if name not in found:
+        raise InputError(
+            path,
+            f"variable {name}",
+            "the drive end signal of that record number",
+            ", ".join(k for k, *_ in whosmat(path)) or "none",
+        )
+    return found[name].astype("float32"), float(found[speed][0]) if len(
+        found.get(speed, ())
+    ) else None
+
 
 def read_cwru(
-    path, # One file of the Case Western Reserve University bearing data
-)->Record: # Drive end, at 12 kHz
+    path,  # One file of the Case Western Reserve University bearing data
+) -> Record:  # Drive end, at 12 kHz
     "Read one record of CWRU."
-    path = Path(path); about = _CWRU.fullmatch(path.stem)
-    if not about: raise InputError(path, 'file name', '<fault><diameter>_<load>_<record number>', path.stem)
-    about = about.groupdict(); signal,rpm = _cwru_signal(path, about)
-    fault = fault_name(about['fault'], path); diameter = about['diameter'] or ''
-    if fault == 'healthy': signal = resample_poly(signal, 1, 4).astype('float32') # recorded at 48 kHz
+    path = Path(path)
+    about = _CWRU.fullmatch(path.stem)
+    if not about:
+        raise InputError(path, "file name", "<fault><diameter>_<load>_<record number>", path.stem)
+    about = about.groupdict()
+    signal, rpm = _cwru_signal(path, about)
+    fault = fault_name(about["fault"], path)
+    diameter = about["diameter"] or ""
+    if fault == "healthy":
+        signal = resample_poly(signal, 1, 4).astype("float32")  # recorded at 48 kHz
     if rpm is None:
-        rpm = _NOMINAL.get(about['load'], 1750.)
-        warnings.warn(f"{path.name}: no variable X{int(about['number']):03d}RPM; the nominal {rpm:g} turns a minute are used")
-    return check_record(Record(path.stem, signal, 12000., rpm, fault, diameter, about['load'], f'{fault}{diameter}', BEARINGS['6205'].orders))
+        rpm = _NOMINAL.get(about["load"], 1750.0)
+        warnings.warn(
+            f"{path.name}: no variable X{int(about['number']):03d}RPM; the nominal {rpm:g} turns a minute are used",
+            stacklevel=2,
+        )
+    return check_record(
+        Record(
+            path.stem,
+            signal,
+            12000.0,
+            rpm,
+            fault,
+            diameter,
+            about["load"],
+            f"{fault}{diameter}",
+            BEARINGS["6205"].orders,
+        )
+    )
 
 # %% ../../nbs/bearing/00_data.ipynb #24781888
-_SIZES = ('balls','ball_diameter','pitch_diameter')
-_SUFFIXES = ('.csv','.npy','.npz','.parquet','.mat')
+_SIZES = ("balls", "ball_diameter", "pitch_diameter")
+_SUFFIXES = (".csv", ".npy", ".npz", ".parquet", ".mat")
+
 
 def _row_orders(row, file):
     "Orders of a row of the table; none where it says nothing about geometry."
-    given = {k: v for k,v in row.items() if pd.notna(v) and v != ''}
-    if (name := str(given.get('geometry', '')).removesuffix('.0')): return BEARINGS[check_choice(file, 'geometry', name, BEARINGS)].orders
-    if all(f'order_{k}' in given for k in ORDERS): return np.array([float(given[f'order_{k}']) for k in ORDERS])
-    if all(k in given for k in _SIZES): return Geometry(int(given['balls']), float(given['ball_diameter']), float(given['pitch_diameter']), float(given.get('contact_angle', 0)), str(row.get('file', ''))).orders
+    given = {k: v for k, v in row.items() if pd.notna(v) and v != ""}
+    if name := str(given.get("geometry", "")).removesuffix(".0"):
+        return BEARINGS[check_choice(file, "geometry", name, BEARINGS)].orders
+    if all(f"order_{k}" in given for k in ORDERS):
+        return np.array([float(given[f"order_{k}"]) for k in ORDERS])
+    if all(k in given for k in _SIZES):
+        return Geometry(
+            int(given["balls"]),
+            float(given["ball_diameter"]),
+            float(given["pitch_diameter"]),
+            float(given.get("contact_angle", 0)),
+            str(row.get("file", "")),
+        ).orders
     return None
 
 # %% ../../nbs/bearing/00_data.ipynb #c94ef658
 def _clock(v):
     "Whether a column rises evenly, as time does."
-    step = (v[-1]-v[0])/max(len(v)-1, 1)
-    return len(v) > 2 and step > 0 and bool(np.allclose(np.diff(v), step, rtol=.01, atol=0))
+    step = (v[-1] - v[0]) / max(len(v) - 1, 1)
+    return len(v) > 2 and step > 0 and bool(np.allclose(np.diff(v), step, rtol=0.01, atol=0))
 
 # %% ../../nbs/bearing/00_data.ipynb #d684fa18
 def read_signal(
-    path, # `.csv`, `.npy`, `.npz`, `.parquet` or `.mat`
-    channel:str='', # Column or variable; the only one, or the first of numbers that is not the time
-)->np.ndarray: # `[T]`
+    path,  # `.csv`, `.npy`, `.npz`, `.parquet` or `.mat`
+    channel: str = "",  # Column or variable; the only one, or the first of numbers that is not the time
+) -> np.ndarray:  # `[T]`
     "One channel of a file."
-    path = Path(path); check_choice(path, 'file type', path.suffix.lower(), _SUFFIXES)
-    if not path.is_file(): raise InputError(path, 'file', 'a record', 'nothing there')
-    if path.suffix == '.mat': columns = read_matlab(path, [channel] if channel else [k for k,s,t in whosmat_(path) if np.prod(s) > 100 and t in ('double','single','int16','int32')])
-    elif path.suffix in ('.npy','.npz'): columns = {k: np.squeeze(v) for k,v in read_arrays(path).items()}
+    path = Path(path)
+    check_choice(path, "file type", path.suffix.lower(), _SUFFIXES)
+    if not path.is_file():
+        raise InputError(path, "file", "a record", "nothing there")
+    if path.suffix == ".mat":
+        columns = read_matlab(
+            path,
+            [channel]
+            if channel
+            else [
+                k
+                for k, s, t in whosmat_(path)
+                if np.prod(s) > 100 and t in ("double", "single", "int16", "int32")
+            ],
+        )
+    elif path.suffix in (".npy", ".npz"):
+        columns = {k: np.squeeze(v) for k, v in read_arrays(path).items()}
     else:
-        try: table = pd.read_csv(path) if path.suffix == '.csv' else pd.read_parquet(path)
-        except Exception as e: raise InputError(path, 'content', f'a whole {path.suffix} table', f'{type(e).__name__}: {str(e)[:80]}') from None
-        columns = {k: table[k].to_numpy() for k in table.select_dtypes('number')}
-    if channel and channel not in columns or not columns: raise InputError(path, f'channel {channel}'.strip(), 'a column of numbers', ', '.join(columns) or 'none')
-    return columns[channel or next((k for k,v in columns.items() if not _clock(v)), next(iter(columns)))]
+        try:
+            table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        except Exception as e:
+            raise InputError(
+                path,
+                "content",
+                f"a whole {path.suffix} table",
+                f"{type(e).__name__}: {str(e)[:80]}",
+            ) from None
+        columns = {k: table[k].to_numpy() for k in table.select_dtypes("number")}
+    if channel and channel not in columns or not columns:
+        raise InputError(
+            path, f"channel {channel}".strip(), "a column of numbers", ", ".join(columns) or "none"
+        )
+    return columns[
+        channel or next((k for k, v in columns.items() if not _clock(v)), next(iter(columns)))
+    ]
+
 
 def whosmat_(path):
     "Names, shapes and types of a MATLAB file's variables."
-    try: return whosmat(path)
-    except NotImplementedError: return read_matlab(path, [])
-    except Exception as e: raise InputError(path, 'content', 'a whole MATLAB file', f'{type(e).__name__}: {str(e)[:80]}') from None
+    try:
+        return whosmat(path)
+    except NotImplementedError:
+        return read_matlab(path, [])
+    except Exception as e:
+        raise InputError(
+            path, "content", "a whole MATLAB file", f"{type(e).__name__}: {str(e)[:80]}"
+        ) from None
 
 # %% ../../nbs/bearing/00_data.ipynb #ebc9420d
 def _labelled(folder, row):
     "The record of one row."
-    file = folder/'labels.csv'; name = str(row['file'])
+    file = folder / "labels.csv"
+    name = str(row["file"])
+
     def number(k):
-        if pd.isna(row.get(k)): raise InputError(file, f'{k} of {name}', 'a number', 'nothing', 'every fault frequency is a multiple of the speed, and every frequency of the rate')
-        try: return float(row[k])
-        except ValueError: raise InputError(file, f'{k} of {name}', 'a number', repr(row[k])) from None
-    rate,rpm = number('fs'),number('rpm')
-    path = folder/name
-    if not path.resolve().is_relative_to(folder.resolve()): raise InputError(file, 'file', 'a path inside the folder', name)
-    text = {k: '' if pd.isna(row.get(k)) else str(row[k]) for k in ('fault','diameter','load','bearing','channel')}
-    facts = {k: number(k) for k in ('sommerfeld',) if pd.notna(row.get(k))}
-    record = Record(name, read_signal(path, text.pop('channel')), rate, rpm, fault_name(text.pop('fault'), f'{file}: {name}') if text['fault'] else text.pop('fault'), orders=_row_orders(row, file), facts=facts, **text)
+        if pd.isna(row.get(k)):
+            raise InputError(
+                file,
+                f"{k} of {name}",
+                "a number",
+                "nothing",
+                "every fault frequency is a multiple of the speed, and every frequency of the rate",
+            )
+        try:
+            return float(row[k])
+        except ValueError:
+            raise InputError(file, f"{k} of {name}", "a number", repr(row[k])) from None
+
+    rate, rpm = number("fs"), number("rpm")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(file, "file", "a path inside the folder", name)
+    text = {
+        k: "" if pd.isna(row.get(k)) else str(row[k])
+        for k in ("fault", "diameter", "load", "bearing", "channel")
+    }
+    facts = {k: number(k) for k in ("sommerfeld",) if pd.notna(row.get(k))}
+    record = Record(
+        name,
+        read_signal(path, text.pop("channel")),
+        rate,
+        rpm,
+        fault_name(text.pop("fault"), f"{file}: {name}") if text["fault"] else text.pop("fault"),
+        orders=_row_orders(row, file),
+        facts=facts,
+        **text,
+    )
     return check_record(record)
 
 # %% ../../nbs/bearing/00_data.ipynb #20c348a1
 def read_labels(
-    folder, # A folder with `labels.csv`
-)->list: # One dict a row
+    folder,  # A folder with `labels.csv`
+) -> list:  # One dict a row
     "Rows of the table, its columns and names checked."
-    file = Path(folder)/'labels.csv'
-    try: table = pd.read_csv(file, dtype=dict(file=str, fault=str, diameter=str, load=str, bearing=str, geometry=str, channel=str))
-    except Exception as e: raise InputError(file, 'content', 'a table', f'{type(e).__name__}: {str(e)[:80]}') from None
-    for k in ('file','rpm','fs'):
-        if k not in table: raise InputError(file, f'column {k}', 'file, rpm and fs; and fault, diameter, load, bearing and the geometry', ', '.join(table.columns))
-    if not len(table): raise InputError(file, 'rows', 'at least one record', '0')
-    if table.file.duplicated().any(): raise InputError(file, 'file', 'each file once', f'{table.file[table.file.duplicated()].iloc[0]} twice')
-    return table.to_dict('records')
+    file = Path(folder) / "labels.csv"
+    try:
+        table = pd.read_csv(
+            file,
+            dtype=dict(
+                file=str, fault=str, diameter=str, load=str, bearing=str, geometry=str, channel=str
+            ),
+        )
+    except Exception as e:
+        raise InputError(file, "content", "a table", f"{type(e).__name__}: {str(e)[:80]}") from None
+    for k in ("file", "rpm", "fs"):
+        if k not in table:
+            raise InputError(
+                file,
+                f"column {k}",
+                "file, rpm and fs; and fault, diameter, load, bearing and the geometry",
+                ", ".join(table.columns),
+            )
+    if not len(table):
+        raise InputError(file, "rows", "at least one record", "0")
+    if table.file.duplicated().any():
+        raise InputError(
+            file, "file", "each file once", f"{table.file[table.file.duplicated()].iloc[0]} twice"
+        )
+    return table.to_dict("records")
 
 # %% ../../nbs/bearing/00_data.ipynb #5d0dd5c9
 def write_records(
-    folder, # Folder to make
-    records:list, # `Record`s; of what is in `facts` only a Sommerfeld number is written
+    folder,  # Folder to make
+    records: list,  # `Record`s; of what is in `facts` only a Sommerfeld number is written
 ):
     "Write records as one `.npy` each and their table last."
-    folder = Path(folder); rows = []
+    folder = Path(folder)
+    rows = []
     for r in records:
-        with atomic_path(folder/f'{r.name}.npy') as f, open(f, 'wb') as h: np.save(h, r.signal)
-        known = {} if r.orders is None else {f'order_{k}': v for k,v in zip(ORDERS, r.orders)}
-        known |= {k: r.facts[k] for k in ('sommerfeld',) if k in r.facts}
-        rows.append(dict(file=f'{r.name}.npy', fault=r.fault, diameter=r.diameter, load=r.load, bearing=r.bearing, rpm=r.rpm, fs=r.rate, **known))
-    with atomic_path(folder/'labels.csv') as f: pd.DataFrame(rows).to_csv(f, index=False)
+        with atomic_path(folder / f"{r.name}.npy") as f, open(f, "wb") as h:
+            np.save(h, r.signal)
+        known = {} if r.orders is None else {f"order_{k}": v for k, v in zip(ORDERS, r.orders)}
+        known |= {k: r.facts[k] for k in ("sommerfeld",) if k in r.facts}
+        rows.append(
+            dict(
+                file=f"{r.name}.npy",
+                fault=r.fault,
+                diameter=r.diameter,
+                load=r.load,
+                bearing=r.bearing,
+                rpm=r.rpm,
+                fs=r.rate,
+                **known,
+            )
+        )
+    with atomic_path(folder / "labels.csv") as f:
+        pd.DataFrame(rows).to_csv(f, index=False)
 
 # %% ../../nbs/bearing/00_data.ipynb #b5b21191
 def record_files(
-    path, # A folder of CWRU files, a folder with `labels.csv`, or one file
-)->list: # Pairs (file, function that reads it)
+    path,  # A folder of CWRU files, a folder with `labels.csv`, or one file
+) -> list:  # Pairs (file, function that reads it)
     "Which records there are, before any is read."
     path = Path(path)
-    if not path.exists(): raise InputError(path, 'folder', 'records', 'nothing there', 'name a folder with -p data=DIR or set GCODE_ML_DATA')
-    if path.is_file(): return [(path, lambda: _one(path))]
-    if (path/'labels.csv').exists(): return [(path/r['file'], lambda r=r: _labelled(path, r)) for r in read_labels(path)]
-    files = sorted(f for f in path.rglob('*') if f.suffix in ('.mat','.csv') and _CWRU.fullmatch(f.stem))
-    if not files: raise InputError(path, 'files', 'labels.csv, or files named like those of CWRU', 'neither')
+    if not path.exists():
+        raise InputError(
+            path,
+            "folder",
+            "records",
+            "nothing there",
+            "name a folder with -p data=DIR or set GCODE_ML_DATA",
+        )
+    if path.is_file():
+        return [(path, lambda: _one(path))]
+    if (path / "labels.csv").exists():
+        return [(path / r["file"], lambda r=r: _labelled(path, r)) for r in read_labels(path)]
+    files = sorted(
+        f for f in path.rglob("*") if f.suffix in (".mat", ".csv") and _CWRU.fullmatch(f.stem)
+    )
+    if not files:
+        raise InputError(path, "files", "labels.csv, or files named like those of CWRU", "neither")
     return [(f, lambda f=f: read_cwru(f)) for f in files]
+
 
 def _one(path):
     "A single file: a row of the table beside it, or a file of CWRU."
-    if (path.parent/'labels.csv').exists():
+    if (path.parent / "labels.csv").exists():
         for r in read_labels(path.parent):
-            if Path(r['file']).name == path.name: return _labelled(path.parent, r)
-    if _CWRU.fullmatch(path.stem): return read_cwru(path)
-    raise InputError(path, 'labels', 'a row of labels.csv beside it, for speed and rate', 'none')
+            if Path(r["file"]).name == path.name:
+                return _labelled(path.parent, r)
+    if _CWRU.fullmatch(path.stem):
+        return read_cwru(path)
+    raise InputError(path, "labels", "a row of labels.csv beside it, for speed and rate", "none")
 
 # %% ../../nbs/bearing/00_data.ipynb #2f9d61b0
 def read_records(
-    path, # See `record_files`
-    healthy:bool=False, # Also the healthy records of CWRU; then everything is cut at 5 kHz
-    progress=None, # For instance `tqdm`
-    cache=None, # Folder of a copy that is mapped into memory: made at the first use, and anew when a file has changed
-)->list: # `Record`s
+    path,  # See `record_files`
+    healthy: bool = False,  # Also the healthy records of CWRU; then everything is cut at 5 kHz
+    progress=None,  # For instance `tqdm`
+    cache=None,  # Folder of a copy that is mapped into memory: made at the first use, and anew when a file has changed
+) -> list:  # `Record`s
     "Read records and warn of what looks wrong."
-    if cache: return _cached(path, healthy, progress, Path(cache))
+    if cache:
+        return _cached(path, healthy, progress, Path(cache))
     files = record_files(path)
-    labelled = (Path(path)/'labels.csv').exists() or Path(path).is_file()
-    if not labelled and not healthy: files = [f for f in files if not f[0].stem.lower().startswith('normal')]
-    records = [read() for _,read in (progress(files) if progress else files)]
-    if healthy and not labelled: records = [low_pass(r, 5000.) for r in records]
-    for d in (d for r in records for d in doubts(r)): warnings.warn(d)
+    labelled = (Path(path) / "labels.csv").exists() or Path(path).is_file()
+    if not labelled and not healthy:
+        files = [f for f in files if not f[0].stem.lower().startswith("normal")]
+    records = [read() for _, read in (progress(files) if progress else files)]
+    if healthy and not labelled:
+        records = [low_pass(r, 5000.0) for r in records]
+    for d in (d for r in records for d in doubts(r)):
+        warnings.warn(d, stacklevel=2)
     return records
 
+
 def low_pass(
-    record:Record, # A record
-    limit:float, # Hz
-)->Record: # The record without what is above
+    record: Record,  # A record
+    limit: float,  # Hz
+) -> Record:  # The record without what is above
     "Cut a record's spectrum off."
-    spectrum = np.fft.rfft(record.signal); spectrum[np.fft.rfftfreq(len(record), 1/record.rate) > limit] = 0
-    return Record(**{**vars(record), 'signal': np.fft.irfft(spectrum, len(record))})
+    spectrum = np.fft.rfft(record.signal)
+    spectrum[np.fft.rfftfreq(len(record), 1 / record.rate) > limit] = 0
+    return Record(**{**vars(record), "signal": np.fft.irfft(spectrum, len(record))})
 
 # %% ../../nbs/bearing/00_data.ipynb #e461cf9d
-_ABOUT = ('name','rate','rpm','fault','diameter','load','bearing','facts')
+_ABOUT = ("name", "rate", "rpm", "fault", "diameter", "load", "bearing", "facts")
+
 
 def _state(path, healthy):
     "What a copy has to agree with: names, sizes and times of the files."
-    files = {f for f,_ in record_files(path)} | {f for f in (Path(path)/'labels.csv',) if f.exists()}
-    return json.dumps([healthy, sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists())])
+    files = {f for f, _ in record_files(path)} | {
+        f for f in (Path(path) / "labels.csv",) if f.exists()
+    }
+    return json.dumps(
+        [
+            healthy,
+            sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()),
+        ]
+    )
+
 
 def _cached(path, healthy, progress, cache):
     "Records whose signals are parts of one mapped file."
-    listing,state = cache/'records.json',_state(path, healthy)
-    if not listing.exists() or read_json(listing)['state'] != state: _write_cache(path, healthy, progress, cache, state)
-    about,samples = read_json(listing),np.load(cache/'samples.npy', mmap_mode='r')
-    for d in about['doubts']: warnings.warn(d)
-    return [Record(signal=samples[r.pop('start'):r.pop('stop')], orders=None if (o := r.pop('orders')) is None else np.array(o), **r) for r in about['records']]
+    listing, state = cache / "records.json", _state(path, healthy)
+    if not listing.exists() or read_json(listing)["state"] != state:
+        _write_cache(path, healthy, progress, cache, state)
+    about, samples = read_json(listing), np.load(cache / "samples.npy", mmap_mode="r")
+    for d in about["doubts"]:
+        warnings.warn(d, stacklevel=2)
+    return [
+        Record(
+            signal=samples[r.pop("start") : r.pop("stop")],
+            orders=None if (o := r.pop("orders")) is None else np.array(o),
+            **r,
+        )
+        for r in about["records"]
+    ]
+
 
 def _write_cache(path, healthy, progress, cache, state):
     "Samples first, the list last."
-    with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); records = read_records(path, healthy, progress)
-    with atomic_path(cache/'samples.npy') as f, open(f, 'wb') as h: np.save(h, np.concatenate([r.signal for r in records]))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        records = read_records(path, healthy, progress)
+    with atomic_path(cache / "samples.npy") as f, open(f, "wb") as h:
+        np.save(h, np.concatenate([r.signal for r in records]))
     stops = np.cumsum([len(r) for r in records]).tolist()
-    write_json(cache/'records.json', dict(state=state, doubts=[str(w.message) for w in said], records=[dict({k: getattr(r, k) for k in _ABOUT}, start=b-len(r), stop=b, orders=None if r.orders is None else r.orders.tolist()) for r,b in zip(records, stops)]))
+    write_json(
+        cache / "records.json",
+        dict(
+            state=state,
+            doubts=[str(w.message) for w in said],
+            records=[
+                dict(
+                    {k: getattr(r, k) for k in _ABOUT},
+                    start=b - len(r),
+                    stop=b,
+                    orders=None if r.orders is None else r.orders.tolist(),
+                )
+                for r, b in zip(records, stops)
+            ],
+        ),
+    )
 
 # %% ../../nbs/bearing/00_data.ipynb #df6e07b7
 class RecordWindows:
     "Windows of records; a batch holds what a model needs to know about speed, rate and geometry."
-    def __init__(self,
-        records:list, # `Record`s
-        size:int=12000, # Samples a window
-        stride:int=0, # Samples between starts; `size` if 0
-        classes=None, # Names of the classes; `FAULTS` or those that are found
-        severity:bool=False, # Targets are a dict with `diameter` as well
-        partial:bool=False, # Keep a record that is shorter than a window as one short window
+
+    def __init__(
+        self,
+        records: list,  # `Record`s
+        size: int = 12000,  # Samples a window
+        stride: int = 0,  # Samples between starts; `size` if 0
+        classes=None,  # Names of the classes; `FAULTS` or those that are found
+        severity: bool = False,  # Targets are a dict with `diameter` as well
+        partial: bool = False,  # Keep a record that is shorter than a window as one short window
     ):
         for r in records:
-            if len(r) < size and not partial: raise InputError(r.name, 'length', f'at least a window of {size} samples', f'{len(r)}', 'choose a shorter window')
-        self.records,self.size,self.stride,self.severity = records,size,stride or size,severity
-        table = RowTable([r.signal[:,None] for r in records], [r.name for r in records])
-        number,start,stop = window_starts(table.lengths, size, self.stride, partial=True)
-        on_grid = (start % self.stride == 0) # no last window that overlaps its neighbour
+            if len(r) < size and not partial:
+                raise InputError(
+                    r.name,
+                    "length",
+                    f"at least a window of {size} samples",
+                    f"{len(r)}",
+                    "choose a shorter window",
+                )
+        self.records, self.size, self.stride, self.severity = (
+            records,
+            size,
+            stride or size,
+            severity,
+        )
+        table = RowTable([r.signal[:, None] for r in records], [r.name for r in records])
+        number, start, stop = window_starts(table.lengths, size, self.stride, partial=True)
+        on_grid = start % self.stride == 0  # no last window that overlaps its neighbour
         self.windows = Windows(table, number[on_grid], start[on_grid], stop[on_grid])
-        self.record,self.start,self.lengths = self.windows.recording,self.windows.start,self.windows.lengths
-        self.classes = list(classes) if classes is not None else class_names(r.fault for r in records)
+        self.record, self.start, self.lengths = (
+            self.windows.recording,
+            self.windows.start,
+            self.windows.lengths,
+        )
+        self.classes = (
+            list(classes) if classes is not None else class_names(r.fault for r in records)
+        )
         self._columns()
-    def __len__(self): return len(self.windows)
+
+    def __len__(self):
+        return len(self.windows)
+
 
 def class_names(
-    faults, # Faults of records
-)->list: # `FAULTS` where all are among them, else those of `JOURNAL_FAULTS` that occur
+    faults,  # Faults of records
+) -> list:  # `FAULTS` where all are among them, else those of `JOURNAL_FAULTS` that occur
     "Names of the classes, in a fixed order."
     found = {f for f in faults if f}
-    return list(FAULTS) if found <= {*FAULTS} else [f for f in (*FAULTS, *JOURNAL_FAULTS) if f in found]
+    return (
+        list(FAULTS)
+        if found <= {*FAULTS}
+        else [f for f in (*FAULTS, *JOURNAL_FAULTS) if f in found]
+    )
 
 # %% ../../nbs/bearing/00_data.ipynb #85b2a1ad
 @patch
-def _columns(self:RecordWindows):
+def _columns(self: RecordWindows):
     "What a window has from its record."
-    def column(f, kind=None): return np.array([f(r) for r in self.records], kind)[self.record]
+
+    def column(f, kind=None):
+        return np.array([f(r) for r in self.records], kind)[self.record]
+
     for r in self.records:
-        if r.fault and r.fault not in self.classes: raise InputError(r.name, 'fault', f"one of {', '.join(self.classes)}", repr(r.fault))
-    self.sources,self.bearings,self.diameters,self.loads = (column(lambda r, k=k: getattr(r, k)) for k in ('name','bearing','diameter','load'))
+        if r.fault and r.fault not in self.classes:
+            raise InputError(r.name, "fault", f"one of {', '.join(self.classes)}", repr(r.fault))
+    self.sources, self.bearings, self.diameters, self.loads = (
+        column(lambda r, k=k: getattr(r, k)) for k in ("name", "bearing", "diameter", "load")
+    )
     self.labels = column(lambda r: self.classes.index(r.fault) if r.fault else -1)
     self.sizes = sorted({r.diameter for r in self.records})
-    self._targets = torch.from_numpy(self.labels), torch.from_numpy(column(lambda r: self.sizes.index(r.diameter)))
-    self._shaft,self._rate = (torch.from_numpy(column(lambda r, k=k: getattr(r, k), 'float32')) for k in ('shaft','rate'))
-    self._orders = torch.from_numpy(column(lambda r: np.zeros(4) if r.orders is None else r.orders, 'float32').reshape(-1, 4))
+    self._targets = (
+        torch.from_numpy(self.labels),
+        torch.from_numpy(column(lambda r: self.sizes.index(r.diameter))),
+    )
+    self._shaft, self._rate = (
+        torch.from_numpy(column(lambda r, k=k: getattr(r, k), "float32")) for k in ("shaft", "rate")
+    )
+    self._orders = torch.from_numpy(
+        column(lambda r: np.zeros(4) if r.orders is None else r.orders, "float32").reshape(-1, 4)
+    )
 
 # %% ../../nbs/bearing/00_data.ipynb #ff7753de
 @patch
-def signals(self:RecordWindows,
-    index, # Which windows, `[B]`
-)->tuple: # Signal `[B,T]`, shaft `[B]` Hz, rate `[B]` Hz, orders `[B,4]`, mask `[B,T]`
+def signals(
+    self: RecordWindows,
+    index,  # Which windows, `[B]`
+) -> tuple:  # Signal `[B,T]`, shaft `[B]` Hz, rate `[B]` Hz, orders `[B,4]`, mask `[B,T]`
     "Standardised windows; a window that does not move is an `InputError`."
-    index = torch.as_tensor(np.asarray(index)); x,mask = self.windows.batch(index)
-    x,m = x[...,0],mask.float(); count = m.sum(1, keepdim=True)
-    x = (x-(x*m).sum(1, keepdim=True)/count)*m
-    spread = (x.square().sum(1, keepdim=True)/count).sqrt()
-    if (still := ~(spread[:,0] > 0)).any():
+    index = torch.as_tensor(np.asarray(index))
+    x, mask = self.windows.batch(index)
+    x, m = x[..., 0], mask.float()
+    count = m.sum(1, keepdim=True)
+    x = (x - (x * m).sum(1, keepdim=True) / count) * m
+    spread = (x.square().sum(1, keepdim=True) / count).sqrt()
+    if (still := ~(spread[:, 0] > 0)).any():
         i = int(index[int(still.float().argmax())])
-        raise InputError(self.sources[i], f'window at sample {self.start[i]}', 'values that change', 'the same value throughout')
-    return x/spread, self._shaft[index], self._rate[index], self._orders[index], mask
+        raise InputError(
+            self.sources[i],
+            f"window at sample {self.start[i]}",
+            "values that change",
+            "the same value throughout",
+        )
+    return x / spread, self._shaft[index], self._rate[index], self._orders[index], mask
+
 
 @patch
-def batch(self:RecordWindows,
-    index, # Which windows, `[B]`
-)->tuple: # `(inputs, mask, targets)`
+def batch(
+    self: RecordWindows,
+    index,  # Which windows, `[B]`
+) -> tuple:  # `(inputs, mask, targets)`
     "A batch: `signal` `[B,T,1]`, `shaft`, `rate`, `orders`; mask; class of each window."
-    x,shaft,rate,orders,mask = self.signals(index)
-    labels,sizes = (t[torch.as_tensor(np.asarray(index))] for t in self._targets)
-    return dict(signal=x[...,None], shaft=shaft, rate=rate, orders=orders), mask, dict(fault=labels, diameter=sizes) if self.severity else labels
+    x, shaft, rate, orders, mask = self.signals(index)
+    labels, sizes = (t[torch.as_tensor(np.asarray(index))] for t in self._targets)
+    return (
+        dict(signal=x[..., None], shaft=shaft, rate=rate, orders=orders),
+        mask,
+        dict(fault=labels, diameter=sizes) if self.severity else labels,
+    )
 
 # %% ../../nbs/bearing/00_data.ipynb #06bd4da6
-SPLITS = ('bearing','load','leak')
+SPLITS = ("bearing", "load", "leak")
 
 # %% ../../nbs/bearing/00_data.ipynb #05023889
 def held_groups(
-    windows, # `RecordWindows`
-)->np.ndarray: # Group of each window: defect size, or bearing where sizes are not known
+    windows,  # `RecordWindows`
+) -> np.ndarray:  # Group of each window: defect size, or bearing where sizes are not known
     "What is left out as a whole by the split `bearing`."
     sizes = set(windows.diameters)
-    return windows.diameters if '' not in sizes and len(sizes) > 1 else windows.bearings
+    return windows.diameters if "" not in sizes and len(sizes) > 1 else windows.bearings
 
 # %% ../../nbs/bearing/00_data.ipynb #b39ee5b2
 def split_folds(
-    windows, # `RecordWindows`
-    split:str='bearing', # One of `SPLITS`
-)->int: # Number of its folds
+    windows,  # `RecordWindows`
+    split: str = "bearing",  # One of `SPLITS`
+) -> int:  # Number of its folds
     "How many folds a split has."
-    return len(set(held_groups(windows))) if check_choice('split', 'name', split, SPLITS) == 'bearing' else 1
+    return (
+        len(set(held_groups(windows)))
+        if check_choice("split", "name", split, SPLITS) == "bearing"
+        else 1
+    )
 
 # %% ../../nbs/bearing/00_data.ipynb #a760537a
 def split_windows(
-    windows, # `RecordWindows`
-    split:str='bearing', # One of `SPLITS`
-    fold:int=0, # Which fold
-    seed:int=0, # Seed of random parts
-    inner:int=-1, # Hold this training group out for validation; -1 holds out nothing, and a random tenth is only watched
-)->tuple: # Training, validation and test windows
+    windows,  # `RecordWindows`
+    split: str = "bearing",  # One of `SPLITS`
+    fold: int = 0,  # Which fold
+    seed: int = 0,  # Seed of random parts
+    inner: int = -1,  # Hold this training group out for validation; -1 holds out nothing, and a random tenth is only watched
+) -> tuple:  # Training, validation and test windows
     "Window numbers of the three sets."
     folds = split_folds(windows, split)
-    if not 0 <= fold < folds: raise InputError('fold', 'number', f'0 to {folds-1}', str(fold))
-    train,test = _outer_split(windows, split, fold, seed)
+    if not 0 <= fold < folds:
+        raise InputError("fold", "number", f"0 to {folds - 1}", str(fold))
+    train, test = _outer_split(windows, split, fold, seed)
     if inner >= 0:
-        groups = held_groups(windows)[train]; names = sorted(set(groups))
-        if inner >= len(names): raise InputError('inner', 'number', f'0 to {len(names)-1}', str(inner))
-        return _complete(windows, train[groups != names[inner]], names[inner]), train[groups == names[inner]], test
-    valid = train[random_split(len(train), .1, seed)[1]]
-    return (_complete(windows, train, f'fold {fold}') if split == 'bearing' else train), valid, test
+        groups = held_groups(windows)[train]
+        names = sorted(set(groups))
+        if inner >= len(names):
+            raise InputError("inner", "number", f"0 to {len(names) - 1}", str(inner))
+        return (
+            _complete(windows, train[groups != names[inner]], names[inner]),
+            train[groups == names[inner]],
+            test,
+        )
+    valid = train[random_split(len(train), 0.1, seed)[1]]
+    return (_complete(windows, train, f"fold {fold}") if split == "bearing" else train), valid, test
 
 # %% ../../nbs/bearing/00_data.ipynb #ea673a85
 def _outer_split(windows, split, fold, seed):
     "Training and test windows."
-    if split == 'leak': return random_split(len(windows), .3, seed)
-    if split == 'load':
+    if split == "leak":
+        return random_split(len(windows), 0.3, seed)
+    if split == "load":
         loads = sorted(set(windows.loads))
-        if len(loads) < 2: raise InputError('split load', 'loads', 'two or more', ', '.join(loads) or 'none')
-        return np.flatnonzero(windows.loads != loads[-1]), np.flatnonzero(windows.loads == loads[-1])
-    groups = held_groups(windows); names = sorted(set(groups))
-    if len(names) < 2: raise InputError('split bearing', 'defect sizes or bearings', 'two or more', ', '.join(names))
-    train,test = np.flatnonzero(groups != names[fold]), np.flatnonzero(groups == names[fold])
-    check_disjoint(windows.bearings, train, test, 'split bearing')
+        if len(loads) < 2:
+            raise InputError("split load", "loads", "two or more", ", ".join(loads) or "none")
+        return np.flatnonzero(windows.loads != loads[-1]), np.flatnonzero(
+            windows.loads == loads[-1]
+        )
+    groups = held_groups(windows)
+    names = sorted(set(groups))
+    if len(names) < 2:
+        raise InputError(
+            "split bearing", "defect sizes or bearings", "two or more", ", ".join(names)
+        )
+    train, test = np.flatnonzero(groups != names[fold]), np.flatnonzero(groups == names[fold])
+    check_disjoint(windows.bearings, train, test, "split bearing")
     return train, test
+
 
 def _complete(windows, train, what):
     "Refuse a training side with fewer than two classes."
     classes = {windows.classes[i] for i in windows.labels[train] if i >= 0}
-    if len(classes) < 2: raise InputError('split bearing', f'training side without {what}', 'two or more classes', f"{', '.join(classes)} of {', '.join(sorted(set(windows.bearings[train])))}")
+    if len(classes) < 2:
+        raise InputError(
+            "split bearing",
+            f"training side without {what}",
+            "two or more classes",
+            f"{', '.join(classes)} of {', '.join(sorted(set(windows.bearings[train])))}",
+        )
     return train
 
 # %% ../../nbs/bearing/00_data.ipynb #0d0000b4
 def check(
-    path, # What `read_records` takes
-    progress=None, # For instance `tqdm`
-)->list: # One sentence a fault
+    path,  # What `read_records` takes
+    progress=None,  # For instance `tqdm`
+) -> list:  # One sentence a fault
     "Faults of a folder of records; an empty list where there is none."
-    found,records = [],[]
-    try: files = record_files(path)
-    except InputError as e: return [str(e)]
-    for _,read in (progress(files) if progress else files):
+    found, records = [], []
+    try:
+        files = record_files(path)
+    except InputError as e:
+        return [str(e)]
+    for _, read in progress(files) if progress else files:
         try:
-            with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); records.append(read())
-            found += [f'{str(w.message).rstrip(".")}.' for w in said] + doubts(records[-1])
-        except InputError as e: found.append(str(e))
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                records.append(read())
+            found += [f"{str(w.message).rstrip('.')}." for w in said] + doubts(records[-1])
+        except InputError as e:
+            found.append(str(e))
     return found + _alone(records)
+
 
 def _alone(records):
     "Classes that only one bearing has."
     bearings = {}
     for r in records:
-        if r.fault: bearings.setdefault(r.fault, set()).add(r.bearing)
-    return [f'fault {f}: only the bearing {min(b)} has it, so nothing can be said about another one.' for f,b in bearings.items() if len(b) == 1 and len(bearings) > 1]
+        if r.fault:
+            bearings.setdefault(r.fault, set()).add(r.bearing)
+    return [
+        f"fault {f}: only the bearing {min(b)} has it, so nothing can be said about another one."
+        for f, b in bearings.items()
+        if len(b) == 1 and len(bearings) > 1
+    ]

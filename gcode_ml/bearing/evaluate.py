@@ -10,10 +10,15 @@ __all__ = ['KEYS', 'predict_windows', 'outcome_table', 'record_votes', 'fold_sco
            'plot_bearings']
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #e551b45b
-import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns, torch
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
 from fastai.torch_core import to_device
 from scipy.stats import wilcoxon
 from sklearn.metrics import precision_recall_fscore_support
+
 from ..core.batch import BatchLoader, Subset
 from ..core.errors import InputError
 from ..core.metrics import expected_calibration_error
@@ -22,179 +27,329 @@ from ..core.plots import plot_confusion
 # %% ../../nbs/bearing/40_evaluate.ipynb #9ba02dbe
 @torch.no_grad()
 def predict_windows(
-    model, # Model of the `models` page
-    windows, # `RecordWindows`
-    index, # Which windows
-    device='cpu', # Device of the model
-    batch_size:int=64, # Windows at a time
-    progress=None, # For instance `tqdm`
-)->np.ndarray: # Probabilities, `[N,C]`
+    model,  # Model of the `models` page
+    windows,  # `RecordWindows`
+    index,  # Which windows
+    device="cpu",  # Device of the model
+    batch_size: int = 64,  # Windows at a time
+    progress=None,  # For instance `tqdm`
+) -> np.ndarray:  # Probabilities, `[N,C]`
     "Probabilities of the faults."
-    model.eval(); dl = BatchLoader(Subset(windows, index), batch_size); parts = []
-    for inputs,mask,_ in progress(dl) if progress else dl:
-        inputs,mask = to_device((inputs, mask), device)
-        parts.append(model(inputs, mask)['fault'].float().softmax(-1).cpu())
+    model.eval()
+    dl = BatchLoader(Subset(windows, index), batch_size)
+    parts = []
+    for inputs, mask, _ in progress(dl) if progress else dl:
+        inputs, mask = to_device((inputs, mask), device)
+        parts.append(model(inputs, mask)["fault"].float().softmax(-1).cpu())
     return torch.cat(parts).numpy()
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #85b622f1
 def outcome_table(
-    windows, # `RecordWindows`
-    index, # Which windows
-    probabilities:np.ndarray, # `[N,C]`
-    **columns # What they belong to: `name`, `split`, `fold`, `seed`
-)->pd.DataFrame: # A row a window
+    windows,  # `RecordWindows`
+    index,  # Which windows
+    probabilities: np.ndarray,  # `[N,C]`
+    **columns,  # What they belong to: `name`, `split`, `fold`, `seed`
+) -> pd.DataFrame:  # A row a window
     "What is true of windows, and what was said."
-    index = np.asarray(index); names = np.array(windows.classes)
-    table = pd.DataFrame(dict(record=windows.sources[index], start=windows.start[index], bearing=windows.bearings[index], diameter=windows.diameters[index], load=windows.loads[index],
-                              fault=np.where(windows.labels[index] >= 0, names[windows.labels[index]], ''), said=names[probabilities.argmax(1)], confidence=probabilities.max(1)))
-    return table.assign(**{f'p_{c}': probabilities[:,i] for i,c in enumerate(names)}, **columns)
+    index = np.asarray(index)
+    names = np.array(windows.classes)
+    table = pd.DataFrame(
+        dict(
+            record=windows.sources[index],
+            start=windows.start[index],
+            bearing=windows.bearings[index],
+            diameter=windows.diameters[index],
+            load=windows.loads[index],
+            fault=np.where(windows.labels[index] >= 0, names[windows.labels[index]], ""),
+            said=names[probabilities.argmax(1)],
+            confidence=probabilities.max(1),
+        )
+    )
+    return table.assign(**{f"p_{c}": probabilities[:, i] for i, c in enumerate(names)}, **columns)
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #305b2a42
-KEYS = ['name','split','fold','seed']
+KEYS = ["name", "split", "fold", "seed"]
+
 
 def record_votes(
-    outcomes:pd.DataFrame, # Windows
-)->pd.DataFrame: # A row a record: `said` by mean probability, `majority`, `confidence`
+    outcomes: pd.DataFrame,  # Windows
+) -> pd.DataFrame:  # A row a record: `said` by mean probability, `majority`, `confidence`
     "One answer a record."
-    columns = [c for c in outcomes if c.startswith('p_')]; keys = [k for k in KEYS if k in outcomes]
-    grouped = outcomes.groupby([*keys,'record'], sort=False)
-    table = grouped.agg(fault=('fault','first'), bearing=('bearing','first'), diameter=('diameter','first'), windows=('said','size'), majority=('said', lambda s: s.mode().iloc[0]), **{c: (c,'mean') for c in columns}).reset_index()
+    columns = [c for c in outcomes if c.startswith("p_")]
+    keys = [k for k in KEYS if k in outcomes]
+    grouped = outcomes.groupby([*keys, "record"], sort=False)
+    table = grouped.agg(
+        fault=("fault", "first"),
+        bearing=("bearing", "first"),
+        diameter=("diameter", "first"),
+        windows=("said", "size"),
+        majority=("said", lambda s: s.mode().iloc[0]),
+        **{c: (c, "mean") for c in columns},
+    ).reset_index()
     p = table[columns].to_numpy()
     return table.assign(said=np.array([c[2:] for c in columns])[p.argmax(1)], confidence=p.max(1))
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #5df0e17c
 def fold_scores(
-    outcomes:pd.DataFrame, # Windows of one model, split, fold and seed
-)->dict: # Measure -> value
+    outcomes: pd.DataFrame,  # Windows of one model, split, fold and seed
+) -> dict:  # Measure -> value
     "All measures of one test set."
-    votes,names = record_votes(outcomes),[c[2:] for c in outcomes if c.startswith('p_')]
-    precision,recall,f1,_ = precision_recall_fscore_support(outcomes.fault, outcomes.said, labels=[n for n in names if (outcomes.fault == n).any()], average='macro', zero_division=0)
+    votes, names = record_votes(outcomes), [c[2:] for c in outcomes if c.startswith("p_")]
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        outcomes.fault,
+        outcomes.said,
+        labels=[n for n in names if (outcomes.fault == n).any()],
+        average="macro",
+        zero_division=0,
+    )
     right = outcomes.said == outcomes.fault
-    return {'windows': right.mean(), 'records': (votes.said == votes.fault).mean(), 'records, majority': (votes.majority == votes.fault).mean(), 'macro F1': f1, 'precision': precision, 'recall': recall,
-            'calibration error': expected_calibration_error(outcomes.confidence.clip(0, 1), right)}
+    return {
+        "windows": right.mean(),
+        "records": (votes.said == votes.fault).mean(),
+        "records, majority": (votes.majority == votes.fault).mean(),
+        "macro F1": f1,
+        "precision": precision,
+        "recall": recall,
+        "calibration error": expected_calibration_error(outcomes.confidence.clip(0, 1), right),
+    }
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #9abc53bf
 def seed_scores(
-    outcomes:pd.DataFrame, # Windows
-)->pd.DataFrame: # `name`, `split`, `seed`, and a column a measure
+    outcomes: pd.DataFrame,  # Windows
+) -> pd.DataFrame:  # `name`, `split`, `seed`, and a column a measure
     "Measures of each seed, the mean over its folds."
-    rows = [dict(zip(KEYS, key), **fold_scores(part)) for key,part in outcomes.groupby(KEYS, sort=False)]
-    return pd.DataFrame(rows).groupby(['name','split','seed'], sort=False).mean().drop(columns='fold').reset_index()
+    rows = [
+        dict(zip(KEYS, key), **fold_scores(part))
+        for key, part in outcomes.groupby(KEYS, sort=False)
+    ]
+    return (
+        pd.DataFrame(rows)
+        .groupby(["name", "split", "seed"], sort=False)
+        .mean()
+        .drop(columns="fold")
+        .reset_index()
+    )
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #18b00097
 def score_table(
-    outcomes:pd.DataFrame, # Windows of all models and splits
-)->pd.DataFrame: # `name`, `measure`, `split`, `value`, `low`, `high`, `seeds`
+    outcomes: pd.DataFrame,  # Windows of all models and splits
+) -> pd.DataFrame:  # `name`, `measure`, `split`, `value`, `low`, `high`, `seeds`
     "Mean over seeds, and one standard deviation to each side."
-    long = seed_scores(outcomes).melt(['name','split','seed'], var_name='measure')
-    table = long.groupby(['name','measure','split'], sort=False).value.agg(['mean','std','size']).reset_index()
-    spread = table['std'].fillna(0)
-    return pd.DataFrame(dict(name=table['name'], measure=table.measure, split=table.split, value=table['mean'], low=table['mean']-spread, high=table['mean']+spread, seeds=table['size']))
+    long = seed_scores(outcomes).melt(["name", "split", "seed"], var_name="measure")
+    table = (
+        long.groupby(["name", "measure", "split"], sort=False)
+        .value.agg(["mean", "std", "size"])
+        .reset_index()
+    )
+    spread = table["std"].fillna(0)
+    return pd.DataFrame(
+        dict(
+            name=table["name"],
+            measure=table.measure,
+            split=table.split,
+            value=table["mean"],
+            low=table["mean"] - spread,
+            high=table["mean"] + spread,
+            seeds=table["size"],
+        )
+    )
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #35216ee3
 def paired_test(
-    outcomes:pd.DataFrame, # Windows
-    name:str, # One model
-    other:str, # Another, with the same folds; a model of one seed is compared with every seed
-    split:str='bearing', # Split
-    measure:str='windows', # Of `fold_scores`
-)->dict: # Mean difference, Wilcoxon's p, number of pairs
+    outcomes: pd.DataFrame,  # Windows
+    name: str,  # One model
+    other: str,  # Another, with the same folds; a model of one seed is compared with every seed
+    split: str = "bearing",  # Split
+    measure: str = "windows",  # Of `fold_scores`
+) -> dict:  # Mean difference, Wilcoxon's p, number of pairs
     "Paired Wilcoxon test over seeds and folds."
-    def of(n): return {(f,s): fold_scores(p)[measure] for (f,s),p in outcomes[(outcomes.name == n) & (outcomes.split == split)].groupby(['fold','seed'])}
-    a,b = of(name),of(other); once = {f: v for (f,_),v in b.items()}
-    if not a or not b: raise InputError('paired_test', 'outcomes', f'{name} and {other} under {split}', ', '.join(map(str, outcomes.name.unique())))
-    pairs = np.array([(v, b.get(k, once[k[0]])) for k,v in a.items()]); difference = pairs[:,0]-pairs[:,1]
-    p = float(wilcoxon(difference).pvalue) if len(pairs) > 1 and (difference != 0).any() else 1.
+
+    def of(n):
+        return {
+            (f, s): fold_scores(p)[measure]
+            for (f, s), p in outcomes[(outcomes.name == n) & (outcomes.split == split)].groupby(
+                ["fold", "seed"]
+            )
+        }
+
+    a, b = of(name), of(other)
+    once = {f: v for (f, _), v in b.items()}
+    if not a or not b:
+        raise InputError(
+            "paired_test",
+            "outcomes",
+            f"{name} and {other} under {split}",
+            ", ".join(map(str, outcomes.name.unique())),
+        )
+    pairs = np.array([(v, b.get(k, once[k[0]])) for k, v in a.items()])
+    difference = pairs[:, 0] - pairs[:, 1]
+    p = float(wilcoxon(difference).pvalue) if len(pairs) > 1 and (difference != 0).any() else 1.0
     return dict(difference=float(difference.mean()), p=p, pairs=len(pairs))
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #48567edc
 def class_table(
-    outcomes:pd.DataFrame, # Windows
-)->pd.DataFrame: # Precision, recall, F1 and recall by record of each class
+    outcomes: pd.DataFrame,  # Windows
+) -> pd.DataFrame:  # Precision, recall, F1 and recall by record of each class
     "Scores of each class, pooled over folds and seeds."
-    rows,votes = [],record_votes(outcomes)
-    for (name,split),part in outcomes.groupby(['name','split'], sort=False):
-        labels = [c[2:] for c in part if c.startswith('p_') and (part.fault == c[2:]).any()]
+    rows, votes = [], record_votes(outcomes)
+    for (name, split), part in outcomes.groupby(["name", "split"], sort=False):
+        labels = [c[2:] for c in part if c.startswith("p_") and (part.fault == c[2:]).any()]
         v = votes[(votes.name == name) & (votes.split == split)]
-        p,r,f,n = precision_recall_fscore_support(part.fault, part.said, labels=labels, zero_division=0)
-        rows += [dict(name=name, split=split, fault=l, precision=p[i], recall=r[i], f1=f[i], record_recall=(v.said == v.fault)[v.fault == l].mean(), windows=n[i]) for i,l in enumerate(labels)]
+        p, r, f, n = precision_recall_fscore_support(
+            part.fault, part.said, labels=labels, zero_division=0
+        )
+        rows += [
+            dict(
+                name=name,
+                split=split,
+                fault=l,
+                precision=p[i],
+                recall=r[i],
+                f1=f[i],
+                record_recall=(v.said == v.fault)[v.fault == l].mean(),
+                windows=n[i],
+            )
+            for i, l in enumerate(labels)
+        ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #b6c0719d
 def bearing_table(
-    outcomes:pd.DataFrame, # Windows
-)->pd.DataFrame: # A row a bearing: share of windows and of records that are right
+    outcomes: pd.DataFrame,  # Windows
+) -> pd.DataFrame:  # A row a bearing: share of windows and of records that are right
     "Scores of each physical bearing, pooled over seeds."
     votes = record_votes(outcomes)
-    by = ['name','split','fault','bearing']
-    windows = (outcomes.said == outcomes.fault).groupby([outcomes[k] for k in by], sort=False).mean()
+    by = ["name", "split", "fault", "bearing"]
+    windows = (
+        (outcomes.said == outcomes.fault).groupby([outcomes[k] for k in by], sort=False).mean()
+    )
     records = (votes.said == votes.fault).groupby([votes[k] for k in by], sort=False).mean()
     return pd.DataFrame(dict(windows=windows, records=records)).reset_index()
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #1a9d9e49
 def coverage_curve(
-    outcomes:pd.DataFrame, # Windows or records of one model: `fault`, `said`, `confidence`
-)->pd.DataFrame: # `coverage`, `accuracy`, `threshold`, from the surest answer on
+    outcomes: pd.DataFrame,  # Windows or records of one model: `fault`, `said`, `confidence`
+) -> pd.DataFrame:  # `coverage`, `accuracy`, `threshold`, from the surest answer on
     "Accuracy of the surest answers."
-    o = outcomes.sort_values('confidence', ascending=False, kind='stable'); n = np.arange(1, len(o)+1)
-    table = pd.DataFrame(dict(coverage=n/len(o), accuracy=(o.said == o.fault).cumsum().to_numpy()/n, threshold=o.confidence.to_numpy()))
-    return table[np.append(np.diff(table.threshold) != 0, True)].reset_index(drop=True) # equal confidence: together or not at all
+    o = outcomes.sort_values("confidence", ascending=False, kind="stable")
+    n = np.arange(1, len(o) + 1)
+    table = pd.DataFrame(
+        dict(
+            coverage=n / len(o),
+            accuracy=(o.said == o.fault).cumsum().to_numpy() / n,
+            threshold=o.confidence.to_numpy(),
+        )
+    )
+    return table[np.append(np.diff(table.threshold) != 0, True)].reset_index(
+        drop=True
+    )  # equal confidence: together or not at all
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #617c7c94
 def answers(
-    outcomes:pd.DataFrame, # Windows or records
-    threshold:float=.5, # Least probability of an answer
-)->np.ndarray: # Fault, or `type unclear`
+    outcomes: pd.DataFrame,  # Windows or records
+    threshold: float = 0.5,  # Least probability of an answer
+) -> np.ndarray:  # Fault, or `type unclear`
     "What is said when an answer needs a probability."
-    return np.where(outcomes.confidence >= threshold, outcomes.said, 'type unclear')
+    return np.where(outcomes.confidence >= threshold, outcomes.said, "type unclear")
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #ccf7a758
 def plot_splits(
-    scores:pd.DataFrame, # From `score_table`
-    measure:str='windows', # Measure
-    order=('leak','load','bearing'), # Splits, as columns
-    ax=None, # Axes
-): # The axes
+    scores: pd.DataFrame,  # From `score_table`
+    measure: str = "windows",  # Measure
+    order=("leak", "load", "bearing"),  # Splits, as columns
+    ax=None,  # Axes
+):  # The axes
     "Every model under every split: what looks best on random windows is rarely best on a new bearing."
-    part = scores[scores.measure == measure]; order = [s for s in order if s in set(part.split)]
-    ax = ax or plt.subplots(figsize=(6,2.8), layout='constrained')[1]
-    for i,(name,rows) in enumerate(part.groupby('name', sort=False)):
-        rows = rows.set_index('split').reindex(order)
-        ax.errorbar(np.arange(len(order))+.03*i, 100*rows.value, 100*(rows.high-rows.low)/2, marker='o', ms=4, lw=1, label=name.replace('_', ' '), color=sns.color_palette('husl', part.name.nunique())[i])
-    ax.set(ylabel=f'{measure}, % right', xticks=range(len(order)), xticklabels=[dict(bearing='unseen bearing').get(s, s) for s in order])
-    ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1,.5)); sns.despine(ax=ax)
+    part = scores[scores.measure == measure]
+    order = [s for s in order if s in set(part.split)]
+    ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
+    for i, (name, rows) in enumerate(part.groupby("name", sort=False)):
+        rows = rows.set_index("split").reindex(order)
+        ax.errorbar(
+            np.arange(len(order)) + 0.03 * i,
+            100 * rows.value,
+            100 * (rows.high - rows.low) / 2,
+            marker="o",
+            ms=4,
+            lw=1,
+            label=name.replace("_", " "),
+            color=sns.color_palette("husl", part.name.nunique())[i],
+        )
+    ax.set(
+        ylabel=f"{measure}, % right",
+        xticks=range(len(order)),
+        xticklabels=[dict(bearing="unseen bearing").get(s, s) for s in order],
+    )
+    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #8f711806
 def plot_coverage(
-    outcomes:pd.DataFrame, # Windows, of several models
-    names=None, # Models to draw; all by default
-    ax=None, # Axes
-): # The axes
+    outcomes: pd.DataFrame,  # Windows, of several models
+    names=None,  # Models to draw; all by default
+    ax=None,  # Axes
+):  # The axes
     "Coverage against accuracy, windows solid and records dashed."
-    ax = ax or plt.subplots(figsize=(5,2.5), layout='constrained')[1]; votes = record_votes(outcomes)
-    for i,name in enumerate(names or outcomes.name.unique()):
-        for part,style in ((outcomes,'-'),(votes,'--')):
-            curve = coverage_curve(part[part.name == name]); ax.plot(curve.coverage, curve.accuracy, style, lw=1.2, color=f'C{i}', label=name.replace('_', ' ') if style == '-' else None)
-    ax.set(xlabel='share answered', ylabel='share right of those', xlim=(0,1.01), ylim=(None,1.01)); ax.legend(fontsize=7, frameon=False); sns.despine(ax=ax)
+    ax = ax or plt.subplots(figsize=(5, 2.5), layout="constrained")[1]
+    votes = record_votes(outcomes)
+    for i, name in enumerate(names or outcomes.name.unique()):
+        for part, style in ((outcomes, "-"), (votes, "--")):
+            curve = coverage_curve(part[part.name == name])
+            ax.plot(
+                curve.coverage,
+                curve.accuracy,
+                style,
+                lw=1.2,
+                color=f"C{i}",
+                label=name.replace("_", " ") if style == "-" else None,
+            )
+    ax.set(
+        xlabel="share answered", ylabel="share right of those", xlim=(0, 1.01), ylim=(None, 1.01)
+    )
+    ax.legend(fontsize=7, frameon=False)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #5c12ccd7
 def plot_faults(
-    outcomes:pd.DataFrame, # Windows of one model and split
-    ax=None, # Axes
-): # The axes
+    outcomes: pd.DataFrame,  # Windows of one model and split
+    ax=None,  # Axes
+):  # The axes
     "Confusion of the faults, by window."
-    return plot_confusion(outcomes.fault, outcomes.said, [c[2:] for c in outcomes if c.startswith('p_')], ax=ax)
+    return plot_confusion(
+        outcomes.fault, outcomes.said, [c[2:] for c in outcomes if c.startswith("p_")], ax=ax
+    )
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #433a86e2
 def plot_bearings(
-    outcomes:pd.DataFrame, # Windows of one split
-    ax=None, # Axes
-): # The axes
+    outcomes: pd.DataFrame,  # Windows of one split
+    ax=None,  # Axes
+):  # The axes
     "Share of right windows of each bearing, a row a model."
-    table = bearing_table(outcomes).pivot(index='name', columns='bearing', values='windows').reindex(outcomes.name.unique())
-    ax = ax or plt.subplots(figsize=(1.5+.6*table.shape[1], .6+.35*len(table)), layout='constrained')[1]
-    sns.heatmap(100*table, annot=True, fmt='.0f', cmap='Blues', vmin=0, vmax=100, cbar=False, linewidths=.4, ax=ax, annot_kws=dict(size=8))
-    ax.set(xlabel='', ylabel=''); ax.tick_params(labelsize=8, length=0)
+    table = (
+        bearing_table(outcomes)
+        .pivot(index="name", columns="bearing", values="windows")
+        .reindex(outcomes.name.unique())
+    )
+    ax = (
+        ax
+        or plt.subplots(
+            figsize=(1.5 + 0.6 * table.shape[1], 0.6 + 0.35 * len(table)), layout="constrained"
+        )[1]
+    )
+    sns.heatmap(
+        100 * table,
+        annot=True,
+        fmt=".0f",
+        cmap="Blues",
+        vmin=0,
+        vmax=100,
+        cbar=False,
+        linewidths=0.4,
+        ax=ax,
+        annot_kws=dict(size=8),
+    )
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(labelsize=8, length=0)
     return ax

@@ -10,273 +10,520 @@ __all__ = ['PARTS', 'FEATURE_NAMES', 'TABULAR_NAMES', 'CLASSICAL', 'order_featur
 
 # %% ../../nbs/bearing/08_features.ipynb #8ccf4d78
 import warnings
-import numpy as np, torch
+
+import numpy as np
+import torch
 from scipy.stats import kurtosis, skew
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+from .transforms import BANDS, bearing_lines
 from ..core.baselines import baseline
 from ..core.errors import InputError, check_choice
 from ..core.spectra import band_envelope, envelope_spectrum, prewhiten
-from .transforms import BANDS, bearing_lines
 
 # %% ../../nbs/bearing/08_features.ipynb #81cfcf8d
-PARTS = ('outer','inner','ball') # the classes of the rule, in the order of the geometry's orders
+PARTS = ("outer", "inner", "ball")  # the classes of the rule, in the order of the geometry's orders
 
 # %% ../../nbs/bearing/08_features.ipynb #113486f2
 def _stretch(step, bins, f, half):
     "Bins strictly between f-half and f+half."
-    return slice(max(int(np.floor((f-half)/step))+1, 0), max(min(int(np.ceil((f+half)/step)), bins), 0))
+    return slice(
+        max(int(np.floor((f - half) / step)) + 1, 0),
+        max(min(int(np.ceil((f + half) / step)), bins), 0),
+    )
 
 # %% ../../nbs/bearing/08_features.ipynb #fc6a2e73
 def _line_scores(spectra, step, frequency, resolution):
     "Scores `[n,K,P]` of lines at `frequency [P]` in spectra `[n,K,F]`; `resolution` is one over the window's seconds."
-    bins = spectra.shape[-1]; q = np.zeros((*spectra.shape[:2], len(frequency)))
-    for p,f in enumerate(frequency):
-        near,far = (_stretch(step, bins, f, h) for h in (max(.012*f, .75*resolution), max(25., 8*resolution)))
-        if f >= (bins-1)*step or near.start >= near.stop: continue
-        peak,floor = spectra[...,near].max(-1),np.median(spectra[...,far], -1)
-        with np.errstate(divide='ignore', invalid='ignore'): q[...,p] = np.where((floor > 0)&(peak > 0), np.log(peak/floor), 0)
+    bins = spectra.shape[-1]
+    q = np.zeros((*spectra.shape[:2], len(frequency)))
+    for p, f in enumerate(frequency):
+        near, far = (
+            _stretch(step, bins, f, h)
+            for h in (max(0.012 * f, 0.75 * resolution), max(25.0, 8 * resolution))
+        )
+        if f >= (bins - 1) * step or near.start >= near.stop:
+            continue
+        peak, floor = spectra[..., near].max(-1), np.median(spectra[..., far], -1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            q[..., p] = np.where((floor > 0) & (peak > 0), np.log(peak / floor), 0)
     return q
 
 # %% ../../nbs/bearing/08_features.ipynb #0a0c42b1
 def _eleven(q, present):
     "The eleven columns `[n,K,11]` of line scores `[n,K,20]`; means over lines that the spectrum has."
-    def mean(lines): return q[...,lines].sum(-1)/max(present[lines].sum(), 1)
-    harmonics = [slice(0,4),slice(4,8),slice(8,12)]
-    return np.stack([q[...,0],q[...,4],q[...,8], *map(mean, harmonics), mean(slice(12,14)),mean(slice(14,16)),mean(slice(16,18)), q[...,18],q[...,19]], -1)
+
+    def mean(lines):
+        return q[..., lines].sum(-1) / max(present[lines].sum(), 1)
+
+    harmonics = [slice(0, 4), slice(4, 8), slice(8, 12)]
+    return np.stack(
+        [
+            q[..., 0],
+            q[..., 4],
+            q[..., 8],
+            *map(mean, harmonics),
+            mean(slice(12, 14)),
+            mean(slice(14, 16)),
+            mean(slice(16, 18)),
+            q[..., 18],
+            q[..., 19],
+        ],
+        -1,
+    )
 
 # %% ../../nbs/bearing/08_features.ipynb #638feabc
-FIRST = [f'{p} first' for p in PARTS]+[f'{p} harmonics' for p in PARTS]
-COLUMNS = [*FIRST, 'inner side bands','ball side bands','ball half-odd','shaft','cage']
+FIRST = [f"{p} first" for p in PARTS] + [f"{p} harmonics" for p in PARTS]
+COLUMNS = [*FIRST, "inner side bands", "ball side bands", "ball half-odd", "shaft", "cage"]
 
 # %% ../../nbs/bearing/08_features.ipynb #f2d63e41
-FEATURE_NAMES = [f'{low}-{high} {c} {kind}'.strip() for kind,columns in (('relative',FIRST),('',COLUMNS)) for low,high in BANDS for c in columns]
+FEATURE_NAMES = [
+    f"{low}-{high} {c} {kind}".strip()
+    for kind, columns in (("relative", FIRST), ("", COLUMNS))
+    for low, high in BANDS
+    for c in columns
+]
 
 # %% ../../nbs/bearing/08_features.ipynb #c9345c5a
 def _spectra(x, rate, bands, whiten, points, bins):
     "First bins of the envelope spectra of windows of one rate, `[n,K,bins]`."
     x = torch.as_tensor(np.asarray(x), dtype=torch.float64)
-    with torch.no_grad(): return envelope_spectrum(band_envelope(prewhiten(x) if whiten else x-x.mean(-1, keepdim=True), rate, bands, points), bins=bins).numpy()
+    with torch.no_grad():
+        return envelope_spectrum(
+            band_envelope(
+                prewhiten(x) if whiten else x - x.mean(-1, keepdim=True), rate, bands, points
+            ),
+            bins=bins,
+        ).numpy()
 
 # %% ../../nbs/bearing/08_features.ipynb #a9474400
 def _features(x, shaft, rate, orders, bands, whiten, points, chunk=2):
     "Columns `[n,K,11]` of windows that share speed, rate and orders."
-    n,lines = x.shape[-1],bearing_lines(orders)*shaft
-    half = (points or n)/n*rate/2; last = lines[lines < half].max(initial=0)
-    bins = int((last+max(25, 8*rate/n, .012*last))*4*n/rate)+3 # nothing beyond is looked at
-    spectra = np.concatenate([_spectra(x[i:i+chunk], rate, bands, whiten, points, bins) for i in range(0, len(x), chunk)]) # small chunks stay in the cache
-    return _eleven(_line_scores(spectra, rate/n/4, lines, rate/n), lines < half)
+    n, lines = x.shape[-1], bearing_lines(orders) * shaft
+    half = (points or n) / n * rate / 2
+    last = lines[lines < half].max(initial=0)
+    bins = (
+        int((last + max(25, 8 * rate / n, 0.012 * last)) * 4 * n / rate) + 3
+    )  # nothing beyond is looked at
+    spectra = np.concatenate(
+        [
+            _spectra(x[i : i + chunk], rate, bands, whiten, points, bins)
+            for i in range(0, len(x), chunk)
+        ]
+    )  # small chunks stay in the cache
+    return _eleven(_line_scores(spectra, rate / n / 4, lines, rate / n), lines < half)
 
 # %% ../../nbs/bearing/08_features.ipynb #a941bd70
 def _check_windows(x, shaft, rate, orders):
     "Everything as arrays, finite, with a geometry and a speed."
-    x = np.asarray(x); x = x[None] if x.ndim == 1 else x
-    shaft,rate,orders = (np.broadcast_to(np.asarray(v, float), s) for v,s in ((shaft,(len(x),)),(rate,(len(x),)),(orders,(len(x),4))))
-    for name,bad in dict(signal=~np.isfinite(x).all(1) | (np.ptp(x, 1) == 0), shaft=~(shaft > 0), rate=~(rate > 0), orders=~(orders > 0).all(1)).items():
-        want = dict(signal='finite numbers that are not all the same', shaft='turns per second above 0', rate='samples per second above 0', orders='four numbers above 0 (outer, inner, ball, cage)')[name]
-        if bad.any(): raise InputError('windows', f'{name} of window {bad.argmax()}', want, f'others in {bad.sum()} of {len(x)} windows')
-    return x,shaft,rate,orders
+    x = np.asarray(x)
+    x = x[None] if x.ndim == 1 else x
+    shaft, rate, orders = (
+        np.broadcast_to(np.asarray(v, float), s)
+        for v, s in ((shaft, (len(x),)), (rate, (len(x),)), (orders, (len(x), 4)))
+    )
+    for name, bad in dict(
+        signal=~np.isfinite(x).all(1) | (np.ptp(x, 1) == 0),
+        shaft=~(shaft > 0),
+        rate=~(rate > 0),
+        orders=~(orders > 0).all(1),
+    ).items():
+        want = dict(
+            signal="finite numbers that are not all the same",
+            shaft="turns per second above 0",
+            rate="samples per second above 0",
+            orders="four numbers above 0 (outer, inner, ball, cage)",
+        )[name]
+        if bad.any():
+            raise InputError(
+                "windows",
+                f"{name} of window {bad.argmax()}",
+                want,
+                f"others in {bad.sum()} of {len(x)} windows",
+            )
+    return x, shaft, rate, orders
 
 # %% ../../nbs/bearing/08_features.ipynb #c13ec4e1
 def order_features(
-    x, # Windows, `[B,N]`
-    shaft, # Turns per second: a number, or one a window, `[B]`
-    rate, # Samples per second: a number, or one a window, `[B]`
-    orders, # Orders of outer race, inner race, ball and cage, `[4]` or `[B,4]`
-    bands=BANDS, # Edges in Hz, `[K,2]`
-    whiten:bool=True, # Cepstrum prewhitening first
-    points:int=None, # Points of the envelopes; N by default
-)->np.ndarray: # `[B,17*K]`: six columns a band less their mean, then eleven a band
+    x,  # Windows, `[B,N]`
+    shaft,  # Turns per second: a number, or one a window, `[B]`
+    rate,  # Samples per second: a number, or one a window, `[B]`
+    orders,  # Orders of outer race, inner race, ball and cage, `[4]` or `[B,4]`
+    bands=BANDS,  # Edges in Hz, `[K,2]`
+    whiten: bool = True,  # Cepstrum prewhitening first
+    points: int = None,  # Points of the envelopes; N by default
+) -> np.ndarray:  # `[B,17*K]`: six columns a band less their mean, then eleven a band
     "How far the lines of each bearing part stand out, in every band."
-    x,shaft,rate,orders = _check_windows(x, shaft, rate, orders)
-    kinds,kind = np.unique(np.column_stack([shaft,rate,orders]), axis=0, return_inverse=True); kind = kind.ravel()
-    columns = np.empty((len(x),len(bands),11))
-    for k,(turns,hz,*o) in enumerate(kinds):
-        if max(b[1] for b in bands) > hz/2: warnings.warn(f'bands above {hz/2:g} Hz, half the sampling rate, are cut; their columns are zero where nothing is left')
+    x, shaft, rate, orders = _check_windows(x, shaft, rate, orders)
+    kinds, kind = np.unique(np.column_stack([shaft, rate, orders]), axis=0, return_inverse=True)
+    kind = kind.ravel()
+    columns = np.empty((len(x), len(bands), 11))
+    for k, (turns, hz, *o) in enumerate(kinds):
+        if max(b[1] for b in bands) > hz / 2:
+            warnings.warn(
+                f"bands above {hz / 2:g} Hz, half the sampling rate, are cut; their columns are zero where nothing is left",
+                stacklevel=2,
+            )
         columns[kind == k] = _features(x[kind == k], turns, hz, o, bands, whiten, points)
-    relative = columns[...,:6]-columns[...,:6].mean(-1, keepdims=True)
+    relative = columns[..., :6] - columns[..., :6].mean(-1, keepdims=True)
     return np.concatenate([relative.reshape(len(x), -1), columns.reshape(len(x), -1)], 1)
 
 # %% ../../nbs/bearing/08_features.ipynb #4614f533
 def rule_scores(
-    features, # Of `order_features`, `[B,17*K]`
-)->np.ndarray: # Largest mean harmonic score over the bands, `[B,3]`: outer, inner, ball
+    features,  # Of `order_features`, `[B,17*K]`
+) -> np.ndarray:  # Largest mean harmonic score over the bands, `[B,3]`: outer, inner, ball
     "How much each part stands out."
-    columns = features[:,6*(features.shape[1]//17):].reshape(len(features), -1, 11)
-    return columns[...,3:6].max(1)
+    columns = features[:, 6 * (features.shape[1] // 17) :].reshape(len(features), -1, 11)
+    return columns[..., 3:6].max(1)
 
 # %% ../../nbs/bearing/08_features.ipynb #b96d606c
 def fault_rule(
-    features, # Of `order_features`, `[B,17*K]`
-)->np.ndarray: # 0 outer, 1 inner, 2 ball, `[B]`
+    features,  # Of `order_features`, `[B,17*K]`
+) -> np.ndarray:  # 0 outer, 1 inner, 2 ball, `[B]`
     "Number of the part that stands out most."
     return rule_scores(features).argmax(1)
 
 # %% ../../nbs/bearing/08_features.ipynb #2e87adde
-_DB4 = np.array([-.010597401784997278,.032883011666982945,.030841381835986965,-.18703481171888114,-.02798376941698385,.6308807679295904,.7148465705525415,.23037781330885523])
+_DB4 = np.array(
+    [
+        -0.010597401784997278,
+        0.032883011666982945,
+        0.030841381835986965,
+        -0.18703481171888114,
+        -0.02798376941698385,
+        0.6308807679295904,
+        0.7148465705525415,
+        0.23037781330885523,
+    ]
+)
 
 # %% ../../nbs/bearing/08_features.ipynb #c44abd09
 def _dwt(x):
     "One level: approximation and detail `[B,(N+7)//2]`."
-    n = x.shape[-1]; x = np.pad(x, ((0,0),(7,7)), 'symmetric')
-    low = _DB4[::-1]; high = _DB4*(-1.)**np.arange(8)
-    windows = np.lib.stride_tricks.sliding_window_view(x, 8, -1)[:,1:n+7:2]
-    return windows@low,windows@high
+    n = x.shape[-1]
+    x = np.pad(x, ((0, 0), (7, 7)), "symmetric")
+    low = _DB4[::-1]
+    high = _DB4 * (-1.0) ** np.arange(8)
+    windows = np.lib.stride_tricks.sliding_window_view(x, 8, -1)[:, 1 : n + 7 : 2]
+    return windows @ low, windows @ high
 
 # %% ../../nbs/bearing/08_features.ipynb #35cf5773
 def _details(x, levels=5):
     "Details of five levels, the finest first, and the last approximation."
     details = []
-    for _ in range(levels): x,d = _dwt(x); details.append(d)
-    return details,x
+    for _ in range(levels):
+        x, d = _dwt(x)
+        details.append(d)
+    return details, x
 
 # %% ../../nbs/bearing/08_features.ipynb #20d81477
-TABULAR_NAMES = ['rms','kurtosis','skewness','crest','shape','impulse','clearance', 'peak frequency','centroid','entropy','power 0-0.5','power 0.5-2','power 2-5','power 5-10','power','spread','second harmonic','third harmonic','peak to mean',
-    'envelope rms','envelope kurtosis','envelope peak','modulation', 'detail share','detail kurtosis','D1','D3','D5','cepstral peak','quefrency', 'bispectrum peak','bispectrum mean','bispectrum entropy','coupling','nonlinearity','bispectrum peak to mean']
+TABULAR_NAMES = [
+    "rms",
+    "kurtosis",
+    "skewness",
+    "crest",
+    "shape",
+    "impulse",
+    "clearance",
+    "peak frequency",
+    "centroid",
+    "entropy",
+    "power 0-0.5",
+    "power 0.5-2",
+    "power 2-5",
+    "power 5-10",
+    "power",
+    "spread",
+    "second harmonic",
+    "third harmonic",
+    "peak to mean",
+    "envelope rms",
+    "envelope kurtosis",
+    "envelope peak",
+    "modulation",
+    "detail share",
+    "detail kurtosis",
+    "D1",
+    "D3",
+    "D5",
+    "cepstral peak",
+    "quefrency",
+    "bispectrum peak",
+    "bispectrum mean",
+    "bispectrum entropy",
+    "coupling",
+    "nonlinearity",
+    "bispectrum peak to mean",
+]
 
 # %% ../../nbs/bearing/08_features.ipynb #e6ada73f
 def _entropy(p):
-    p = p/np.maximum(p.sum(-1, keepdims=True), 1e-30)
-    return -(p*np.log(p+1e-30)).sum(-1)
+    p = p / np.maximum(p.sum(-1, keepdims=True), 1e-30)
+    return -(p * np.log(p + 1e-30)).sum(-1)
 
 # %% ../../nbs/bearing/08_features.ipynb #7f20133d
 def _kurtosis(x):
     "Excess kurtosis along the last axis."
-    s = np.square(x-x.mean(-1, keepdims=True))
-    return np.einsum('...n,...n->...', s, s)/s.shape[-1]/np.maximum(s.mean(-1)**2, 1e-30)-3
+    s = np.square(x - x.mean(-1, keepdims=True))
+    return np.einsum("...n,...n->...", s, s) / s.shape[-1] / np.maximum(s.mean(-1) ** 2, 1e-30) - 3
 
 # %% ../../nbs/bearing/08_features.ipynb #4d8696e0
 def _waveform(x):
-    size = np.abs(x); c = x-x.mean(-1, keepdims=True); s = c*c; v = np.maximum(s.mean(-1), 1e-30)
-    rms,mean,top = np.sqrt(np.einsum('bn,bn->b', x, x)/x.shape[-1]),size.mean(-1),size.max(-1)
-    return [rms, np.einsum('bn,bn->b', s, s)/x.shape[-1]/v**2-3, np.einsum('bn,bn->b', s, c)/x.shape[-1]/v**1.5, top/rms, rms/mean, top/mean, top/np.sqrt(size).mean(-1)**2]
+    size = np.abs(x)
+    c = x - x.mean(-1, keepdims=True)
+    s = c * c
+    v = np.maximum(s.mean(-1), 1e-30)
+    rms, mean, top = np.sqrt(np.einsum("bn,bn->b", x, x) / x.shape[-1]), size.mean(-1), size.max(-1)
+    return [
+        rms,
+        np.einsum("bn,bn->b", s, s) / x.shape[-1] / v**2 - 3,
+        np.einsum("bn,bn->b", s, c) / x.shape[-1] / v**1.5,
+        top / rms,
+        rms / mean,
+        top / mean,
+        top / np.sqrt(size).mean(-1) ** 2,
+    ]
 
 # %% ../../nbs/bearing/08_features.ipynb #61ba6561
 def _spectrum(P, f):
     "Twelve numbers of power spectra `P [B,F]`."
-    total = P.sum(-1); rows = np.arange(len(P)); top = P[:,1:].argmax(-1)+1; last = P.shape[1]-1
-    centre = P@f/total; edges = np.searchsorted(f, [0,500,2000,5000,10000])
-    shares = [P[:,a:b].sum(-1) for a,b in zip(edges, edges[1:])]
-    ratio = [np.where(h*top <= last, P[rows,np.minimum(h*top, last)]/P[rows,top], 0) for h in (2,3)]
-    return [f[top], centre, _entropy(P), *shares, total, np.sqrt(np.maximum(P@(f*f)/total-centre**2, 0)), *ratio, P[rows,top]/P.mean(-1)]
+    total = P.sum(-1)
+    rows = np.arange(len(P))
+    top = P[:, 1:].argmax(-1) + 1
+    last = P.shape[1] - 1
+    centre = P @ f / total
+    edges = np.searchsorted(f, [0, 500, 2000, 5000, 10000])
+    shares = [P[:, a:b].sum(-1) for a, b in zip(edges, edges[1:])]
+    ratio = [
+        np.where(h * top <= last, P[rows, np.minimum(h * top, last)] / P[rows, top], 0)
+        for h in (2, 3)
+    ]
+    return [
+        f[top],
+        centre,
+        _entropy(P),
+        *shares,
+        total,
+        np.sqrt(np.maximum(P @ (f * f) / total - centre**2, 0)),
+        *ratio,
+        P[rows, top] / P.mean(-1),
+    ]
 
 # %% ../../nbs/bearing/08_features.ipynb #3a12cb52
 def _envelope(X, n, rate):
     "Four numbers of the Hilbert envelope, from the spectrum."
-    Z = 2*X; Z[:,0] /= 2
-    if n%2 == 0: Z[:,-1] /= 2
-    e = torch.fft.ifft(torch.from_numpy(Z), n=n).abs().numpy(); E = np.abs(_rfft(e-e.mean(-1, keepdims=True))); first = int(n/rate)+1
-    return [np.sqrt((e*e).mean(-1)), _kurtosis(e), e.max(-1), (E[:,first:].argmax(-1)+first)*rate/n]
+    Z = 2 * X
+    Z[:, 0] /= 2
+    if n % 2 == 0:
+        Z[:, -1] /= 2
+    e = torch.fft.ifft(torch.from_numpy(Z), n=n).abs().numpy()
+    E = np.abs(_rfft(e - e.mean(-1, keepdims=True)))
+    first = int(n / rate) + 1
+    return [
+        np.sqrt((e * e).mean(-1)),
+        _kurtosis(e),
+        e.max(-1),
+        (E[:, first:].argmax(-1) + first) * rate / n,
+    ]
 
 # %% ../../nbs/bearing/08_features.ipynb #ff4c23e7
-def _rfft(x): return torch.fft.rfft(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+def _rfft(x):
+    return torch.fft.rfft(torch.from_numpy(np.ascontiguousarray(x))).numpy()
 
 # %% ../../nbs/bearing/08_features.ipynb #ab888966
 def _wavelet_cepstrum(x, X):
     "Seven numbers of the wavelet's details and the cepstrum."
-    details,rest = _details(x); E = np.array([np.einsum('bn,bn->b', d, d) for d in details]); c = np.abs(torch.fft.irfft(torch.log(torch.from_numpy(np.abs(X))+1e-12)).numpy())
-    c = c[:,1:c.shape[1]//2]; q = np.arange(1, c.shape[1]+1)
-    return [E.sum(0)/(E.sum(0)+(rest*rest).sum(-1)), np.mean([_kurtosis(d) for d in details], 0), E[0],E[2],E[4], c.max(-1)/c.mean(-1), (c*q).sum(-1)/c.sum(-1)]
+    details, rest = _details(x)
+    E = np.array([np.einsum("bn,bn->b", d, d) for d in details])
+    c = np.abs(torch.fft.irfft(torch.log(torch.from_numpy(np.abs(X)) + 1e-12)).numpy())
+    c = c[:, 1 : c.shape[1] // 2]
+    q = np.arange(1, c.shape[1] + 1)
+    return [
+        E.sum(0) / (E.sum(0) + (rest * rest).sum(-1)),
+        np.mean([_kurtosis(d) for d in details], 0),
+        E[0],
+        E[2],
+        E[4],
+        c.max(-1) / c.mean(-1),
+        (c * q).sum(-1) / c.sum(-1),
+    ]
 
 # %% ../../nbs/bearing/08_features.ipynb #561c3d27
 def _bispectrum(x, size=512):
     "Six numbers of the diagonal X(k)^2 X*(2k), averaged over stretches of 512 samples."
-    s = x[:,:x.shape[1]//size*size].reshape(len(x), -1, size); X = _rfft((s-s.mean(-1, keepdims=True))*np.hanning(size)); k = np.arange(1, size//4)
-    B = X[...,k]**2*X[...,2*k].conj(); b = np.abs(B.mean(1)); full = np.sqrt((np.abs(X[...,k])**4).mean(1)*(np.abs(X[...,2*k])**2).mean(1))+1e-30
-    return [b.max(-1), b.mean(-1), _entropy(b), np.tanh((b/full).mean(-1)), (b/full).max(-1), b.max(-1)/np.maximum(b.mean(-1), 1e-30)]
+    s = x[:, : x.shape[1] // size * size].reshape(len(x), -1, size)
+    X = _rfft((s - s.mean(-1, keepdims=True)) * np.hanning(size))
+    k = np.arange(1, size // 4)
+    B = X[..., k] ** 2 * X[..., 2 * k].conj()
+    b = np.abs(B.mean(1))
+    full = np.sqrt((np.abs(X[..., k]) ** 4).mean(1) * (np.abs(X[..., 2 * k]) ** 2).mean(1)) + 1e-30
+    return [
+        b.max(-1),
+        b.mean(-1),
+        _entropy(b),
+        np.tanh((b / full).mean(-1)),
+        (b / full).max(-1),
+        b.max(-1) / np.maximum(b.mean(-1), 1e-30),
+    ]
 
 # %% ../../nbs/bearing/08_features.ipynb #272f2d62
 def tabular_features(
-    x, # Windows, `[B,N]`, at least 512 samples
-    rate:float, # Samples per second
-    chunk:int=64, # Windows worked on at a time
-)->np.ndarray: # `[B,36]`, see `TABULAR_NAMES`
+    x,  # Windows, `[B,N]`, at least 512 samples
+    rate: float,  # Samples per second
+    chunk: int = 64,  # Windows worked on at a time
+) -> np.ndarray:  # `[B,36]`, see `TABULAR_NAMES`
     "Thirty-six statistics of each window."
-    x = np.atleast_2d(np.asarray(x)); f = np.fft.rfftfreq(x.shape[1], 1/rate)
-    if x.shape[1] < 512: raise InputError('tabular_features', 'window', 'at least 512 samples', str(x.shape[1]))
+    x = np.atleast_2d(np.asarray(x))
+    f = np.fft.rfftfreq(x.shape[1], 1 / rate)
+    if x.shape[1] < 512:
+        raise InputError("tabular_features", "window", "at least 512 samples", str(x.shape[1]))
+
     def some(x):
-        x = np.ascontiguousarray(x, dtype=float); X = _rfft(x)
-        return np.stack([*_waveform(x), *_spectrum(np.abs(X)**2/x.shape[1], f), *_envelope(X.copy(), x.shape[1], rate), *_wavelet_cepstrum(x, X), *_bispectrum(x)], -1)
-    return np.concatenate([some(x[i:i+chunk]) for i in range(0, len(x), chunk)])
+        x = np.ascontiguousarray(x, dtype=float)
+        X = _rfft(x)
+        return np.stack(
+            [
+                *_waveform(x),
+                *_spectrum(np.abs(X) ** 2 / x.shape[1], f),
+                *_envelope(X.copy(), x.shape[1], rate),
+                *_wavelet_cepstrum(x, X),
+                *_bispectrum(x),
+            ],
+            -1,
+        )
+
+    return np.concatenate([some(x[i : i + chunk]) for i in range(0, len(x), chunk)])
 
 # %% ../../nbs/bearing/08_features.ipynb #4faf82ed
 def shape_features(
-    x, # Windows, `[B,N]`
-    shaft, # Turns per second, `[B]`
-    rate, # Samples per second, `[B]`
-    orders, # `[B,4]`
-)->np.ndarray: # `[B,16+12*5]`
+    x,  # Windows, `[B,N]`
+    shaft,  # Turns per second, `[B]`
+    rate,  # Samples per second, `[B]`
+    orders,  # `[B,4]`
+) -> np.ndarray:  # `[B,16+12*5]`
     "Impulsiveness, power in 12 bands up to half the rate, and the lines of the envelope without prewhitening."
-    x = np.asarray(x, float); s = np.abs(x); P = np.abs(_rfft(x))**2
-    parts = np.stack([p.sum(-1) for p in np.array_split(P[:,1:], 12, 1)], -1)
-    basic = [np.log(np.maximum(_kurtosis(x)+3, 1e-3)), np.log(s.max(-1)/np.sqrt((x*x).mean(-1))), skew(x, axis=-1), s.mean(-1)]
-    lines = order_features(x, shaft, rate, orders, whiten=False)[:,30:].reshape(len(x), 5, 11)
-    with torch.no_grad(): e = band_envelope(torch.from_numpy(x), torch.as_tensor(np.broadcast_to(rate, len(x)).copy()), BANDS).numpy()
-    return np.concatenate([np.stack(basic, -1), np.log(parts/parts.sum(-1, keepdims=True)+1e-12), np.log(np.maximum(_kurtosis(e)+3, 1e-3)), lines.reshape(len(x), -1)], 1)
+    x = np.asarray(x, float)
+    s = np.abs(x)
+    P = np.abs(_rfft(x)) ** 2
+    parts = np.stack([p.sum(-1) for p in np.array_split(P[:, 1:], 12, 1)], -1)
+    basic = [
+        np.log(np.maximum(_kurtosis(x) + 3, 1e-3)),
+        np.log(s.max(-1) / np.sqrt((x * x).mean(-1))),
+        skew(x, axis=-1),
+        s.mean(-1),
+    ]
+    lines = order_features(x, shaft, rate, orders, whiten=False)[:, 30:].reshape(len(x), 5, 11)
+    with torch.no_grad():
+        e = band_envelope(
+            torch.from_numpy(x), torch.as_tensor(np.broadcast_to(rate, len(x)).copy()), BANDS
+        ).numpy()
+    return np.concatenate(
+        [
+            np.stack(basic, -1),
+            np.log(parts / parts.sum(-1, keepdims=True) + 1e-12),
+            np.log(np.maximum(_kurtosis(e) + 3, 1e-3)),
+            lines.reshape(len(x), -1),
+        ],
+        1,
+    )
 
 # %% ../../nbs/bearing/08_features.ipynb #d9b82bdb
-CLASSICAL = ('constant','rule','lines_lr','physics_lr','physics_rf','boosting','tabular_rf','minirocket')
+CLASSICAL = (
+    "constant",
+    "rule",
+    "lines_lr",
+    "physics_lr",
+    "physics_rf",
+    "boosting",
+    "tabular_rf",
+    "minirocket",
+)
 
 # %% ../../nbs/bearing/08_features.ipynb #53954009
 def window_features(
-    windows, # `RecordWindows`
-    kind:str='order', # 'order', 'tabular' or 'shape'
-    chunk:int=256, # Windows gathered at a time
-)->np.ndarray: # A row a window
+    windows,  # `RecordWindows`
+    kind: str = "order",  # 'order', 'tabular' or 'shape'
+    chunk: int = 256,  # Windows gathered at a time
+) -> np.ndarray:  # A row a window
     "Features of all windows."
-    kept = windows.__dict__.setdefault('_features', {})
-    if check_choice('window_features', 'kind', kind, ('order','tabular','shape')) in kept: return kept[kind]
+    kept = windows.__dict__.setdefault("_features", {})
+    if check_choice("window_features", "kind", kind, ("order", "tabular", "shape")) in kept:
+        return kept[kind]
     parts = []
     for i in range(0, len(windows), chunk):
-        x,shaft,rate,orders = (v.numpy() for v in windows.signals(np.arange(i, min(i+chunk, len(windows))))[:4])
-        if kind == 'tabular': parts.append(tabular_features(x, float(rate[0])))
-        else: parts.append((order_features if kind == 'order' else shape_features)(x, shaft, rate, orders))
+        x, shaft, rate, orders = (
+            v.numpy() for v in windows.signals(np.arange(i, min(i + chunk, len(windows))))[:4]
+        )
+        if kind == "tabular":
+            parts.append(tabular_features(x, float(rate[0])))
+        else:
+            parts.append(
+                (order_features if kind == "order" else shape_features)(x, shaft, rate, orders)
+            )
     kept[kind] = np.concatenate(parts)
     return kept[kind]
 
 # %% ../../nbs/bearing/08_features.ipynb #6400d39f
 def _model(name, seed):
     "Unfitted classifier and the features it reads."
-    if name == 'constant': return DummyClassifier(strategy='most_frequent'),'order'
-    if name in ('lines_lr','physics_lr'): return make_pipeline(StandardScaler(), LogisticRegression(C=.05, max_iter=2000)),'order'
-    if name == 'physics_rf': return RandomForestClassifier(300, min_samples_leaf=3, random_state=seed, n_jobs=1),'order'
-    if name == 'tabular_rf': return RandomForestClassifier(200, random_state=seed, n_jobs=1),'tabular'
-    return HistGradientBoostingClassifier(max_iter=150, learning_rate=.1, max_leaf_nodes=15, random_state=seed, early_stopping=False),'shape'
+    if name == "constant":
+        return DummyClassifier(strategy="most_frequent"), "order"
+    if name in ("lines_lr", "physics_lr"):
+        return make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=2000)), "order"
+    if name == "physics_rf":
+        return RandomForestClassifier(300, min_samples_leaf=3, random_state=seed, n_jobs=1), "order"
+    if name == "tabular_rf":
+        return RandomForestClassifier(200, random_state=seed, n_jobs=1), "tabular"
+    return HistGradientBoostingClassifier(
+        max_iter=150, learning_rate=0.1, max_leaf_nodes=15, random_state=seed, early_stopping=False
+    ), "shape"
 
 # %% ../../nbs/bearing/08_features.ipynb #d5ca01a7
 def _rule_probabilities(windows, test):
     "Softmax of the rule's scores, in the order of the windows' classes."
-    if set(windows.classes) != set(PARTS): raise InputError('rule', 'classes', ', '.join(PARTS), ', '.join(windows.classes))
-    s = rule_scores(window_features(windows)[test])[:,[PARTS.index(c) for c in windows.classes]]
-    p = np.exp(4*(s-s.max(1, keepdims=True)))
-    return p/p.sum(1, keepdims=True)
+    if set(windows.classes) != set(PARTS):
+        raise InputError("rule", "classes", ", ".join(PARTS), ", ".join(windows.classes))
+    s = rule_scores(window_features(windows)[test])[:, [PARTS.index(c) for c in windows.classes]]
+    p = np.exp(4 * (s - s.max(1, keepdims=True)))
+    return p / p.sum(1, keepdims=True)
 
 # %% ../../nbs/bearing/08_features.ipynb #54cb01f3
 def _rocket_probabilities(windows, train, test, seed):
     "MiniRocket and a ridge on its features; 0 or 1, because a ridge has no probabilities."
-    model = baseline('minirocket_ridge', seed, 1, alphas=np.logspace(-3, 3, 7))
-    def read(i): return windows.signals(i)[0].numpy()[...,None]
+    model = baseline("minirocket_ridge", seed, 1, alphas=np.logspace(-3, 3, 7))
+
+    def read(i):
+        return windows.signals(i)[0].numpy()[..., None]
+
     p = model.fit(read(train), windows.labels[train]).predict(read(test))
     return np.eye(len(windows.classes))[p]
 
 # %% ../../nbs/bearing/08_features.ipynb #4b713623
 def baseline_probabilities(
-    name:str, # One of `CLASSICAL`
-    windows, # `RecordWindows`
-    train, # Training windows
-    test, # Windows to judge
-    seed:int=0, # Seed
-)->np.ndarray: # `[len(test),classes]`
+    name: str,  # One of `CLASSICAL`
+    windows,  # `RecordWindows`
+    train,  # Training windows
+    test,  # Windows to judge
+    seed: int = 0,  # Seed
+) -> np.ndarray:  # `[len(test),classes]`
     "What a simple model says about windows."
-    check_choice('baseline', 'name', name, CLASSICAL)
-    if name == 'rule': return _rule_probabilities(windows, test)
-    if name == 'minirocket': return _rocket_probabilities(windows, train, test, seed)
-    model,kind = _model(name, seed); y = windows.labels[train]
-    x = np.zeros((len(windows),1)) if name == 'constant' else window_features(windows, kind)
-    if name == 'lines_lr': x = rule_scores(x)
-    if len(np.unique(y)) < 2 and name != 'constant': raise InputError(name, 'training windows', 'two or more classes', windows.classes[y[0]])
-    model.fit(x[train], y); p = np.zeros((len(test),len(windows.classes))); p[:,model.classes_] = model.predict_proba(x[test])
+    check_choice("baseline", "name", name, CLASSICAL)
+    if name == "rule":
+        return _rule_probabilities(windows, test)
+    if name == "minirocket":
+        return _rocket_probabilities(windows, train, test, seed)
+    model, kind = _model(name, seed)
+    y = windows.labels[train]
+    x = np.zeros((len(windows), 1)) if name == "constant" else window_features(windows, kind)
+    if name == "lines_lr":
+        x = rule_scores(x)
+    if len(np.unique(y)) < 2 and name != "constant":
+        raise InputError(name, "training windows", "two or more classes", windows.classes[y[0]])
+    model.fit(x[train], y)
+    p = np.zeros((len(test), len(windows.classes)))
+    p[:, model.classes_] = model.predict_proba(x[test])
     return p

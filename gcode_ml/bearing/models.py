@@ -11,446 +11,782 @@ __all__ = ['REPRESENTATIONS', 'BANDS', 'NOTHING', 'JUDGES', 'MODELS', 'JOURNAL_B
            'window_evidence', 'FeatureMLP', 'LinePenalty', 'BandPenalty', 'temporal_penalty', 'sommerfeld_penalty']
 
 # %% ../../nbs/bearing/20_models.ipynb #8bd90d1f
-import math, torch
-from torch import Tensor, nn
+import math
+
+import torch
 from fastcore.basics import patch
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.errors import InputError, check_choice
 from ..core.layers import SinusoidalPositions
-from ..core.spectra import Cwt, PseudoWigner, Stft, band_envelope, by_length, envelope_spectrum, in_program, soft_peaks
+from gcode_ml.core.spectra import (
+    Cwt,
+    PseudoWigner,
+    Stft,
+    band_envelope,
+    by_length,
+    envelope_spectrum,
+    in_program,
+    soft_peaks,
+)
 
 # %% ../../nbs/bearing/20_models.ipynb #b8bb63a9
-def _at_least(x, least): return x if x.shape[1] >= least else F.pad(x, (0, least-x.shape[1]))
+def _at_least(x, least):
+    return x if x.shape[1] >= least else F.pad(x, (0, least - x.shape[1]))
+
 
 def _means(x, parts):
     "Means `[B,parts]` of parts of equal width of rows `[B,F]`; in a program as a product, which ONNX has for any width."
-    if not in_program(): return F.adaptive_avg_pool1d(x[:,None], parts)[:,0]
-    n,k,i = x.shape[1],torch.arange(x.shape[1], device=x.device),torch.arange(parts, device=x.device)[:,None]
-    member = ((k >= i*n//parts) & (k < -(-(i+1)*n//parts))).to(x)
-    return x@(member/member.sum(1, keepdim=True)).T
+    if not in_program():
+        return F.adaptive_avg_pool1d(x[:, None], parts)[:, 0]
+    n, k, i = (
+        x.shape[1],
+        torch.arange(x.shape[1], device=x.device),
+        torch.arange(parts, device=x.device)[:, None],
+    )
+    member = ((k >= i * n // parts) & (k < -(-(i + 1) * n // parts))).to(x)
+    return x @ (member / member.sum(1, keepdim=True)).T
 
 # %% ../../nbs/bearing/20_models.ipynb #9371ea65
 class SignalModel(nn.Module):
     "Features of a window, and a head for each question; by itself a linear model of the shape of the spectrum."
-    least,keep_features = 1,False # Samples that the network needs; whether the features are answered too, for losses on them
-    def __init__(self,
-        size:int=32, # Number of features, from `encode(x, shaft, rate, orders)`
-        classes:int=3, # Faults
-        severities:int=0, # Defect sizes, a second head; 0: none
-        dropout:float=.2, # Before the heads
+
+    least, keep_features = (
+        1,
+        False,
+    )  # Samples that the network needs; whether the features are answered too, for losses on them
+
+    def __init__(
+        self,
+        size: int = 32,  # Number of features, from `encode(x, shaft, rate, orders)`
+        classes: int = 3,  # Faults
+        severities: int = 0,  # Defect sizes, a second head; 0: none
+        dropout: float = 0.2,  # Before the heads
     ):
         super().__init__()
-        self.dropout,self.fault = nn.Dropout(dropout),nn.Linear(size, classes)
-        if severities: self.diameter = nn.Linear(size, severities)
+        self.dropout, self.fault = nn.Dropout(dropout), nn.Linear(size, classes)
+        if severities:
+            self.diameter = nn.Linear(size, severities)
+
     def forward(self, inputs, mask):
-        x,about = inputs['signal'][...,0],(inputs['shaft'],inputs['rate'],inputs['orders'])
-        def rows(x, i): return self.encode(_at_least(x, self.least), *(a[i[:,0]] for a in about))
-        features = by_length(rows, mask, x, torch.arange(x.shape[0], device=x.device)[:,None]); h = self.dropout(features)
-        return {k: getattr(self, k)(h) for k in ('fault','diameter') if hasattr(self, k)} | (dict(features=features) if self.keep_features else {})
+        x, about = inputs["signal"][..., 0], (inputs["shaft"], inputs["rate"], inputs["orders"])
+
+        def rows(x, i):
+            return self.encode(_at_least(x, self.least), *(a[i[:, 0]] for a in about))
+
+        features = by_length(rows, mask, x, torch.arange(x.shape[0], device=x.device)[:, None])
+        h = self.dropout(features)
+        return {k: getattr(self, k)(h) for k in ("fault", "diameter") if hasattr(self, k)} | (
+            dict(features=features) if self.keep_features else {}
+        )
+
     def encode(self, x, shaft, rate, orders):
-        power = torch.fft.rfft(x.double() if in_program() else x).abs().square() # ONNX Runtime's transforms of most lengths are poor in single precision
+        power = (
+            torch.fft.rfft(x.double() if in_program() else x).abs().square()
+        )  # ONNX Runtime's transforms of most lengths are poor in single precision
         return _means(power, self.fault.in_features).clamp_min(1e-6).log().to(x)
+
     def program_inputs(self):
-        length = f'length>={max(256, getattr(self, "least", 1))}'
-        return dict(diagnose=dict(signal=f'float32[batch,{length},1]', shaft='float32[batch]<30', rate='float32[batch]<12000', orders='float32[batch,4]<5'))
+        length = f"length>={max(256, getattr(self, 'least', 1))}"
+        return dict(
+            diagnose=dict(
+                signal=f"float32[batch,{length},1]",
+                shaft="float32[batch]<30",
+                rate="float32[batch]<12000",
+                orders="float32[batch,4]<5",
+            )
+        )
+
     def diagnose(self, inputs):
         "Logits of windows of one length, the exported program."
-        return self(inputs, torch.ones_like(inputs['signal'][...,0], dtype=torch.bool))
+        return self(inputs, torch.ones_like(inputs["signal"][..., 0], dtype=torch.bool))
 
 # %% ../../nbs/bearing/20_models.ipynb #5d31f22e
 class _Pool(nn.MaxPool1d):
     "The largest of neighbours; in a program as pooling of pictures of one row, which leaves the length open."
+
     def forward(self, x):
-        if not in_program(): return super().forward(x)
-        return F.max_pool2d(x[...,None,:], (1,self.kernel_size), (1,self.stride), (0,self.padding))[...,0,:]
+        if not in_program():
+            return super().forward(x)
+        return F.max_pool2d(
+            x[..., None, :], (1, self.kernel_size), (1, self.stride), (0, self.padding)
+        )[..., 0, :]
+
 
 def _frames(x, size):
     "Whole frames `[B,P,size]` of signals `[B,T]`."
-    if not in_program(): return x.unfold(1, size, size)
-    return x[:,size*torch.arange(x.shape[1]//size, device=x.device)[:,None]+torch.arange(size, device=x.device)]
+    if not in_program():
+        return x.unfold(1, size, size)
+    return x[
+        :,
+        size * torch.arange(x.shape[1] // size, device=x.device)[:, None]
+        + torch.arange(size, device=x.device),
+    ]
 
 # %% ../../nbs/bearing/20_models.ipynb #97b831ad
 def conv_blocks(
-    widths=(16,32,64,64,64), # Channels after each block
-    kernel:int=64, # First kernel
-    stride:int=16, # First stride
-)->nn.Sequential: # `[B,1,T]` to `[B,widths[-1],T/(stride*2^blocks)]`
+    widths=(16, 32, 64, 64, 64),  # Channels after each block
+    kernel: int = 64,  # First kernel
+    stride: int = 16,  # First stride
+) -> nn.Sequential:  # `[B,1,T]` to `[B,widths[-1],T/(stride*2^blocks)]`
     "Blocks of convolution, normalisation, rectifier and pooling."
-    layers,before = [],1
-    for i,w in enumerate(widths):
-        conv = nn.Conv1d(before, w, kernel if i == 0 else 3, stride if i == 0 else 1, (kernel//2 if i == 0 else 1)); before = w
+    layers, before = [], 1
+    for i, w in enumerate(widths):
+        conv = nn.Conv1d(
+            before,
+            w,
+            kernel if i == 0 else 3,
+            stride if i == 0 else 1,
+            (kernel // 2 if i == 0 else 1),
+        )
+        before = w
         layers += [conv, nn.BatchNorm1d(w), nn.ReLU(), _Pool(2)]
     return nn.Sequential(*layers)
 
 # %% ../../nbs/bearing/20_models.ipynb #e151857f
 class CNN1d(SignalModel):
     "Convolutions and a mean over time; the baseline."
+
     least = 1024
-    def __init__(self,
-        classes:int=3, severities:int=0, dropout:float=.2, # See `SignalModel`
-        widths=(16,32,64,64,64), # Channels of the blocks
+
+    def __init__(
+        self,
+        classes: int = 3,
+        severities: int = 0,
+        dropout: float = 0.2,  # See `SignalModel`
+        widths=(16, 32, 64, 64, 64),  # Channels of the blocks
     ):
         super().__init__(widths[-1], classes, severities, dropout)
         self.blocks = conv_blocks(widths)
-    def encode(self, x, shaft, rate, orders): return self.blocks(x[:,None]).mean(-1)
+
+    def encode(self, x, shaft, rate, orders):
+        return self.blocks(x[:, None]).mean(-1)
 
 # %% ../../nbs/bearing/20_models.ipynb #00ac1db8
 class AttentionCNN(SignalModel):
     "Convolutions whose steps are weighted by what they are, after they have looked at each other."
+
     least = 1024
-    def __init__(self,
-        classes:int=3, severities:int=0, dropout:float=.2, # See `SignalModel`
-        widths=(16,32,64), # Channels of the blocks
-        heads:int=4, # Attention heads
+
+    def __init__(
+        self,
+        classes: int = 3,
+        severities: int = 0,
+        dropout: float = 0.2,  # See `SignalModel`
+        widths=(16, 32, 64),  # Channels of the blocks
+        heads: int = 4,  # Attention heads
     ):
         super().__init__(widths[-1], classes, severities, dropout)
-        self.blocks,self.attention,self.weight = conv_blocks(widths), nn.MultiheadAttention(widths[-1], heads, batch_first=True), nn.Linear(widths[-1], 1)
+        self.blocks, self.attention, self.weight = (
+            conv_blocks(widths),
+            nn.MultiheadAttention(widths[-1], heads, batch_first=True),
+            nn.Linear(widths[-1], 1),
+        )
         self.norm = nn.LayerNorm(widths[-1])
+
     def encode(self, x, shaft, rate, orders):
-        h = self.blocks(x[:,None]).mT.contiguous()
-        h = self.norm(h+self.attention(h, h, h, need_weights=False)[0])
-        return (self.weight(h).softmax(1)*h).sum(1)
+        h = self.blocks(x[:, None]).mT.contiguous()
+        h = self.norm(h + self.attention(h, h, h, need_weights=False)[0])
+        return (self.weight(h).softmax(1) * h).sum(1)
 
 # %% ../../nbs/bearing/20_models.ipynb #5d24704f
 class CNNLSTM(SignalModel):
     "Convolutions, and an LSTM over their steps in both directions."
+
     least = 1024
-    def __init__(self,
-        classes:int=3, severities:int=0, dropout:float=.2, # See `SignalModel`
-        widths=(16,32,64), # Channels of the blocks
-        hidden:int=64, # States, half of them a direction
+
+    def __init__(
+        self,
+        classes: int = 3,
+        severities: int = 0,
+        dropout: float = 0.2,  # See `SignalModel`
+        widths=(16, 32, 64),  # Channels of the blocks
+        hidden: int = 64,  # States, half of them a direction
     ):
         super().__init__(hidden, classes, severities, dropout)
-        self.blocks,self.lstm = conv_blocks(widths), nn.LSTM(widths[-1], hidden//2, batch_first=True, bidirectional=True)
-    def encode(self, x, shaft, rate, orders): return self.lstm(self.blocks(x[:,None]).mT)[0].mean(1)
+        self.blocks, self.lstm = (
+            conv_blocks(widths),
+            nn.LSTM(widths[-1], hidden // 2, batch_first=True, bidirectional=True),
+        )
+
+    def encode(self, x, shaft, rate, orders):
+        return self.lstm(self.blocks(x[:, None]).mT)[0].mean(1)
 
 # %% ../../nbs/bearing/20_models.ipynb #23bcc094
 class SignalLSTM(SignalModel):
     "An LSTM over frames of the signal."
+
     least = 64
-    def __init__(self,
-        classes:int=3, severities:int=0, dropout:float=.2, # See `SignalModel`
-        frame:int=64, # Samples a frame
-        hidden:int=64, # States, half of them a direction
-        layers:int=2, # Layers
+
+    def __init__(
+        self,
+        classes: int = 3,
+        severities: int = 0,
+        dropout: float = 0.2,  # See `SignalModel`
+        frame: int = 64,  # Samples a frame
+        hidden: int = 64,  # States, half of them a direction
+        layers: int = 2,  # Layers
     ):
         super().__init__(hidden, classes, severities, dropout)
-        self.frame,self.least = frame,frame
-        self.lstm = nn.LSTM(frame, hidden//2, layers, batch_first=True, bidirectional=True)
-    def encode(self, x, shaft, rate, orders): return self.lstm(_frames(x, self.frame))[0].mean(1)
+        self.frame, self.least = frame, frame
+        self.lstm = nn.LSTM(frame, hidden // 2, layers, batch_first=True, bidirectional=True)
+
+    def encode(self, x, shaft, rate, orders):
+        return self.lstm(_frames(x, self.frame))[0].mean(1)
 
 # %% ../../nbs/bearing/20_models.ipynb #fdcb9bf4
 class ResidualBlock(nn.Module):
     "Two convolutions beside a short way."
-    def __init__(self,
-        before:int, # Channels in
-        after:int, # Channels out
-        stride:int=1, # Of the first convolution
+
+    def __init__(
+        self,
+        before: int,  # Channels in
+        after: int,  # Channels out
+        stride: int = 1,  # Of the first convolution
     ):
         super().__init__()
-        def conv(i, s): return nn.Sequential(nn.Conv1d(i, after, 3, s, 1, bias=False), nn.BatchNorm1d(after))
+
+        def conv(i, s):
+            return nn.Sequential(nn.Conv1d(i, after, 3, s, 1, bias=False), nn.BatchNorm1d(after))
+
         self.long = nn.Sequential(conv(before, stride), nn.ReLU(), conv(after, 1))
-        self.short = nn.Identity() if stride == 1 and before == after else nn.Sequential(nn.Conv1d(before, after, 1, stride, bias=False), nn.BatchNorm1d(after))
-    def forward(self, x): return F.relu(self.long(x)+self.short(x))
+        self.short = (
+            nn.Identity()
+            if stride == 1 and before == after
+            else nn.Sequential(
+                nn.Conv1d(before, after, 1, stride, bias=False), nn.BatchNorm1d(after)
+            )
+        )
+
+    def forward(self, x):
+        return F.relu(self.long(x) + self.short(x))
 
 # %% ../../nbs/bearing/20_models.ipynb #9b70e61c
 class ResNet1d(SignalModel):
     "ResNet-18 in one dimension, He et al. 2016."
+
     least = 256
-    def __init__(self,
-        classes:int=3, severities:int=0, dropout:float=.2, # See `SignalModel`
-        width:int=64, # Channels of the first stage
-        blocks=(2,2,2,2), # Blocks of each stage
+
+    def __init__(
+        self,
+        classes: int = 3,
+        severities: int = 0,
+        dropout: float = 0.2,  # See `SignalModel`
+        width: int = 64,  # Channels of the first stage
+        blocks=(2, 2, 2, 2),  # Blocks of each stage
     ):
-        sizes = [width*2**i for i in range(len(blocks))]
+        sizes = [width * 2**i for i in range(len(blocks))]
         super().__init__(sizes[-1], classes, severities, dropout)
-        layers = [nn.Conv1d(1, width, 63, 8, 31, bias=False), nn.BatchNorm1d(width), nn.ReLU(), _Pool(3, 2, 1)]
-        for i,(n,size) in enumerate(zip(blocks, sizes)): layers += [ResidualBlock(size if j else sizes[max(i-1, 0)], size, 2 if i and not j else 1) for j in range(n)]
+        layers = [
+            nn.Conv1d(1, width, 63, 8, 31, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            _Pool(3, 2, 1),
+        ]
+        for i, (n, size) in enumerate(zip(blocks, sizes)):
+            layers += [
+                ResidualBlock(size if j else sizes[max(i - 1, 0)], size, 2 if i and not j else 1)
+                for j in range(n)
+            ]
         self.layers = nn.Sequential(*layers)
-    def encode(self, x, shaft, rate, orders): return self.layers(x[:,None]).mean(-1)
+
+    def encode(self, x, shaft, rate, orders):
+        return self.layers(x[:, None]).mean(-1)
 
 # %% ../../nbs/bearing/20_models.ipynb #66b08368
 class PatchTransformer(SignalModel):
     "A transformer over patches of the signal."
+
     least = 64
-    def __init__(self,
-        classes:int=3, severities:int=0, dropout:float=.1, # See `SignalModel`
-        patch:int=64, # Samples a patch
-        size:int=64, heads:int=4, layers:int=2, # Size of a state, attention heads, layers
-        augment=None, # Called with patches `[B,P,size]` and their mask while training; a recipe sets it
+
+    def __init__(
+        self,
+        classes: int = 3,
+        severities: int = 0,
+        dropout: float = 0.1,  # See `SignalModel`
+        patch: int = 64,  # Samples a patch
+        size: int = 64,
+        heads: int = 4,
+        layers: int = 2,  # Size of a state, attention heads, layers
+        augment=None,  # Called with patches `[B,P,size]` and their mask while training; a recipe sets it
     ):
         super().__init__(size, classes, severities, dropout)
-        self.patch,self.least,self.augment = patch,patch,augment
-        self.embed,self.positions = nn.Linear(patch, size),SinusoidalPositions(size)
-        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(size, heads, 2*size, dropout, batch_first=True, norm_first=True), layers, nn.LayerNorm(size), enable_nested_tensor=False)
+        self.patch, self.least, self.augment = patch, patch, augment
+        self.embed, self.positions = nn.Linear(patch, size), SinusoidalPositions(size)
+        self.layers = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(
+                size, heads, 2 * size, dropout, batch_first=True, norm_first=True
+            ),
+            layers,
+            nn.LayerNorm(size),
+            enable_nested_tensor=False,
+        )
+
     def encode(self, x, shaft, rate, orders):
         h = self.embed(_frames(x, self.patch))
-        if self.training and self.augment is not None: h = self.augment(h, torch.ones(h.shape[:2], dtype=torch.bool, device=h.device))
+        if self.training and self.augment is not None:
+            h = self.augment(h, torch.ones(h.shape[:2], dtype=torch.bool, device=h.device))
         return self.layers(self.positions(h)).mean(1)
 
 # %% ../../nbs/bearing/20_models.ipynb #33c60a6e
-REPRESENTATIONS = ('stft','cwt','wigner')
+REPRESENTATIONS = ("stft", "cwt", "wigner")
+
 
 def representation(
-    name:str, # One of `REPRESENTATIONS`
-    rate:float, # Samples a second, for the wavelets
-)->nn.Module: # `[B,T]` to standardised pictures `[B,F,T']`
+    name: str,  # One of `REPRESENTATIONS`
+    rate: float,  # Samples a second, for the wavelets
+) -> nn.Module:  # `[B,T]` to standardised pictures `[B,F,T']`
     "A layer by name."
-    made = dict(stft=lambda: Stft(), cwt=lambda: Cwt(rate, hop=0, scale=True), wigner=lambda: PseudoWigner())
-    return made[check_choice('representation', 'name', name, REPRESENTATIONS)]()
+    made = dict(
+        stft=lambda: Stft(), cwt=lambda: Cwt(rate, hop=0, scale=True), wigner=lambda: PseudoWigner()
+    )
+    return made[check_choice("representation", "name", name, REPRESENTATIONS)]()
 
 # %% ../../nbs/bearing/20_models.ipynb #fb42a8e9
 class SpectrogramCNN(SignalModel):
     "Convolutions over one or more pictures of time and frequency."
+
     least = 512
-    def __init__(self,
-        classes:int=3, severities:int=0, dropout:float=.2, # See `SignalModel`
-        representations=('stft',), # Pictures, some of `REPRESENTATIONS`
-        rate:float=12000., # Samples a second
-        widths=(16,32,64), # Channels of the blocks
-        shape=(64,96), # Rows and columns of a picture
-        augment=None, # Called with pictures `[B,C,F,T]` and a mask `[B,T]` while training; a recipe sets it
+
+    def __init__(
+        self,
+        classes: int = 3,
+        severities: int = 0,
+        dropout: float = 0.2,  # See `SignalModel`
+        representations=("stft",),  # Pictures, some of `REPRESENTATIONS`
+        rate: float = 12000.0,  # Samples a second
+        widths=(16, 32, 64),  # Channels of the blocks
+        shape=(64, 96),  # Rows and columns of a picture
+        augment=None,  # Called with pictures `[B,C,F,T]` and a mask `[B,T]` while training; a recipe sets it
     ):
         super().__init__(widths[-1], classes, severities, dropout)
-        self.pictures,self.shape,self.augment = nn.ModuleList(representation(k, rate) for k in representations),tuple(shape),augment
-        layers = [[nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)] for i,o in zip([len(representations), *widths], widths)]
+        self.pictures, self.shape, self.augment = (
+            nn.ModuleList(representation(k, rate) for k in representations),
+            tuple(shape),
+            augment,
+        )
+        layers = [
+            [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
+            for i, o in zip([len(representations), *widths], widths)
+        ]
         self.blocks = nn.Sequential(*(l for ls in layers for l in ls))
+
     def program_inputs(self):
-        if any(isinstance(p, Cwt) for p in self.pictures): raise InputError('program', 'representation', 'stft or wigner', 'cwt', 'how many columns wavelets have depends on the divisors of the length, which a program for any length cannot know')
+        if any(isinstance(p, Cwt) for p in self.pictures):
+            raise InputError(
+                "program",
+                "representation",
+                "stft or wigner",
+                "cwt",
+                "how many columns wavelets have depends on the divisors of the length, which a program for any length cannot know",
+            )
         return super().program_inputs()
+
     def picture(self, x):
         "Stacked pictures `[B,C,F,T]`."
-        return torch.stack([F.interpolate(p(x)[:,None], self.shape, mode='bilinear', antialias=True)[:,0] for p in self.pictures], 1)
+        return torch.stack(
+            [
+                F.interpolate(p(x)[:, None], self.shape, mode="bilinear", antialias=True)[:, 0]
+                for p in self.pictures
+            ],
+            1,
+        )
+
     def encode(self, x, shaft, rate, orders):
-        with torch.no_grad(): h = self.picture(x)
-        if self.training and self.augment is not None: h = self.augment(h, torch.ones(len(h), h.shape[-1], dtype=torch.bool, device=h.device))
-        return self.blocks(h).mean((2,3))
+        with torch.no_grad():
+            h = self.picture(x)
+        if self.training and self.augment is not None:
+            h = self.augment(h, torch.ones(len(h), h.shape[-1], dtype=torch.bool, device=h.device))
+        return self.blocks(h).mean((2, 3))
 
 # %% ../../nbs/bearing/20_models.ipynb #bd359113
-BANDS = ((500.,1500.),(1500.,2800.),(2800.,4200.),(4200.,5700.),(500.,5700.)) # Hz
+BANDS = (
+    (500.0, 1500.0),
+    (1500.0, 2800.0),
+    (2800.0, 4200.0),
+    (4200.0, 5700.0),
+    (500.0, 5700.0),
+)  # Hz
 
 # %% ../../nbs/bearing/20_models.ipynb #ea6082f0
 def order_places(
-    orders:Tensor, # Outer, inner, ball, cage, `[B,4]`
-    harmonics:int=4, # Multiples of each
-    sidebands:bool=False, # Also one shaft order and one cage order to each side, and 0.5 and 1.5 times
-)->Tensor: # `[B,3,P]`, in multiples of the shaft speed
+    orders: Tensor,  # Outer, inner, ball, cage, `[B,4]`
+    harmonics: int = 4,  # Multiples of each
+    sidebands: bool = False,  # Also one shaft order and one cage order to each side, and 0.5 and 1.5 times
+) -> Tensor:  # `[B,3,P]`, in multiples of the shaft speed
     "Where the lines of each hypothesis are."
-    f,cage = orders[:,:3,None],orders[:,3,None,None]
-    places = [f*torch.arange(1, harmonics+1, device=f.device)]
-    if sidebands: places += [f-1, f+1, f-cage, f+cage, .5*f, 1.5*f]
+    f, cage = orders[:, :3, None], orders[:, 3, None, None]
+    places = [f * torch.arange(1, harmonics + 1, device=f.device)]
+    if sidebands:
+        places += [f - 1, f + 1, f - cage, f + cage, 0.5 * f, 1.5 * f]
     return torch.cat(places, -1)
 
 # %% ../../nbs/bearing/20_models.ipynb #9b924b6e
-NOTHING = .5 # Evidence of pure noise
+NOTHING = 0.5  # Evidence of pure noise
 
 # %% ../../nbs/bearing/20_models.ipynb #3547b8ed
 class OrderFront(nn.Module):
     "How far the lines of each hypothesis stand out, in each band."
-    def __init__(self,
-        bands=BANDS, # Edges in Hz; of bands beyond half the sampling rate there is no evidence
-        harmonics:int=4, sidebands:bool=False, # See `order_places`
-        learn_bands:bool=False, # Edges are weights, with soft flanks; slower
-        slip:float=.012, # A line is looked for this share of its frequency to each side
-        sharpness:float=8., # Of the soft maximum
+
+    def __init__(
+        self,
+        bands=BANDS,  # Edges in Hz; of bands beyond half the sampling rate there is no evidence
+        harmonics: int = 4,
+        sidebands: bool = False,  # See `order_places`
+        learn_bands: bool = False,  # Edges are weights, with soft flanks; slower
+        slip: float = 0.012,  # A line is looked for this share of its frequency to each side
+        sharpness: float = 8.0,  # Of the soft maximum
     ):
         super().__init__()
-        self.harmonics,self.sidebands,self.learn_bands,self.slip,self.sharpness = harmonics,sidebands,learn_bands,slip,sharpness
+        self.harmonics, self.sidebands, self.learn_bands, self.slip, self.sharpness = (
+            harmonics,
+            sidebands,
+            learn_bands,
+            slip,
+            sharpness,
+        )
         bands = torch.tensor(bands, dtype=torch.float32)
-        if learn_bands: self.bands = nn.Parameter(bands/1000) # in kHz, so that a step of the optimiser is one of some Hz
-        else: self.register_buffer('bands', bands/1000, persistent=False)
+        if learn_bands:
+            self.bands = nn.Parameter(
+                bands / 1000
+            )  # in kHz, so that a step of the optimiser is one of some Hz
+        else:
+            self.register_buffer("bands", bands / 1000, persistent=False)
+
     @property
-    def places(self): return self.harmonics+6*self.sidebands
+    def places(self):
+        return self.harmonics + 6 * self.sidebands
+
     def kept(self, rate):
         "Numbers of the bands that signals of these rates have; of a program, which takes any rate, all."
-        if in_program(): return list(range(len(self.bands)))
-        low = (1000*self.bands[:,0]).tolist(); kept = [i for i,f in enumerate(low) if f < .5*float(rate.max())-100]
-        if not kept: raise InputError('OrderFront', 'bands', f'one below {.5*float(rate.max()):g} Hz', f'{min(low):g} Hz and above')
+        if in_program():
+            return list(range(len(self.bands)))
+        low = (1000 * self.bands[:, 0]).tolist()
+        kept = [i for i, f in enumerate(low) if f < 0.5 * float(rate.max()) - 100]
+        if not kept:
+            raise InputError(
+                "OrderFront",
+                "bands",
+                f"one below {0.5 * float(rate.max()):g} Hz",
+                f"{min(low):g} Hz and above",
+            )
         return kept
+
     def envelopes(self, x, rate, bands, points=None):
         "Squared envelopes `[B,K,points]` of the prewhitened signals, each with mean 1."
-        e = band_envelope(x, rate, bands, points, 40. if self.learn_bands else 0., whiten=True)
-        return e/e.mean(-1, keepdim=True).clamp_min(1e-12)
+        e = band_envelope(x, rate, bands, points, 40.0 if self.learn_bands else 0.0, whiten=True)
+        return e / e.mean(-1, keepdim=True).clamp_min(1e-12)
 
 # %% ../../nbs/bearing/20_models.ipynb #1b3212c8
 def envelope_points(
-    n:int, # Samples of the signals
-    rate:Tensor, # Samples a second, `[B]`
-    highest:Tensor, # Highest frequency that is looked for, Hz, `[B]`
-)->int|None: # Even number of points; none where the whole envelope is as short
+    n: int,  # Samples of the signals
+    rate: Tensor,  # Samples a second, `[B]`
+    highest: Tensor,  # Highest frequency that is looked for, Hz, `[B]`
+) -> int | None:  # Even number of points; none where the whole envelope is as short
     "Points of an envelope that hold all lines that are looked for."
-    if in_program(): return None
-    need = -(-(2*int(float((highest/rate).max())*n*1.1)+64)//240)*240 # small prime factors
-    return None if need >= n-n%2 else need
+    if in_program():
+        return None
+    need = (
+        -(-(2 * int(float((highest / rate).max()) * n * 1.1) + 64) // 240) * 240
+    )  # small prime factors
+    return None if need >= n - n % 2 else need
 
 # %% ../../nbs/bearing/20_models.ipynb #fd15ddc7
 @patch
-def forward(self:OrderFront,
-    x:Tensor, # Signals, `[B,T]`
-    shaft:Tensor, rate:Tensor, # Hz, `[B]`
-    orders:Tensor, # `[B,4]`
-)->Tensor: # `[B,K,3,P]`
+def forward(
+    self: OrderFront,
+    x: Tensor,  # Signals, `[B,T]`
+    shaft: Tensor,
+    rate: Tensor,  # Hz, `[B]`
+    orders: Tensor,  # `[B,4]`
+) -> Tensor:  # `[B,K,3,P]`
     "Evidence of signals."
-    x = x.double() if in_program() else x # ONNX Runtime's transforms of most lengths are poor in single precision
-    n,kept = x.shape[-1],self.kept(rate); bands = 1000*self.bands if len(kept) == len(self.bands) else 1000*self.bands[kept]
-    hz = (order_places(orders, self.harmonics, self.sidebands)*shaft[:,None,None]).flatten(1).abs()
-    width,around = torch.maximum(self.slip*hz, .75*rate[:,None]/n),torch.clamp_min(8*rate[:,None]/n, 25.).expand_as(hz)
-    e = self.envelopes(x, rate, bands, envelope_points(n, rate, (hz+around).amax(1)))
-    q = soft_peaks(envelope_spectrum(e, samples=n), rate/(4*n), hz, width, around, self.sharpness).to(hz)
-    wide = torch.minimum(bands[:,1], rate[:,None]/2)-bands[:,0]
-    q = torch.where((hz+around)[:,None] < wide[...,None], q, NOTHING).unflatten(-1, (3,-1))
-    return q if len(kept) == len(self.bands) else q.new_full((len(q), len(self.bands), *q.shape[2:]), NOTHING).index_copy(1, torch.tensor(kept, device=q.device), q)
+    x = (
+        x.double() if in_program() else x
+    )  # ONNX Runtime's transforms of most lengths are poor in single precision
+    n, kept = x.shape[-1], self.kept(rate)
+    bands = 1000 * self.bands if len(kept) == len(self.bands) else 1000 * self.bands[kept]
+    hz = (
+        (order_places(orders, self.harmonics, self.sidebands) * shaft[:, None, None])
+        .flatten(1)
+        .abs()
+    )
+    width, around = (
+        torch.maximum(self.slip * hz, 0.75 * rate[:, None] / n),
+        torch.clamp_min(8 * rate[:, None] / n, 25.0).expand_as(hz),
+    )
+    e = self.envelopes(x, rate, bands, envelope_points(n, rate, (hz + around).amax(1)))
+    q = soft_peaks(
+        envelope_spectrum(e, samples=n), rate / (4 * n), hz, width, around, self.sharpness
+    ).to(hz)
+    wide = torch.minimum(bands[:, 1], rate[:, None] / 2) - bands[:, 0]
+    q = torch.where((hz + around)[:, None] < wide[..., None], q, NOTHING).unflatten(-1, (3, -1))
+    return (
+        q
+        if len(kept) == len(self.bands)
+        else q.new_full((len(q), len(self.bands), *q.shape[2:]), NOTHING).index_copy(
+            1, torch.tensor(kept, device=q.device), q
+        )
+    )
 
 # %% ../../nbs/bearing/20_models.ipynb #3242d4d1
 class MonotoneJudge(nn.Module):
     "A score that rises with the evidence."
-    def __init__(self,
-        places:int=4, # Lines of a hypothesis
-        bend:float=4., # How sharp the threshold is
+
+    def __init__(
+        self,
+        places: int = 4,  # Lines of a hypothesis
+        bend: float = 4.0,  # How sharp the threshold is
     ):
         super().__init__()
-        self.bend,self.weight = bend,nn.Parameter(torch.zeros(places))
-        self.threshold,self.gain = nn.Parameter(torch.tensor(.8)),nn.Parameter(torch.tensor(1.))
-    def forward(self,
-        q:Tensor, # Evidence, `[...,P]`
-    )->Tensor: # `[...,1]`
-        mean = (q*self.weight.softmax(0)).sum(-1, keepdim=True)
-        return self.gain.exp()*F.softplus(self.bend*(mean-self.threshold))/self.bend
+        self.bend, self.weight = bend, nn.Parameter(torch.zeros(places))
+        self.threshold, self.gain = nn.Parameter(torch.tensor(0.8)), nn.Parameter(torch.tensor(1.0))
+
+    def forward(
+        self,
+        q: Tensor,  # Evidence, `[...,P]`
+    ) -> Tensor:  # `[...,1]`
+        mean = (q * self.weight.softmax(0)).sum(-1, keepdim=True)
+        return self.gain.exp() * F.softplus(self.bend * (mean - self.threshold)) / self.bend
 
 # %% ../../nbs/bearing/20_models.ipynb #b4ca1e9f
-JUDGES = ('monotone','free')
+JUDGES = ("monotone", "free")
+
 
 class OrderNet(nn.Module):
     "Differentiable order spectrum, and one small network that judges each hypothesis."
-    def __init__(self,
-        classes:int=3, # Outer race, inner race, ball
-        severities:int=0, # Defect sizes, a second head on the pooled evidence; 0: none
-        bands=BANDS, harmonics:int=4, sidebands:bool=False, learn_bands:bool=False, # See `OrderFront`
-        judge:str='monotone', # One of `JUDGES`
-        hidden:int=16, # Size of the free judge
-        dropout:float=.1, # In it
-        contrast:bool=False, # It also sees the evidence less its mean over the hypotheses
-        jitter:float=.6, # Standard deviation of the noise on the evidence while training
+
+    def __init__(
+        self,
+        classes: int = 3,  # Outer race, inner race, ball
+        severities: int = 0,  # Defect sizes, a second head on the pooled evidence; 0: none
+        bands=BANDS,
+        harmonics: int = 4,
+        sidebands: bool = False,
+        learn_bands: bool = False,  # See `OrderFront`
+        judge: str = "monotone",  # One of `JUDGES`
+        hidden: int = 16,  # Size of the free judge
+        dropout: float = 0.1,  # In it
+        contrast: bool = False,  # It also sees the evidence less its mean over the hypotheses
+        jitter: float = 0.6,  # Standard deviation of the noise on the evidence while training
     ):
         super().__init__()
-        if classes != 3: raise InputError('OrderNet', 'classes', '3: outer, inner, ball', str(classes))
-        check_choice('OrderNet', 'judge', judge, JUDGES)
-        self.front,self.jitter,self.contrast = OrderFront(bands, harmonics, sidebands, learn_bands),jitter,contrast and judge == 'free'
-        places = self.front.places*(1+self.contrast)
-        self.judge = MonotoneJudge(places) if judge == 'monotone' else nn.Sequential(nn.Linear(places, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
+        if classes != 3:
+            raise InputError("OrderNet", "classes", "3: outer, inner, ball", str(classes))
+        check_choice("OrderNet", "judge", judge, JUDGES)
+        self.front, self.jitter, self.contrast = (
+            OrderFront(bands, harmonics, sidebands, learn_bands),
+            jitter,
+            contrast and judge == "free",
+        )
+        places = self.front.places * (1 + self.contrast)
+        self.judge = (
+            MonotoneJudge(places)
+            if judge == "monotone"
+            else nn.Sequential(
+                nn.Linear(places, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1)
+            )
+        )
         self.ready = nn.Parameter(torch.zeros(3))
-        if severities: self.diameter = nn.Sequential(nn.Linear(3*self.front.places, hidden), nn.GELU(), nn.Linear(hidden, severities))
+        if severities:
+            self.diameter = nn.Sequential(
+                nn.Linear(3 * self.front.places, hidden), nn.GELU(), nn.Linear(hidden, severities)
+            )
 
 # %% ../../nbs/bearing/20_models.ipynb #4cef5264
 @patch
-def evidence(self:OrderNet,
-    inputs:dict, # `signal`, `shaft`, `rate`, `orders`
-    mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,K,3,P]`
+def evidence(
+    self: OrderNet,
+    inputs: dict,  # `signal`, `shaft`, `rate`, `orders`
+    mask: Tensor,  # `[B,T]`
+) -> Tensor:  # `[B,K,3,P]`
     "How far the lines of each hypothesis stand out."
     return window_evidence(self.front, inputs, mask)
 
+
 def window_evidence(front, inputs, mask):
     "Evidence of a batch by any front end, each length on its own."
-    x,about = inputs['signal'][...,0],(inputs['shaft'],inputs['rate'],inputs['orders'])
-    def rows(x, i): return front(_at_least(x, 64), *(a[i[:,0]] for a in about))
-    return by_length(rows, mask, x, torch.arange(x.shape[0], device=x.device)[:,None])
+    x, about = inputs["signal"][..., 0], (inputs["shaft"], inputs["rate"], inputs["orders"])
+
+    def rows(x, i):
+        return front(_at_least(x, 64), *(a[i[:, 0]] for a in about))
+
+    return by_length(rows, mask, x, torch.arange(x.shape[0], device=x.device)[:, None])
 
 # %% ../../nbs/bearing/20_models.ipynb #2a4c9d1d
 @patch
-def judged(self:OrderNet,
-    q:Tensor, # Evidence, `[B,K,3,P]`
-)->dict: # `fault` `[B,3]`, and `diameter` where there is such a head
+def judged(
+    self: OrderNet,
+    q: Tensor,  # Evidence, `[B,K,3,P]`
+) -> dict:  # `fault` `[B,3]`, and `diameter` where there is such a head
     "Logits of evidence."
-    if self.training and self.jitter: q = q+self.jitter*torch.randn_like(q)
-    z = torch.cat([q, q-q.mean(2, keepdim=True)], -1) if self.contrast else q
-    score = self.judge(z)[...,0]
-    out = dict(fault=score.logsumexp(1)-math.log(score.shape[1])+self.ready)
-    return dict(out, diameter=self.diameter(q.amax(1).flatten(1))) if hasattr(self, 'diameter') else out
+    if self.training and self.jitter:
+        q = q + self.jitter * torch.randn_like(q)
+    z = torch.cat([q, q - q.mean(2, keepdim=True)], -1) if self.contrast else q
+    score = self.judge(z)[..., 0]
+    out = dict(fault=score.logsumexp(1) - math.log(score.shape[1]) + self.ready)
+    return (
+        dict(out, diameter=self.diameter(q.amax(1).flatten(1)))
+        if hasattr(self, "diameter")
+        else out
+    )
+
 
 @patch
-def forward(self:OrderNet, inputs, mask): return self.judged(inputs['evidence'] if 'evidence' in inputs else self.evidence(inputs, mask))
+def forward(self: OrderNet, inputs, mask):
+    return self.judged(inputs["evidence"] if "evidence" in inputs else self.evidence(inputs, mask))
 
-OrderNet.program_inputs,OrderNet.diagnose = SignalModel.program_inputs,SignalModel.diagnose
+
+OrderNet.program_inputs, OrderNet.diagnose = SignalModel.program_inputs, SignalModel.diagnose
 
 # %% ../../nbs/bearing/20_models.ipynb #cd16de8b
 class FeatureMLP(SignalModel):
     "A plain network on the evidence of all bands, hypotheses and places."
+
     least = 64
-    def __init__(self,
-        classes:int=3, severities:int=0, dropout:float=.3, # See `SignalModel`
-        bands=BANDS, # See `OrderFront`
-        hidden:int=32, # Size of the network
+
+    def __init__(
+        self,
+        classes: int = 3,
+        severities: int = 0,
+        dropout: float = 0.3,  # See `SignalModel`
+        bands=BANDS,  # See `OrderFront`
+        hidden: int = 32,  # Size of the network
     ):
         super().__init__(hidden, classes, severities, dropout)
         self.front = OrderFront(bands, sidebands=True)
-        size = len(bands)*3*self.front.places
+        size = len(bands) * 3 * self.front.places
         self.layers = nn.Sequential(nn.BatchNorm1d(size), nn.Linear(size, hidden), nn.GELU())
+
     def encode(self, x, shaft, rate, orders):
-        with torch.no_grad(): q = self.front(x, shaft, rate, orders).flatten(1)
+        with torch.no_grad():
+            q = self.front(x, shaft, rate, orders).flatten(1)
         return self.layers(q)
 
 # %% ../../nbs/bearing/20_models.ipynb #f49633fc
-MODELS = dict(order_net=OrderNet, spectrum=SignalModel, cnn=CNN1d, attention_cnn=AttentionCNN, cnn_lstm=CNNLSTM, lstm=SignalLSTM, mlp=FeatureMLP, resnet=ResNet1d, patch_transformer=PatchTransformer, spectrogram=SpectrogramCNN)
+MODELS = dict(
+    order_net=OrderNet,
+    spectrum=SignalModel,
+    cnn=CNN1d,
+    attention_cnn=AttentionCNN,
+    cnn_lstm=CNNLSTM,
+    lstm=SignalLSTM,
+    mlp=FeatureMLP,
+    resnet=ResNet1d,
+    patch_transformer=PatchTransformer,
+    spectrogram=SpectrogramCNN,
+)
 
 # %% ../../nbs/bearing/20_models.ipynb #64e9505a
 class LinePenalty(nn.Module):
     "Expected lack of evidence for the fault that is named."
-    def __init__(self,
-        margin:float=.5, # How far the named fault has to stand above the mean of all
-        bands=BANDS, # See `OrderFront`
-        permute:bool=False, # Evidence of another hypothesis, a control
+
+    def __init__(
+        self,
+        margin: float = 0.5,  # How far the named fault has to stand above the mean of all
+        bands=BANDS,  # See `OrderFront`
+        permute: bool = False,  # Evidence of another hypothesis, a control
     ):
-        super().__init__(); self.margin,self.permute,self.front = margin,permute,OrderFront(bands)
+        super().__init__()
+        self.margin, self.permute, self.front = margin, permute, OrderFront(bands)
+
     @torch.no_grad()
     def lack(self, inputs, mask):
         "What is missing for each class, `[B,3]`."
         q = window_evidence(self.front, inputs, mask).mean(-1).amax(1)
-        lack = F.relu(self.margin-(q-q.mean(1, keepdim=True)))
+        lack = F.relu(self.margin - (q - q.mean(1, keepdim=True)))
         return lack.roll(1, 1) if self.permute else lack
-    def forward(self, prediction, target, inputs, mask): return (prediction['fault'].softmax(-1)*self.lack(inputs, mask)).sum(-1)
+
+    def forward(self, prediction, target, inputs, mask):
+        return (prediction["fault"].softmax(-1) * self.lack(inputs, mask)).sum(-1)
 
 # %% ../../nbs/bearing/20_models.ipynb #a3bef059
-JOURNAL_BANDS = dict(healthy=(), misalignment=('2X','3X'), imbalance=('1X',), clearance=('.45X','1X','2X'), lubrication=('low',), cavitation=('high',), wear=('1X','2X'), oil_whirl=('.45X',),
-                     misalignment_imbalance=('1X','2X','3X'), wear_lubrication=('low','1X','2X'), cavitation_clearance=('high','.45X','1X'))
+JOURNAL_BANDS = dict(
+    healthy=(),
+    misalignment=("2X", "3X"),
+    imbalance=("1X",),
+    clearance=(".45X", "1X", "2X"),
+    lubrication=("low",),
+    cavitation=("high",),
+    wear=("1X", "2X"),
+    oil_whirl=(".45X",),
+    misalignment_imbalance=("1X", "2X", "3X"),
+    wear_lubrication=("low", "1X", "2X"),
+    cavitation_clearance=("high", ".45X", "1X"),
+)
+
 
 class BandPenalty(nn.Module):
     "Expected lack of energy in the bands of the fault that is named."
-    names = ('1X','2X','3X','.45X','low','high')
-    def __init__(self,
-        classes, # Names of the classes, keys of `JOURNAL_BANDS`
-        healthy=(.012487,.000652,.000939,.000643,.083007,.050317), # Shares of healthy windows, for 1X, 2X, 3X, .45X, 1-6 Hz, 1.4-2.6 kHz
-        permute:bool=False, # Bands of another class, a control
+
+    names = ("1X", "2X", "3X", ".45X", "low", "high")
+
+    def __init__(
+        self,
+        classes,  # Names of the classes, keys of `JOURNAL_BANDS`
+        healthy=(
+            0.012487,
+            0.000652,
+            0.000939,
+            0.000643,
+            0.083007,
+            0.050317,
+        ),  # Shares of healthy windows, for 1X, 2X, 3X, .45X, 1-6 Hz, 1.4-2.6 kHz
+        permute: bool = False,  # Bands of another class, a control
     ):
         super().__init__()
-        table = torch.tensor([[float(n in JOURNAL_BANDS[check_choice('BandPenalty', 'class', c, JOURNAL_BANDS)]) for n in self.names] for c in classes])
-        self.register_buffer('table', table.roll(1, 0) if permute else table); self.register_buffer('healthy', torch.tensor(healthy))
+        table = torch.tensor(
+            [
+                [
+                    float(
+                        n in JOURNAL_BANDS[check_choice("BandPenalty", "class", c, JOURNAL_BANDS)]
+                    )
+                    for n in self.names
+                ]
+                for c in classes
+            ]
+        )
+        self.register_buffer("table", table.roll(1, 0) if permute else table)
+        self.register_buffer("healthy", torch.tensor(healthy))
+
     def shares(self, x, shaft, rate, orders=None):
         "Share of each band in the energy of signals `[B,T]`, `[B,6]`."
-        power = torch.fft.rfft(x).abs().square(); f = torch.arange(power.shape[1], device=x.device)*rate[:,None]/x.shape[1]
-        centres = shaft[:,None,None]*torch.tensor([1.,2.,3.,.45], device=x.device)
-        near = (f[...,None]-centres).abs() <= centres*torch.tensor([.06,.06,.06,.12], device=x.device)
-        fixed = torch.stack([(f >= a)&(f <= b) for a,b in ((1,6),(1400,2600))], -1)
-        return (power[...,None]*torch.cat([near,fixed], -1)).sum(1)/power.sum(1, keepdim=True).clamp_min(1e-12)
+        power = torch.fft.rfft(x).abs().square()
+        f = torch.arange(power.shape[1], device=x.device) * rate[:, None] / x.shape[1]
+        centres = shaft[:, None, None] * torch.tensor([1.0, 2.0, 3.0, 0.45], device=x.device)
+        near = (f[..., None] - centres).abs() <= centres * torch.tensor(
+            [0.06, 0.06, 0.06, 0.12], device=x.device
+        )
+        fixed = torch.stack([(f >= a) & (f <= b) for a, b in ((1, 6), (1400, 2600))], -1)
+        return (power[..., None] * torch.cat([near, fixed], -1)).sum(1) / power.sum(
+            1, keepdim=True
+        ).clamp_min(1e-12)
+
     def forward(self, prediction, target, inputs, mask):
-        with torch.no_grad(): lack = F.relu(1-window_evidence(self.shares, inputs, mask)/self.healthy)@self.table.T/self.table.sum(1).clamp_min(1)
-        return (prediction['fault'].softmax(-1)*lack).sum(-1)
+        with torch.no_grad():
+            lack = (
+                F.relu(1 - window_evidence(self.shares, inputs, mask) / self.healthy)
+                @ self.table.T
+                / self.table.sum(1).clamp_min(1)
+            )
+        return (prediction["fault"].softmax(-1) * lack).sum(-1)
 
 # %% ../../nbs/bearing/20_models.ipynb #364072a8
 def temporal_penalty(
-    logits:Tensor, # Windows in the order of time, `[B,C]`
-    record:Tensor, # Number of the record of each, `[B]`
-)->Tensor: # Mean squared step of the probabilities between neighbours of one record
+    logits: Tensor,  # Windows in the order of time, `[B,C]`
+    record: Tensor,  # Number of the record of each, `[B]`
+) -> Tensor:  # Mean squared step of the probabilities between neighbours of one record
     "How much the answer jumps within records."
-    p,same = logits.softmax(-1),(record[1:] == record[:-1]).to(logits)
-    return ((p[1:]-p[:-1]).square().sum(-1)*same).sum()/same.sum().clamp_min(1)
+    p, same = logits.softmax(-1), (record[1:] == record[:-1]).to(logits)
+    return ((p[1:] - p[:-1]).square().sum(-1) * same).sum() / same.sum().clamp_min(1)
 
 # %% ../../nbs/bearing/20_models.ipynb #dffcf6ba
 def sommerfeld_penalty(
-    logits:Tensor, # Of severities, `[B,S]`
-    target:Tensor, # Severity that the Sommerfeld number asks for, `[B]`
-    levels:Tensor, # Severity of each class, `[S]`
-    slack:float=.1, # Deviation that is allowed
-)->Tensor: # `[B]`
+    logits: Tensor,  # Of severities, `[B,S]`
+    target: Tensor,  # Severity that the Sommerfeld number asks for, `[B]`
+    levels: Tensor,  # Severity of each class, `[S]`
+    slack: float = 0.1,  # Deviation that is allowed
+) -> Tensor:  # `[B]`
     "How far the expected severity is from what a Sommerfeld number asks for."
-    return F.relu(((logits.softmax(-1)*levels).sum(-1)-target).abs()-slack)
+    return F.relu(((logits.softmax(-1) * levels).sum(-1) - target).abs() - slack)

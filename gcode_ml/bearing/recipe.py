@@ -12,8 +12,41 @@ __all__ = ['DEFAULTS', 'MODEL_DEFAULTS', 'load_records', 'EvidenceWindows', 'Law
 # %% ../../nbs/bearing/50_recipe.ipynb #a067289f
 import warnings
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch
+
+from .augment import SlowDown
+from gcode_ml.bearing.data import (
+    FAULTS,
+    RecordWindows,
+    check,
+    read_records,
+    record_files,
+    split_windows,
+)
+from gcode_ml.bearing.evaluate import (
+    answers,
+    outcome_table,
+    predict_windows,
+    score_table,
+)
+from gcode_ml.bearing.models import (
+    MODELS,
+    BandPenalty,
+    LinePenalty,
+    OrderFront,
+    OrderNet,
+    PatchTransformer,
+    SignalModel,
+    SpectrogramCNN,
+    sommerfeld_penalty,
+    temporal_penalty,
+    window_evidence,
+)
+from .simulate import rolling_records, rolling_set, simulate_records
 from ..core.augment import SpecAugment, create_augmentation
 from ..core.batch import Subset, dataloaders
 from ..core.distillation import check_classes
@@ -24,280 +57,530 @@ from ..core.losses import MultiTask, create_loss
 from ..core.physics import PhysicsLoss
 from ..core.saved import load_saved
 from ..core.training import fit, training_options
-from .augment import SlowDown
-from .data import FAULTS, RecordWindows, SPLITS, check, read_records, record_files, split_windows
-from .evaluate import answers, outcome_table, predict_windows, record_votes, score_table
-from .models import BandPenalty, LinePenalty, MODELS, OrderFront, OrderNet, PatchTransformer, SignalModel, SpectrogramCNN, sommerfeld_penalty, temporal_penalty, window_evidence
-from .simulate import rolling_records, rolling_set, simulate_records
 
 # %% ../../nbs/bearing/50_recipe.ipynb #63ac6ac5
 def load_records(
-    data='', # What `read_records` takes; simulated records of one bearing type when empty
-    progress=None, # For instance `tqdm`
-    seed:int=0, # Seed of the simulation
-    seconds:float=4., # Length of a simulated record
-    snr:float=-6., # Signal-to-noise ratio of simulated records, dB
-    cache='', # See `read_records`
-)->tuple: # Records, and what they are: `kind`, `folder`, `checksum`, `records`
+    data="",  # What `read_records` takes; simulated records of one bearing type when empty
+    progress=None,  # For instance `tqdm`
+    seed: int = 0,  # Seed of the simulation
+    seconds: float = 4.0,  # Length of a simulated record
+    snr: float = -6.0,  # Signal-to-noise ratio of simulated records, dB
+    cache="",  # See `read_records`
+) -> tuple:  # Records, and what they are: `kind`, `folder`, `checksum`, `records`
     "Records of a run."
     if data:
-        records,files = read_records(data, progress=progress, cache=cache),[f for f,_ in record_files(data)]
-        labels = Path(data)/'labels.csv'; files += [labels]*labels.exists()
-        facts = dict(kind='recorded', folder=Path(data).name, checksum=checksum(files))
-    else: records,facts = rolling_set(seconds=seconds, snr=snr, seed=seed),dict(kind='simulated', folder='', checksum='')
-    return records, dict(facts, records=len(records), bearings=len({r.bearing for r in records}), seconds=round(sum(len(r)/r.rate for r in records), 1), rates=sorted({r.rate for r in records}))
+        records, files = (
+            read_records(data, progress=progress, cache=cache),
+            [f for f, _ in record_files(data)],
+        )
+        labels = Path(data) / "labels.csv"
+        files += [labels] * labels.exists()
+        facts = dict(kind="recorded", folder=Path(data).name, checksum=checksum(files))
+    else:
+        records, facts = (
+            rolling_set(seconds=seconds, snr=snr, seed=seed),
+            dict(kind="simulated", folder="", checksum=""),
+        )
+    return records, dict(
+        facts,
+        records=len(records),
+        bearings=len({r.bearing for r in records}),
+        seconds=round(sum(len(r) / r.rate for r in records), 1),
+        rates=sorted({r.rate for r in records}),
+    )
 
 # %% ../../nbs/bearing/50_recipe.ipynb #8acd532c
 class EvidenceWindows:
     "Windows whose batches hold `evidence` too."
-    def __init__(self,
-        windows, # `RecordWindows`
-        front, # `OrderFront`
-        chunk:int=32, # Windows worked on at a time
+
+    def __init__(
+        self,
+        windows,  # `RecordWindows`
+        front,  # `OrderFront`
+        chunk: int = 32,  # Windows worked on at a time
     ):
-        self.windows,self.front,self.chunk,self.lengths = windows,front,chunk,windows.lengths
-    def __len__(self): return len(self.windows)
+        self.windows, self.front, self.chunk, self.lengths = windows, front, chunk, windows.lengths
+
+    def __len__(self):
+        return len(self.windows)
+
     def batch(self, index):
-        inputs,mask,targets = self.windows.batch(index)
-        return dict(inputs, evidence=self.evidence(index)),mask,targets
+        inputs, mask, targets = self.windows.batch(index)
+        return dict(inputs, evidence=self.evidence(index)), mask, targets
 
 # %% ../../nbs/bearing/50_recipe.ipynb #07ee0492
 @patch
 @torch.no_grad()
-def evidence(self:EvidenceWindows,
-    index, # Which windows, `[B]`
-)->torch.Tensor: # `[B,K,3,P]`
+def evidence(
+    self: EvidenceWindows,
+    index,  # Which windows, `[B]`
+) -> torch.Tensor:  # `[B,K,3,P]`
     "Evidence of windows, computed at their first use and kept with the windows."
     front = self.front
-    kept = self.windows.__dict__.setdefault('_evidence', {}).setdefault((front.bands.flatten().tolist().__repr__(), front.harmonics, front.sidebands, front.slip, front.sharpness), {})
-    for c in sorted({int(i)//self.chunk for i in index if int(i) not in kept}): # always the same windows together: rounding does not depend on the order of an epoch
-        some = range(c*self.chunk, min((c+1)*self.chunk, len(self.windows))); inputs,mask,_ = self.windows.batch(some)
+    kept = self.windows.__dict__.setdefault("_evidence", {}).setdefault(
+        (
+            front.bands.flatten().tolist().__repr__(),
+            front.harmonics,
+            front.sidebands,
+            front.slip,
+            front.sharpness,
+        ),
+        {},
+    )
+    for c in sorted(
+        {int(i) // self.chunk for i in index if int(i) not in kept}
+    ):  # always the same windows together: rounding does not depend on the order of an epoch
+        some = range(c * self.chunk, min((c + 1) * self.chunk, len(self.windows)))
+        inputs, mask, _ = self.windows.batch(some)
         kept.update(zip(some, window_evidence(front, inputs, mask)))
     return torch.stack([kept[int(i)] for i in index])
 
 # %% ../../nbs/bearing/50_recipe.ipynb #e33ef700
-_sizes = dict(incipient=.325, mild=.575, moderate=.8, severe=.95) # Mean severity of the simulated journal bearing
+_sizes = dict(
+    incipient=0.325, mild=0.575, moderate=0.8, severe=0.95
+)  # Mean severity of the simulated journal bearing
+
 
 def _asked(record):
     "Severity that a record's Sommerfeld number asks for."
-    S = record.facts.get('sommerfeld')
-    if S is None: raise InputError(record.name, 'sommerfeld', 'a number, for sommerfeld_weight', 'nothing', 'add a column sommerfeld to labels.csv')
-    return float(np.clip((.5-S)/.45, 0, 1))
+    S = record.facts.get("sommerfeld")
+    if S is None:
+        raise InputError(
+            record.name,
+            "sommerfeld",
+            "a number, for sommerfeld_weight",
+            "nothing",
+            "add a column sommerfeld to labels.csv",
+        )
+    return float(np.clip((0.5 - S) / 0.45, 0, 1))
+
 
 def _temporal(prediction, target, inputs, mask):
     "`temporal_penalty` of a batch in any order."
-    order = (inputs['record']*2**32+inputs['start']).argsort()
-    return temporal_penalty(prediction['fault'][order], inputs['record'][order])
+    order = (inputs["record"] * 2**32 + inputs["start"]).argsort()
+    return temporal_penalty(prediction["fault"][order], inputs["record"][order])
+
 
 def _sommerfeld(sizes):
     "`sommerfeld_penalty` for the sizes of a data set; sizes without a known severity are evenly spaced."
-    levels = torch.tensor([_sizes.get(k, (i+1)/len(sizes)) for i,k in enumerate(sizes)])
-    return lambda prediction, target, inputs, mask: sommerfeld_penalty(prediction['diameter'], inputs['asked'], levels.to(inputs['asked'].device))
+    levels = torch.tensor([_sizes.get(k, (i + 1) / len(sizes)) for i, k in enumerate(sizes)])
+    return lambda prediction, target, inputs, mask: sommerfeld_penalty(
+        prediction["diameter"], inputs["asked"], levels.to(inputs["asked"].device)
+    )
 
 # %% ../../nbs/bearing/50_recipe.ipynb #63d7e6c1
 class LawWindows:
     "Windows whose batches also say what laws ask for: `record`, `start`, and the severity of the Sommerfeld number, `asked`."
-    def __init__(self,
-        items, # Data set with `batch(index)`
-        windows, # Its `RecordWindows`
-        sommerfeld:bool=False, # Whether `asked` is there
+
+    def __init__(
+        self,
+        items,  # Data set with `batch(index)`
+        windows,  # Its `RecordWindows`
+        sommerfeld: bool = False,  # Whether `asked` is there
     ):
-        self.items,self.lengths = items,items.lengths
-        self.about = dict(record=torch.from_numpy(np.asarray(windows.record)).long(), start=torch.from_numpy(np.asarray(windows.start)).long())
-        if sommerfeld: self.about['asked'] = torch.tensor([_asked(r) for r in windows.records])[self.about['record']]
-    def __len__(self): return len(self.items)
+        self.items, self.lengths = items, items.lengths
+        self.about = dict(
+            record=torch.from_numpy(np.asarray(windows.record)).long(),
+            start=torch.from_numpy(np.asarray(windows.start)).long(),
+        )
+        if sommerfeld:
+            self.about["asked"] = torch.tensor([_asked(r) for r in windows.records])[
+                self.about["record"]
+            ]
+
+    def __len__(self):
+        return len(self.items)
+
     def batch(self, index):
-        inputs,mask,targets = self.items.batch(index); i = torch.as_tensor(np.asarray(index))
-        return dict(inputs, **{k: v[i] for k,v in self.about.items()}),mask,targets
+        inputs, mask, targets = self.items.batch(index)
+        i = torch.as_tensor(np.asarray(index))
+        return dict(inputs, **{k: v[i] for k, v in self.about.items()}), mask, targets
 
 # %% ../../nbs/bearing/50_recipe.ipynb #dcdf50c2
 DEFAULTS = dict(max_epochs=20, learning_rate=1e-2, weight_decay=1e-2, batch_size=16)
 
 # %% ../../nbs/bearing/50_recipe.ipynb #7a61e479
-_net = dict(max_epochs=30, learning_rate=3e-3, batch_size=64, augment='{time_shift: {limit: 0.99}}')
-MODEL_DEFAULTS = dict(order_net={}, spectrum={}, mlp=dict(learning_rate=3e-3), cnn=_net, attention_cnn=_net, cnn_lstm=_net, lstm=dict(_net, max_epochs=15), resnet=dict(_net, max_epochs=15, learning_rate=1e-3),
-                      patch_transformer=dict(_net, learning_rate=1e-3), spectrogram=dict(max_epochs=20, learning_rate=3e-3, batch_size=32)) # Shared options of each model
+_net = dict(max_epochs=30, learning_rate=3e-3, batch_size=64, augment="{time_shift: {limit: 0.99}}")
+MODEL_DEFAULTS = dict(
+    order_net={},
+    spectrum={},
+    mlp=dict(learning_rate=3e-3),
+    cnn=_net,
+    attention_cnn=_net,
+    cnn_lstm=_net,
+    lstm=dict(_net, max_epochs=15),
+    resnet=dict(_net, max_epochs=15, learning_rate=1e-3),
+    patch_transformer=dict(_net, learning_rate=1e-3),
+    spectrogram=dict(max_epochs=20, learning_rate=3e-3, batch_size=32),
+)  # Shared options of each model
 
 # %% ../../nbs/bearing/50_recipe.ipynb #db6055d8
 def model_options(
-    model:str, # Name in `MODELS`
-    training:dict, # Shared options as they were given
-): # `TrainingOptions`
+    model: str,  # Name in `MODELS`
+    training: dict,  # Shared options as they were given
+):  # `TrainingOptions`
     "Shared options with the model's own defaults."
-    check_choice('parameter', 'model', model, MODELS)
-    given = {k: v for k,v in training.items() if k not in DEFAULTS or v != DEFAULTS[k]}
+    check_choice("parameter", "model", model, MODELS)
+    given = {k: v for k, v in training.items() if k not in DEFAULTS or v != DEFAULTS[k]}
     return training_options(given, **{**DEFAULTS, **MODEL_DEFAULTS[model]})
 
 # %% ../../nbs/bearing/50_recipe.ipynb #3ba433e3
 def _model_arguments(model, windows, severity, representation, options, order):
     "What the model's class is called with."
     arguments = dict(classes=len(windows.classes), severities=len(windows.sizes) if severity else 0)
-    if model == 'order_net': arguments |= order
-    if model in ('order_net','mlp') and windows.classes != list(FAULTS): raise InputError('parameter', 'model', 'one without bearing geometry, such as cnn, for faults ' + ', '.join(windows.classes), model)
-    if model in ('order_net','mlp') and not (windows._orders > 0).all(): raise InputError('records', 'geometry', f'that of every bearing, for model={model}', 'a record without', 'add balls, ball_diameter, pitch_diameter or the four orders to labels.csv')
-    if model == 'spectrogram':
+    if model == "order_net":
+        arguments |= order
+    if model in ("order_net", "mlp") and windows.classes != list(FAULTS):
+        raise InputError(
+            "parameter",
+            "model",
+            "one without bearing geometry, such as cnn, for faults " + ", ".join(windows.classes),
+            model,
+        )
+    if model in ("order_net", "mlp") and not (windows._orders > 0).all():
+        raise InputError(
+            "records",
+            "geometry",
+            f"that of every bearing, for model={model}",
+            "a record without",
+            "add balls, ball_diameter, pitch_diameter or the four orders to labels.csv",
+        )
+    if model == "spectrogram":
         rates = {r.rate for r in windows.records}
-        arguments |= dict(representations=representation.split('+'), rate=max(rates))
+        arguments |= dict(representations=representation.split("+"), rate=max(rates))
     return arguments
+
 
 def _set_augmentations(model, options):
     "Give a model of pictures or patches what works on those, and take it out of the options for signals."
-    if options.spec_augment and not isinstance(model, SpectrogramCNN): raise InputError('parameter', 'spec_augment', 'model=spectrogram', type(model).__name__)
-    if options.spec_augment: model.augment = SpecAugment(time_axis=-1); options.values['spec_augment'] = False
-    if options.augment in ('light','medium','heavy') and isinstance(model, PatchTransformer): model.augment = create_augmentation('patch_augmentation', preset=options.augment); options.values['augment'] = ''
+    if options.spec_augment and not isinstance(model, SpectrogramCNN):
+        raise InputError("parameter", "spec_augment", "model=spectrogram", type(model).__name__)
+    if options.spec_augment:
+        model.augment = SpecAugment(time_axis=-1)
+        options.values["spec_augment"] = False
+    if options.augment in ("light", "medium", "heavy") and isinstance(model, PatchTransformer):
+        model.augment = create_augmentation("patch_augmentation", preset=options.augment)
+        options.values["augment"] = ""
 
 # %% ../../nbs/bearing/50_recipe.ipynb #1202f80d
 def recipe(
-    data='', # What `load_records` takes, or a list of records
-    split:str='bearing', # `bearing` (an unseen bearing), `load`, or `leak` (random windows)
-    fold:int=0, # Which fold is the test set
-    inner:int=-1, # Which group of the training side is the validation set; -1: none, a tenth of the training windows is watched
-    window:int=12000, # Samples a window
-    stride:int=0, # Samples between windows; 0: as many as a window has
-    model:str='order_net', # Name in `MODELS`
-    representation:str='stft', # Pictures of model=spectrogram, joined by +: stft, cwt, wigner
-    simulated:int=0, # Simulated records of each fault, of random bearings, added to the training set
-    severity:float=0., # Weight of the size of the defect as a second task
-    slow_down:float=0., # Play training windows more slowly, down to 1 less this
-    physics_weight:float=0., # Weight of a physical law in the loss
-    physics_control:bool=False, # The law with the lines of another fault, a control
-    temporal_weight:float=0., # Weight of like answers for windows of one record
-    sommerfeld_weight:float=0., # Weight of the severity that the Sommerfeld number asks for; needs `severity`
-    contrastive:float=0., # Weight of drawing windows of one fault together in the features of a network, `SupervisedContrastive`
-    harmonics:int=4, sidebands:bool=False, learn_bands:bool=False, judge:str='monotone', jitter:float=.6, contrast:bool=False, # See `OrderNet`
-    seed:int=42, # Seed of everything
-    device:str='auto', # Device
-    workers='auto', # Loader processes
-    cbs=(), # More callbacks
-    **training # Shared options of `core.training`
-)->Learner: # With `learn.windows`, `learn.arguments`, and window numbers `learn.train`, `learn.valid`, `learn.test`
+    data="",  # What `load_records` takes, or a list of records
+    split: str = "bearing",  # `bearing` (an unseen bearing), `load`, or `leak` (random windows)
+    fold: int = 0,  # Which fold is the test set
+    inner: int = -1,  # Which group of the training side is the validation set; -1: none, a tenth of the training windows is watched
+    window: int = 12000,  # Samples a window
+    stride: int = 0,  # Samples between windows; 0: as many as a window has
+    model: str = "order_net",  # Name in `MODELS`
+    representation: str = "stft",  # Pictures of model=spectrogram, joined by +: stft, cwt, wigner
+    simulated: int = 0,  # Simulated records of each fault, of random bearings, added to the training set
+    severity: float = 0.0,  # Weight of the size of the defect as a second task
+    slow_down: float = 0.0,  # Play training windows more slowly, down to 1 less this
+    physics_weight: float = 0.0,  # Weight of a physical law in the loss
+    physics_control: bool = False,  # The law with the lines of another fault, a control
+    temporal_weight: float = 0.0,  # Weight of like answers for windows of one record
+    sommerfeld_weight: float = 0.0,  # Weight of the severity that the Sommerfeld number asks for; needs `severity`
+    contrastive: float = 0.0,  # Weight of drawing windows of one fault together in the features of a network, `SupervisedContrastive`
+    harmonics: int = 4,
+    sidebands: bool = False,
+    learn_bands: bool = False,
+    judge: str = "monotone",
+    jitter: float = 0.6,
+    contrast: bool = False,  # See `OrderNet`
+    seed: int = 42,  # Seed of everything
+    device: str = "auto",  # Device
+    workers="auto",  # Loader processes
+    cbs=(),  # More callbacks
+    **training,  # Shared options of `core.training`
+) -> Learner:  # With `learn.windows`, `learn.arguments`, and window numbers `learn.train`, `learn.valid`, `learn.test`
     "A diagnosis ready to fit."
     options = model_options(model, training)
-    records = load_records(data, seed=seed)[0] if isinstance(data, (str,Path)) else data
+    records = load_records(data, seed=seed)[0] if isinstance(data, (str, Path)) else data
     set_seed(seed)
-    windows,sets = split_records(records, split, fold, seed, inner, window, stride, simulated, severity > 0)
-    order = dict(harmonics=harmonics, sidebands=sidebands, learn_bands=learn_bands, judge=judge, jitter=jitter, contrast=contrast)
+    windows, sets = split_records(
+        records, split, fold, seed, inner, window, stride, simulated, severity > 0
+    )
+    order = dict(
+        harmonics=harmonics,
+        sidebands=sidebands,
+        learn_bands=learn_bands,
+        judge=judge,
+        jitter=jitter,
+        contrast=contrast,
+    )
     arguments = _model_arguments(model, windows, severity > 0, representation, options, order)
-    if options.teacher and not severity: check_classes(load_saved(options.teacher)[1]['preprocessing'].get('classes', windows.classes), windows.classes, 'teacher')
-    net = MODELS[model](**arguments); _set_augmentations(net, options)
-    if contrastive and not isinstance(net, SignalModel): raise InputError('parameter', 'contrastive', '0, or a network with features such as cnn', f'{contrastive} for model={model}')
-    if contrastive: net.keep_features = True
-    if window < getattr(net, 'least', 1): raise InputError('parameter', 'window', f'at least {net.least} samples, for model={model}', str(window))
-    items = EvidenceWindows(windows, net.front) if model == 'order_net' and not learn_bands and not slow_down and not _changes_signal(options) else windows
+    if options.teacher and not severity:
+        check_classes(
+            load_saved(options.teacher)[1]["preprocessing"].get("classes", windows.classes),
+            windows.classes,
+            "teacher",
+        )
+    net = MODELS[model](**arguments)
+    _set_augmentations(net, options)
+    if contrastive and not isinstance(net, SignalModel):
+        raise InputError(
+            "parameter",
+            "contrastive",
+            "0, or a network with features such as cnn",
+            f"{contrastive} for model={model}",
+        )
+    if contrastive:
+        net.keep_features = True
+    if window < getattr(net, "least", 1):
+        raise InputError(
+            "parameter", "window", f"at least {net.least} samples, for model={model}", str(window)
+        )
+    items = (
+        EvidenceWindows(windows, net.front)
+        if model == "order_net"
+        and not learn_bands
+        and not slow_down
+        and not _changes_signal(options)
+        else windows
+    )
     weights = dict(lines=physics_weight, temporal=temporal_weight, sommerfeld=sommerfeld_weight)
-    if sommerfeld_weight and not severity: raise InputError('parameter', 'sommerfeld_weight', '0, or a weight of severity above 0 beside it', str(sommerfeld_weight))
-    if temporal_weight or sommerfeld_weight: items = LawWindows(items, windows, sommerfeld_weight > 0)
-    train,valid,test = sets; train = options.oversampled(windows.labels, train)
-    dls = dataloaders(Subset(items, train), Subset(items, valid), options.batch_size, seed=seed, workers=workers, device=pick_device(device))
-    laws = _laws(weights, physics_control, windows, pick_device(device)) + [SlowDown(slow_down)]*(slow_down > 0)
-    learn = options.learner(dls, net, _loss(options, windows, train, severity, contrastive), [*laws, *cbs], key='signal')
-    learn.windows,learn.arguments,learn.train,learn.valid,learn.test = windows,arguments,train,valid,test
+    if sommerfeld_weight and not severity:
+        raise InputError(
+            "parameter",
+            "sommerfeld_weight",
+            "0, or a weight of severity above 0 beside it",
+            str(sommerfeld_weight),
+        )
+    if temporal_weight or sommerfeld_weight:
+        items = LawWindows(items, windows, sommerfeld_weight > 0)
+    train, valid, test = sets
+    train = options.oversampled(windows.labels, train)
+    dls = dataloaders(
+        Subset(items, train),
+        Subset(items, valid),
+        options.batch_size,
+        seed=seed,
+        workers=workers,
+        device=pick_device(device),
+    )
+    laws = _laws(weights, physics_control, windows, pick_device(device)) + [SlowDown(slow_down)] * (
+        slow_down > 0
+    )
+    learn = options.learner(
+        dls, net, _loss(options, windows, train, severity, contrastive), [*laws, *cbs], key="signal"
+    )
+    learn.windows, learn.arguments, learn.train, learn.valid, learn.test = (
+        windows,
+        arguments,
+        train,
+        valid,
+        test,
+    )
     return learn
 
 # %% ../../nbs/bearing/50_recipe.ipynb #0839e43c
 def _changes_signal(options):
     "Whether the training signals are not those of the recordings."
-    return bool(options.augment or options.progressive or options.adversarial) or options.mixing != 'none'
+    return (
+        bool(options.augment or options.progressive or options.adversarial)
+        or options.mixing != "none"
+    )
 
-def _loss(options, windows, train, severity, contrastive=0.):
+
+def _loss(options, windows, train, severity, contrastive=0.0):
     "Loss of the fault, of the size of the defect, and of the features."
-    labels,classes,weights = windows.labels[train],len(windows.classes),{k: w for k,w in dict(diameter=severity, features=contrastive).items() if w}
-    if not weights: return options.loss(labels, classes, head='fault', key='target')
-    if options.teacher: raise InputError('parameter', 'severity' if severity else 'contrastive', '0 beside a teacher', str(severity or contrastive))
-    more = dict(diameter=create_loss('cross_entropy', head='diameter'), features=create_loss('supervised_contrastive', head='features', key='fault'))
-    return MultiTask(dict(fault=options.loss(labels, classes, head='fault'), **{k: more[k] for k in weights}), weights)
+    labels, classes, weights = (
+        windows.labels[train],
+        len(windows.classes),
+        {k: w for k, w in dict(diameter=severity, features=contrastive).items() if w},
+    )
+    if not weights:
+        return options.loss(labels, classes, head="fault", key="target")
+    if options.teacher:
+        raise InputError(
+            "parameter",
+            "severity" if severity else "contrastive",
+            "0 beside a teacher",
+            str(severity or contrastive),
+        )
+    more = dict(
+        diameter=create_loss("cross_entropy", head="diameter"),
+        features=create_loss("supervised_contrastive", head="features", key="fault"),
+    )
+    return MultiTask(
+        dict(fault=options.loss(labels, classes, head="fault"), **{k: more[k] for k in weights}),
+        weights,
+    )
+
 
 def _laws(weights, control, windows, device):
     "The laws that have a weight, as one callback."
     classes = list(windows.classes)
-    known = dict(lines=lambda: (LinePenalty(permute=control) if classes == list(FAULTS) else BandPenalty(classes, permute=control)).to(device), temporal=lambda: _temporal, sommerfeld=lambda: _sommerfeld(windows.sizes))
-    laws,total = {k: known[k]() for k,w in weights.items() if w},sum(weights.values())
-    if not laws: return []
-    return [PhysicsLoss(lambda *batch: sum(weights[k]/total*law(*batch).mean() for k,law in laws.items()), total, square=False)]
+    known = dict(
+        lines=lambda: (
+            LinePenalty(permute=control)
+            if classes == list(FAULTS)
+            else BandPenalty(classes, permute=control)
+        ).to(device),
+        temporal=lambda: _temporal,
+        sommerfeld=lambda: _sommerfeld(windows.sizes),
+    )
+    laws, total = {k: known[k]() for k, w in weights.items() if w}, sum(weights.values())
+    if not laws:
+        return []
+    return [
+        PhysicsLoss(
+            lambda *batch: sum(weights[k] / total * law(*batch).mean() for k, law in laws.items()),
+            total,
+            square=False,
+        )
+    ]
 
 # %% ../../nbs/bearing/50_recipe.ipynb #0eab3b52
 def split_records(
-    records:list, # Records
-    split:str='bearing', fold:int=0, seed:int=0, inner:int=-1, # See `split_windows`
-    window:int=12000, stride:int=0, # See `RecordWindows`
-    simulated:int=0, # Simulated records of each fault, behind the training windows
-    severity:bool=False, # Targets with the size of the defect
-)->tuple: # Windows, and the numbers of those for training, validation and test
+    records: list,  # Records
+    split: str = "bearing",
+    fold: int = 0,
+    seed: int = 0,
+    inner: int = -1,  # See `split_windows`
+    window: int = 12000,
+    stride: int = 0,  # See `RecordWindows`
+    simulated: int = 0,  # Simulated records of each fault, behind the training windows
+    severity: bool = False,  # Targets with the size of the defect
+) -> tuple:  # Windows, and the numbers of those for training, validation and test
     "Windows of records, split; a fold of simulated bearings is never tested."
-    windows = RecordWindows(records, window, stride, severity=severity); sets = split_windows(windows, split, fold, seed, inner)
-    if not simulated: return windows, sets
-    if windows.classes != list(FAULTS): raise InputError('parameter', 'simulated', f"0 for faults {', '.join(windows.classes)}", str(simulated))
+    windows = RecordWindows(records, window, stride, severity=severity)
+    sets = split_windows(windows, split, fold, seed, inner)
+    if not simulated:
+        return windows, sets
+    if windows.classes != list(FAULTS):
+        raise InputError(
+            "parameter", "simulated", f"0 for faults {', '.join(windows.classes)}", str(simulated)
+        )
     rate = float(np.median([r.rate for r in records]))
-    more = RecordWindows(records+rolling_records(simulated, seed=seed+1000, rate=rate, seconds=window/rate), window, stride, windows.classes, severity)
+    more = RecordWindows(
+        records + rolling_records(simulated, seed=seed + 1000, rate=rate, seconds=window / rate),
+        window,
+        stride,
+        windows.classes,
+        severity,
+    )
     return more, (np.append(sets[0], np.arange(len(windows), len(more))), *sets[1:])
 
 # %% ../../nbs/bearing/50_recipe.ipynb #690fa41b
 def preprocessing(
-    learn, # From `recipe`
-    unclear:float=.5, # Answers less probable than this are `type unclear`
-)->dict: # JSON-able
+    learn,  # From `recipe`
+    unclear: float = 0.5,  # Answers less probable than this are `type unclear`
+) -> dict:  # JSON-able
     "State that turns records into inputs."
     rate = float(np.median([r.rate for r in learn.windows.records]))
-    return dict(seconds=learn.windows.size/rate, stride=learn.windows.stride/learn.windows.size, classes=learn.windows.classes, unclear=unclear)
+    return dict(
+        seconds=learn.windows.size / rate,
+        stride=learn.windows.stride / learn.windows.size,
+        classes=learn.windows.classes,
+        unclear=unclear,
+    )
 
 # %% ../../nbs/bearing/50_recipe.ipynb #f087ca0f
 def bundle_windows(
-    bundle, # From `lab.bundle.load_bundle`
-    records:list, # Records
-)->list: # One `RecordWindows` for each sampling rate
+    bundle,  # From `lab.bundle.load_bundle`
+    records: list,  # Records
+) -> list:  # One `RecordWindows` for each sampling rate
     "Windows of records as in training; a record that is shorter than a window is one short window."
-    state,made = bundle.preprocessing,[]
+    state, made = bundle.preprocessing, []
     for rate in sorted({r.rate for r in records}):
-        size = int(round(state['seconds']*rate)); short = [r for r in records if r.rate == rate and len(r) < size]
-        if short: warnings.warn(f"{short[0].name}{f' and {len(short)-1} more' if len(short) > 1 else ''}: length: {len(short[0])} samples are less than a window of {size}, and are answered as one short window")
-        made.append(RecordWindows([r for r in records if r.rate == rate], size, max(1, int(size*state['stride'])), state['classes'], partial=True))
-        if isinstance(bundle.model, OrderNet) and not (made[-1]._orders > 0).all(): raise InputError('labels.csv', 'geometry', 'that of every bearing', 'a record without', 'add balls, ball_diameter, pitch_diameter or the four orders')
+        size = int(round(state["seconds"] * rate))
+        short = [r for r in records if r.rate == rate and len(r) < size]
+        if short:
+            warnings.warn(
+                f"{short[0].name}{f' and {len(short) - 1} more' if len(short) > 1 else ''}: length: {len(short[0])} samples are less than a window of {size}, and are answered as one short window",
+                stacklevel=2,
+            )
+        made.append(
+            RecordWindows(
+                [r for r in records if r.rate == rate],
+                size,
+                max(1, int(size * state["stride"])),
+                state["classes"],
+                partial=True,
+            )
+        )
+        if isinstance(bundle.model, OrderNet) and not (made[-1]._orders > 0).all():
+            raise InputError(
+                "labels.csv",
+                "geometry",
+                "that of every bearing",
+                "a record without",
+                "add balls, ball_diameter, pitch_diameter or the four orders",
+            )
     return made
 
 # %% ../../nbs/bearing/50_recipe.ipynb #e474d777
 def bundle_outcomes(
-    bundle, # From `lab.bundle.load_bundle`
-    records:list, # Records
-    progress=None, # For instance `tqdm`
-)->pd.DataFrame: # A row a window, see `outcome_table`
+    bundle,  # From `lab.bundle.load_bundle`
+    records: list,  # Records
+    progress=None,  # For instance `tqdm`
+) -> pd.DataFrame:  # A row a window, see `outcome_table`
     "What a bundle's model says about records."
-    parts = [outcome_table(w, range(len(w)), predict_windows(bundle.model, w, range(len(w)), progress=progress)).assign(seconds=lambda t, w=w: t.start/w.records[0].rate) for w in bundle_windows(bundle, records)]
+    parts = [
+        outcome_table(
+            w, range(len(w)), predict_windows(bundle.model, w, range(len(w)), progress=progress)
+        ).assign(seconds=lambda t, w=w: t.start / w.records[0].rate)
+        for w in bundle_windows(bundle, records)
+    ]
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/bearing/50_recipe.ipynb #c8c773ab
 def predict_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    path, # What `read_records` takes
-)->pd.DataFrame: # A row a window: record, seconds, fault or `type unclear`, probabilities
+    bundle,  # From `lab.bundle.load_bundle`
+    path,  # What `read_records` takes
+) -> pd.DataFrame:  # A row a window: record, seconds, fault or `type unclear`, probabilities
     "Name the fault of every window of one or more records."
     table = bundle_outcomes(bundle, read_records(path))
-    return pd.DataFrame(dict(record=table.record, seconds=table.seconds, fault=answers(table, bundle.preprocessing['unclear']), probability=table.confidence, **{c: table[c] for c in table if c.startswith('p_')}))
+    return pd.DataFrame(
+        dict(
+            record=table.record,
+            seconds=table.seconds,
+            fault=answers(table, bundle.preprocessing["unclear"]),
+            probability=table.confidence,
+            **{c: table[c] for c in table if c.startswith("p_")},
+        )
+    )
 
 # %% ../../nbs/bearing/50_recipe.ipynb #01f64a6f
 def evaluate_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    data, # What `read_records` takes; every record with a fault
-    progress=None, # For instance `tqdm`
-)->tuple: # Table of measures, and facts about the data
+    bundle,  # From `lab.bundle.load_bundle`
+    data,  # What `read_records` takes; every record with a fault
+    progress=None,  # For instance `tqdm`
+) -> tuple:  # Table of measures, and facts about the data
     "Score a bundle on records; bearings that it was trained on are scored apart."
-    records,facts = load_records(data, progress)
+    records, facts = load_records(data, progress)
     for r in records:
-        if not r.fault: raise InputError(data, f'fault of {r.name}', 'a name', 'nothing', '`gcode_ml predict` needs none')
-    table = bundle_outcomes(bundle, records, progress); known = set(bundle.facts['trained_on']) if facts['kind'] == 'recorded' and facts['checksum'] == bundle.facts['data'].get('checksum') else set()
-    parts = [table[table.bearing.isin(known)].assign(split='trained on'), table[~table.bearing.isin(known)].assign(split='new')]
-    scores = score_table(pd.concat(parts).assign(name='model', fold=0, seed=0))
-    clear = table.confidence >= bundle.preprocessing['unclear']
-    return scores.drop(columns='seeds'), dict(facts=facts, answered=float(clear.mean()), right_of_answered=float((table.said == table.fault)[clear].mean()) if clear.any() else None)
+        if not r.fault:
+            raise InputError(
+                data, f"fault of {r.name}", "a name", "nothing", "`gcode_ml predict` needs none"
+            )
+    table = bundle_outcomes(bundle, records, progress)
+    known = (
+        set(bundle.facts["trained_on"])
+        if facts["kind"] == "recorded" and facts["checksum"] == bundle.facts["data"].get("checksum")
+        else set()
+    )
+    parts = [
+        table[table.bearing.isin(known)].assign(split="trained on"),
+        table[~table.bearing.isin(known)].assign(split="new"),
+    ]
+    scores = score_table(pd.concat(parts).assign(name="model", fold=0, seed=0))
+    clear = table.confidence >= bundle.preprocessing["unclear"]
+    return scores.drop(columns="seeds"), dict(
+        facts=facts,
+        answered=float(clear.mean()),
+        right_of_answered=float((table.said == table.fault)[clear].mean()) if clear.any() else None,
+    )
 
 # %% ../../nbs/bearing/50_recipe.ipynb #fede862d
 def simulate(
-    folder, # Folder to make
-    kind:str='rolling', # `rolling`: 27 records like those of CWRU; `random`: a new bearing each record; `journal`: eleven faults of a journal bearing {rolling, random, journal}
-    count:int=3, # Records a class of `random`, or a class and severity of `journal` [1..100000]
-    seconds:float=0., # Length of a record; 0: 4, 1 or 5 s [0..10000]
-    snr:float=0., # Signal-to-noise ratio of `rolling` in dB; of `journal`, white noise to that ratio where it is not 0 [-60..60]
-    seed:int=42, # Seed [0..]
-    progress=None, # For instance `tqdm`
-): # The records
+    folder,  # Folder to make
+    kind: str = "rolling",  # `rolling`: 27 records like those of CWRU; `random`: a new bearing each record; `journal`: eleven faults of a journal bearing {rolling, random, journal}
+    count: int = 3,  # Records a class of `random`, or a class and severity of `journal` [1..100000]
+    seconds: float = 0.0,  # Length of a record; 0: 4, 1 or 5 s [0..10000]
+    snr: float = 0.0,  # Signal-to-noise ratio of `rolling` in dB; of `journal`, white noise to that ratio where it is not 0 [-60..60]
+    seed: int = 42,  # Seed [0..]
+    progress=None,  # For instance `tqdm`
+):  # The records
     "Simulated records with their `labels.csv`."
     return simulate_records(folder, kind, count, seconds, snr, seed, progress)

@@ -10,16 +10,25 @@ __all__ = ['METHODS', 'SPACES', 'Search', 'Pruned', 'search', 'grouped_folds', '
            'plot_settings']
 
 # %% ../../nbs/bearing/09_search.ipynb #dfa6a5f6
-import inspect, itertools, time
+import inspect
+import itertools
+import time
 from dataclasses import dataclass, field
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastai.callback.core import Callback
-from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier, RandomForestRegressor
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
 from sklearn.inspection import permutation_importance
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
+
 from ..core.errors import InputError, check_choice
 from ..core.plots import _axes
 from ..core.split import check_disjoint, group_kfold, leave_one_group_out
@@ -28,36 +37,59 @@ from ..lab.spaces import Dimension
 # %% ../../nbs/bearing/09_search.ipynb #d60a6ff8
 def _dimension(name, entry):
     "One parameter of a space."
-    if isinstance(entry, Dimension): return entry
-    if isinstance(entry, list) and entry: return Dimension(name, entry)
-    if not isinstance(entry, tuple) or len(entry) not in (2,3) or not entry[0] < entry[1]: raise InputError('space', name, 'a list of values, or (low, high) or (low, high, "log")', repr(entry))
-    whole = all(isinstance(e, int) for e in entry[:2]); log = len(entry) == 3
-    return Dimension(name, None, *entry[:2], log=log, whole=whole, step=1 if whole and not log else None)
+    if isinstance(entry, Dimension):
+        return entry
+    if isinstance(entry, list) and entry:
+        return Dimension(name, entry)
+    if not isinstance(entry, tuple) or len(entry) not in (2, 3) or not entry[0] < entry[1]:
+        raise InputError(
+            "space", name, 'a list of values, or (low, high) or (low, high, "log")', repr(entry)
+        )
+    whole = all(isinstance(e, int) for e in entry[:2])
+    log = len(entry) == 3
+    return Dimension(
+        name, None, *entry[:2], log=log, whole=whole, step=1 if whole and not log else None
+    )
 
 # %% ../../nbs/bearing/09_search.ipynb #4067726e
 def _draw(dimension, random):
     "A random value."
-    if dimension.values is not None: return dimension.values[random.integers(len(dimension.values))]
-    low,high = dimension.low,dimension.high+(dimension.whole and not dimension.log)
-    value = float(np.exp(random.uniform(np.log(low), np.log(high))) if dimension.log else random.uniform(low, high))
+    if dimension.values is not None:
+        return dimension.values[random.integers(len(dimension.values))]
+    low, high = dimension.low, dimension.high + (dimension.whole and not dimension.log)
+    value = float(
+        np.exp(random.uniform(np.log(low), np.log(high)))
+        if dimension.log
+        else random.uniform(low, high)
+    )
     return int(value) if dimension.whole else value
 
 # %% ../../nbs/bearing/09_search.ipynb #c992e9af
-METHODS = ('grid','random','bayes','gp')
+METHODS = ("grid", "random", "bayes", "gp")
 
 # %% ../../nbs/bearing/09_search.ipynb #1405b889
 @dataclass
 class Search:
     "What a search found."
-    history:pd.DataFrame # A row a trial: `trial`, `score`, `best` so far, `seconds`, `pruned`, and the parameters
-    parameters:list # Names of the parameters
-    method:str # One of `METHODS`
-    leak:bool = False # Whether the folds shared groups: then the scores mean nothing
+
+    history: (
+        pd.DataFrame
+    )  # A row a trial: `trial`, `score`, `best` so far, `seconds`, `pruned`, and the parameters
+    parameters: list  # Names of the parameters
+    method: str  # One of `METHODS`
+    leak: bool = False  # Whether the folds shared groups: then the scores mean nothing
+
     @property
-    def best(self): return {k: self.settings[self.history.score.argmax()][k] for k in self.parameters}
+    def best(self):
+        return {k: self.settings[self.history.score.argmax()][k] for k in self.parameters}
+
     @property
-    def score(self): return float(self.history.score.max())
-    settings:list = field(default_factory=list, repr=False) # Parameters of each trial as they were given
+    def score(self):
+        return float(self.history.score.max())
+
+    settings: list = field(
+        default_factory=list, repr=False
+    )  # Parameters of each trial as they were given
 
 # %% ../../nbs/bearing/09_search.ipynb #3545f511
 class Pruned(RuntimeError):
@@ -65,8 +97,12 @@ class Pruned(RuntimeError):
 
 # %% ../../nbs/bearing/09_search.ipynb #1b79d764
 def _optuna():
-    try: import optuna
-    except ImportError: raise InputError('search', 'package', 'optuna', 'it is not installed', 'pip install gcode_ml[sweep]') from None
+    try:
+        import optuna
+    except ImportError:
+        raise InputError(
+            "search", "package", "optuna", "it is not installed", "pip install gcode_ml[sweep]"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -74,219 +110,398 @@ def _optuna():
 def _given(space, method, trials, seed):
     "The settings of a grid or of random search, all drawn beforehand."
     random = np.random.default_rng(seed)
-    if method == 'random': return [{d.name: _draw(d, random) for d in space} for _ in range(trials)]
-    points = [dict(zip([d.name for d in space], v)) for v in itertools.product(*(d.grid() for d in space))]
-    return [points[i] for i in random.permutation(len(points))[:trials]] if trials < len(points) else points
+    if method == "random":
+        return [{d.name: _draw(d, random) for d in space} for _ in range(trials)]
+    points = [
+        dict(zip([d.name for d in space], v)) for v in itertools.product(*(d.grid() for d in space))
+    ]
+    return (
+        [points[i] for i in random.permutation(len(points))[:trials]]
+        if trials < len(points)
+        else points
+    )
 
 # %% ../../nbs/bearing/09_search.ipynb #86273e2f
 def _asked(space, method, trials, seed, prune):
     "Settings one after another from Optuna, each with a function that takes its score and one that reports a step."
     from gcode_ml.lab.sweeps import create_pruner, create_sampler
+
     optuna = _optuna()
-    study = optuna.create_study(direction='maximize', sampler=create_sampler('tpe' if method == 'bayes' else method, seed), pruner=create_pruner(prune))
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=create_sampler("tpe" if method == "bayes" else method, seed),
+        pruner=create_pruner(prune),
+    )
     for _ in range(trials):
         trial = study.ask()
+
         def report(step, value):
             trial.report(value, step)
-            if trial.should_prune(): raise Pruned(f'step {step}')
-        def tell(score): study.tell(trial, score) if score is not None else study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        yield {d.name: d.suggest(trial) for d in space},report,tell
+            if trial.should_prune():
+                raise Pruned(f"step {step}")
+
+        def tell(score):
+            study.tell(trial, score) if score is not None else study.tell(
+                trial, state=optuna.trial.TrialState.PRUNED
+            )
+
+        yield {d.name: d.suggest(trial) for d in space}, report, tell
 
 # %% ../../nbs/bearing/09_search.ipynb #5862b93b
 def search(
-    objective, # Called with a dict of parameters, and with `report(step, value)` when `prune` is given; the score, larger is better
-    space:dict, # Name -> list of values, or (low, high), or (low, high, 'log')
-    method:str='bayes', # One of `METHODS`
-    trials:int=20, # How many settings; of a grid at most
-    seed:int=0, # Seed of what is drawn
-    prune:str='', # 'median' or 'hyperband' stops poor trials early; Bayesian search only
-    progress=None, # For instance `tqdm`
-)->Search: # History and best setting
+    objective,  # Called with a dict of parameters, and with `report(step, value)` when `prune` is given; the score, larger is better
+    space: dict,  # Name -> list of values, or (low, high), or (low, high, 'log')
+    method: str = "bayes",  # One of `METHODS`
+    trials: int = 20,  # How many settings; of a grid at most
+    seed: int = 0,  # Seed of what is drawn
+    prune: str = "",  # 'median' or 'hyperband' stops poor trials early; Bayesian search only
+    progress=None,  # For instance `tqdm`
+) -> Search:  # History and best setting
     "Look for the setting with the best score."
-    check_choice('search', 'method', method, METHODS); dimensions = [_dimension(*e) for e in space.items()]
-    if not dimensions or trials < 1: raise InputError('search', 'space and trials', 'at least one parameter and one trial', f'{len(dimensions)} and {trials}')
-    if prune and method in METHODS[:2]: raise InputError('search', 'prune', 'Bayesian search', method)
-    settings = _asked(dimensions, method, trials, seed, prune) if method in METHODS[2:] else ((p,None,None) for p in _given(dimensions, method, trials, seed))
-    rows,kept = [],[]
-    for number,(p,report,tell) in enumerate(progress(settings) if progress else settings):
+    check_choice("search", "method", method, METHODS)
+    dimensions = [_dimension(*e) for e in space.items()]
+    if not dimensions or trials < 1:
+        raise InputError(
+            "search",
+            "space and trials",
+            "at least one parameter and one trial",
+            f"{len(dimensions)} and {trials}",
+        )
+    if prune and method in METHODS[:2]:
+        raise InputError("search", "prune", "Bayesian search", method)
+    settings = (
+        _asked(dimensions, method, trials, seed, prune)
+        if method in METHODS[2:]
+        else ((p, None, None) for p in _given(dimensions, method, trials, seed))
+    )
+    rows, kept = [], []
+    for number, (p, report, tell) in enumerate(progress(settings) if progress else settings):
         start = time.perf_counter()
-        try: score = float(objective(p, report) if prune else objective(p))
-        except Pruned: score = None
-        if score is not None and not np.isfinite(score): raise InputError('search', f'score of {p}', 'a finite number', str(score))
-        if tell: tell(score)
-        rows.append(dict(trial=number, score=np.nan if score is None else score, seconds=time.perf_counter()-start, pruned=score is None, **p)); kept.append(p)
-    history = pd.DataFrame(rows); history.insert(2, 'best', history.score.cummax()); leak = bool(getattr(objective, 'leak', False))
-    if leak: history['leak'] = True
+        try:
+            score = float(objective(p, report) if prune else objective(p))
+        except Pruned:
+            score = None
+        if score is not None and not np.isfinite(score):
+            raise InputError("search", f"score of {p}", "a finite number", str(score))
+        if tell:
+            tell(score)
+        rows.append(
+            dict(
+                trial=number,
+                score=np.nan if score is None else score,
+                seconds=time.perf_counter() - start,
+                pruned=score is None,
+                **p,
+            )
+        )
+        kept.append(p)
+    history = pd.DataFrame(rows)
+    history.insert(2, "best", history.score.cummax())
+    leak = bool(getattr(objective, "leak", False))
+    if leak:
+        history["leak"] = True
     return Search(history, list(space), method, leak, kept)
 
 # %% ../../nbs/bearing/09_search.ipynb #aff6d979
 def grouped_folds(
-    groups, # Bearing (or size, or record) of each item, `[N]`
-    labels, # Class of each item, `[N]`
-    cv=None, # Splitter of scikit-learn, or number of plain folds; by default each group is left out, or five parts of many groups
-    allow_leak:bool=False, # Let groups stand on both sides
-    seed:int=0, # Seed of the parts
-)->tuple: # List of (train, test), and whether groups stand on both sides
+    groups,  # Bearing (or size, or record) of each item, `[N]`
+    labels,  # Class of each item, `[N]`
+    cv=None,  # Splitter of scikit-learn, or number of plain folds; by default each group is left out, or five parts of many groups
+    allow_leak: bool = False,  # Let groups stand on both sides
+    seed: int = 0,  # Seed of the parts
+) -> tuple:  # List of (train, test), and whether groups stand on both sides
     "Folds of a search; plain folds of grouped data are refused."
-    groups,labels = np.asarray(groups),np.asarray(labels); leak = False
-    if cv is None: folds = [f[1:] for f in leave_one_group_out(groups)] if len(np.unique(groups)) <= 10 else group_kfold(groups, labels, 5, seed)
+    groups, labels = np.asarray(groups), np.asarray(labels)
+    leak = False
+    if cv is None:
+        folds = (
+            [f[1:] for f in leave_one_group_out(groups)]
+            if len(np.unique(groups)) <= 10
+            else group_kfold(groups, labels, 5, seed)
+        )
     else:
         cv = StratifiedKFold(cv, shuffle=True, random_state=seed) if isinstance(cv, int) else cv
         folds = list(cv.split(np.zeros(len(labels)), labels, groups))
-    for train,test in folds:
-        try: check_disjoint(groups, train, test, 'search')
+    for train, test in folds:
+        try:
+            check_disjoint(groups, train, test, "search")
         except InputError as e:
-            if not allow_leak: raise InputError('search', 'cv', 'folds that keep every group whole', f'{type(cv).__name__}, {e.found}', 'leave cv out, or say allow_leak=True and the result is labelled leak') from None
+            if not allow_leak:
+                raise InputError(
+                    "search",
+                    "cv",
+                    "folds that keep every group whole",
+                    f"{type(cv).__name__}, {e.found}",
+                    "leave cv out, or say allow_leak=True and the result is labelled leak",
+                ) from None
             leak = True
-        if len(np.unique(labels[train])) < 2: raise InputError('search', 'folds', 'two or more classes to train on', f'{labels[train][0]} alone without {groups[test][0]}')
-    return folds,leak
+        if len(np.unique(labels[train])) < 2:
+            raise InputError(
+                "search",
+                "folds",
+                "two or more classes to train on",
+                f"{labels[train][0]} alone without {groups[test][0]}",
+            )
+    return folds, leak
 
 # %% ../../nbs/bearing/09_search.ipynb #9c9d0fd9
-SPACES = dict(random_forest=dict(n_estimators=[50,100,150,200], max_depth=[10,20,30,None]),
-    svm=dict(C=[.1,1.,10.,100.], gamma=['scale',.001,.01,.1]),
-    boosting=dict(learning_rate=[.03,.1,.3], max_leaf_nodes=[7,15,31], max_iter=[50,100,150]))
+SPACES = dict(
+    random_forest=dict(n_estimators=[50, 100, 150, 200], max_depth=[10, 20, 30, None]),
+    svm=dict(C=[0.1, 1.0, 10.0, 100.0], gamma=["scale", 0.001, 0.01, 0.1]),
+    boosting=dict(
+        learning_rate=[0.03, 0.1, 0.3], max_leaf_nodes=[7, 15, 31], max_iter=[50, 100, 150]
+    ),
+)
 
 # %% ../../nbs/bearing/09_search.ipynb #4bec0401
 def classifier(
-    kind, # One of `SPACES`, or a class of scikit-learn's kind
-    seed:int=0, # Seed, where it takes one
-    **parameters # Its parameters
-): # Unfitted
+    kind,  # One of `SPACES`, or a class of scikit-learn's kind
+    seed: int = 0,  # Seed, where it takes one
+    **parameters,  # Its parameters
+):  # Unfitted
     "A classical model; the support vector machine with standardised features."
-    if isinstance(kind, str): check_choice('classifier', 'kind', kind, SPACES)
-    if kind == 'svm': return make_pipeline(StandardScaler(), SVC(**dict(kernel='rbf', random_state=seed) | parameters))
-    made = dict(random_forest=RandomForestClassifier, boosting=HistGradientBoostingClassifier).get(kind, kind) if isinstance(kind, str) else kind
-    return made(**(dict(random_state=seed) if 'random_state' in inspect.signature(made).parameters else {}) | parameters)
+    if isinstance(kind, str):
+        check_choice("classifier", "kind", kind, SPACES)
+    if kind == "svm":
+        return make_pipeline(
+            StandardScaler(), SVC(**dict(kernel="rbf", random_state=seed) | parameters)
+        )
+    made = (
+        dict(random_forest=RandomForestClassifier, boosting=HistGradientBoostingClassifier).get(
+            kind, kind
+        )
+        if isinstance(kind, str)
+        else kind
+    )
+    return made(
+        **(dict(random_state=seed) if "random_state" in inspect.signature(made).parameters else {})
+        | parameters
+    )
 
 # %% ../../nbs/bearing/09_search.ipynb #9b379ee4
 def classifier_objective(
-    kind, # See `classifier`
-    x, # Features, `[N,F]`
-    labels, # Class of each item, `[N]`
-    groups, # Bearing of each item, `[N]`
-    cv=None, # See `grouped_folds`
-    scoring:str='balanced_accuracy', # Score of scikit-learn
-    seed:int=0, # Seed of folds and model
-    allow_leak:bool=False, # See `grouped_folds`
-): # An objective for `search`
+    kind,  # See `classifier`
+    x,  # Features, `[N,F]`
+    labels,  # Class of each item, `[N]`
+    groups,  # Bearing of each item, `[N]`
+    cv=None,  # See `grouped_folds`
+    scoring: str = "balanced_accuracy",  # Score of scikit-learn
+    seed: int = 0,  # Seed of folds and model
+    allow_leak: bool = False,  # See `grouped_folds`
+):  # An objective for `search`
     "Mean score over folds that keep bearings whole."
-    folds,leak = grouped_folds(groups, labels, cv, allow_leak, seed)
-    def objective(parameters): return cross_val_score(classifier(kind, seed, **parameters), x, labels, cv=folds, scoring=scoring, error_score='raise').mean()
+    folds, leak = grouped_folds(groups, labels, cv, allow_leak, seed)
+
+    def objective(parameters):
+        return cross_val_score(
+            classifier(kind, seed, **parameters),
+            x,
+            labels,
+            cv=folds,
+            scoring=scoring,
+            error_score="raise",
+        ).mean()
+
     objective.leak = leak
     return objective
 
 # %% ../../nbs/bearing/09_search.ipynb #b94d0db0
 def _monitored(learn, monitor, larger):
     "Values of a recorded number, larger better."
-    names = list(learn.recorder.metric_names[1:]); names = names[:-1] if names[-1] == 'time' else names
-    values = np.array([list(v)[names.index(check_choice('search', 'monitor', monitor, names))] for v in learn.recorder.values], float)
+    names = list(learn.recorder.metric_names[1:])
+    names = names[:-1] if names[-1] == "time" else names
+    values = np.array(
+        [
+            list(v)[names.index(check_choice("search", "monitor", monitor, names))]
+            for v in learn.recorder.values
+        ],
+        float,
+    )
     return values if larger else -values
 
 # %% ../../nbs/bearing/09_search.ipynb #521a28b8
 class Pruning(Callback):
     "Reports a validation score after each epoch; the search may stop the fit there."
-    order = 70 # after the recorder
-    def __init__(self,
-        report, # `report(step, value)` of a search
-        monitor:str='valid_loss', # Name of a recorded number
-        larger:bool=False, # Whether larger is better
-    ): self.report,self.monitor,self.larger = report,monitor,larger
+
+    order = 70  # after the recorder
+
+    def __init__(
+        self,
+        report,  # `report(step, value)` of a search
+        monitor: str = "valid_loss",  # Name of a recorded number
+        larger: bool = False,  # Whether larger is better
+    ):
+        self.report, self.monitor, self.larger = report, monitor, larger
+
     def after_epoch(self):
-        if not hasattr(self, 'gather_preds') and self.learn.recorder.values:
+        if not hasattr(self, "gather_preds") and self.learn.recorder.values:
             self.report(self.epoch, _monitored(self.learn, self.monitor, self.larger)[-1])
 
 # %% ../../nbs/bearing/09_search.ipynb #9ef29ac5
 def learner_objective(
-    make, # Called with the parameters as keywords, gives a `Learner`
-    fit, # Called with the learner
-    monitor:str='valid_loss', # Name of a recorded number
-    larger:bool=False, # Whether larger is better
-): # An objective for `search`, with or without `prune`
+    make,  # Called with the parameters as keywords, gives a `Learner`
+    fit,  # Called with the learner
+    monitor: str = "valid_loss",  # Name of a recorded number
+    larger: bool = False,  # Whether larger is better
+):  # An objective for `search`, with or without `prune`
     "Best validation score of a fit; give `make` a split whose validation side is other bearings of the training side."
+
     def objective(parameters, report=None):
         learn = make(**parameters)
-        if report: learn.add_cb(Pruning(report, monitor, larger))
+        if report:
+            learn.add_cb(Pruning(report, monitor, larger))
         fit(learn)
         return np.nanmax(_monitored(learn, monitor, larger))
+
     return objective
 
 # %% ../../nbs/bearing/09_search.ipynb #d071d3b1
 def compare_searches(
-    objective, # See `search`
-    space:dict, # See `search`
-    trials:int=16, # The same for every method
-    seeds=(0,1,2), # A search for each
-    methods=METHODS[:3], # Which
-    progress=None, # For instance `tqdm`
-)->pd.DataFrame: # `method`, `seed`, `trial`, `score`, `best`, `seconds`
+    objective,  # See `search`
+    space: dict,  # See `search`
+    trials: int = 16,  # The same for every method
+    seeds=(0, 1, 2),  # A search for each
+    methods=METHODS[:3],  # Which
+    progress=None,  # For instance `tqdm`
+) -> pd.DataFrame:  # `method`, `seed`, `trial`, `score`, `best`, `seconds`
     "Several ways of searching at equal budget; a setting that comes again is looked up, not fitted again."
     known = {}
+
     def remembered(p):
         key = repr(sorted(p.items()))
-        if key not in known: known[key] = objective(p)
+        if key not in known:
+            known[key] = objective(p)
         return known[key]
-    remembered.leak = getattr(objective, 'leak', False); pairs = [(m,s) for m in methods for s in seeds]
-    found = [search(remembered, space, m, trials, s).history.assign(method=m, seed=s) for m,s in (progress(pairs) if progress else pairs)]
-    return pd.concat(found, ignore_index=True)[['method','seed','trial','score','best','seconds']]
+
+    remembered.leak = getattr(objective, "leak", False)
+    pairs = [(m, s) for m in methods for s in seeds]
+    found = [
+        search(remembered, space, m, trials, s).history.assign(method=m, seed=s)
+        for m, s in (progress(pairs) if progress else pairs)
+    ]
+    return pd.concat(found, ignore_index=True)[
+        ["method", "seed", "trial", "score", "best", "seconds"]
+    ]
 
 # %% ../../nbs/bearing/09_search.ipynb #6e762530
 def plot_searches(
-    table:pd.DataFrame, # Of `compare_searches`, or the history of one search
-    ax=None, # Axes to draw into
-): # The axes
+    table: pd.DataFrame,  # Of `compare_searches`, or the history of one search
+    ax=None,  # Axes to draw into
+):  # The axes
     "Best score so far against the number of trials; single trials as dots, a band over seeds."
-    ax = _axes(ax, 2.5); table = table if 'method' in table else table.assign(method='best')
-    for name,t in table.groupby('method', sort=False):
-        best = t.pivot_table(index='trial', values='best', aggfunc=['mean','min','max'])
-        line, = ax.plot(best.index+1, best['mean'], label=name, drawstyle='steps-post')
-        ax.fill_between(best.index+1, best['min'].iloc[:,0], best['max'].iloc[:,0], alpha=.15, color=line.get_color(), step='post', lw=0)
-        ax.scatter(t.trial+1, t.score, s=4, color=line.get_color(), alpha=.4)
-    ax.set(xlabel='trials', ylabel='score'); ax.legend(frameon=False)
+    ax = _axes(ax, 2.5)
+    table = table if "method" in table else table.assign(method="best")
+    for name, t in table.groupby("method", sort=False):
+        best = t.pivot_table(index="trial", values="best", aggfunc=["mean", "min", "max"])
+        (line,) = ax.plot(best.index + 1, best["mean"], label=name, drawstyle="steps-post")
+        ax.fill_between(
+            best.index + 1,
+            best["min"].iloc[:, 0],
+            best["max"].iloc[:, 0],
+            alpha=0.15,
+            color=line.get_color(),
+            step="post",
+            lw=0,
+        )
+        ax.scatter(t.trial + 1, t.score, s=4, color=line.get_color(), alpha=0.4)
+    ax.set(xlabel="trials", ylabel="score")
+    ax.legend(frameon=False)
     return ax
 
 # %% ../../nbs/bearing/09_search.ipynb #12b9a8a5
 def _encoded(history, parameters):
     "Settings as numbers; names, `None` and missing ones by their place in the list."
-    def code(c): return c.astype(float) if pd.api.types.is_numeric_dtype(c) and not c.isna().any() else pd.Series(pd.factorize(c.map(_text))[0], c.index, dtype=float)
+
+    def code(c):
+        return (
+            c.astype(float)
+            if pd.api.types.is_numeric_dtype(c) and not c.isna().any()
+            else pd.Series(pd.factorize(c.map(_text))[0], c.index, dtype=float)
+        )
+
     return pd.DataFrame({k: code(history[k]) for k in parameters})
 
 # %% ../../nbs/bearing/09_search.ipynb #45ad0748
-def _text(v): return 'None' if v is None or v != v else f'{v:g}' if isinstance(v, (int,float,np.number)) and not isinstance(v, bool) else str(v)
+def _text(v):
+    return (
+        "None"
+        if v is None or v != v
+        else f"{v:g}"
+        if isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
+        else str(v)
+    )
 
 # %% ../../nbs/bearing/09_search.ipynb #5f983a0a
 def parameter_importance(
-    found:Search, # A search of some ten trials or more
-    seed:int=0, # Of the forest
-)->pd.Series: # Shares that add up to one, the largest first
+    found: Search,  # A search of some ten trials or more
+    seed: int = 0,  # Of the forest
+) -> pd.Series:  # Shares that add up to one, the largest first
     "How much each parameter decides the score."
-    rows = found.history.dropna(subset=['score'])
-    if len(rows) < 4: raise InputError('importance', 'trials', 'at least 4 with a score', str(len(rows)))
-    x = _encoded(rows, found.parameters); forest = RandomForestRegressor(100, random_state=seed, n_jobs=1).fit(x, rows.score)
-    weight = np.maximum(permutation_importance(forest, x, rows.score, n_repeats=10, random_state=seed).importances_mean, 0)
-    return pd.Series(weight/max(weight.sum(), 1e-12), found.parameters).sort_values(ascending=False)
+    rows = found.history.dropna(subset=["score"])
+    if len(rows) < 4:
+        raise InputError("importance", "trials", "at least 4 with a score", str(len(rows)))
+    x = _encoded(rows, found.parameters)
+    forest = RandomForestRegressor(100, random_state=seed, n_jobs=1).fit(x, rows.score)
+    weight = np.maximum(
+        permutation_importance(
+            forest, x, rows.score, n_repeats=10, random_state=seed
+        ).importances_mean,
+        0,
+    )
+    return pd.Series(weight / max(weight.sum(), 1e-12), found.parameters).sort_values(
+        ascending=False
+    )
 
 # %% ../../nbs/bearing/09_search.ipynb #719078c2
 def plot_importance(
-    weight:pd.Series, # Of `parameter_importance`
-    ax=None, # Axes to draw into
-): # The axes
+    weight: pd.Series,  # Of `parameter_importance`
+    ax=None,  # Axes to draw into
+):  # The axes
     "Shares of the parameters as bars."
-    ax = _axes(ax, .6+.3*len(weight)); ax.barh(list(weight.index)[::-1], weight.to_numpy()[::-1]); ax.set(xlabel='share of the score it decides')
+    ax = _axes(ax, 0.6 + 0.3 * len(weight))
+    ax.barh(list(weight.index)[::-1], weight.to_numpy()[::-1])
+    ax.set(xlabel="share of the score it decides")
     return ax
 
 # %% ../../nbs/bearing/09_search.ipynb #25eb695e
 def plot_settings(
-    found:Search, # A search
-    across:str, # Parameter on the horizontal axis
-    down:str, # Parameter on the vertical axis
-    ax=None, # Axes to draw into
-): # The axes
+    found: Search,  # A search
+    across: str,  # Parameter on the horizontal axis
+    down: str,  # Parameter on the vertical axis
+    ax=None,  # Axes to draw into
+):  # The axes
     "Best score for each pair of values; `None` is a value like any other."
-    for k in (across,down): check_choice('plot_settings', 'parameter', k, found.parameters)
-    def order(k): return [_text(v) for v in sorted({None if v is None or v != v else v for v in found.history[k]}, key=lambda v: (v is None, isinstance(v, str), v if v is not None else 0))]
-    cells = found.history.assign(**{k: found.history[k].map(_text) for k in (across,down)}).pivot_table(index=down, columns=across, values='score', aggfunc='max').reindex(index=order(down), columns=order(across))
-    ax = _axes(ax, .8+.4*len(cells)); ax.imshow(cells, aspect='auto', cmap='Blues')
-    ax.set_xticks(range(cells.shape[1]), cells.columns); ax.set_yticks(range(len(cells)), cells.index); ax.set(xlabel=across, ylabel=down)
-    for (i,j),v in np.ndenumerate(cells.to_numpy()):
-        if np.isfinite(v): ax.text(j, i, f'{v:.3g}', ha='center', va='center', fontsize=8, color='w' if v > np.nanquantile(cells, .6) else 'k')
+    for k in (across, down):
+        check_choice("plot_settings", "parameter", k, found.parameters)
+
+    def order(k):
+        return [
+            _text(v)
+            for v in sorted(
+                {None if v is None or v != v else v for v in found.history[k]},
+                key=lambda v: (v is None, isinstance(v, str), v if v is not None else 0),
+            )
+        ]
+
+    cells = (
+        found.history.assign(**{k: found.history[k].map(_text) for k in (across, down)})
+        .pivot_table(index=down, columns=across, values="score", aggfunc="max")
+        .reindex(index=order(down), columns=order(across))
+    )
+    ax = _axes(ax, 0.8 + 0.4 * len(cells))
+    ax.imshow(cells, aspect="auto", cmap="Blues")
+    ax.set_xticks(range(cells.shape[1]), cells.columns)
+    ax.set_yticks(range(len(cells)), cells.index)
+    ax.set(xlabel=across, ylabel=down)
+    for (i, j), v in np.ndenumerate(cells.to_numpy()):
+        if np.isfinite(v):
+            ax.text(
+                j,
+                i,
+                f"{v:.3g}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="w" if v > np.nanquantile(cells, 0.6) else "k",
+            )
     return ax

@@ -9,358 +9,586 @@ __all__ = ['SEVERITIES', 'EFFECTS', 'rolling_record', 'random_geometry', 'rollin
            'burst_in_window', 'journal_plan', 'check_set', 'journal_set', 'add_noise', 'simulate_records']
 
 # %% ../../nbs/bearing/05_simulate.ipynb #d3ee24ae
-import hashlib, warnings
-from functools import lru_cache, partial
+import hashlib
+from functools import lru_cache
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from scipy.signal import hilbert, lfilter
+
+from .data import BEARINGS, FAULTS, JOURNAL_FAULTS, Geometry, Record, write_records
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path
-from .data import BEARINGS, FAULTS, JOURNAL_FAULTS, Geometry, Record, write_records
 
 # %% ../../nbs/bearing/05_simulate.ipynb #98f9de29
 def _ringing(places, strengths, n, rate, resonance, damping):
     "Sum of damped oscillations that start at `places` in seconds: a train of impulses through a resonator of two poles."
-    impulses = np.zeros(n); np.add.at(impulses, np.minimum((places*rate).astype(int), n-1), strengths)
-    theta = 2*np.pi*resonance/rate; r = np.exp(-damping*theta)
-    return lfilter([0,r*np.sin(theta)], [1,-2*r*np.cos(theta),r*r], impulses)
+    impulses = np.zeros(n)
+    np.add.at(impulses, np.minimum((places * rate).astype(int), n - 1), strengths)
+    theta = 2 * np.pi * resonance / rate
+    r = np.exp(-damping * theta)
+    return lfilter([0, r * np.sin(theta)], [1, -2 * r * np.cos(theta), r * r], impulses)
 
 # %% ../../nbs/bearing/05_simulate.ipynb #44ece9fc
 def _passages(random, period, seconds, jitter):
     "Times at which the defect is struck."
-    count = int(seconds/period*1.2)+8
-    times = random.uniform(0, period)+np.cumsum(period*(1+jitter*random.standard_normal(count)))-period
-    return times[(times >= 0)&(times < seconds)]
+    count = int(seconds / period * 1.2) + 8
+    times = (
+        random.uniform(0, period)
+        + np.cumsum(period * (1 + jitter * random.standard_normal(count)))
+        - period
+    )
+    return times[(times >= 0) & (times < seconds)]
 
 # %% ../../nbs/bearing/05_simulate.ipynb #7524d5c4
 def rolling_record(
-    fault:str, # 'outer', 'inner' or 'ball'
-    geometry=BEARINGS['6205'], # A `Geometry`, or the four orders
-    shaft:float=29., # Turns per second
-    rate:float=12000., # Samples per second
-    seconds:float=1., # Length
-    snr:float=0., # Signal-to-noise ratio in dB; infinity for none
-    resonance:float=None, # Hz; uniform over 2 to 4 kHz by default
-    damping:float=None, # Of the resonance; uniform over 0.02 to 0.05 by default
-    jitter:float=.015, # Standard deviation of the period, in periods
-    seed:int=0, # Seed of everything random
-    **about, # Other fields of the record: `name`, `diameter`, `load`, `bearing`
-)->Record: # With the truth in `facts`
+    fault: str,  # 'outer', 'inner' or 'ball'
+    geometry=BEARINGS["6205"],  # A `Geometry`, or the four orders
+    shaft: float = 29.0,  # Turns per second
+    rate: float = 12000.0,  # Samples per second
+    seconds: float = 1.0,  # Length
+    snr: float = 0.0,  # Signal-to-noise ratio in dB; infinity for none
+    resonance: float = None,  # Hz; uniform over 2 to 4 kHz by default
+    damping: float = None,  # Of the resonance; uniform over 0.02 to 0.05 by default
+    jitter: float = 0.015,  # Standard deviation of the period, in periods
+    seed: int = 0,  # Seed of everything random
+    **about,  # Other fields of the record: `name`, `diameter`, `load`, `bearing`
+) -> Record:  # With the truth in `facts`
     "One record of a bearing with a defect."
-    check_choice('rolling_record', 'fault', fault, FAULTS); random = np.random.default_rng(seed); n = round(seconds*rate)
+    check_choice("rolling_record", "fault", fault, FAULTS)
+    random = np.random.default_rng(seed)
+    n = round(seconds * rate)
     orders = np.asarray(geometry.orders if isinstance(geometry, Geometry) else geometry, float)
-    resonance,damping = resonance or random.uniform(2000, 4000)*min(1, rate/12000), damping or random.uniform(.02, .05)
-    if not 0 < resonance < rate/2: raise InputError('rolling_record', 'resonance', f'below {rate/2:g} Hz, half the sampling rate', f'{resonance:g}')
-    times = _passages(random, 1/(orders[FAULTS.index(fault)]*shaft), seconds, jitter)
-    turns = dict(outer=0, inner=shaft, ball=orders[3]*shaft)[fault]
-    x = _ringing(times, 1+.8*np.cos(2*np.pi*(turns*times+random.random()))*(fault != 'outer'), n, rate, resonance, damping)
-    x = x+random.standard_normal(n)*np.sqrt((x**2).mean()/10**(snr/10))
-    return Record(**dict(name=f'{fault}_{seed}') | about, signal=x, rate=rate, rpm=60*shaft, fault=fault, orders=orders, facts=dict(resonance=resonance, damping=damping, snr=snr, seed=seed))
+    resonance, damping = (
+        resonance or random.uniform(2000, 4000) * min(1, rate / 12000),
+        damping or random.uniform(0.02, 0.05),
+    )
+    if not 0 < resonance < rate / 2:
+        raise InputError(
+            "rolling_record",
+            "resonance",
+            f"below {rate / 2:g} Hz, half the sampling rate",
+            f"{resonance:g}",
+        )
+    times = _passages(random, 1 / (orders[FAULTS.index(fault)] * shaft), seconds, jitter)
+    turns = dict(outer=0, inner=shaft, ball=orders[3] * shaft)[fault]
+    x = _ringing(
+        times,
+        1 + 0.8 * np.cos(2 * np.pi * (turns * times + random.random())) * (fault != "outer"),
+        n,
+        rate,
+        resonance,
+        damping,
+    )
+    x = x + random.standard_normal(n) * np.sqrt((x**2).mean() / 10 ** (snr / 10))
+    return Record(
+        **dict(name=f"{fault}_{seed}") | about,
+        signal=x,
+        rate=rate,
+        rpm=60 * shaft,
+        fault=fault,
+        orders=orders,
+        facts=dict(resonance=resonance, damping=damping, snr=snr, seed=seed),
+    )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #b306f4c7
 def random_geometry(
-    random, # NumPy generator
-)->Geometry: # 7 to 15 balls that fit on their circle
+    random,  # NumPy generator
+) -> Geometry:  # 7 to 15 balls that fit on their circle
     "A ball bearing that could be built."
-    balls = int(random.integers(7, 16)); widest = np.sin(np.pi/balls)
-    return Geometry(balls, float(random.uniform(.55, .92)*widest), 1., float(random.choice([0,0,0,15])))
+    balls = int(random.integers(7, 16))
+    widest = np.sin(np.pi / balls)
+    return Geometry(
+        balls, float(random.uniform(0.55, 0.92) * widest), 1.0, float(random.choice([0, 0, 0, 15]))
+    )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #fbf971df
 def rolling_records(
-    count:int=10, # Records a class
-    seed:int=0, # Seed
-    shaft:tuple=(15,60), # Range of turns per second
-    snr:tuple=(-8,12), # Range of the signal-to-noise ratio in dB
-    rate:float=12000., # Samples per second
-    seconds:float=1., # Length
-)->list: # `3*count` records
+    count: int = 10,  # Records a class
+    seed: int = 0,  # Seed
+    shaft: tuple = (15, 60),  # Range of turns per second
+    snr: tuple = (-8, 12),  # Range of the signal-to-noise ratio in dB
+    rate: float = 12000.0,  # Samples per second
+    seconds: float = 1.0,  # Length
+) -> list:  # `3*count` records
     "Records of random bearings at random speeds, classes in turn."
-    random = np.random.default_rng(seed); records = []
-    for i in range(count):
+    random = np.random.default_rng(seed)
+    records = []
+    for _i in range(count):
         for fault in FAULTS:
             number = len(records)
-            records.append(rolling_record(fault, random_geometry(random), random.uniform(*shaft), rate, seconds, random.uniform(*snr), seed=[seed,number], name=f'{fault}_{number:05d}', bearing=f'bearing {number:05d}'))
+            records.append(
+                rolling_record(
+                    fault,
+                    random_geometry(random),
+                    random.uniform(*shaft),
+                    rate,
+                    seconds,
+                    random.uniform(*snr),
+                    seed=[seed, number],
+                    name=f"{fault}_{number:05d}",
+                    bearing=f"bearing {number:05d}",
+                )
+            )
     return records
 
 # %% ../../nbs/bearing/05_simulate.ipynb #0b553160
 def rolling_set(
-    geometry=BEARINGS['6205'], # A `Geometry`, or four orders
-    seconds:float=4., # Length of a record
-    rate:float=12000., # Samples per second
-    snr:float=0., # Signal-to-noise ratio in dB of the middle size; 5 dB less and more for the others
-    seed:int=42, # Seed
-)->list: # 27 records
+    geometry=BEARINGS["6205"],  # A `Geometry`, or four orders
+    seconds: float = 4.0,  # Length of a record
+    rate: float = 12000.0,  # Samples per second
+    snr: float = 0.0,  # Signal-to-noise ratio in dB of the middle size; 5 dB less and more for the others
+    seed: int = 42,  # Seed
+) -> list:  # 27 records
     "Three faults by three sizes by three loads."
-    random = np.random.default_rng(seed); records = []
+    random = np.random.default_rng(seed)
+    records = []
     for fault in FAULTS:
-        for size,ratio in zip(('007','014','021'), (-5,0,5)):
-            resonance,damping = random.uniform(2000, 4000)*rate/12000, random.uniform(.02, .05)
-            for load,rpm in zip('012', (1797,1772,1750)):
-                records.append(rolling_record(fault, geometry, rpm/60, rate, seconds, snr+ratio, resonance, damping, seed=[seed,len(records)], name=f'{fault}{size}_{load}', diameter=size, load=load, bearing=f'{fault}{size}'))
+        for size, ratio in zip(("007", "014", "021"), (-5, 0, 5)):
+            resonance, damping = (
+                random.uniform(2000, 4000) * rate / 12000,
+                random.uniform(0.02, 0.05),
+            )
+            for load, rpm in zip("012", (1797, 1772, 1750)):
+                records.append(
+                    rolling_record(
+                        fault,
+                        geometry,
+                        rpm / 60,
+                        rate,
+                        seconds,
+                        snr + ratio,
+                        resonance,
+                        damping,
+                        seed=[seed, len(records)],
+                        name=f"{fault}{size}_{load}",
+                        diameter=size,
+                        load=load,
+                        bearing=f"{fault}{size}",
+                    )
+                )
     return records
 
 # %% ../../nbs/bearing/05_simulate.ipynb #7ded78d1
-SEVERITIES = dict(incipient=(.20,.45), mild=(.45,.70), moderate=(.70,.90), severe=(.90,1.))
+SEVERITIES = dict(
+    incipient=(0.20, 0.45), mild=(0.45, 0.70), moderate=(0.70, 0.90), severe=(0.90, 1.0)
+)
 
 # %% ../../nbs/bearing/05_simulate.ipynb #6f1c19e2
 def _operation(random):
     "Speed, load, temperature and what follows from them."
     u = random.random
-    d = 1+.10*(2*u()-1); load = 30+70*u(); temperature = 40+40*u()
-    LF,TF = .3+.7*load/100, .9+.2*(temperature-40)/40
-    S = float(np.clip(.15*np.exp(-.03*(temperature-60))*d/LF, .05, .50))
-    return dict(speed=d, turns=60*d, load=load, temperature=temperature, LF=LF, TF=TF, OF=LF*TF, A=(.2+.1*u())*LF*TF, sommerfeld=S, PF=np.sqrt(S/.15), reynolds=random.uniform(500, 5000), clearance_ratio=random.uniform(.001, .003))
+    d = 1 + 0.10 * (2 * u() - 1)
+    load = 30 + 70 * u()
+    temperature = 40 + 40 * u()
+    LF, TF = 0.3 + 0.7 * load / 100, 0.9 + 0.2 * (temperature - 40) / 40
+    S = float(np.clip(0.15 * np.exp(-0.03 * (temperature - 60)) * d / LF, 0.05, 0.50))
+    return dict(
+        speed=d,
+        turns=60 * d,
+        load=load,
+        temperature=temperature,
+        LF=LF,
+        TF=TF,
+        OF=LF * TF,
+        A=(0.2 + 0.1 * u()) * LF * TF,
+        sommerfeld=S,
+        PF=np.sqrt(S / 0.15),
+        reynolds=random.uniform(500, 5000),
+        clearance_ratio=random.uniform(0.001, 0.003),
+    )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #81f11c0a
 def _severity(random, range_, n):
     "Severity over the record: a number, or a rising array; and whether it rises."
     s = random.uniform(*range_)
-    rises = random.random() < .30
-    return (np.linspace(s, min(1, s+.3), n) if rises else s), rises
+    rises = random.random() < 0.30
+    return (np.linspace(s, min(1, s + 0.3), n) if rises else s), rises
 
 # %% ../../nbs/bearing/05_simulate.ipynb #a0163f90
 def _transient(random, n):
     "Factor over the record and its name."
-    if random.random() >= .25: return 1., 'none'
-    kind = ('speed_ramp','load_step','thermal')[random.integers(3)]; k = np.arange(n)/n
-    if kind == 'speed_ramp': return np.where((k >= .2)&(k < .6), .85+.3*(k-.2)/.4, 1), kind
-    return (np.where(k < .4, .7, 1), kind) if kind == 'load_step' else (.9+.2*(1-np.exp(-k/.3)), kind)
+    if random.random() >= 0.25:
+        return 1.0, "none"
+    kind = ("speed_ramp", "load_step", "thermal")[random.integers(3)]
+    k = np.arange(n) / n
+    if kind == "speed_ramp":
+        return np.where((k >= 0.2) & (k < 0.6), 0.85 + 0.3 * (k - 0.2) / 0.4, 1), kind
+    return (
+        (np.where(k < 0.4, 0.7, 1), kind)
+        if kind == "load_step"
+        else (0.9 + 0.2 * (1 - np.exp(-k / 0.3)), kind)
+    )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #a7da821d
 def _bursts(random, x, rate, count, strength):
     "Add bursts to `x`; their first and last samples, `[count,2]`."
-    n = int(.008*rate); t = np.arange(n)/rate
-    shape = strength*np.exp(-100*t)*np.hanning(n)
-    starts = random.integers(0, len(x)-n, count)
-    for a in starts: x[a:a+n] += shape*np.sin(2*np.pi*(1500+1000*random.random())*t)
-    return np.column_stack([starts,starts+n])
+    n = int(0.008 * rate)
+    t = np.arange(n) / rate
+    shape = strength * np.exp(-100 * t) * np.hanning(n)
+    starts = random.integers(0, len(x) - n, count)
+    for a in starts:
+        x[a : a + n] += shape * np.sin(2 * np.pi * (1500 + 1000 * random.random()) * t)
+    return np.column_stack([starts, starts + n])
 
 # %% ../../nbs/bearing/05_simulate.ipynb #6015c190
 def _contacts(random, x, count, length, strength, decay):
     "Add contacts of `length` samples of decaying noise to `x`."
-    at = random.integers(0, len(x)-length, count)[:,None]+np.arange(length)
-    np.add.at(x, at, strength*np.exp(-decay*np.arange(length))*random.standard_normal(at.shape))
+    at = random.integers(0, len(x) - length, count)[:, None] + np.arange(length)
+    np.add.at(
+        x, at, strength * np.exp(-decay * np.arange(length)) * random.standard_normal(at.shape)
+    )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #3bb87553
-def _healthy(r, k, t, x): return 0., None
+def _healthy(r, k, t, x):
+    return 0.0, None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #47d260f0
-def _misalignment(r, k, t, x): return k.g*(.35*np.sin(2*k.w*t+r.phase())+.20*np.sin(3*k.w*t+r.phase())), None
+def _misalignment(r, k, t, x):
+    return k.g * (
+        0.35 * np.sin(2 * k.w * t + r.phase()) + 0.20 * np.sin(3 * k.w * t + r.phase())
+    ), None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #566fdd7c
-def _imbalance(r, k, t, x): return k.g*.5*k.LF*k.speed**2*np.sin(k.w*t+r.phase()), None
+def _imbalance(r, k, t, x):
+    return k.g * 0.5 * k.LF * k.speed**2 * np.sin(k.w * t + r.phase()), None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #69cdabb4
 def _clearance(r, k, t, x):
-    return k.g*(.25*k.TF*np.sin(2*np.pi*(.43+.05*r.u())*k.turns*t)+.18*np.sin(k.w*t)+.10*np.sin(2*k.w*t)), None
+    return k.g * (
+        0.25 * k.TF * np.sin(2 * np.pi * (0.43 + 0.05 * r.u()) * k.turns * t)
+        + 0.18 * np.sin(k.w * t)
+        + 0.10 * np.sin(2 * k.w * t)
+    ), None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #21a36f9f
 def _lubrication(r, k, t, x):
-    _contacts(r.random, x, int(1+3*k.m), 20, .5*k.m, .4)
-    return k.g*.30*k.TF*.3/k.sommerfeld*np.sin(2*np.pi*(2+3*r.u())*t), None
+    _contacts(r.random, x, int(1 + 3 * k.m), 20, 0.5 * k.m, 0.4)
+    return k.g * 0.30 * k.TF * 0.3 / k.sommerfeld * np.sin(2 * np.pi * (2 + 3 * r.u()) * t), None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #89dfc846
-def _cavitation(r, k, t, x): return 0., _bursts(r.random, x, k.rate, int(2+5*k.m), .6*k.m)
+def _cavitation(r, k, t, x):
+    return 0.0, _bursts(r.random, x, k.rate, int(2 + 5 * k.m), 0.6 * k.m)
 
 # %% ../../nbs/bearing/05_simulate.ipynb #5203742f
-def _rubbing(k, t): return np.sin(k.w*t)+.5*np.sin(2*k.w*t)
+def _rubbing(k, t):
+    return np.sin(k.w * t) + 0.5 * np.sin(2 * k.w * t)
 
 # %% ../../nbs/bearing/05_simulate.ipynb #db238de5
 def _wear(r, k, t, x):
-    return k.g*(.25*k.OF*k.PF*r.random.standard_normal(len(t))+.12*_rubbing(k, t))*(1+.3*np.sin(2*np.pi*(.5+1.5*r.u())*t)), None
+    return k.g * (0.25 * k.OF * k.PF * r.random.standard_normal(len(t)) + 0.12 * _rubbing(k, t)) * (
+        1 + 0.3 * np.sin(2 * np.pi * (0.5 + 1.5 * r.u()) * t)
+    ), None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #7d53acba
 def _oil_whirl(r, k, t, x):
-    f = (.42+.06*r.u())*k.turns
-    return k.g*.40/np.sqrt(k.sommerfeld)*np.sin(2*np.pi*f*t)*(1+.2*np.sin(np.pi*f*t)), None
+    f = (0.42 + 0.06 * r.u()) * k.turns
+    return k.g * 0.40 / np.sqrt(k.sommerfeld) * np.sin(2 * np.pi * f * t) * (
+        1 + 0.2 * np.sin(np.pi * f * t)
+    ), None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #e30ad592
 def _misalignment_imbalance(r, k, t, x):
-    return k.g*k.m*(.25*np.sin(2*k.w*t+r.phase())+.15*np.sin(3*k.w*t+r.phase())+.35*k.LF*k.speed**2*np.sin(k.w*t+r.phase())), None
+    return k.g * k.m * (
+        0.25 * np.sin(2 * k.w * t + r.phase())
+        + 0.15 * np.sin(3 * k.w * t + r.phase())
+        + 0.35 * k.LF * k.speed**2 * np.sin(k.w * t + r.phase())
+    ), None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #f9a1a402
 def _wear_lubrication(r, k, t, x):
-    _contacts(r.random, x, int(2+3*k.m), 10, .4*k.m, .5)
-    return k.g*k.m*(.18*k.OF*k.PF*r.random.standard_normal(len(t))+.08*_rubbing(k, t)+.20*k.TF*.3/k.sommerfeld*np.sin(2*np.pi*(2+3*r.u())*t)), None
+    _contacts(r.random, x, int(2 + 3 * k.m), 10, 0.4 * k.m, 0.5)
+    return k.g * k.m * (
+        0.18 * k.OF * k.PF * r.random.standard_normal(len(t))
+        + 0.08 * _rubbing(k, t)
+        + 0.20 * k.TF * 0.3 / k.sommerfeld * np.sin(2 * np.pi * (2 + 3 * r.u()) * t)
+    ), None
 
 # %% ../../nbs/bearing/05_simulate.ipynb #993cc059
 def _cavitation_clearance(r, k, t, x):
-    places = _bursts(r.random, x, k.rate, int(3+4*k.m), .5*k.m)
-    return k.g*k.m*(.22*k.TF*np.sin(2*np.pi*(.43+.05*r.u())*k.turns*t)+.15*np.sin(k.w*t)), places
+    places = _bursts(r.random, x, k.rate, int(3 + 4 * k.m), 0.5 * k.m)
+    return k.g * k.m * (
+        0.22 * k.TF * np.sin(2 * np.pi * (0.43 + 0.05 * r.u()) * k.turns * t)
+        + 0.15 * np.sin(k.w * t)
+    ), places
 
 # %% ../../nbs/bearing/05_simulate.ipynb #35bad1ea
-_signals = {fault: globals()[f'_{fault}'] for fault in JOURNAL_FAULTS}
+_signals = {fault: globals()[f"_{fault}"] for fault in JOURNAL_FAULTS}
 
 # %% ../../nbs/bearing/05_simulate.ipynb #5db2c4a7
 class _Draws:
     "Random numbers as the formulae use them."
-    def __init__(self, seed): self.random = np.random.default_rng(seed); self.u = self.random.random
-    def phase(self): return 2*np.pi*self.u()
+
+    def __init__(self, seed):
+        self.random = np.random.default_rng(seed)
+        self.u = self.random.random
+
+    def phase(self):
+        return 2 * np.pi * self.u()
 
 # %% ../../nbs/bearing/05_simulate.ipynb #5385e0ca
 @lru_cache(4)
-def _time(n, rate): return np.arange(n)/rate
+def _time(n, rate):
+    return np.arange(n) / rate
 
 # %% ../../nbs/bearing/05_simulate.ipynb #b2201453
 def _walk(random, n):
     w = np.cumsum(random.standard_normal(n))
-    return w/w.std()
+    return w / w.std()
 
 # %% ../../nbs/bearing/05_simulate.ipynb #54def97a
-def _quantise(x): return np.round(x/.001)*.001
+def _quantise(x):
+    return np.round(x / 0.001) * 0.001
 
 # %% ../../nbs/bearing/05_simulate.ipynb #53bd78e2
 def _noise(r, k, t, n, quantise_last):
     "Floor and noise layers; the name of what was drawn for the alias tone."
-    z = r.random.standard_normal((2,n))
-    x = .05*k.A*z[0]+.03*z[1]                                                            # floor, measurement
-    x += .01*(1+.5*r.u())*np.sin(2*np.pi*(50+10*r.u())*t+r.phase())                      # mains
-    x += .02*_walk(r.random, n)+.015*np.sin(2*np.pi*t/1.5)                               # random walk, drift
-    if not quantise_last: x = _quantise(x)
-    x += .001*t/(n/k.rate)                                                               # drift of the sensor
-    alias = r.u() < .10
-    if alias: x += .005*np.sin(2*np.pi*(k.rate/2+100+200*r.u())*t)
-    for a in r.random.integers(0, n-5, int(2*n/k.rate)):                                 # impulses
-        x[a:a+5] += (.02+.03*r.u())*np.exp(-.3*np.arange(5))*r.random.standard_normal(5)
-    return x,alias
+    z = r.random.standard_normal((2, n))
+    x = 0.05 * k.A * z[0] + 0.03 * z[1]  # floor, measurement
+    x += 0.01 * (1 + 0.5 * r.u()) * np.sin(2 * np.pi * (50 + 10 * r.u()) * t + r.phase())  # mains
+    x += 0.02 * _walk(r.random, n) + 0.015 * np.sin(2 * np.pi * t / 1.5)  # random walk, drift
+    if not quantise_last:
+        x = _quantise(x)
+    x += 0.001 * t / (n / k.rate)  # drift of the sensor
+    alias = r.u() < 0.10
+    if alias:
+        x += 0.005 * np.sin(2 * np.pi * (k.rate / 2 + 100 + 200 * r.u()) * t)
+    for a in r.random.integers(0, n - 5, int(2 * n / k.rate)):  # impulses
+        x[a : a + 5] += (
+            (0.02 + 0.03 * r.u()) * np.exp(-0.3 * np.arange(5)) * r.random.standard_normal(5)
+        )
+    return x, alias
 
 # %% ../../nbs/bearing/05_simulate.ipynb #1a6ec600
-EFFECTS = ('amplitude_modulation','critical_speed','cross_coupling','thermal_growth','axial')
+EFFECTS = ("amplitude_modulation", "critical_speed", "cross_coupling", "thermal_growth", "axial")
 
 # %% ../../nbs/bearing/05_simulate.ipynb #4e928c55
-def _slow_noise(random, n, rate, limit=5.):
+def _slow_noise(random, n, rate, limit=5.0):
     "Noise below `limit` Hz with standard deviation one."
-    X = np.fft.rfft(random.standard_normal(n)); X[np.fft.rfftfreq(n, 1/rate) > limit] = 0; X[0] = 0
+    X = np.fft.rfft(random.standard_normal(n))
+    X[np.fft.rfftfreq(n, 1 / rate) > limit] = 0
+    X[0] = 0
     x = np.fft.irfft(X, n)
-    return x/x.std() if x.any() else x # a record shorter than 0.2 s has nothing so slow
+    return x / x.std() if x.any() else x  # a record shorter than 0.2 s has nothing so slow
 
 # %% ../../nbs/bearing/05_simulate.ipynb #4a58e8c0
 def _apply_effects(s, effects, r, k, t):
     "The fault signal with the effects that are on."
     n = len(t)
-    if 'amplitude_modulation' in effects: s = s*(1+.03*_slow_noise(r.random, n, k.rate))
-    if 'critical_speed' in effects:
-        q = k.turns/45; s = s/np.sqrt((1-q*q)**2+(2*.05*q)**2)
-    if 'thermal_growth' in effects: s = s*(1+.1*(1-np.exp(-3*np.arange(n)/n)))
-    if 'axial' in effects: s = s+.15*k.OF*np.sin(2*k.w*t+r.phase())
-    return s+.3*hilbert(s).imag if 'cross_coupling' in effects else s
+    if "amplitude_modulation" in effects:
+        s = s * (1 + 0.03 * _slow_noise(r.random, n, k.rate))
+    if "critical_speed" in effects:
+        q = k.turns / 45
+        s = s / np.sqrt((1 - q * q) ** 2 + (2 * 0.05 * q) ** 2)
+    if "thermal_growth" in effects:
+        s = s * (1 + 0.1 * (1 - np.exp(-3 * np.arange(n) / n)))
+    if "axial" in effects:
+        s = s + 0.15 * k.OF * np.sin(2 * k.w * t + r.phase())
+    return s + 0.3 * hilbert(s).imag if "cross_coupling" in effects else s
 
 # %% ../../nbs/bearing/05_simulate.ipynb #0e0e3078
 class _Known:
     "What the formulae know about a record."
+
     def __init__(self, facts, rate, severity, transient):
-        self.__dict__.update(facts); self.rate,self.w = rate,2*np.pi*self.turns
-        self.m,self.g = float(np.mean(severity)),severity*transient
+        self.__dict__.update(facts)
+        self.rate, self.w = rate, 2 * np.pi * self.turns
+        self.m, self.g = float(np.mean(severity)), severity * transient
 
 # %% ../../nbs/bearing/05_simulate.ipynb #63c328eb
 def journal_record(
-    fault:str, # One of `JOURNAL_FAULTS`
-    severity='moderate', # One of `SEVERITIES`, or a range of numbers
-    seed:int=0, # Seed of everything random
-    rate:float=20480., # Samples per second
-    seconds:float=5., # Length
-    effects=(), # Any of `EFFECTS`
-    quantise_last:bool=False, # Quantise the finished signal instead of the noise
-    name:str='', # Name of the record
-)->Record: # With operation, severity, transient and bursts in `facts`
+    fault: str,  # One of `JOURNAL_FAULTS`
+    severity="moderate",  # One of `SEVERITIES`, or a range of numbers
+    seed: int = 0,  # Seed of everything random
+    rate: float = 20480.0,  # Samples per second
+    seconds: float = 5.0,  # Length
+    effects=(),  # Any of `EFFECTS`
+    quantise_last: bool = False,  # Quantise the finished signal instead of the noise
+    name: str = "",  # Name of the record
+) -> Record:  # With operation, severity, transient and bursts in `facts`
     "One record of the journal bearing machine."
-    check_choice('journal_record', 'fault', fault, JOURNAL_FAULTS); n = round(rate*seconds)
-    for e in effects: check_choice('journal_record', 'effects', e, EFFECTS)
-    span = SEVERITIES[check_choice('journal_record', 'severity', severity, SEVERITIES)] if isinstance(severity, str) else tuple(severity)
-    if n < 200: raise InputError('journal_record', 'length', 'at least 200 samples', str(n))
-    r,t = _Draws(seed),_time(n, rate)
-    facts = dict(_operation(r.random), seed=seed, severity=severity if isinstance(severity, str) else f'{span[0]:g}-{span[1]:g}')
-    sev,rises = _severity(r.random, span, n); M,transient = _transient(r.random, n)
-    if fault == 'healthy': sev,rises = 1.,False
-    k = _Known(facts, rate, sev, M); x,alias = _noise(r, k, t, n, quantise_last)
-    events = np.zeros(n); s,bursts = _signals[fault](r, k, t, events); s = s+events
+    check_choice("journal_record", "fault", fault, JOURNAL_FAULTS)
+    n = round(rate * seconds)
+    for e in effects:
+        check_choice("journal_record", "effects", e, EFFECTS)
+    span = (
+        SEVERITIES[check_choice("journal_record", "severity", severity, SEVERITIES)]
+        if isinstance(severity, str)
+        else tuple(severity)
+    )
+    if n < 200:
+        raise InputError("journal_record", "length", "at least 200 samples", str(n))
+    r, t = _Draws(seed), _time(n, rate)
+    facts = dict(
+        _operation(r.random),
+        seed=seed,
+        severity=severity if isinstance(severity, str) else f"{span[0]:g}-{span[1]:g}",
+    )
+    sev, rises = _severity(r.random, span, n)
+    M, transient = _transient(r.random, n)
+    if fault == "healthy":
+        sev, rises = 1.0, False
+    k = _Known(facts, rate, sev, M)
+    x, alias = _noise(r, k, t, n, quantise_last)
+    events = np.zeros(n)
+    s, bursts = _signals[fault](r, k, t, events)
+    s = s + events
     x += _apply_effects(s, effects, r, k, t) if effects else s
-    facts |= dict(mean_severity=k.m, rises=rises, transient=transient, alias=alias, bursts=np.zeros((0,2), int) if bursts is None else bursts, effects=list(effects), quantised='last' if quantise_last else 'noise')
-    return Record(name or f'{fault}_{seed}', _quantise(x) if quantise_last else x, rate, 60*facts['turns'], fault, facts['severity'], f"{facts['load']:.0f}", name or f'{fault}_{seed}', facts=facts)
+    facts |= dict(
+        mean_severity=k.m,
+        rises=rises,
+        transient=transient,
+        alias=alias,
+        bursts=np.zeros((0, 2), int) if bursts is None else bursts,
+        effects=list(effects),
+        quantised="last" if quantise_last else "noise",
+    )
+    return Record(
+        name or f"{fault}_{seed}",
+        _quantise(x) if quantise_last else x,
+        rate,
+        60 * facts["turns"],
+        fault,
+        facts["severity"],
+        f"{facts['load']:.0f}",
+        name or f"{fault}_{seed}",
+        facts=facts,
+    )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #17825dbb
 def burst_in_window(
-    record:Record, # A journal record
-    size:int=20480, # Samples a window
-    stride:int=0, # Samples between starts; `size` if 0
-)->np.ndarray: # Bool, one a window
+    record: Record,  # A journal record
+    size: int = 20480,  # Samples a window
+    stride: int = 0,  # Samples between starts; `size` if 0
+) -> np.ndarray:  # Bool, one a window
     "Does a window overlap a burst?"
-    starts = np.arange(0, len(record)-size+1, stride or size)[:,None]; bursts = record.facts['bursts']
-    return ((bursts[:,0] < starts+size)&(bursts[:,1] > starts)).any(1)
+    starts = np.arange(0, len(record) - size + 1, stride or size)[:, None]
+    bursts = record.facts["bursts"]
+    return ((bursts[:, 0] < starts + size) & (bursts[:, 1] > starts)).any(1)
 
 # %% ../../nbs/bearing/05_simulate.ipynb #7b594e2b
 def journal_plan(
-    count:int=80, # Records a class and severity
-    seed:int=42, # Seed of the first record; the next has the next
-    shares=(.7,.15,.15), # Of training, validation and test
-    faults=JOURNAL_FAULTS, # Which conditions
-)->pd.DataFrame: # `name`, `fault`, `severity`, `seed`, `split`, a row a record
+    count: int = 80,  # Records a class and severity
+    seed: int = 42,  # Seed of the first record; the next has the next
+    shares=(0.7, 0.15, 0.15),  # Of training, validation and test
+    faults=JOURNAL_FAULTS,  # Which conditions
+) -> pd.DataFrame:  # `name`, `fault`, `severity`, `seed`, `split`, a row a record
     "What the set consists of, before anything is computed."
-    plan = pd.DataFrame([(f,s,i) for f in faults for s in SEVERITIES for i in range(count)], columns=['fault','severity','number'])
-    plan['seed'] = seed+np.arange(len(plan))
-    plan['name'] = [f'{f}_{s}_{i:03d}' for f,s,i in zip(plan.fault, plan.severity, plan.number)]
-    ends = np.round(np.cumsum(shares)*count).astype(int)
-    if count < 3 or abs(sum(shares)-1) > 1e-6 or (np.diff(ends, prepend=0) < 1).any(): raise InputError('journal set', 'count and shares', 'at least one record in each of the three parts', f'{count} and {tuple(shares)}')
+    plan = pd.DataFrame(
+        [(f, s, i) for f in faults for s in SEVERITIES for i in range(count)],
+        columns=["fault", "severity", "number"],
+    )
+    plan["seed"] = seed + np.arange(len(plan))
+    plan["name"] = [f"{f}_{s}_{i:03d}" for f, s, i in zip(plan.fault, plan.severity, plan.number)]
+    ends = np.round(np.cumsum(shares) * count).astype(int)
+    if count < 3 or abs(sum(shares) - 1) > 1e-6 or (np.diff(ends, prepend=0) < 1).any():
+        raise InputError(
+            "journal set",
+            "count and shares",
+            "at least one record in each of the three parts",
+            f"{count} and {tuple(shares)}",
+        )
     order = np.random.default_rng(seed)
-    place = np.concatenate([order.permutation(count) for _ in range(len(plan)//count)])
-    plan['split'] = np.array(['train','valid','test'])[np.searchsorted(ends, place, side='right')]
+    place = np.concatenate([order.permutation(count) for _ in range(len(plan) // count)])
+    plan["split"] = np.array(["train", "valid", "test"])[np.searchsorted(ends, place, side="right")]
     return plan
 
 # %% ../../nbs/bearing/05_simulate.ipynb #2334d812
 def check_set(
-    plan:pd.DataFrame, # Of `journal_plan`
-    records, # The records of the plan, in its order
+    plan: pd.DataFrame,  # Of `journal_plan`
+    records,  # The records of the plan, in its order
 ):
     "Raise `InputError` unless classes are balanced in every part and no signal occurs twice."
-    counts = plan.groupby(['split','fault','severity']).size().unstack('split', fill_value=0)
-    if (counts.nunique() > 1).any(): raise InputError('journal set', 'balance', 'as many records of each class and severity', str(counts.drop_duplicates().values.tolist()))
+    counts = plan.groupby(["split", "fault", "severity"]).size().unstack("split", fill_value=0)
+    if (counts.nunique() > 1).any():
+        raise InputError(
+            "journal set",
+            "balance",
+            "as many records of each class and severity",
+            str(counts.drop_duplicates().values.tolist()),
+        )
     sums = [hashlib.sha1(r.signal.tobytes()).hexdigest() for r in records]
-    if len(set(sums)) < len(plan): raise InputError('journal set', 'records', 'each signal once', f'{len(plan)-len(set(sums))} again')
+    if len(set(sums)) < len(plan):
+        raise InputError(
+            "journal set", "records", "each signal once", f"{len(plan) - len(set(sums))} again"
+        )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #b50d496e
 def journal_set(
-    count:int=80, # Records a class and severity
-    seed:int=42, # Seed of the first record
-    shares=(.7,.15,.15), # Of training, validation and test
-    faults=JOURNAL_FAULTS, # Which conditions
-    progress=None, # For instance `tqdm`
-    **options, # Of `journal_record`
-)->list: # Records with `split` in their `facts`
+    count: int = 80,  # Records a class and severity
+    seed: int = 42,  # Seed of the first record
+    shares=(0.7, 0.15, 0.15),  # Of training, validation and test
+    faults=JOURNAL_FAULTS,  # Which conditions
+    progress=None,  # For instance `tqdm`
+    **options,  # Of `journal_record`
+) -> list:  # Records with `split` in their `facts`
     "The set in memory: 1.4 GB for the 3,520 records of the default."
-    plan = journal_plan(count, seed, shares, faults); rows = list(plan.itertuples()); records = []
-    for p in (progress(rows) if progress else rows):
-        records.append(journal_record(p.fault, p.severity, p.seed, name=p.name, **options)); records[-1].facts['split'] = p.split
+    plan = journal_plan(count, seed, shares, faults)
+    rows = list(plan.itertuples())
+    records = []
+    for p in progress(rows) if progress else rows:
+        records.append(journal_record(p.fault, p.severity, p.seed, name=p.name, **options))
+        records[-1].facts["split"] = p.split
     check_set(plan, records)
     return records
 
 # %% ../../nbs/bearing/05_simulate.ipynb #2ef5af12
 def add_noise(
-    record:Record, # A record
-    snr:float, # Decibels over the noise
-    seed:int=0, # Seed
-)->Record: # The same with white noise
+    record: Record,  # A record
+    snr: float,  # Decibels over the noise
+    seed: int = 0,  # Seed
+) -> Record:  # The same with white noise
     "Add white noise to a record."
     rms = np.sqrt(np.mean(np.square(record.signal, dtype=float)))
-    noise = np.random.default_rng([seed,len(record),int(record.facts.get('seed', 0)) if np.isscalar(record.facts.get('seed', 0)) else 0]).standard_normal(len(record))
-    return Record(**{**vars(record), 'signal': record.signal+rms*10**(-snr/20)*noise, 'facts': {**record.facts, 'added_noise': snr}})
+    noise = np.random.default_rng(
+        [
+            seed,
+            len(record),
+            int(record.facts.get("seed", 0)) if np.isscalar(record.facts.get("seed", 0)) else 0,
+        ]
+    ).standard_normal(len(record))
+    return Record(
+        **{
+            **vars(record),
+            "signal": record.signal + rms * 10 ** (-snr / 20) * noise,
+            "facts": {**record.facts, "added_noise": snr},
+        }
+    )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #b4b2c9d0
 def simulate_records(
-    folder, # Folder to make
-    kind:str='rolling', # 'rolling' (like CWRU), 'random' (a new bearing each record) or 'journal'
-    count:int=3, # Records a class and severity of 'journal', or a class of 'random'
-    seconds:float=0., # Length; 4 s, 1 s or 5 s by default
-    snr:float=0., # Signal-to-noise ratio in dB of 'rolling'; of 'journal', added noise where it is not 0
-    seed:int=42, # Seed
-    progress=None, # For instance `tqdm`
-)->list: # The records
+    folder,  # Folder to make
+    kind: str = "rolling",  # 'rolling' (like CWRU), 'random' (a new bearing each record) or 'journal'
+    count: int = 3,  # Records a class and severity of 'journal', or a class of 'random'
+    seconds: float = 0.0,  # Length; 4 s, 1 s or 5 s by default
+    snr: float = 0.0,  # Signal-to-noise ratio in dB of 'rolling'; of 'journal', added noise where it is not 0
+    seed: int = 42,  # Seed
+    progress=None,  # For instance `tqdm`
+) -> list:  # The records
     "Simulate a machine and write its records."
-    check_choice('simulate', 'kind', kind, ('rolling','random','journal'))
-    if kind == 'rolling': records = rolling_set(seconds=seconds or 4., snr=snr, seed=seed)
-    elif kind == 'random': records = rolling_records(count, seed, seconds=seconds or 1.)
+    check_choice("simulate", "kind", kind, ("rolling", "random", "journal"))
+    if kind == "rolling":
+        records = rolling_set(seconds=seconds or 4.0, snr=snr, seed=seed)
+    elif kind == "random":
+        records = rolling_records(count, seed, seconds=seconds or 1.0)
     else:
-        records = journal_set(count, seed, (.7,.15,.15) if count > 6 else (1/3,)*3, progress=progress, seconds=seconds or 5.)
-        if snr: records = [add_noise(r, snr, seed) for r in records]
-    write_records(folder, records); table = pd.DataFrame([{'file': f'{r.name}.npy', **{k: v for k,v in r.facts.items() if np.ndim(v) == 0}} for r in records])
-    with atomic_path(Path(folder)/'facts.csv') as f: table.to_csv(f, index=False)
+        records = journal_set(
+            count,
+            seed,
+            (0.7, 0.15, 0.15) if count > 6 else (1 / 3,) * 3,
+            progress=progress,
+            seconds=seconds or 5.0,
+        )
+        if snr:
+            records = [add_noise(r, snr, seed) for r in records]
+    write_records(folder, records)
+    table = pd.DataFrame(
+        [
+            {"file": f"{r.name}.npy", **{k: v for k, v in r.facts.items() if np.ndim(v) == 0}}
+            for r in records
+        ]
+    )
+    with atomic_path(Path(folder) / "facts.csv") as f:
+        table.to_csv(f, index=False)
     return records

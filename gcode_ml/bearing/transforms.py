@@ -9,78 +9,146 @@ __all__ = ['LINES', 'BANDS', 'bearing_lines', 'BearingLines', 'PartSpectra', 'co
 
 # %% ../../nbs/bearing/06_transforms.ipynb #1b9de811
 import time
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
+
 from ..core.errors import InputError
 from ..core.spectra import IMAGES, LineScores, OrderSpectrum, by_length
 
 # %% ../../nbs/bearing/06_transforms.ipynb #e8c56889
-LINES = [*((f'{part} {h}', [h*(part == p) for p in ('outer','inner','ball')]+[0,0]) for part in ('outer','inner','ball') for h in (1,2,3,4)),
-    ('inner - shaft', [0,1,0,0,-1]), ('inner + shaft', [0,1,0,0,1]), ('ball - cage', [0,0,1,-1,0]), ('ball + cage', [0,0,1,1,0]), ('ball / 2', [0,0,.5,0,0]), ('3 ball / 2', [0,0,1.5,0,0]), ('shaft', [0,0,0,0,1]), ('cage', [0,0,0,1,0])]
+LINES = [
+    *(
+        (f"{part} {h}", [h * (part == p) for p in ("outer", "inner", "ball")] + [0, 0])
+        for part in ("outer", "inner", "ball")
+        for h in (1, 2, 3, 4)
+    ),
+    ("inner - shaft", [0, 1, 0, 0, -1]),
+    ("inner + shaft", [0, 1, 0, 0, 1]),
+    ("ball - cage", [0, 0, 1, -1, 0]),
+    ("ball + cage", [0, 0, 1, 1, 0]),
+    ("ball / 2", [0, 0, 0.5, 0, 0]),
+    ("3 ball / 2", [0, 0, 1.5, 0, 0]),
+    ("shaft", [0, 0, 0, 0, 1]),
+    ("cage", [0, 0, 0, 1, 0]),
+]
 
 # %% ../../nbs/bearing/06_transforms.ipynb #d081091e
 def bearing_lines(
-    orders, # Orders of outer race, inner race, ball and cage, `[...,4]`, array or tensor
-): # `[...,20]`, in the order of `LINES`
+    orders,  # Orders of outer race, inner race, ball and cage, `[...,4]`, array or tensor
+):  # `[...,20]`, in the order of `LINES`
     "Orders at which the parts of a bearing show."
-    table = np.array([weights for _,weights in LINES], dtype=float)
-    if torch.is_tensor(orders): table = torch.from_numpy(table).to(orders)
-    else: orders = np.asarray(orders, float)
-    return orders@table[:,:4].T+table[:,4]
+    table = np.array([weights for _, weights in LINES], dtype=float)
+    if torch.is_tensor(orders):
+        table = torch.from_numpy(table).to(orders)
+    else:
+        orders = np.asarray(orders, float)
+    return orders @ table[:, :4].T + table[:, 4]
 
 # %% ../../nbs/bearing/06_transforms.ipynb #ec4f5b65
-BANDS = ((500,1500),(1500,2800),(2800,4200),(4200,5700),(500,5700)) # Hz
+BANDS = ((500, 1500), (1500, 2800), (2800, 4200), (4200, 5700), (500, 5700))  # Hz
 
 # %% ../../nbs/bearing/06_transforms.ipynb #de92f75f
 class BearingLines(nn.Module):
     "How far each of `LINES` stands out, in every band."
-    def __init__(self,
-        bands=BANDS, # Edges in Hz, `[K,2]`
-        **kwargs # Of `Envelopes`: `whiten`, `points`, `learn`, `edge`
+
+    def __init__(
+        self,
+        bands=BANDS,  # Edges in Hz, `[K,2]`
+        **kwargs,  # Of `Envelopes`: `whiten`, `points`, `learn`, `edge`
     ):
-        super().__init__(); self.scores = LineScores(bands, **kwargs)
-    def forward(self,
-        inputs:dict, # `signal` `[B,T,1]`, `shaft` `[B]`, `rate` `[B]`, `orders` `[B,4]`
-        mask:Tensor=None, # `True` where real, `[B,T]`
-    )->Tensor: # `[B,K,20]`
-        x,rate,shaft,orders = inputs['signal'][...,0],inputs['rate'],inputs['shaft'],bearing_lines(inputs['orders'])
-        return self.scores(x, rate, shaft, orders) if mask is None else by_length(self.scores, mask, x, rate, shaft, orders)
+        super().__init__()
+        self.scores = LineScores(bands, **kwargs)
+
+    def forward(
+        self,
+        inputs: dict,  # `signal` `[B,T,1]`, `shaft` `[B]`, `rate` `[B]`, `orders` `[B,4]`
+        mask: Tensor = None,  # `True` where real, `[B,T]`
+    ) -> Tensor:  # `[B,K,20]`
+        x, rate, shaft, orders = (
+            inputs["signal"][..., 0],
+            inputs["rate"],
+            inputs["shaft"],
+            bearing_lines(inputs["orders"]),
+        )
+        return (
+            self.scores(x, rate, shaft, orders)
+            if mask is None
+            else by_length(self.scores, mask, x, rate, shaft, orders)
+        )
 
 # %% ../../nbs/bearing/06_transforms.ipynb #4592099d
 class PartSpectra(nn.Module):
     "Envelope spectra of all bands on an axis in units of each part's order."
-    def __init__(self,
-        bands=BANDS, # Edges in Hz, `[K,2]`
-        top:float=5., # Last multiple of a part's order
-        step:float=.02, # From one point to the next, in units of the part's order
-        **kwargs # Of `OrderSpectrum`
+
+    def __init__(
+        self,
+        bands=BANDS,  # Edges in Hz, `[K,2]`
+        top: float = 5.0,  # Last multiple of a part's order
+        step: float = 0.02,  # From one point to the next, in units of the part's order
+        **kwargs,  # Of `OrderSpectrum`
     ):
-        super().__init__(); self.spectrum = OrderSpectrum(bands, top, step, **kwargs)
-    def forward(self,
-        inputs:dict, # `signal` `[B,T,1]`, `shaft` `[B]`, `rate` `[B]`, `orders` `[B,4]`
-        mask:Tensor=None, # `True` where real, `[B,T]`
-    )->Tensor: # `[B,3,K,P]`: outer race, inner race, ball
-        x,rate,shaft,orders = (inputs['signal'][...,0],*(inputs[k] for k in ('rate','shaft','orders')))
-        if not (orders > 0).all(): raise InputError('inputs', 'orders', 'the geometry of every bearing', 'zeros', 'a machine without rolling elements has no lines of parts')
-        def one(x, rate, shaft, orders): return torch.stack([self.spectrum(x, rate, shaft, orders[:,p]) for p in range(3)], 1)
-        return one(x, rate, shaft, orders) if mask is None else by_length(one, mask, x, rate, shaft, orders)
+        super().__init__()
+        self.spectrum = OrderSpectrum(bands, top, step, **kwargs)
+
+    def forward(
+        self,
+        inputs: dict,  # `signal` `[B,T,1]`, `shaft` `[B]`, `rate` `[B]`, `orders` `[B,4]`
+        mask: Tensor = None,  # `True` where real, `[B,T]`
+    ) -> Tensor:  # `[B,3,K,P]`: outer race, inner race, ball
+        x, rate, shaft, orders = (
+            inputs["signal"][..., 0],
+            *(inputs[k] for k in ("rate", "shaft", "orders")),
+        )
+        if not (orders > 0).all():
+            raise InputError(
+                "inputs",
+                "orders",
+                "the geometry of every bearing",
+                "zeros",
+                "a machine without rolling elements has no lines of parts",
+            )
+
+        def one(x, rate, shaft, orders):
+            return torch.stack([self.spectrum(x, rate, shaft, orders[:, p]) for p in range(3)], 1)
+
+        return (
+            one(x, rate, shaft, orders)
+            if mask is None
+            else by_length(one, mask, x, rate, shaft, orders)
+        )
 
 # %% ../../nbs/bearing/06_transforms.ipynb #7856740e
 def compare_transforms(
-    make, # Called with a list of transform names, gives an unfitted fastai `Learner`
-    fit, # Called with the learner
-    names=IMAGES, # Which transforms
-    together:bool=True, # Also all of them as channels
-)->pd.DataFrame: # `transforms`, `accuracy`, `macro_f1`, `parameters`, `seconds`
+    make,  # Called with a list of transform names, gives an unfitted fastai `Learner`
+    fit,  # Called with the learner
+    names=IMAGES,  # Which transforms
+    together: bool = True,  # Also all of them as channels
+) -> pd.DataFrame:  # `transforms`, `accuracy`, `macro_f1`, `parameters`, `seconds`
     "A row a transform, and one for the stack."
     rows = []
-    for chosen in [[n] for n in names]+([list(names)] if together and len(names) > 1 else []):
-        learn = make(chosen); start = time.perf_counter(); fit(learn); seconds = time.perf_counter()-start
-        logits,target = learn.get_preds(dl=learn.dls.valid)
-        if isinstance(logits, dict): logits = logits['fault']
-        if isinstance(target, dict): target = target['fault']
-        predicted = logits.argmax(1).numpy(); target = np.asarray(target)
-        rows.append(dict(transforms=' + '.join(chosen), accuracy=(predicted == target).mean(), macro_f1=f1_score(target, predicted, average='macro', zero_division=0),
-            parameters=sum(p.numel() for p in learn.model.parameters()), seconds=seconds))
+    for chosen in [[n] for n in names] + ([list(names)] if together and len(names) > 1 else []):
+        learn = make(chosen)
+        start = time.perf_counter()
+        fit(learn)
+        seconds = time.perf_counter() - start
+        logits, target = learn.get_preds(dl=learn.dls.valid)
+        if isinstance(logits, dict):
+            logits = logits["fault"]
+        if isinstance(target, dict):
+            target = target["fault"]
+        predicted = logits.argmax(1).numpy()
+        target = np.asarray(target)
+        rows.append(
+            dict(
+                transforms=" + ".join(chosen),
+                accuracy=(predicted == target).mean(),
+                macro_f1=f1_score(target, predicted, average="macro", zero_division=0),
+                parameters=sum(p.numel() for p in learn.model.parameters()),
+                seconds=seconds,
+            )
+        )
     return pd.DataFrame(rows)

@@ -9,72 +9,107 @@ __all__ = ['shifted', 'ImageAugment', 'random_smiles', 'SmilesAugment']
 
 # %% ../../nbs/binary_vae/10_augment.ipynb #462553af
 import importlib.util
+
 import torch
 from fastai.callback.core import Callback
 from torch.nn import functional as F
+
 from ..core.errors import InputError
 
 # %% ../../nbs/binary_vae/10_augment.ipynb #a309cade
 def shifted(
-    x, # Images `[B,D]`
-    shape, # Height and width
-    most:int=1, # Largest shift in pixels
-): # `[B,D]`
+    x,  # Images `[B,D]`
+    shape,  # Height and width
+    most: int = 1,  # Largest shift in pixels
+):  # `[B,D]`
     "Each image shifted by up to so many pixels both ways; what comes in is its border."
-    h,w = shape; pictures = F.pad(x.unflatten(-1, (1,h,w)), [most]*4, mode='replicate')[:,0]
-    down,right = torch.randint(0, 2*most+1, (2, len(x)), device=x.device)
-    rows,columns = down[:,None]+torch.arange(h, device=x.device),right[:,None]+torch.arange(w, device=x.device)
-    return pictures[torch.arange(len(x), device=x.device)[:,None,None], rows[:,:,None], columns[:,None]].flatten(1)
+    h, w = shape
+    pictures = F.pad(x.unflatten(-1, (1, h, w)), [most] * 4, mode="replicate")[:, 0]
+    down, right = torch.randint(0, 2 * most + 1, (2, len(x)), device=x.device)
+    rows, columns = (
+        down[:, None] + torch.arange(h, device=x.device),
+        right[:, None] + torch.arange(w, device=x.device),
+    )
+    return pictures[
+        torch.arange(len(x), device=x.device)[:, None, None], rows[:, :, None], columns[:, None]
+    ].flatten(1)
 
 # %% ../../nbs/binary_vae/10_augment.ipynb #5d65f2ef
 class ImageAugment(Callback):
     "Change the images of the training batches."
-    order,run_valid = -9,False
-    def __init__(self,
-        shape, # Height and width
-        shift:int=0, # Largest shift in pixels
-        redraw:bool=False, # Draw each pixel anew with its grey value as probability
-        flips:float=0., # Share of the pixels that are inverted
+
+    order, run_valid = -9, False
+
+    def __init__(
+        self,
+        shape,  # Height and width
+        shift: int = 0,  # Largest shift in pixels
+        redraw: bool = False,  # Draw each pixel anew with its grey value as probability
+        flips: float = 0.0,  # Share of the pixels that are inverted
     ):
-        self.shape,self.shift,self.redraw,self.flips = tuple(shape),shift,redraw,flips
-        if not 0 <= shift < min(self.shape): raise InputError('parameter', 'shift', f'0 to {min(self.shape)-1}', repr(shift))
-        if not 0 <= flips <= .5: raise InputError('parameter', 'pixel_flips', '0 to 0.5', repr(flips))
+        self.shape, self.shift, self.redraw, self.flips = tuple(shape), shift, redraw, flips
+        if not 0 <= shift < min(self.shape):
+            raise InputError("parameter", "shift", f"0 to {min(self.shape) - 1}", repr(shift))
+        if not 0 <= flips <= 0.5:
+            raise InputError("parameter", "pixel_flips", "0 to 0.5", repr(flips))
+
     def before_batch(self):
-        x,mask = self.xb
-        if self.shift: x = shifted(x, self.shape, self.shift)
-        if self.redraw: x = torch.bernoulli(x)
-        if self.flips: x = torch.where(torch.rand_like(x) < self.flips, 1-x, x)
-        self.learn.xb = x,mask
+        x, mask = self.xb
+        if self.shift:
+            x = shifted(x, self.shape, self.shift)
+        if self.redraw:
+            x = torch.bernoulli(x)
+        if self.flips:
+            x = torch.where(torch.rand_like(x) < self.flips, 1 - x, x)
+        self.learn.xb = x, mask
 
 # %% ../../nbs/binary_vae/10_augment.ipynb #aec6dc1d
 def random_smiles(
-    text:str, # SMILES of a molecule
-    seed:int=0, # Seed of the order
-)->str: # SMILES of the same molecule; the text itself where it is no molecule
+    text: str,  # SMILES of a molecule
+    seed: int = 0,  # Seed of the order
+) -> str:  # SMILES of the same molecule; the text itself where it is no molecule
     "A molecule written from a random atom in a random order."
     from rdkit import Chem, RDLogger
-    RDLogger.DisableLog('rdApp.*')
+
+    RDLogger.DisableLog("rdApp.*")
     molecule = Chem.MolFromSmiles(text)
     return text if molecule is None else Chem.MolToRandomSmilesVect(molecule, 1, seed)[0]
 
 # %% ../../nbs/binary_vae/10_augment.ipynb #d1610f13
 class SmilesAugment(Callback):
     "Write a share of the training molecules in a random order."
-    order,run_valid = -9,False
-    def __init__(self,
-        items, # `Texts` of SMILES
-        share:float=.5, # Share of the molecules of a batch, 0 to 1
+
+    order, run_valid = -9, False
+
+    def __init__(
+        self,
+        items,  # `Texts` of SMILES
+        share: float = 0.5,  # Share of the molecules of a batch, 0 to 1
     ):
-        if not 0 <= share <= 1: raise InputError('parameter', 'randomise', '0 to 1', repr(share))
-        if share and importlib.util.find_spec('rdkit') is None: raise InputError('parameter', 'randomise', 'RDKit', 'none', 'pip install gcode_ml[chem]')
-        self.items,self.share,self.known = items,share,set(items.vocabulary)
+        if not 0 <= share <= 1:
+            raise InputError("parameter", "randomise", "0 to 1", repr(share))
+        if share and importlib.util.find_spec("rdkit") is None:
+            raise InputError(
+                "parameter", "randomise", "RDKit", "none", "pip install gcode_ml[chem]"
+            )
+        self.items, self.share, self.known = items, share, set(items.vocabulary)
+
     def before_batch(self):
-        x,mask = self.xb; chosen = torch.rand(len(x)) < self.share; seeds = torch.randint(1, 2**31-1, (len(x),)).tolist()
-        texts = [self.written(t, seed) if c else t for t,c,seed in zip(self.items.decode(x.cpu()), chosen.tolist(), seeds)]
-        x = type(self.items)(texts, self.items.vocabulary, self.items.tokenizer, self.items.length).tokens.to(x.device)
-        x = x[:,:int((x != 0).sum(1).max())]
-        self.learn.xb = x,x != 0
+        x, mask = self.xb
+        chosen = torch.rand(len(x)) < self.share
+        seeds = torch.randint(1, 2**31 - 1, (len(x),)).tolist()
+        texts = [
+            self.written(t, seed) if c else t
+            for t, c, seed in zip(self.items.decode(x.cpu()), chosen.tolist(), seeds)
+        ]
+        x = type(self.items)(
+            texts, self.items.vocabulary, self.items.tokenizer, self.items.length
+        ).tokens.to(x.device)
+        x = x[:, : int((x != 0).sum(1).max())]
+        self.learn.xb = x, x != 0
+
     def written(self, text, seed):
         "The text written anew, where its tokens are known and not too many."
-        new = random_smiles(text, seed); tokens = self.items.tokenizer(new)
+        new = random_smiles(text, seed)
+        tokens = self.items.tokenizer(new)
         return new if len(tokens) < self.items.length and self.known.issuperset(tokens) else text

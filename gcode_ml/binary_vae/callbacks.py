@@ -11,9 +11,12 @@ __all__ = ['BetaWarmup', 'FreeBits', 'TemperatureAnneal', 'consistency', 'Consis
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #59c0a5be
 import math
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from fastai.callback.core import Callback, CancelFitException
 from torch.nn import functional as F
+
 from ..core.callbacks import in_fit, monitored, since_best
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path
@@ -21,212 +24,390 @@ from ..core.files import atomic_path
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #22aa3b4f
 class BetaWarmup(Callback):
     "Let the weight of the KL divergence grow."
-    def __init__(self,
-        beta_max:float=1., # Final weight
-        epochs:float=10, # Epochs until it is reached; 0: at once
-    ): self.beta_max,self.epochs = beta_max,epochs
+
+    def __init__(
+        self,
+        beta_max: float = 1.0,  # Final weight
+        epochs: float = 10,  # Epochs until it is reached; 0: at once
+    ):
+        self.beta_max, self.epochs = beta_max, epochs
+
     def before_batch(self):
-        if self.training: self.loss_func.beta = self.beta_max*min(1., (self.epoch+self.iter/self.n_iter+1)/self.epochs) if self.epochs else self.beta_max
-    def before_validate(self): self.loss_func.beta = self.beta_max
-    def after_fit(self): self.loss_func.beta = self.beta_max
+        if self.training:
+            self.loss_func.beta = (
+                self.beta_max * min(1.0, (self.epoch + self.iter / self.n_iter + 1) / self.epochs)
+                if self.epochs
+                else self.beta_max
+            )
+
+    def before_validate(self):
+        self.loss_func.beta = self.beta_max
+
+    def after_fit(self):
+        self.loss_func.beta = self.beta_max
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #095c33cb
 class _Note(Callback):
     "Remember a value after every training batch, for lessons."
-    order,run_valid = 90,False
-    def __init__(self, value): self.value,self.seen = value,[]
-    def after_batch(self): self.seen.append(self.value(self.learn))
+
+    order, run_valid = 90, False
+
+    def __init__(self, value):
+        self.value, self.seen = value, []
+
+    def after_batch(self):
+        self.seen.append(self.value(self.learn))
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #1470aec6
 class FreeBits(Callback):
     "Let the KL divergence of each block cost nothing below a floor while training (Kingma et al. 2016)."
-    def __init__(self,
-        nats:float=.1, # The floor
-    ): self.nats = nats
-    def before_train(self): self.loss_func.free_bits = self.nats
-    def before_validate(self): self.loss_func.free_bits = 0.
-    def after_fit(self): self.loss_func.free_bits = 0.
+
+    def __init__(
+        self,
+        nats: float = 0.1,  # The floor
+    ):
+        self.nats = nats
+
+    def before_train(self):
+        self.loss_func.free_bits = self.nats
+
+    def before_validate(self):
+        self.loss_func.free_bits = 0.0
+
+    def after_fit(self):
+        self.loss_func.free_bits = 0.0
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #c74cc233
 class TemperatureAnneal(Callback):
     "Cool the concrete relaxation: `max(least, start exp(-rate step))`."
+
     run_valid = False
-    def __init__(self,
-        start:float=1., # First temperature
-        least:float=.3, # Last temperature
-        rate:float=1e-3, # Decay a step
-    ): self.start,self.least,self.rate = start,least,rate
-    def before_batch(self): self.model.temperature = max(self.least, self.start*math.exp(-self.rate*self.train_iter))
+
+    def __init__(
+        self,
+        start: float = 1.0,  # First temperature
+        least: float = 0.3,  # Last temperature
+        rate: float = 1e-3,  # Decay a step
+    ):
+        self.start, self.least, self.rate = start, least, rate
+
+    def before_batch(self):
+        self.model.temperature = max(
+            self.least, self.start * math.exp(-self.rate * self.train_iter)
+        )
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #c3f24908
 def consistency(
-    code, # `BlockCode`
-    logits, # `[B,N]`
-): # One number
+    code,  # `BlockCode`
+    logits,  # `[B,N]`
+):  # One number
     "Mean divergence of the raw bits from the decoded ones."
     mean = code.bit_probability(code.log_posterior(logits), coded=True).detach()
-    entropy = -(torch.xlogy(mean, mean)+torch.xlogy(1-mean, 1-mean))
-    return (F.binary_cross_entropy_with_logits(logits, mean, reduction='none')-entropy).mean()
+    entropy = -(torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean))
+    return (F.binary_cross_entropy_with_logits(logits, mean, reduction="none") - entropy).mean()
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #8ca5e181
 class Consistency(Callback):
     "Add the consistency term to the training loss."
+
     run_valid = False
-    def __init__(self,
-        weight:float=.01, # Its weight
-    ): self.weight = weight
+
+    def __init__(
+        self,
+        weight: float = 0.01,  # Its weight
+    ):
+        self.weight = weight
+
     def after_loss(self):
-        self.learn.loss_grad = self.loss_grad+self.weight*consistency(self.model.code, self.pred['logits'])
+        self.learn.loss_grad = self.loss_grad + self.weight * consistency(
+            self.model.code, self.pred["logits"]
+        )
         self.learn.loss = self.loss_grad.clone()
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #bde29030
 class Sleep(Callback):
     "Train the encoder on the decoder's own images of random words."
+
     run_valid = False
-    def __init__(self,
-        weight:float=1., # Weight of the term
-        words:int=64, # Random words a batch
-    ): self.weight,self.words = weight,words
+
+    def __init__(
+        self,
+        weight: float = 1.0,  # Weight of the term
+        words: int = 64,  # Random words a batch
+    ):
+        self.weight, self.words = weight, words
+
     def after_loss(self):
-        model,code = self.model,self.model.code
-        if model.kind != 'image': return
+        model, code = self.model, self.model.code
+        if model.kind != "image":
+            return
         index = torch.randint(2**code.k, (1, self.words, code.blocks), device=self.loss_grad.device)
-        with torch.no_grad(): images = model.decoder(code.codebook[index[0]].flatten(-2)).sigmoid()
+        with torch.no_grad():
+            images = model.decoder(code.codebook[index[0]].flatten(-2)).sigmoid()
         q = code.log_posterior(model.encode(images, None))
-        self.learn.loss_grad = self.loss_grad-self.weight*code.log_probability(q, index).mean()
+        self.learn.loss_grad = self.loss_grad - self.weight * code.log_probability(q, index).mean()
         self.learn.loss = self.loss_grad.clone()
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #face930f
 class ChannelNoise(Callback):
     "Send code words through a noisy channel while training."
-    def __init__(self,
-        channel:str='bsc', # `bsc` flips bits, `awgn` adds Gaussian noise
-        rate:float=.05, # Probability that a hard decision on a bit is wrong, 0 to .5
+
+    def __init__(
+        self,
+        channel: str = "bsc",  # `bsc` flips bits, `awgn` adds Gaussian noise
+        rate: float = 0.05,  # Probability that a hard decision on a bit is wrong, 0 to .5
     ):
-        self.channel,self.rate = check_choice('parameter', 'channel', channel, ('bsc','awgn')),rate
-        if not 0 <= rate < .5: raise InputError('parameter', 'channel_rate', '0 to below 0.5', repr(rate))
-        self.deviation = 1/torch.distributions.Normal(0., 1.).icdf(torch.tensor(1-rate)).item() if rate else 0.
-    def before_fit(self): self.model.noise = self.send if in_fit(self.learn) else None
-    def after_fit(self): self.model.noise = None
+        self.channel, self.rate = (
+            check_choice("parameter", "channel", channel, ("bsc", "awgn")),
+            rate,
+        )
+        if not 0 <= rate < 0.5:
+            raise InputError("parameter", "channel_rate", "0 to below 0.5", repr(rate))
+        self.deviation = (
+            1 / torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - rate)).item()
+            if rate
+            else 0.0
+        )
+
+    def before_fit(self):
+        self.model.noise = self.send if in_fit(self.learn) else None
+
+    def after_fit(self):
+        self.model.noise = None
+
     def send(self, codes):
         "What arrives: bits with flips, or bits plus noise."
-        if self.channel == 'awgn': return codes+self.deviation/2*torch.randn_like(codes) # a bit step is half of a sign step
+        if self.channel == "awgn":
+            return codes + self.deviation / 2 * torch.randn_like(
+                codes
+            )  # a bit step is half of a sign step
         flips = (torch.rand_like(codes) < self.rate).to(codes.dtype)
-        return codes*(1-2*flips)+flips
+        return codes * (1 - 2 * flips) + flips
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #0f21adfc
 class Terms(Callback):
     "Record the terms of the loss of each epoch."
-    order = 51 # behind the recorder
-    def __init__(self,
-        warmup:float=0, # Epochs before which no epoch counts as best
-    ): self.warmup = warmup
+
+    order = 51  # behind the recorder
+
+    def __init__(
+        self,
+        warmup: float = 0,  # Epochs before which no epoch counts as best
+    ):
+        self.warmup = warmup
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.epoch_rows = []
-    def before_epoch(self): self.kl_sum,self.items,self.beta = 0.,0,getattr(self.loss_func, 'beta', 1.)
-    def after_train(self): self.beta = self.loss_func.beta
+        if self.run:
+            self.epoch_rows = []
+
+    def before_epoch(self):
+        self.kl_sum, self.items, self.beta = 0.0, 0, getattr(self.loss_func, "beta", 1.0)
+
+    def after_train(self):
+        self.beta = self.loss_func.beta
+
     def after_batch(self):
-        if self.training: return
-        kl = self.pred['kl'].detach().sum(-1)
-        self.kl_sum,self.items = self.kl_sum+kl.sum().item(),self.items+len(kl)
+        if self.training:
+            return
+        kl = self.pred["kl"].detach().sum(-1)
+        self.kl_sum, self.items = self.kl_sum + kl.sum().item(), self.items + len(kl)
+
     def after_epoch(self):
-        kl = self.kl_sum/max(self.items, 1)
-        score = self.recorder.values[-1][1] if self.epoch+1 >= self.warmup else math.nan
-        self.epoch_rows.append(dict(kl=kl, kl_bit=kl/math.log(2)/self.model.code.information_bits, beta=self.beta, score=score))
+        kl = self.kl_sum / max(self.items, 1)
+        score = self.recorder.values[-1][1] if self.epoch + 1 >= self.warmup else math.nan
+        self.epoch_rows.append(
+            dict(
+                kl=kl,
+                kl_bit=kl / math.log(2) / self.model.code.information_bits,
+                beta=self.beta,
+                score=score,
+            )
+        )
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #9eb01be8
 class BestWeights(Callback):
     "Stop when the score has not improved for some epochs, and end with the best weights."
+
     order = 66
-    def __init__(self,
-        patience:int=10, # Epochs without improvement, at least 1
-        min_delta:float=0., # What counts as improvement: more than this
+
+    def __init__(
+        self,
+        patience: int = 10,  # Epochs without improvement, at least 1
+        min_delta: float = 0.0,  # What counts as improvement: more than this
     ):
-        if patience < 1: raise InputError('parameter', 'patience', 'at least 1', repr(patience))
-        self.patience,self.min_delta,self.best,self.waited = patience,min_delta,{},0
+        if patience < 1:
+            raise InputError("parameter", "patience", "at least 1", repr(patience))
+        self.patience, self.min_delta, self.best, self.waited = patience, min_delta, {}, 0
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.best,self.waited = {},0
+        if self.run:
+            self.best, self.waited = {}, 0
+
     def scores(self):
         "Scores so far, from the first epoch that counts on."
-        values = monitored(self.learn, 'score')
+        values = monitored(self.learn, "score")
         return values[np.isfinite(values)]
+
     def after_epoch(self):
-        values = self.scores(); self.waited = since_best(values, 'min', self.min_delta) if len(values) else 0
-        if len(values) and self.waited == 0: self.best = {k: v.detach().clone() for k,v in self.model.state_dict().items()}
+        values = self.scores()
+        self.waited = since_best(values, "min", self.min_delta) if len(values) else 0
+        if len(values) and self.waited == 0:
+            self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
     def before_epoch(self):
-        if self.waited >= self.patience: raise CancelFitException
+        if self.waited >= self.patience:
+            raise CancelFitException
+
     def after_fit(self):
-        if self.best: self.model.load_state_dict(self.best)
+        if self.best:
+            self.model.load_state_dict(self.best)
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #13f554b6
 class LossRecord(Callback):
     "Write loss, validation loss, KL and beta of each epoch as columns."
+
     order = 57
-    def __init__(self,
-        path, # The file
-    ): self.path = Path(path)
-    def before_fit(self): self.run = in_fit(self.learn)
+
+    def __init__(
+        self,
+        path,  # The file
+    ):
+        self.path = Path(path)
+
+    def before_fit(self):
+        self.run = in_fit(self.learn)
+
     def after_epoch(self):
         from gcode_ml.core.callbacks import epoch_table
-        table = epoch_table(self.learn)[['train_loss','valid_loss','kl','beta']]
-        with atomic_path(self.path) as f: np.savetxt(f, table.to_numpy(float), fmt='%.6f', header='loss val_loss kl beta')
+
+        table = epoch_table(self.learn)[["train_loss", "valid_loss", "kl", "beta"]]
+        with atomic_path(self.path) as f:
+            np.savetxt(f, table.to_numpy(float), fmt="%.6f", header="loss val_loss kl beta")
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #f0a82c1d
 class ProgressLine(Callback):
     "Say how the fit goes beside its bar."
+
     order = 59
-    def before_fit(self): self.run,self.line,self.fit_name = in_fit(self.learn),'',getattr(getattr(self.learn, 'run_progress', None), 'text', '')
+
+    def before_fit(self):
+        self.run, self.line, self.fit_name = (
+            in_fit(self.learn),
+            "",
+            getattr(getattr(self.learn, "run_progress", None), "text", ""),
+        )
+
     def after_batch(self):
-        if not self.training: return
+        if not self.training:
+            return
         best = next((cb for cb in self.learn.cbs if isinstance(cb, BestWeights)), None)
         past = self.recorder.values[-1][1:2] if self.recorder.values else []
-        self.line = f"loss={self.recorder.smooth_loss.value.item():.2f}, kl={self.pred['kl'].detach().sum(-1).mean().item():.2f}, beta={self.loss_func.beta:.2f}" \
-            + ''.join(f', val_loss={v:.2f}' for v in past) + (f', patience={best.waited}/{best.patience}' if best else '')
-        if hasattr(self.learn, 'progress') and hasattr(self.progress, 'pbar'): self.progress.pbar.comment = self.line
-        if hasattr(self.learn, 'run_progress'): self.learn.run_progress.text = f'{self.fit_name} {self.line}'
+        self.line = (
+            f"loss={self.recorder.smooth_loss.value.item():.2f}, kl={self.pred['kl'].detach().sum(-1).mean().item():.2f}, beta={self.loss_func.beta:.2f}"
+            + "".join(f", val_loss={v:.2f}" for v in past)
+            + (f", patience={best.waited}/{best.patience}" if best else "")
+        )
+        if hasattr(self.learn, "progress") and hasattr(self.progress, "pbar"):
+            self.progress.pbar.comment = self.line
+        if hasattr(self.learn, "run_progress"):
+            self.learn.run_progress.text = f"{self.fit_name} {self.line}"
+
     def after_epoch(self):
-        if hasattr(self.learn, 'run_progress'): self.learn.run_progress.text = self.fit_name # what is recorded carries the name alone
+        if hasattr(self.learn, "run_progress"):
+            self.learn.run_progress.text = self.fit_name  # what is recorded carries the name alone
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #9706cec8
 class EncoderGradient(Callback):
     "Record the gradient of the reconstruction at the encoder's last layer, and stop when it is zero."
-    order,run_valid = -4,False # before the loss is differentiated
+
+    order, run_valid = -4, False  # before the loss is differentiated
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.epoch_rows = []
+        if self.run:
+            self.epoch_rows = []
+
     def after_loss(self):
-        if self.iter: return
+        if self.iter:
+            return
         last = [p for p in self.model.encoder.parameters() if p.requires_grad][-2]
-        found = torch.autograd.grad(self.pred['fit'].mean(), last, retain_graph=True, allow_unused=True)[0] if self.pred['fit'].requires_grad else None
-        size = 0. if found is None else found.norm().item()
-        if size == 0: raise InputError('model', 'encoder', 'a gradient from the reconstruction', 'none', f'the estimator {self.model.estimator} does not reach it')
+        found = (
+            torch.autograd.grad(
+                self.pred["fit"].mean(), last, retain_graph=True, allow_unused=True
+            )[0]
+            if self.pred["fit"].requires_grad
+            else None
+        )
+        size = 0.0 if found is None else found.norm().item()
+        if size == 0:
+            raise InputError(
+                "model",
+                "encoder",
+                "a gradient from the reconstruction",
+                "none",
+                f"the estimator {self.model.estimator} does not reach it",
+            )
         self.epoch_rows.append(dict(encoder_gradient=size))
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #6b2ae08d
 class FiniteTerms(Callback):
     "Stop at the first training batch with a term that is NaN or infinite."
-    order,run_valid = -10,False
+
+    order, run_valid = -10, False
+
     def after_loss(self):
-        terms = dict(reconstruction=self.pred['fit'], **{'KL divergence': self.pred['kl']}, loss=self.loss_grad)
-        bad = next((k for k,v in terms.items() if not v.isfinite().all()), None)
-        if bad: raise InputError('fit', f'{bad} in epoch {self.epoch}, batch {self.iter}', 'finite numbers', 'others', 'lower the learning rate or look at the data')
+        terms = dict(
+            reconstruction=self.pred["fit"],
+            **{"KL divergence": self.pred["kl"]},
+            loss=self.loss_grad,
+        )
+        bad = next((k for k, v in terms.items() if not v.isfinite().all()), None)
+        if bad:
+            raise InputError(
+                "fit",
+                f"{bad} in epoch {self.epoch}, batch {self.iter}",
+                "finite numbers",
+                "others",
+                "lower the learning rate or look at the data",
+            )
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #fd3d730e
 class ExactAudit(Callback):
     "After a fit, check that exact ELBO, importance bounds and log likelihood stand in their order; the table is kept as `table`."
-    order,run_valid = 67,False # with the best weights back
-    def __init__(self,
-        rows:int=500, # Validation items, from the first on
-        samples=(1,8,64), # Importance samples
-        seed:int=0, # Seed of the samples
-        strict:bool=True, # Raise when the order is broken
-    ): self.rows,self.samples,self.seed,self.strict,self.table = rows,tuple(samples),seed,strict,None
+
+    order, run_valid = 67, False  # with the best weights back
+
+    def __init__(
+        self,
+        rows: int = 500,  # Validation items, from the first on
+        samples=(1, 8, 64),  # Importance samples
+        seed: int = 0,  # Seed of the samples
+        strict: bool = True,  # Raise when the order is broken
+    ):
+        self.rows, self.samples, self.seed, self.strict, self.table = (
+            rows,
+            tuple(samples),
+            seed,
+            strict,
+            None,
+        )
+
     def after_fit(self):
-        if not in_fit(self.learn) or not self.model.enumerable: return
+        if not in_fit(self.learn) or not self.model.enumerable:
+            return
         from gcode_ml.binary_vae.evaluate import audit_bounds, broken_bounds
+
         data = self.dls.valid.dataset
-        self.table = audit_bounds(self.model, *data.batch(np.arange(min(self.rows, len(data))))[:2], samples=self.samples, seed=self.seed)
+        self.table = audit_bounds(
+            self.model,
+            *data.batch(np.arange(min(self.rows, len(data))))[:2],
+            samples=self.samples,
+            seed=self.seed,
+        )
         broken = broken_bounds(self.table)
-        if broken and self.strict: raise InputError('audit', 'bound', broken[0].split(', found ')[0], broken[0].split(', found ')[1])
+        if broken and self.strict:
+            raise InputError(
+                "audit", "bound", broken[0].split(", found ")[0], broken[0].split(", found ")[1]
+            )

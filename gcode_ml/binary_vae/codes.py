@@ -11,337 +11,472 @@ __all__ = ['CODES', 'LATENTS', 'repetition', 'parity', 'hamming_7_4', 'hamming_8
            'ErrorLaw', 'error_law', 'soft_word_error', 'capacity', 'random_coding_bound', 'channel_logits']
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #104674e3
-import difflib, itertools, math
+import difflib
+import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
-from fastcore.basics import patch
 from scipy import integrate, stats
+
+from .models import WORD_LIMIT, BlockCode
 from ..core.errors import InputError
 from ..core.files import read_arrays
-from .models import WORD_LIMIT, BlockCode
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #46f158c7
 def repetition(
-    repeats:int=3, # Copies of a bit
-)->np.ndarray: # Generator `[1,repeats]`
+    repeats: int = 3,  # Copies of a bit
+) -> np.ndarray:  # Generator `[1,repeats]`
     "Send each bit several times; hard votes of an even number correct no more than one copy fewer."
     return np.ones((1, repeats), np.uint8)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #715a284a
 def parity(
-    n:int=5, # Code bits
-)->np.ndarray: # `[n-1,n]`
+    n: int = 5,  # Code bits
+) -> np.ndarray:  # `[n-1,n]`
     "One more bit that makes the number of ones even."
-    return np.concatenate([np.eye(n-1), np.ones((n-1,1))], 1).astype(np.uint8)
+    return np.concatenate([np.eye(n - 1), np.ones((n - 1, 1))], 1).astype(np.uint8)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #9cff6d0b
-def _systematic(rows): return np.concatenate([np.eye(len(rows)), np.array([[int(b) for b in r] for r in rows])], 1).astype(np.uint8)
+def _systematic(rows):
+    return np.concatenate(
+        [np.eye(len(rows)), np.array([[int(b) for b in r] for r in rows])], 1
+    ).astype(np.uint8)
 
-def hamming_7_4()->np.ndarray: # `[4,7]`
+
+def hamming_7_4() -> np.ndarray:  # `[4,7]`
     "Hamming's code: distance 3, corrects one error."
-    return _systematic(['110','101','011','111'])
+    return _systematic(["110", "101", "011", "111"])
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #21239741
-def hamming_8_4()->np.ndarray: # `[4,8]`
+def hamming_8_4() -> np.ndarray:  # `[4,8]`
     "Extended Hamming code: distance 4, its own dual."
-    return _systematic(['1101','1011','0111','1110'])
+    return _systematic(["1101", "1011", "0111", "1110"])
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #ead97eb9
-def golay_23_12()->np.ndarray: # `[12,23]`
+def golay_23_12() -> np.ndarray:  # `[12,23]`
     "Golay's perfect code: distance 7, corrects three errors. Systematic cyclic, generator polynomial x^11+x^9+x^7+x^6+x^5+x+1."
-    poly,rows = sum(1 << e for e in (11,9,7,6,5,1,0)),[]
+    poly, rows = sum(1 << e for e in (11, 9, 7, 6, 5, 1, 0)), []
     for i in range(12):
-        rest = 1 << 22-i
+        rest = 1 << 22 - i
         for e in range(22, 10, -1):
-            if rest >> e & 1: rest ^= poly << e-11
-        rows.append(f'{rest:011b}')
+            if rest >> e & 1:
+                rest ^= poly << e - 11
+        rows.append(f"{rest:011b}")
     return _systematic(rows)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #78f4667f
-def golay_24_12()->np.ndarray: # `[12,24]`
+def golay_24_12() -> np.ndarray:  # `[12,24]`
     "Golay code with an overall parity bit: distance 8, its own dual."
     g = golay_23_12()
     return np.concatenate([g, g.sum(1, keepdims=True) % 2], 1).astype(np.uint8)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #13217008
-def _columns(numbers, k): return np.array([[n >> i & 1 for n in numbers] for i in range(k-1, -1, -1)], np.uint8)
+def _columns(numbers, k):
+    return np.array([[n >> i & 1 for n in numbers] for i in range(k - 1, -1, -1)], np.uint8)
+
 
 def reed_muller(
-    m:int=4, # `n = 2**m`
-)->np.ndarray: # `[m+1, 2**m]`
+    m: int = 4,  # `n = 2**m`
+) -> np.ndarray:  # `[m+1, 2**m]`
     "First-order Reed-Muller code: the row of ones and the coordinates; distance `2**(m-1)`."
     return np.concatenate([np.ones((1, 2**m)), _columns(range(2**m), m)]).astype(np.uint8)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #30e2d1a5
 def simplex(
-    k:int=3, # Information bits
-)->np.ndarray: # `[k, 2**k-1]`
+    k: int = 3,  # Information bits
+) -> np.ndarray:  # `[k, 2**k-1]`
     "Every column but zero: all code words lie at the distance `2**(k-1)`. With it any posterior over words can be written as logits of code bits."
     return _columns(range(1, 2**k), k)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #8500a1dd
 def _reduced(generator):
     "Rows reduced over GF(2), their pivot columns, and the matrix that did it."
-    g = np.concatenate([np.asarray(generator) % 2, np.eye(len(generator))], 1).astype(np.uint8); n,pivots,row = np.shape(generator)[1],[],0
+    g = np.concatenate([np.asarray(generator) % 2, np.eye(len(generator))], 1).astype(np.uint8)
+    n, pivots, row = np.shape(generator)[1], [], 0
     for col in range(n):
-        hit = np.flatnonzero(g[row:,col])+row if row < len(g) else []
-        if not len(hit): continue
-        g[[row,hit[0]]] = g[[hit[0],row]]
-        others = np.flatnonzero(g[:,col]); g[others[others != row]] ^= g[row]
-        pivots.append(col); row += 1
-    return g[:,:n],pivots,g[:,n:]
+        hit = np.flatnonzero(g[row:, col]) + row if row < len(g) else []
+        if not len(hit):
+            continue
+        g[[row, hit[0]]] = g[[hit[0], row]]
+        others = np.flatnonzero(g[:, col])
+        g[others[others != row]] ^= g[row]
+        pivots.append(col)
+        row += 1
+    return g[:, :n], pivots, g[:, n:]
+
 
 def rank(
-    generator, # `[k,n]` of 0 and 1
-)->int: # At most k
+    generator,  # `[k,n]` of 0 and 1
+) -> int:  # At most k
     "Rank over GF(2)."
     return len(_reduced(generator)[1])
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #8a56c077
 def parity_check(
-    generator, # `[k,n]` of rank k
-)->np.ndarray: # `[n-k,n]`
+    generator,  # `[k,n]` of rank k
+) -> np.ndarray:  # `[n-k,n]`
     "Matrix whose product with every code word is zero."
-    g,pivots,_ = _reduced(generator); n = g.shape[1]
+    g, pivots, _ = _reduced(generator)
+    n = g.shape[1]
     free = np.setdiff1d(np.arange(n), pivots)
     h = np.zeros((len(free), n), np.uint8)
-    h[:,pivots],h[np.arange(len(free)),free] = g[:len(pivots),free].T,1
+    h[:, pivots], h[np.arange(len(free)), free] = g[: len(pivots), free].T, 1
     return h
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #0ae3286f
 def direct_sum(
-    *generators, # Generators
-)->np.ndarray: # Block-diagonal generator
+    *generators,  # Generators
+) -> np.ndarray:  # Block-diagonal generator
     "Different codes side by side, as one block."
     import scipy.linalg
+
     return scipy.linalg.block_diag(*generators).astype(np.uint8)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #c9cc3a49
 def plotkin(
-    u, # Generator `[k1,n]`
-    v, # Generator `[k2,n]`
-)->np.ndarray: # `[k1+k2, 2n]`
+    u,  # Generator `[k1,n]`
+    v,  # Generator `[k2,n]`
+) -> np.ndarray:  # `[k1+k2, 2n]`
     "The (u | u+v) construction."
-    return np.block([[np.asarray(u), np.asarray(u)], [np.zeros((len(v), np.shape(u)[1])), np.asarray(v)]]).astype(np.uint8)
+    return np.block(
+        [[np.asarray(u), np.asarray(u)], [np.zeros((len(v), np.shape(u)[1])), np.asarray(v)]]
+    ).astype(np.uint8)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #e34685b1
 def random_code(
-    k:int, # Information bits
-    n:int, # Code bits
-    seed:int=0, # Seed of the draw
-)->np.ndarray: # `[k,n]` of rank k
+    k: int,  # Information bits
+    n: int,  # Code bits
+    seed: int = 0,  # Seed of the draw
+) -> np.ndarray:  # `[k,n]` of rank k
     "A generator drawn at random: the control that asks whether the structure of a code matters."
     rng = np.random.default_rng(seed)
     while True:
         g = rng.integers(0, 2, (k, n), dtype=np.uint8)
-        if rank(g) == k: return g
+        if rank(g) == k:
+            return g
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #c736b46a
 def bch(
-    n:int=15, # Code bits, one less than a power of two
-    k:int=7, # Information bits
-)->np.ndarray: # `[k,n]`
+    n: int = 15,  # Code bits, one less than a power of two
+    k: int = 7,  # Information bits
+) -> np.ndarray:  # `[k,n]`
     "A BCH code from the package `galois` (extra `codes`)."
-    try: import galois
-    except ModuleNotFoundError: raise InputError('code', 'bch', 'the package galois', 'none', "pip install 'gcode_ml[codes]'") from None
+    try:
+        import galois
+    except ModuleNotFoundError:
+        raise InputError(
+            "code", "bch", "the package galois", "none", "pip install 'gcode_ml[codes]'"
+        ) from None
     return np.asarray(galois.BCH(n, k).G).astype(np.uint8)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #c55744b3
 def weights(
-    generator, # `[k,n]`
-)->dict: # Weight -> number of code words, without the zero word; the smallest key is the distance
+    generator,  # `[k,n]`
+) -> (
+    dict
+):  # Weight -> number of code words, without the zero word; the smallest key is the distance
     "Weights of the code words."
-    w,count = np.unique(BlockCode(generator).codebook.sum(1).int().numpy()[1:], return_counts=True)
+    w, count = np.unique(BlockCode(generator).codebook.sum(1).int().numpy()[1:], return_counts=True)
     return dict(zip(w.tolist(), count.tolist()))
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #3910bf2b
 def _rows(path):
     "Rows of a text file of bits."
-    if not Path(path).is_file(): raise InputError(path, 'file', 'a generator matrix', 'nothing there')
-    try: lines = [l for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
-    except UnicodeDecodeError: raise InputError(path, 'content', 'text of 0 and 1', 'other bytes') from None
-    if not lines: raise InputError(path, 'content', 'rows and columns of 0 and 1', 'nothing')
-    rows = [l.replace(',', ' ').split() for l in lines]
+    if not Path(path).is_file():
+        raise InputError(path, "file", "a generator matrix", "nothing there")
+    try:
+        lines = [l for l in Path(path).read_text(encoding="utf-8").splitlines() if l.strip()]
+    except UnicodeDecodeError:
+        raise InputError(path, "content", "text of 0 and 1", "other bytes") from None
+    if not lines:
+        raise InputError(path, "content", "rows and columns of 0 and 1", "nothing")
+    rows = [l.replace(",", " ").split() for l in lines]
     rows = [list(r[0]) if len(r) == 1 else r for r in rows]
-    for i,r in enumerate(rows):
-        if len(r) != len(rows[0]): raise InputError(path, f'row {i+1}', f'{len(rows[0])} entries as in row 1', str(len(r)))
-        for j,b in enumerate(r):
-            if b not in ('0','1'): raise InputError(path, f'row {i+1}, column {j+1}', '0 or 1', repr(b))
+    for i, r in enumerate(rows):
+        if len(r) != len(rows[0]):
+            raise InputError(
+                path, f"row {i + 1}", f"{len(rows[0])} entries as in row 1", str(len(r))
+            )
+        for j, b in enumerate(r):
+            if b not in ("0", "1"):
+                raise InputError(path, f"row {i + 1}, column {j + 1}", "0 or 1", repr(b))
     return np.array(rows, np.uint8)
 
+
 def check_generator(
-    generator, # `[k,n]`
-    file='generator', # Where it comes from
-)->np.ndarray: # The same as bytes
+    generator,  # `[k,n]`
+    file="generator",  # Where it comes from
+) -> np.ndarray:  # The same as bytes
     "Refuse what is no generator: not 0 and 1, too many rows, rows that depend on each other."
     g = np.asarray(generator)
-    if g.ndim != 2 or not g.size: raise InputError(file, 'shape', 'rows and columns', str(list(g.shape)))
-    if not np.isin(g, (0,1)).all(): i,j = np.argwhere(~np.isin(g, (0,1)))[0]; raise InputError(file, f'row {i+1}, column {j+1}', '0 or 1', repr(g[i,j].item()))
-    if len(g) > WORD_LIMIT: raise InputError(file, 'rows', f'at most {WORD_LIMIT} information bits a block', str(len(g)), 'use several smaller blocks')
-    if rank(g) < len(g): raise InputError(file, 'rank', f'{len(g)}, one for each row', str(rank(g)), 'rows that are sums of others carry nothing')
+    if g.ndim != 2 or not g.size:
+        raise InputError(file, "shape", "rows and columns", str(list(g.shape)))
+    if not np.isin(g, (0, 1)).all():
+        i, j = np.argwhere(~np.isin(g, (0, 1)))[0]
+        raise InputError(file, f"row {i + 1}, column {j + 1}", "0 or 1", repr(g[i, j].item()))
+    if len(g) > WORD_LIMIT:
+        raise InputError(
+            file,
+            "rows",
+            f"at most {WORD_LIMIT} information bits a block",
+            str(len(g)),
+            "use several smaller blocks",
+        )
+    if rank(g) < len(g):
+        raise InputError(
+            file,
+            "rank",
+            f"{len(g)}, one for each row",
+            str(rank(g)),
+            "rows that are sums of others carry nothing",
+        )
     return g.astype(np.uint8)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #dfecdd2f
 def read_generator(
-    path, # Text or CSV of 0 and 1, or `.npy`
-)->np.ndarray: # `[k,n]` of rank k
+    path,  # Text or CSV of 0 and 1, or `.npy`
+) -> np.ndarray:  # `[k,n]` of rank k
     "Read a generator matrix."
-    g = next(iter(read_arrays(path).values())) if Path(path).suffix == '.npy' else _rows(path)
+    g = next(iter(read_arrays(path).values())) if Path(path).suffix == ".npy" else _rows(path)
     return check_generator(g, path)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #b0dff45f
-CODES = {'none': lambda: repetition(1), 'repetition': lambda: repetition(1), 'parity': parity, 'hamming_7_4': hamming_7_4, 'hamming_8_4': hamming_8_4,
-         'golay_23_12': golay_23_12, 'golay_24_12': golay_24_12, **{f'reed_muller_{m}': (lambda m=m: reed_muller(m)) for m in range(2, 9)},
-         **{f'simplex_{k}': (lambda k=k: simplex(k)) for k in range(2, 9)}, 'bch_15_7': bch}
+CODES = {
+    "none": lambda: repetition(1),
+    "repetition": lambda: repetition(1),
+    "parity": parity,
+    "hamming_7_4": hamming_7_4,
+    "hamming_8_4": hamming_8_4,
+    "golay_23_12": golay_23_12,
+    "golay_24_12": golay_24_12,
+    **{f"reed_muller_{m}": (lambda m=m: reed_muller(m)) for m in range(2, 9)},
+    **{f"simplex_{k}": (lambda k=k: simplex(k)) for k in range(2, 9)},
+    "bch_15_7": bch,
+}
+
 
 def named_generator(
-    name:str='none', # Key of `CODES`, or `matrix`
-    repeats:int=1, # Each column so many times
-    file='', # Of the matrix
-)->np.ndarray: # `[k, n*repeats]`
+    name: str = "none",  # Key of `CODES`, or `matrix`
+    repeats: int = 1,  # Each column so many times
+    file="",  # Of the matrix
+) -> np.ndarray:  # `[k, n*repeats]`
     "A generator by name."
-    if name not in (*CODES, 'matrix'):
+    if name not in (*CODES, "matrix"):
         near = difflib.get_close_matches(name, CODES, 1)
-        raise InputError('parameter', 'ecc_type', f"one of {', '.join([*near, *(c for c in CODES if c not in near)])}, matrix", repr(name))
-    if not isinstance(repeats, int) or repeats < 1: raise InputError('parameter', 'ecc_R', 'an integer of at least 1', repr(repeats))
-    return np.repeat(read_generator(file) if name == 'matrix' else CODES[name](), repeats, axis=1)
+        raise InputError(
+            "parameter",
+            "ecc_type",
+            f"one of {', '.join([*near, *(c for c in CODES if c not in near)])}, matrix",
+            repr(name),
+        )
+    if not isinstance(repeats, int) or repeats < 1:
+        raise InputError("parameter", "ecc_R", "an integer of at least 1", repr(repeats))
+    return np.repeat(read_generator(file) if name == "matrix" else CODES[name](), repeats, axis=1)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #5762925b
-LATENTS = (100, 100, 200, 200, 200, 300, 200, 300) # Latent sizes of parameter sets 0 to 7
+LATENTS = (100, 100, 200, 200, 200, 300, 200, 300)  # Latent sizes of parameter sets 0 to 7
+
 
 def create_code(
-    name:str='none', # Key of `CODES`, or `matrix`
-    latent:int=8, # Code bits, N
-    repeats:int=1, # Each column so many times
-    file='', # Of the matrix
-)->dict: # `generator`, `blocks`, `code_name` for `BernoulliVAE`
+    name: str = "none",  # Key of `CODES`, or `matrix`
+    latent: int = 8,  # Code bits, N
+    repeats: int = 1,  # Each column so many times
+    file="",  # Of the matrix
+) -> dict:  # `generator`, `blocks`, `code_name` for `BernoulliVAE`
     "The blocks that fill a latent space; one that they do not fill is refused."
-    g = named_generator(name, repeats, file); n = g.shape[1]
+    g = named_generator(name, repeats, file)
+    n = g.shape[1]
     if latent < 1 or latent % n:
-        what = f'ecc_R={repeats}' if name in ('none','repetition') else f'the {n} code bits of {name}' + (f' with ecc_R={repeats}' if repeats > 1 else '')
-        sets = [str(i) for i,l in enumerate(LATENTS) if l % n == 0]
-        sizes = ' or '.join(str(s) for s in (latent//n*n, (latent//n+1)*n) if s > 0)
-        raise InputError('parameter', 'latent', f'a size that is divisible by {what}', str(latent), f'use {sizes}' + (f", or parameter_set {' or '.join(sets)}" if sets else ''))
-    return dict(generator=g.tolist(), blocks=latent//n, code_name=f'{name}' + (f' x{repeats}' if repeats > 1 else ''))
+        what = (
+            f"ecc_R={repeats}"
+            if name in ("none", "repetition")
+            else f"the {n} code bits of {name}" + (f" with ecc_R={repeats}" if repeats > 1 else "")
+        )
+        sets = [str(i) for i, l in enumerate(LATENTS) if l % n == 0]
+        sizes = " or ".join(str(s) for s in (latent // n * n, (latent // n + 1) * n) if s > 0)
+        raise InputError(
+            "parameter",
+            "latent",
+            f"a size that is divisible by {what}",
+            str(latent),
+            f"use {sizes}" + (f", or parameter_set {' or '.join(sets)}" if sets else ""),
+        )
+    return dict(
+        generator=g.tolist(),
+        blocks=latent // n,
+        code_name=f"{name}" + (f" x{repeats}" if repeats > 1 else ""),
+    )
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #eaa8e2de
 def coset_leaders(
-    generator, # `[k,n]`, `n` at most 24
-)->tuple: # Errors as integers `[L]`, the last bit is the lowest; their syndromes `[L]`; weight ties are all there
+    generator,  # `[k,n]`, `n` at most 24
+) -> tuple:  # Errors as integers `[L]`, the last bit is the lowest; their syndromes `[L]`; weight ties are all there
     "All errors of least weight of each coset."
-    h = parity_check(generator); r,n = h.shape
-    if n > 24: raise InputError('code', 'code bits', 'at most 24 for a table of cosets', str(n))
-    column = (h.T.astype(np.int64)@(1 << np.arange(r)[::-1])) if r else np.zeros(n, np.int64)
-    found,errors,syndromes = np.zeros(2**r, bool),[],[]
-    for w in range(n+1):
-        places = np.array(list(itertools.combinations(range(n), w)), np.int64).reshape(math.comb(n, w), w)
+    h = parity_check(generator)
+    r, n = h.shape
+    if n > 24:
+        raise InputError("code", "code bits", "at most 24 for a table of cosets", str(n))
+    column = (h.T.astype(np.int64) @ (1 << np.arange(r)[::-1])) if r else np.zeros(n, np.int64)
+    found, errors, syndromes = np.zeros(2**r, bool), [], []
+    for w in range(n + 1):
+        places = np.array(list(itertools.combinations(range(n), w)), np.int64).reshape(
+            math.comb(n, w), w
+        )
         s = np.bitwise_xor.reduce(column[places], axis=1) if w else np.zeros(1, np.int64)
         new = ~found[s]
-        errors.append((1 << (n-1-places[new])).sum(1)); syndromes.append(s[new]); found[s] = True
-        if found.all(): return np.concatenate(errors),np.concatenate(syndromes)
+        errors.append((1 << (n - 1 - places[new])).sum(1))
+        syndromes.append(s[new])
+        found[s] = True
+        if found.all():
+            return np.concatenate(errors), np.concatenate(syndromes)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #f48cb40f
 class SyndromeDecoder:
     "Hard decoding of one code by a table of coset leaders."
-    def __init__(self,
-        generator, # `[k,n]`
+
+    def __init__(
+        self,
+        generator,  # `[k,n]`
     ):
-        self.h = parity_check(generator); r,n = self.h.shape
-        errors,syndromes = coset_leaders(generator)
+        self.h = parity_check(generator)
+        r, n = self.h.shape
+        errors, syndromes = coset_leaders(generator)
         first = np.unique(syndromes, return_index=True)[1]
-        self.table = (errors[first][:,None] >> np.arange(n-1, -1, -1) & 1).astype(np.uint8)
-        _,self.pivots,self.back = _reduced(generator)
+        self.table = (errors[first][:, None] >> np.arange(n - 1, -1, -1) & 1).astype(np.uint8)
+        _, self.pivots, self.back = _reduced(generator)
         self.power = 1 << np.arange(r)[::-1]
-    def __call__(self,
-        received, # Bits `[N,n]`
-    )->np.ndarray: # Information words `[N,k]`
+
+    def __call__(
+        self,
+        received,  # Bits `[N,n]`
+    ) -> np.ndarray:  # Information words `[N,k]`
         "Decode words."
         received = np.asarray(received, np.uint8)
-        syndrome = (received@self.h.T % 2).astype(np.int64)@self.power # bytes wrap at 256, an even number: parities stay right
-        return (received^self.table[syndrome])[:,self.pivots]@self.back % 2
+        syndrome = (received @ self.h.T % 2).astype(
+            np.int64
+        ) @ self.power  # bytes wrap at 256, an even number: parities stay right
+        return (received ^ self.table[syndrome])[:, self.pivots] @ self.back % 2
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #32237631
 def _polynomial(a, p, n):
-    p = np.asarray(p, float)[...,None]; w = np.arange(n+1)
-    return (a*p**w*(1-p)**(n-w)).sum(-1)
+    p = np.asarray(p, float)[..., None]
+    w = np.arange(n + 1)
+    return (a * p**w * (1 - p) ** (n - w)).sum(-1)
+
 
 @dataclass
 class ErrorLaw:
     "Error rates of hard decoding with fair ties, as polynomials in `p` and `1-p`."
-    n:int # Code bits
-    correct:np.ndarray # Coefficient of `p^w q^(n-w)` in the probability of a right word, `[n+1]`
-    wrong:np.ndarray # The same of the expected share of wrong bits, `[n+1]`
+
+    n: int  # Code bits
+    correct: np.ndarray  # Coefficient of `p^w q^(n-w)` in the probability of a right word, `[n+1]`
+    wrong: np.ndarray  # The same of the expected share of wrong bits, `[n+1]`
+
     def word_error(self, p, blocks=1):
         "Probability that any of `blocks` blocks is wrong."
-        return 1-_polynomial(self.correct, p, self.n)**blocks
+        return 1 - _polynomial(self.correct, p, self.n) ** blocks
+
     def bit_error(self, p):
         "Expected share of wrong information bits."
         return _polynomial(self.wrong, p, self.n)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #4054bac1
 def error_law(
-    generator, # `[k,n]`, `n` at most 24
-)->ErrorLaw: # Exact for any code
+    generator,  # `[k,n]`, `n` at most 24
+) -> ErrorLaw:  # Exact for any code
     "Count coset leaders and all errors."
-    g = np.asarray(generator, np.int64); k,n = g.shape
-    errors,syndromes = coset_leaders(g)
+    g = np.asarray(generator, np.int64)
+    k, n = g.shape
+    errors, syndromes = coset_leaders(g)
     ties = np.bincount(syndromes)[syndromes]
-    words = np.arange(2**k)[:,None] >> np.arange(k-1, -1, -1) & 1
-    code,share = (words@g % 2)@(1 << np.arange(n)[::-1]),words.mean(1)
-    correct,wrong = np.bincount(np.bitwise_count(errors), 1/ties, n+1),np.zeros(n+1)
+    words = np.arange(2**k)[:, None] >> np.arange(k - 1, -1, -1) & 1
+    code, share = (words @ g % 2) @ (1 << np.arange(n)[::-1]), words.mean(1)
+    correct, wrong = np.bincount(np.bitwise_count(errors), 1 / ties, n + 1), np.zeros(n + 1)
     for i in range(0, len(errors), 256):
-        w = np.bitwise_count(errors[i:i+256,None]^code).ravel()
-        wrong += np.bincount(w, (share/ties[i:i+256,None]).ravel(), n+1)
+        w = np.bitwise_count(errors[i : i + 256, None] ^ code).ravel()
+        wrong += np.bincount(w, (share / ties[i : i + 256, None]).ravel(), n + 1)
     return ErrorLaw(n, correct, wrong)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #057d1bfa
 def soft_word_error(
-    generator, # `[k,n]`
-    p, # Probability that a hard decision on one bit is wrong
-)->tuple: # Word error probability, and whether it is exact or the union bound
+    generator,  # `[k,n]`
+    p,  # Probability that a hard decision on one bit is wrong
+) -> tuple:  # Word error probability, and whether it is exact or the union bound
     "Word error of maximum likelihood soft decoding."
-    g = np.asarray(generator); k,n = g.shape; p = np.atleast_1d(np.asarray(p, float)); margin = stats.norm.isf(p)
-    if k == 1: return stats.norm.sf(np.sqrt(g.sum())*margin),'exact'
+    g = np.asarray(generator)
+    k, n = g.shape
+    p = np.atleast_1d(np.asarray(p, float))
+    margin = stats.norm.isf(p)
+    if k == 1:
+        return stats.norm.sf(np.sqrt(g.sum()) * margin), "exact"
     w = weights(g)
-    if n == 2**(k-1) and w == {n//2: 2**k-2, n: 1}: # biorthogonal: the largest of n correlations
-        right = [integrate.quad(lambda r: stats.norm.pdf(r-math.sqrt(n)*m)*(1-2*stats.norm.sf(r))**(n-1), 0, math.sqrt(n)*m+12)[0] for m in margin]
-        return 1-np.array(right),'exact'
-    return np.minimum(1, sum(a*stats.norm.sf(np.sqrt(d)*margin) for d,a in w.items())),'union bound'
+    if n == 2 ** (k - 1) and w == {
+        n // 2: 2**k - 2,
+        n: 1,
+    }:  # biorthogonal: the largest of n correlations
+        right = [
+            integrate.quad(
+                lambda r: (
+                    stats.norm.pdf(r - math.sqrt(n) * m) * (1 - 2 * stats.norm.sf(r)) ** (n - 1)
+                ),
+                0,
+                math.sqrt(n) * m + 12,
+            )[0]
+            for m in margin
+        ]
+        return 1 - np.array(right), "exact"
+    return np.minimum(
+        1, sum(a * stats.norm.sf(np.sqrt(d) * margin) for d, a in w.items())
+    ), "union bound"
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #50ecbe55
 def capacity(
-    p, # Probability of a flip
-): # Bits a use
+    p,  # Probability of a flip
+):  # Bits a use
     "Capacity of the binary symmetric channel."
-    p = np.clip(np.asarray(p, float), 1e-300, 1-1e-16)
-    return 1+p*np.log2(p)+(1-p)*np.log2(1-p)
+    p = np.clip(np.asarray(p, float), 1e-300, 1 - 1e-16)
+    return 1 + p * np.log2(p) + (1 - p) * np.log2(1 - p)
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #38cb75db
 def random_coding_bound(
-    k:int, # Information bits
-    n:int, # Code bits
-    p:float, # Probability of a flip
-)->float: # A code exists whose word error is not larger
+    k: int,  # Information bits
+    n: int,  # Code bits
+    p: float,  # Probability of a flip
+) -> float:  # A code exists whose word error is not larger
     "Bound of Polyanskiy, Poor and Verdu 2010 over the binary symmetric channel."
-    t = np.arange(n+1); ball = np.cumsum([math.comb(n, int(s)) for s in t])/2.**n
-    return float((stats.binom.pmf(t, n, p)*np.minimum(1, (2.**k-1)*ball)).sum())
+    t = np.arange(n + 1)
+    ball = np.cumsum([math.comb(n, int(s)) for s in t]) / 2.0**n
+    return float((stats.binom.pmf(t, n, p) * np.minimum(1, (2.0**k - 1) * ball)).sum())
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #8b6d3b97
 def channel_logits(
-    codes, # Code words, tensor `[...,N]`
-    channel:str='bsc', # `bsc` flips bits, `awgn` adds Gaussian noise
-    rate:float=.05, # Probability that a hard decision on one bit is wrong, 0 to .5
-    generator=None, # `torch.Generator` of the noise
-): # Logits of the bits, as a decoder of the code takes them
+    codes,  # Code words, tensor `[...,N]`
+    channel: str = "bsc",  # `bsc` flips bits, `awgn` adds Gaussian noise
+    rate: float = 0.05,  # Probability that a hard decision on one bit is wrong, 0 to .5
+    generator=None,  # `torch.Generator` of the noise
+):  # Logits of the bits, as a decoder of the code takes them
     "Send code words."
     import torch
-    if channel not in ('bsc','awgn'): raise InputError('parameter', 'channel', 'bsc or awgn', repr(channel))
-    if not 0 <= rate <= .5: raise InputError('parameter', 'channel_rate', '0 to 0.5', repr(rate))
-    signs = 2*codes-1
-    if channel == 'bsc':
+
+    if channel not in ("bsc", "awgn"):
+        raise InputError("parameter", "channel", "bsc or awgn", repr(channel))
+    if not 0 <= rate <= 0.5:
+        raise InputError("parameter", "channel_rate", "0 to 0.5", repr(rate))
+    signs = 2 * codes - 1
+    if channel == "bsc":
         flips = torch.rand(codes.shape, generator=generator) < rate
-        return torch.where(flips, -signs, signs)*math.log((1-rate)/max(rate, 1e-12)) if rate < .5 else 0*torch.where(flips, -signs, signs)
-    deviation = 1/stats.norm.isf(rate) if 0 < rate < .5 else (0. if rate == 0 else math.inf)
-    if not math.isfinite(deviation): return 0*signs
-    return 2*(signs+deviation*torch.randn(codes.shape, generator=generator))/max(deviation, 1e-3)**2
+        return (
+            torch.where(flips, -signs, signs) * math.log((1 - rate) / max(rate, 1e-12))
+            if rate < 0.5
+            else 0 * torch.where(flips, -signs, signs)
+        )
+    deviation = 1 / stats.norm.isf(rate) if 0 < rate < 0.5 else (0.0 if rate == 0 else math.inf)
+    if not math.isfinite(deviation):
+        return 0 * signs
+    return (
+        2
+        * (signs + deviation * torch.randn(codes.shape, generator=generator))
+        / max(deviation, 1e-3) ** 2
+    )

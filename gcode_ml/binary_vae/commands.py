@@ -10,30 +10,42 @@ __all__ = ['EXPORTS', 'CHECKS', 'write_samples', 'sample_command', 'epoch_lines'
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #a25e2107
 from pathlib import Path
+
 from ..core.errors import InputError
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #ba1e7c36
 def write_samples(
-    folder, # Folder to write
-    made:dict, # From `recipe.sample_bundle`
-    state:dict, # `preprocessing` of the bundle
-    train=(), # Training texts, for novelty
-)->dict: # Facts about the samples
+    folder,  # Folder to write
+    made: dict,  # From `recipe.sample_bundle`
+    state: dict,  # `preprocessing` of the bundle
+    train=(),  # Training texts, for novelty
+) -> dict:  # Facts about the samples
     "Write samples and say what they are."
     import numpy as np
+
     from gcode_ml.core.files import atomic_path, write_json
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder/'samples.npz') as f, open(f, 'wb') as h: np.savez_compressed(h, **{k: v for k,v in made.items() if k != 'texts'})
-    facts = dict(samples=len(made['words']), distinct_words=len(np.unique(made['words'], axis=0)))
-    if 'texts' in made:
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "samples.npz") as f, open(f, "wb") as h:
+        np.savez_compressed(h, **{k: v for k, v in made.items() if k != "texts"})
+    facts = dict(samples=len(made["words"]), distinct_words=len(np.unique(made["words"], axis=0)))
+    if "texts" in made:
         from gcode_ml.binary_vae.properties import text_properties
-        with atomic_path(folder/'samples.txt') as f: f.write_text('\n'.join(made['texts'])+'\n', encoding='utf-8')
-        facts |= text_properties(state['set'], made['texts'], list(train))
-        if not len(train): facts['novel'] = None
+
+        with atomic_path(folder / "samples.txt") as f:
+            f.write_text("\n".join(made["texts"]) + "\n", encoding="utf-8")
+        facts |= text_properties(state["set"], made["texts"], list(train))
+        if not len(train):
+            facts["novel"] = None
     else:
         from gcode_ml.binary_vae.evaluate import plot_images
-        with atomic_path(folder/'samples.png') as f: plot_images(made['images'][:256], state['shape']).figure.savefig(f, dpi=100, bbox_inches='tight', format='png')
-    write_json(folder/'samples.json', facts)
+
+        with atomic_path(folder / "samples.png") as f:
+            plot_images(made["images"][:256], state["shape"]).figure.savefig(
+                f, dpi=100, bbox_inches="tight", format="png"
+            )
+    write_json(folder / "samples.json", facts)
     return facts
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #7c6619c0
@@ -41,53 +53,85 @@ def sample_command(a):
     "`gcode_ml sample`: decode random words with the model of a finished run."
     from gcode_ml.binary_vae.data import load_data
     from gcode_ml.binary_vae.recipe import sample_bundle
-    from gcode_ml.core.files import read_json
     from gcode_ml.lab.bundle import load_bundle
     from gcode_ml.lab.reports import finished_result
     from gcode_ml.lab.runs import find_run
-    run = find_run(a.run, a.runs, domain='' if '/' in a.run else 'binary_vae'); finished_result(run)
+
+    run = find_run(a.run, a.runs, domain="" if "/" in a.run else "binary_vae")
+    finished_result(run)
     bundle = load_bundle(run.folder)
-    if bundle.facts.get('domain') != 'binary_vae': raise InputError(run.folder, 'bundle', 'a model of binary_vae', str(bundle.facts.get('domain')))
+    if bundle.facts.get("domain") != "binary_vae":
+        raise InputError(
+            run.folder, "bundle", "a model of binary_vae", str(bundle.facts.get("domain"))
+        )
     train = ()
-    if bundle.preprocessing['kind'] == 'tokens' and (place := a.data or bundle.facts.get('place')):
-        sets = load_data(place, bundle.facts.get('protocol', 'small')); train = [sets.items.texts[i] for i in sets.train]
+    if bundle.preprocessing["kind"] == "tokens" and (place := a.data or bundle.facts.get("place")):
+        sets = load_data(place, bundle.facts.get("protocol", "small"))
+        train = [sets.items.texts[i] for i in sets.train]
     made = sample_bundle(bundle, a.n, a.temperature, a.seed)
-    folder = Path(a.output) if a.output else run.path('samples')
-    for k,v in write_samples(folder, made, bundle.preprocessing, train).items(): print(f'{k:14} {v}')
-    print(f'samples        {folder}')
+    folder = Path(a.output) if a.output else run.path("samples")
+    for k, v in write_samples(folder, made, bundle.preprocessing, train).items():
+        print(f"{k:14} {v}")
+    print(f"samples        {folder}")
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #39306c35
 def epoch_lines(
-    history, # Rows of one fit of `history.csv`, a DataFrame
-    patience:int=10, # Epochs without improvement that are allowed
-)->list: # One line an epoch
+    history,  # Rows of one fit of `history.csv`, a DataFrame
+    patience: int = 10,  # Epochs without improvement that are allowed
+) -> list:  # One line an epoch
     "The progress of a fit: loss, kl, beta, val_loss, patience."
-    best,waited,lines = float('inf'),0,[]
-    for i,r in enumerate(history.itertuples(), 1):
-        if r.score < best: best,waited = r.score,0
-        elif r.score == r.score: waited += 1 # a score of the warm-up is NaN and does not count
-        lines.append(f'Epoch {i}: loss={r.train_loss:.4f}, kl={r.kl:.4f}, beta={r.beta:.3f}, val_loss={r.valid_loss:.4f}, patience={waited}/{patience}')
+    best, waited, lines = float("inf"), 0, []
+    for i, r in enumerate(history.itertuples(), 1):
+        if r.score < best:
+            best, waited = r.score, 0
+        elif r.score == r.score:
+            waited += 1  # a score of the warm-up is NaN and does not count
+        lines.append(
+            f"Epoch {i}: loss={r.train_loss:.4f}, kl={r.kl:.4f}, beta={r.beta:.3f}, val_loss={r.valid_loss:.4f}, patience={waited}/{patience}"
+        )
     return lines
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #b7c17531
 def write_classic(
-    run, # A finished `Run`
-    folder=None, # Gets one folder; `classic` in the run by default
-)->Path: # The folder with the four files
+    run,  # A finished `Run`
+    folder=None,  # Gets one folder; `classic` in the run by default
+) -> Path:  # The folder with the four files
     "Write `bvae_best_model_with.pt`, `loss_record_with.txt`, `config.json` and `training_log.txt`."
-    import numpy as np, pandas as pd, shutil, torch
+    import shutil
+
+    import numpy as np
+    import pandas as pd
+    import torch
+
     from gcode_ml.core.files import atomic_path, read_json
     from gcode_ml.lab.bundle import load_bundle
-    if run.domain != 'binary_vae': raise InputError('--format', 'classic', 'a run of binary_vae', f'one of {run.domain}')
-    result,model = read_json(run.path('result.json')),load_bundle(run.folder).model
-    folder = Path(folder or run.path('classic'))/result['named']; folder.mkdir(parents=True, exist_ok=True)
-    history = pd.read_csv(run.path('history.csv')); history = history[history.fit == history.fit.iloc[0]]
-    with atomic_path(folder/'bvae_best_model_with.pt') as f: torch.save({k: v.clone() for k,v in model.state_dict().items()}, f)
-    with atomic_path(folder/'loss_record_with.txt') as f: np.savetxt(f, history[['train_loss','valid_loss','kl','beta']].to_numpy(float), fmt='%.6f', header='loss val_loss kl beta')
-    with atomic_path(folder/'config.json') as f: shutil.copyfile(run.path('bundle', 'config.json'), f)
-    log = run.path('log.txt').read_text(encoding='utf-8').rstrip('\n').split('\n')
-    with atomic_path(folder/'training_log.txt') as f: f.write_text('\n'.join([*log, *epoch_lines(history, result['parameters']['patience'])])+'\n', encoding='utf-8')
+
+    if run.domain != "binary_vae":
+        raise InputError("--format", "classic", "a run of binary_vae", f"one of {run.domain}")
+    result, model = read_json(run.path("result.json")), load_bundle(run.folder).model
+    folder = Path(folder or run.path("classic")) / result["named"]
+    folder.mkdir(parents=True, exist_ok=True)
+    history = pd.read_csv(run.path("history.csv"))
+    history = history[history.fit == history.fit.iloc[0]]
+    with atomic_path(folder / "bvae_best_model_with.pt") as f:
+        torch.save({k: v.clone() for k, v in model.state_dict().items()}, f)
+    with atomic_path(folder / "loss_record_with.txt") as f:
+        np.savetxt(
+            f,
+            history[["train_loss", "valid_loss", "kl", "beta"]].to_numpy(float),
+            fmt="%.6f",
+            header="loss val_loss kl beta",
+        )
+    with atomic_path(folder / "config.json") as f:
+        shutil.copyfile(run.path("bundle", "config.json"), f)
+    log = run.path("log.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    with atomic_path(folder / "training_log.txt") as f:
+        f.write_text(
+            "\n".join([*log, *epoch_lines(history, result["parameters"]["patience"])]) + "\n",
+            encoding="utf-8",
+        )
     return folder
+
 
 EXPORTS = dict(classic=write_classic)
 
@@ -96,44 +140,85 @@ def _found_data(data):
     "The data as the recipe takes it; refused where its folder is absent."
     from gcode_ml.binary_vae.data import FOLDERS, data_name
     from gcode_ml.lab.settings import data_folder
-    if data in FOLDERS and not data_folder(FOLDERS[data]): raise InputError('parameter', 'data', f'{data} with its folder {FOLDERS[data]} below the root of the data', 'no such folder', f'set GCODE_ML_DATA or data in settings.ini, or give {data}:FOLDER')
-    place = f'{data}:{data_folder(FOLDERS[data])}' if data in FOLDERS else data
-    data_name(place) # names the sets there are
+
+    if data in FOLDERS and not data_folder(FOLDERS[data]):
+        raise InputError(
+            "parameter",
+            "data",
+            f"{data} with its folder {FOLDERS[data]} below the root of the data",
+            "no such folder",
+            f"set GCODE_ML_DATA or data in settings.ini, or give {data}:FOLDER",
+        )
+    place = f"{data}:{data_folder(FOLDERS[data])}" if data in FOLDERS else data
+    data_name(place)  # names the sets there are
     return place
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #b8c0facf
 def check_run(
-    data:str='digits', # Data as in the experiment
-    **parameters # The other parameters of the experiment
+    data: str = "digits",  # Data as in the experiment
+    **parameters,  # The other parameters of the experiment
 ):
     "Refuse a run of `binary_vae` that cannot be, one sentence."
     import inspect
+
     from gcode_ml.binary_vae.recipe import check_parameters, recipe
     from gcode_ml.core.training import TRAINING
-    known = {*inspect.signature(recipe).parameters, *TRAINING}-{'checkpoint_folder'}
-    check_parameters(_found_data(data), **{k: v for k,v in parameters.items() if k in known})
+
+    known = {*inspect.signature(recipe).parameters, *TRAINING} - {"checkpoint_folder"}
+    check_parameters(_found_data(data), **{k: v for k, v in parameters.items() if k in known})
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #c9c35e36
 def check_comparison(
-    data:str='digits', # Data as in the experiment
-    information_bits:int=8, ecc_type:str='none', ecc_R:int=1, generator:str='', # As in the experiment
-    **parameters # The other parameters of the experiment
+    data: str = "digits",  # Data as in the experiment
+    information_bits: int = 8,
+    ecc_type: str = "none",
+    ecc_R: int = 1,
+    generator: str = "",  # As in the experiment
+    **parameters,  # The other parameters of the experiment
 ):
     "Refuse a run of `compare_ecc` that cannot be, one sentence."
     from gcode_ml.binary_vae.codes import create_code, named_generator
+
     _found_data(data)
-    k,n = named_generator(ecc_type, ecc_R, generator).shape
-    if information_bits % k: raise InputError('parameter', 'information_bits', f'a number that is divisible by the {k} information bits of {ecc_type}', str(information_bits), ' or '.join(['use', *(str(b) for b in (information_bits//k*k, (information_bits//k+1)*k) if b)]).replace('use or', 'use'))
-    create_code(ecc_type, information_bits//k*n, ecc_R, generator)
+    k, n = named_generator(ecc_type, ecc_R, generator).shape
+    if information_bits % k:
+        raise InputError(
+            "parameter",
+            "information_bits",
+            f"a number that is divisible by the {k} information bits of {ecc_type}",
+            str(information_bits),
+            " or ".join(
+                [
+                    "use",
+                    *(
+                        str(b)
+                        for b in (information_bits // k * k, (information_bits // k + 1) * k)
+                        if b
+                    ),
+                ]
+            ).replace("use or", "use"),
+        )
+    create_code(ecc_type, information_bits // k * n, ecc_R, generator)
+
 
 CHECKS = dict(binary_vae=check_run, compare_ecc=check_comparison)
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #2c46cbac
 def add_commands(
-    command, # `command(name, function, help, *words)` makes a command
+    command,  # `command(name, function, help, *words)` makes a command
 ):
     "The commands of this domain."
-    sub = command('sample', sample_command, 'new images or texts from a finished run', 'run', group='binary_vae')
-    sub.add_argument('-n', type=int, default=1000, help='how many'); sub.add_argument('-o', '--output', help='folder')
-    sub.add_argument('--temperature', type=float, default=1., help='of texts; 0 takes the most probable token')
-    sub.add_argument('--seed', type=int, default=0, help='seed of words and draws'); sub.add_argument('--data', default='', help='data whose training texts tell what is new')
+    sub = command(
+        "sample",
+        sample_command,
+        "new images or texts from a finished run",
+        "run",
+        group="binary_vae",
+    )
+    sub.add_argument("-n", type=int, default=1000, help="how many")
+    sub.add_argument("-o", "--output", help="folder")
+    sub.add_argument(
+        "--temperature", type=float, default=1.0, help="of texts; 0 takes the most probable token"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="seed of words and draws")
+    sub.add_argument("--data", default="", help="data whose training texts tell what is new")

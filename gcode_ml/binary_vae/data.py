@@ -10,39 +10,57 @@ __all__ = ['SPECIAL', 'SETS', 'FOLDERS', 'TEXTS', 'Images', 'noisy_bars', 'bars_
            'check']
 
 # %% ../../nbs/binary_vae/00_data.ipynb #c2d5a330
-import gzip, re, zipfile
+import gzip
+import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
-from ..core.split import group_holdout, random_split
 
 # %% ../../nbs/binary_vae/00_data.ipynb #f087e06c
 class Images:
     "Images of one size, row by row."
-    kind = 'image'
-    def __init__(self,
-        pixels, # `[N,D]`: bytes 0 to 255, booleans, or numbers from 0 to 1
-        shape:tuple, # Height and width, `D` their product
-        name:str='images', # For error messages
+
+    kind = "image"
+
+    def __init__(
+        self,
+        pixels,  # `[N,D]`: bytes 0 to 255, booleans, or numbers from 0 to 1
+        shape: tuple,  # Height and width, `D` their product
+        name: str = "images",  # For error messages
     ):
         pixels = np.asarray(pixels)
-        if pixels.ndim != 2 or pixels.shape[1] != np.prod(shape): raise InputError(name, 'shape', f'[N,{np.prod(shape)}]', str(list(pixels.shape)))
-        self.pixels,self.shape,self.name = _checked(pixels, name),tuple(shape),name
-        self.width,self.length,self.vocabulary = pixels.shape[1],1,[]
+        if pixels.ndim != 2 or pixels.shape[1] != np.prod(shape):
+            raise InputError(name, "shape", f"[N,{np.prod(shape)}]", str(list(pixels.shape)))
+        self.pixels, self.shape, self.name = _checked(pixels, name), tuple(shape), name
+        self.width, self.length, self.vocabulary = pixels.shape[1], 1, []
         self.lengths = np.ones(len(pixels), np.int64)
-    def __len__(self): return len(self.pixels)
+
+    def __len__(self):
+        return len(self.pixels)
 
 # %% ../../nbs/binary_vae/00_data.ipynb #d90914d1
 def _checked(pixels, name):
     "Pixels, all of them between 0 and 1 or bytes."
-    if pixels.dtype in (np.uint8, np.bool_): return pixels
+    if pixels.dtype in (np.uint8, np.bool_):
+        return pixels
     pixels = pixels.astype(np.float32)
-    bad = ~((pixels >= 0) & (pixels <= 1)) # NaN too
+    bad = ~((pixels >= 0) & (pixels <= 1))  # NaN too
     if bad.any():
-        row,place = np.argwhere(bad)[0]
-        raise InputError(name, f'pixel {place} of image {row}', 'a number from 0 to 1', f'{pixels[row,place]:g}', 'bytes 0 to 255 are divided by 255')
+        row, place = np.argwhere(bad)[0]
+        raise InputError(
+            name,
+            f"pixel {place} of image {row}",
+            "a number from 0 to 1",
+            f"{pixels[row, place]:g}",
+            "bytes 0 to 255 are divided by 255",
+        )
     return pixels
 
 # %% ../../nbs/binary_vae/00_data.ipynb #3ac6e149
@@ -50,26 +68,30 @@ from fastcore.basics import patch
 
 # %% ../../nbs/binary_vae/00_data.ipynb #291b5d14
 @patch
-def batch(self:Images,
-    index, # Indices of items
-)->tuple: # Pixels `[B,D]`, mask `[B,1]`, and the pixels again
+def batch(
+    self: Images,
+    index,  # Indices of items
+) -> tuple:  # Pixels `[B,D]`, mask `[B,1]`, and the pixels again
     "Some images as numbers from 0 to 1."
     rows = torch.from_numpy(self.pixels[np.asarray(index)])
-    x = rows.float()/255 if rows.dtype == torch.uint8 else rows.float()
-    return x,torch.ones(len(x), 1, dtype=torch.bool),x
+    x = rows.float() / 255 if rows.dtype == torch.uint8 else rows.float()
+    return x, torch.ones(len(x), 1, dtype=torch.bool), x
 
 # %% ../../nbs/binary_vae/00_data.ipynb #6a55f0dc
 @patch
-def mean(self:Images,
-    index=None, # Rows; all by default
-)->np.ndarray: # `[D]`
+def mean(
+    self: Images,
+    index=None,  # Rows; all by default
+) -> np.ndarray:  # `[D]`
     "The mean image, from which a decoder starts."
     rows = self.pixels if index is None else self.pixels[np.asarray(index)]
-    return rows.mean(0, dtype=np.float64).astype(np.float32)/(255 if rows.dtype == np.uint8 else 1)
+    return rows.mean(0, dtype=np.float64).astype(np.float32) / (
+        255 if rows.dtype == np.uint8 else 1
+    )
 
 # %% ../../nbs/binary_vae/00_data.ipynb #0276e14b
 @patch(as_prop=True)
-def binary(self:Images)->bool: # Whether the log-likelihood of a Bernoulli decoder is a density
+def binary(self: Images) -> bool:  # Whether the log-likelihood of a Bernoulli decoder is a density
     "Whether only 0 and 1 occur."
     top = 255 if self.pixels.dtype == np.uint8 else 1
     return bool(np.isin(self.pixels, (0, top)).all())
@@ -77,372 +99,574 @@ def binary(self:Images)->bool: # Whether the log-likelihood of a Bernoulli decod
 # %% ../../nbs/binary_vae/00_data.ipynb #0f5ff22b
 def _bar_images(bits):
     "The clean image of every word `[2^bits,64]`, and the words `[2^bits,bits]`."
-    if not 1 <= bits <= 12: raise InputError('noisy_bars', 'bits', '1 to 12', str(bits))
-    bars = np.zeros((16,8,8), bool)
-    for i in range(8): bars[i,i,:],bars[8+i,:,i] = True,True
-    words = (np.arange(2**bits)[:,None] >> np.arange(bits)) & 1
-    order = [i//2 if i%2 == 0 else 8+i//2 for i in range(16)][:bits] # a row, a column, a row, ...
-    return (words @ bars[order].reshape(bits, 64).astype(int) > 0),words
+    if not 1 <= bits <= 12:
+        raise InputError("noisy_bars", "bits", "1 to 12", str(bits))
+    bars = np.zeros((16, 8, 8), bool)
+    for i in range(8):
+        bars[i, i, :], bars[8 + i, :, i] = True, True
+    words = (np.arange(2**bits)[:, None] >> np.arange(bits)) & 1
+    order = [i // 2 if i % 2 == 0 else 8 + i // 2 for i in range(16)][
+        :bits
+    ]  # a row, a column, a row, ...
+    return (words @ bars[order].reshape(bits, 64).astype(int) > 0), words
 
 # %% ../../nbs/binary_vae/00_data.ipynb #decfb49a
 def noisy_bars(
-    n:int, # How many images
-    bits:int=8, # Bits of a word, 1 to 12
-    flip:float=.05, # Share of the pixels that flip
-    seed:int=0, # Seed of words and flips
-)->tuple: # Pixels `[n,64]` of 0 and 255, and the words `[n,bits]`
+    n: int,  # How many images
+    bits: int = 8,  # Bits of a word, 1 to 12
+    flip: float = 0.05,  # Share of the pixels that flip
+    seed: int = 0,  # Seed of words and flips
+) -> tuple:  # Pixels `[n,64]` of 0 and 255, and the words `[n,bits]`
     "Images of which the exact log-likelihood is known."
     rng = np.random.default_rng(seed)
-    clean,words = _bar_images(bits)
+    clean, words = _bar_images(bits)
     word = rng.integers(len(words), size=n)
-    return np.where(clean[word] ^ (rng.random((n,64)) < flip), 255, 0).astype(np.uint8),words[word]
+    return np.where(clean[word] ^ (rng.random((n, 64)) < flip), 255, 0).astype(np.uint8), words[
+        word
+    ]
 
 # %% ../../nbs/binary_vae/00_data.ipynb #fc12a12a
 def bars_log_likelihood(
-    pixels, # `[n,64]`, nonzero where a pixel is on
-    bits:int=8, # As in `noisy_bars`
-    flip:float=.05, # As in `noisy_bars`
-)->np.ndarray: # `[n]`, nats
+    pixels,  # `[n,64]`, nonzero where a pixel is on
+    bits: int = 8,  # As in `noisy_bars`
+    flip: float = 0.05,  # As in `noisy_bars`
+) -> np.ndarray:  # `[n]`, nats
     "Exact log-likelihood of noisy bars: a sum over all words."
-    clean,_ = _bar_images(bits)
+    clean, _ = _bar_images(bits)
     on = np.asarray(pixels) > 0
-    wrong = (on[:,None] ^ clean[None]).sum(-1)
-    each = wrong*np.log(flip)+(64-wrong)*np.log1p(-flip)-bits*np.log(2)
+    wrong = (on[:, None] ^ clean[None]).sum(-1)
+    each = wrong * np.log(flip) + (64 - wrong) * np.log1p(-flip) - bits * np.log(2)
     return np.logaddexp.reduce(each, 1)
 
 # %% ../../nbs/binary_vae/00_data.ipynb #4d85b154
 def read_idx(
-    file, # A gzipped idx file of bytes
-)->np.ndarray: # As many axes as the header tells
+    file,  # A gzipped idx file of bytes
+) -> np.ndarray:  # As many axes as the header tells
     "Read an idx file; format of LeCun's MNIST page."
     file = Path(file)
-    if not file.is_file(): raise InputError(file, 'file', 'a gzipped idx file', 'nothing there')
-    try: raw = gzip.decompress(file.read_bytes())
-    except (OSError,EOFError) as e: raise InputError(file, 'content', 'a whole gzip file', str(e)) from None
-    if len(raw) < 4 or raw[:3] != b'\0\0\x08': raise InputError(file, 'magic number', '0x0000 08 (bytes)', raw[:4].hex() or 'nothing')
-    shape = np.frombuffer(raw, '>u4', raw[3], 4).astype(int)
-    found = len(raw)-4-4*raw[3]
-    if found != shape.prod(): raise InputError(file, 'content', f'{shape.prod()} bytes, as the header tells', str(found))
-    return np.frombuffer(raw, np.uint8, offset=4+4*raw[3]).reshape(shape)
+    if not file.is_file():
+        raise InputError(file, "file", "a gzipped idx file", "nothing there")
+    try:
+        raw = gzip.decompress(file.read_bytes())
+    except (OSError, EOFError) as e:
+        raise InputError(file, "content", "a whole gzip file", str(e)) from None
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise InputError(file, "magic number", "0x0000 08 (bytes)", raw[:4].hex() or "nothing")
+    shape = np.frombuffer(raw, ">u4", raw[3], 4).astype(int)
+    found = len(raw) - 4 - 4 * raw[3]
+    if found != shape.prod():
+        raise InputError(file, "content", f"{shape.prod()} bytes, as the header tells", str(found))
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 # %% ../../nbs/binary_vae/00_data.ipynb #acf1acae
-_fmnist = ('train-images-idx3-ubyte.gz','t10k-images-idx3-ubyte.gz')
+_fmnist = ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz")
+
 
 def _fashion(folder, protocol, limit):
     "Fashion-MNIST: training and validation rows of the one file, test rows of the other."
-    train,test = (read_idx(Path(folder)/f) for f in _fmnist)
-    for file,a in zip(_fmnist, (train, test)):
-        if a.ndim != 3: raise InputError(Path(folder)/file, 'axes', 'images, height, width', str(list(a.shape)))
-    n,most = len(train),dict(small=(10_000,10_000,2_000), full=(50_000,10_000,10_000))[protocol]
-    counts = (min(most[0], n-n//6), min(most[1], n//6), min(most[2], len(test)))
-    rows = np.concatenate([train[:counts[0]], train[n-counts[1]:], test[:counts[2]]])
-    return Images(rows.reshape(len(rows), -1), rows.shape[1:], 'Fashion-MNIST'),counts
+    train, test = (read_idx(Path(folder) / f) for f in _fmnist)
+    for file, a in zip(_fmnist, (train, test)):
+        if a.ndim != 3:
+            raise InputError(
+                Path(folder) / file, "axes", "images, height, width", str(list(a.shape))
+            )
+    n, most = (
+        len(train),
+        dict(small=(10_000, 10_000, 2_000), full=(50_000, 10_000, 10_000))[protocol],
+    )
+    counts = (min(most[0], n - n // 6), min(most[1], n // 6), min(most[2], len(test)))
+    rows = np.concatenate([train[: counts[0]], train[n - counts[1] :], test[: counts[2]]])
+    return Images(rows.reshape(len(rows), -1), rows.shape[1:], "Fashion-MNIST"), counts
 
 # %% ../../nbs/binary_vae/00_data.ipynb #ba23ba87
 def _binarised(folder, protocol, limit):
     "Binarised MNIST, as it is split."
-    file,size = Path(folder)/'binarized_mnist_packed.npz',784
+    file, size = Path(folder) / "binarized_mnist_packed.npz", 784
     parts = _packed(file)
-    for k,a in parts.items():
-        if a.ndim != 2 or a.shape[1] != size//8: raise InputError(file, k, f'[N,{size//8}] packed bytes', str(list(a.shape)))
-    most = dict(small=(10_000,2_000,2_000), full=(50_000,10_000,10_000))[protocol]
-    parts = [np.unpackbits(a[:m], axis=1).astype(bool) for a,m in zip(parts.values(), most)]
-    return Images(np.concatenate(parts), (28,28), 'binarised MNIST'),[*map(len, parts)]
+    for k, a in parts.items():
+        if a.ndim != 2 or a.shape[1] != size // 8:
+            raise InputError(file, k, f"[N,{size // 8}] packed bytes", str(list(a.shape)))
+    most = dict(small=(10_000, 2_000, 2_000), full=(50_000, 10_000, 10_000))[protocol]
+    parts = [np.unpackbits(a[:m], axis=1).astype(bool) for a, m in zip(parts.values(), most)]
+    return Images(np.concatenate(parts), (28, 28), "binarised MNIST"), [*map(len, parts)]
+
 
 def _packed(file):
     "The three arrays of the file."
-    if not file.is_file(): raise InputError(file, 'file', 'binarised MNIST', 'nothing there')
+    if not file.is_file():
+        raise InputError(file, "file", "binarised MNIST", "nothing there")
     try:
-        with np.load(file, allow_pickle=False) as z: return {k: z[k] for k in ('train','valid','test')}
-    except (ValueError,OSError,KeyError,zipfile.BadZipFile,EOFError) as e: raise InputError(file, 'content', 'arrays train, valid and test', str(e).strip("'")) from None
+        with np.load(file, allow_pickle=False) as z:
+            return {k: z[k] for k in ("train", "valid", "test")}
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile, EOFError) as e:
+        raise InputError(
+            file, "content", "arrays train, valid and test", str(e).strip("'")
+        ) from None
 
 # %% ../../nbs/binary_vae/00_data.ipynb #4f6c1891
 def smiles_tokens(
-    text:str, # A SMILES string
-)->list: # Its tokens
+    text: str,  # A SMILES string
+) -> list:  # Its tokens
     "Atoms, bonds and rings of a molecule."
-    return re.findall(r'\[[^\]]+\]|Br|Cl|.', text)
+    return re.findall(r"\[[^\]]+\]|Br|Cl|.", text)
 
 # %% ../../nbs/binary_vae/00_data.ipynb #853d23a9
 def gcode_tokens(
-    text:str, # A line of G-code
-)->list: # Its tokens
+    text: str,  # A line of G-code
+) -> list:  # Its tokens
     "Commands as one token, everything else character by character."
-    return re.findall(r'\b[GMT]\d+(?:\.\d)?|.', text)
+    return re.findall(r"\b[GMT]\d+(?:\.\d)?|.", text)
 
 # %% ../../nbs/binary_vae/00_data.ipynb #0e649e6c
-SPECIAL = ['','<start>','<end>'] # padding is 0
+SPECIAL = ["", "<start>", "<end>"]  # padding is 0
+
 
 def build_vocabulary(
-    lists, # Lists of tokens, those of the training set only
-)->list: # Tokens by number, the three special ones first
+    lists,  # Lists of tokens, those of the training set only
+) -> list:  # Tokens by number, the three special ones first
     "All tokens that occur."
-    return SPECIAL+sorted(set().union(*lists))
+    return SPECIAL + sorted(set().union(*lists))
 
 # %% ../../nbs/binary_vae/00_data.ipynb #7fb0843e
 class Texts:
     "Short texts as rows of tokens, each with an end."
-    kind,binary = 'tokens',False
-    def __init__(self,
-        texts, # Texts
-        vocabulary:list, # From `build_vocabulary`
-        tokenizer, # `smiles_tokens` or `gcode_tokens`
-        length:int=0, # Longest row with its end; 0: the longest there is
-        file:str='texts', # For error messages
+
+    kind, binary = "tokens", False
+
+    def __init__(
+        self,
+        texts,  # Texts
+        vocabulary: list,  # From `build_vocabulary`
+        tokenizer,  # `smiles_tokens` or `gcode_tokens`
+        length: int = 0,  # Longest row with its end; 0: the longest there is
+        file: str = "texts",  # For error messages
     ):
-        self.texts,self.vocabulary,self.tokenizer,self.name = list(texts),list(vocabulary),tokenizer,file
+        self.texts, self.vocabulary, self.tokenizer, self.name = (
+            list(texts),
+            list(vocabulary),
+            tokenizer,
+            file,
+        )
         rows = [tokenizer(t) for t in self.texts]
-        self.lengths = np.array([len(r)+1 for r in rows], np.int64)
+        self.lengths = np.array([len(r) + 1 for r in rows], np.int64)
         self.length = length or int(self.lengths.max(initial=1))
         self.tokens = self._numbers(rows)
-        self.width,self.shape = len(vocabulary),(self.length,)
-    def __len__(self): return len(self.texts)
+        self.width, self.shape = len(vocabulary), (self.length,)
+
+    def __len__(self):
+        return len(self.texts)
 
 # %% ../../nbs/binary_vae/00_data.ipynb #349891c3
 @patch
-def _numbers(self:Texts, rows):
+def _numbers(self: Texts, rows):
     "Tokens as numbers `[N,length]`."
-    number = {t: i for i,t in enumerate(self.vocabulary) if i > 2}
-    for i,row in enumerate(rows):
-        if not row: raise InputError(self.name, f'line {i+1}', 'a text', 'nothing')
-        if len(row) >= self.length: raise InputError(self.name, f'line {i+1}', f'at most {self.length-1} tokens', str(len(row)))
-        if unknown := next((t for t in row if t not in number), None): raise InputError(self.name, f'line {i+1}', 'a token of the vocabulary', repr(unknown))
-    found = np.zeros((len(rows),self.length), np.int64)
-    at = np.arange(self.length) < (self.lengths-1)[:,None]
+    number = {t: i for i, t in enumerate(self.vocabulary) if i > 2}
+    for i, row in enumerate(rows):
+        if not row:
+            raise InputError(self.name, f"line {i + 1}", "a text", "nothing")
+        if len(row) >= self.length:
+            raise InputError(
+                self.name, f"line {i + 1}", f"at most {self.length - 1} tokens", str(len(row))
+            )
+        if unknown := next((t for t in row if t not in number), None):
+            raise InputError(self.name, f"line {i + 1}", "a token of the vocabulary", repr(unknown))
+    found = np.zeros((len(rows), self.length), np.int64)
+    at = np.arange(self.length) < (self.lengths - 1)[:, None]
     found[at] = [number[t] for row in rows for t in row]
-    found[np.arange(len(rows)),self.lengths-1] = SPECIAL.index('<end>')
+    found[np.arange(len(rows)), self.lengths - 1] = SPECIAL.index("<end>")
     return torch.from_numpy(found)
 
 # %% ../../nbs/binary_vae/00_data.ipynb #25cdbc89
 @patch
-def batch(self:Texts,
-    index, # Indices of items
-)->tuple: # Tokens `[B,T]`, mask `[B,T]`, and the tokens again
+def batch(
+    self: Texts,
+    index,  # Indices of items
+) -> tuple:  # Tokens `[B,T]`, mask `[B,T]`, and the tokens again
     "Some texts, as long as the longest of them."
     index = np.asarray(index)
-    x = self.tokens[index,:int(self.lengths[index].max(initial=1))]
-    return x,x != 0,x
+    x = self.tokens[index, : int(self.lengths[index].max(initial=1))]
+    return x, x != 0, x
 
 # %% ../../nbs/binary_vae/00_data.ipynb #adce4e23
 @patch
-def mean(self:Texts,
-    index=None, # Rows; all by default
-)->np.ndarray: # `[width]`
+def mean(
+    self: Texts,
+    index=None,  # Rows; all by default
+) -> np.ndarray:  # `[width]`
     "Relative frequency of each token, padding left out."
     rows = self.tokens if index is None else self.tokens[np.asarray(index)]
     count = np.bincount(rows[rows != 0].numpy(), minlength=self.width)
-    return (count/count.sum()).astype(np.float32)
+    return (count / count.sum()).astype(np.float32)
 
 # %% ../../nbs/binary_vae/00_data.ipynb #71e32f3c
 @patch
-def decode(self:Texts,
-    tokens, # `[n,T]`
-)->list: # Texts
+def decode(
+    self: Texts,
+    tokens,  # `[n,T]`
+) -> list:  # Texts
     "Texts up to their first end; special tokens say nothing."
     rows = np.asarray(tokens)
     stops = np.where((rows == 2).any(1), (rows == 2).argmax(1), rows.shape[1])
-    return [''.join(self.vocabulary[t] for t in row[:stop] if t > 2) for row,stop in zip(rows, stops)]
+    return [
+        "".join(self.vocabulary[t] for t in row[:stop] if t > 2) for row, stop in zip(rows, stops)
+    ]
 
 # %% ../../nbs/binary_vae/00_data.ipynb #9b4a5ebb
-_molecules = dict(train='moses_train_50k.csv.gz', random='moses_test_10k.csv.gz', scaffold='moses_scaffold_5k.csv.gz')
+_molecules = dict(
+    train="moses_train_50k.csv.gz",
+    random="moses_test_10k.csv.gz",
+    scaffold="moses_scaffold_5k.csv.gz",
+)
+
 
 def _smiles(file):
     "The column `smiles` of a file."
-    if not file.is_file(): raise InputError(file, 'file', 'a table of molecules', 'nothing there')
-    try: table = pd.read_csv(file, usecols=lambda c: c == 'smiles', dtype=str, keep_default_na=False)
-    except (OSError,EOFError,ValueError) as e: raise InputError(file, 'content', 'a gzipped CSV table', str(e)) from None
-    if 'smiles' not in table: raise InputError(file, 'columns', 'smiles', 'a table without it')
-    if (empty := np.flatnonzero(table.smiles == '')).size: raise InputError(file, f'line {empty[0]+2}', 'a molecule', 'nothing')
+    if not file.is_file():
+        raise InputError(file, "file", "a table of molecules", "nothing there")
+    try:
+        table = pd.read_csv(file, usecols=lambda c: c == "smiles", dtype=str, keep_default_na=False)
+    except (OSError, EOFError, ValueError) as e:
+        raise InputError(file, "content", "a gzipped CSV table", str(e)) from None
+    if "smiles" not in table:
+        raise InputError(file, "columns", "smiles", "a table without it")
+    if (empty := np.flatnonzero(table.smiles == "")).size:
+        raise InputError(file, f"line {empty[0] + 2}", "a molecule", "nothing")
     return table.smiles.tolist()
 
 # %% ../../nbs/binary_vae/00_data.ipynb #4225290d
 def _molecule_sets(folder, protocol, limit):
     "Molecules: the last tenth of the training file is for validation."
-    parts = {k: _smiles(Path(folder)/f) for k,f in _molecules.items()}
-    most = dict(small=10_000, full=len(parts['train']))[protocol]
-    train = parts['train'][:most]; stop = len(train)-len(train)//10
-    lists = [train[:stop][:limit or None], train[stop:], parts['random'], parts['scaffold']]
-    vocabulary = build_vocabulary(map(smiles_tokens, train)) # of the training file
+    parts = {k: _smiles(Path(folder) / f) for k, f in _molecules.items()}
+    most = dict(small=10_000, full=len(parts["train"]))[protocol]
+    train = parts["train"][:most]
+    stop = len(train) - len(train) // 10
+    lists = [train[:stop][: limit or None], train[stop:], parts["random"], parts["scaffold"]]
+    vocabulary = build_vocabulary(map(smiles_tokens, train))  # of the training file
     tokens = max(len(smiles_tokens(t)) for part in lists for t in part)
-    return Texts(sum(lists, []), vocabulary, smiles_tokens, tokens+1, 'molecules'),[*map(len, lists)]
+    return Texts(sum(lists, []), vocabulary, smiles_tokens, tokens + 1, "molecules"), [
+        *map(len, lists)
+    ]
 
 # %% ../../nbs/binary_vae/00_data.ipynb #dd8910da
-_word = re.compile(r'([A-Z])\s*([-+]?[\d.]+)')
+_word = re.compile(r"([A-Z])\s*([-+]?[\d.]+)")
 
 # %% ../../nbs/binary_vae/00_data.ipynb #110eede4
 def gcode_lines(
-    text:str, # A program
-    longest:int=48, # Longer lines are left out
-    file:str='G-code', # For error messages
-)->list: # Each line once, in the order of its first occurrence
+    text: str,  # A program
+    longest: int = 48,  # Longer lines are left out
+    file: str = "G-code",  # For error messages
+) -> list:  # Each line once, in the order of its first occurrence
     "Lines of a program that move or set something, without comments, numbers and checksums."
     from gcode_ml.gcode.reader import parse_gcode
-    program = parse_gcode(text, file) # refuses what is no G-code
-    ends,kept_as_text = dict(zip(program.comments.line[::-1], program.comments.start[::-1])),set(program.extended.line)
-    lines = [line[:ends.get(k)].upper().split('*')[0] for k,line in enumerate(program.lines) if k not in kept_as_text]
-    spelled = (' '.join(a+b for a,b in _word.findall(line) if a != 'N') for line in lines)
+
+    program = parse_gcode(text, file)  # refuses what is no G-code
+    ends, kept_as_text = (
+        dict(zip(program.comments.line[::-1], program.comments.start[::-1])),
+        set(program.extended.line),
+    )
+    lines = [
+        line[: ends.get(k)].upper().split("*")[0]
+        for k, line in enumerate(program.lines)
+        if k not in kept_as_text
+    ]
+    spelled = (" ".join(a + b for a, b in _word.findall(line) if a != "N") for line in lines)
     return [t for t in dict.fromkeys(spelled) if t and len(gcode_tokens(t)) <= longest]
 
 # %% ../../nbs/binary_vae/00_data.ipynb #a6f40c19
 def _family_lines(file):
     "Lines of a file and its family."
     from gcode_ml.gcode.reader import read_gcode, to_text
-    return gcode_lines(to_text(read_gcode(file)), file=file),re.split('[_.]', file.name)[0]
+
+    return gcode_lines(to_text(read_gcode(file)), file=file), re.split("[_.]", file.name)[0]
+
 
 def _gcode_sets(folder, protocol, limit):
     "Lines of programs; families of programs are kept together, as far as there are three."
-    files = sorted(f for f in Path(folder).iterdir() if f.suffix in ('.gcode','.ngc','.nc'))
-    if not files: raise InputError(folder, 'files', 'programs (.gcode, .ngc, .nc)', 'none')
-    found = [(line,family) for file in files for lines,family in [_family_lines(file)] for line in lines]
-    texts = pd.DataFrame(found, columns=['text','family']).drop_duplicates('text')
+    files = sorted(f for f in Path(folder).iterdir() if f.suffix in (".gcode", ".ngc", ".nc"))
+    if not files:
+        raise InputError(folder, "files", "programs (.gcode, .ngc, .nc)", "none")
+    found = [
+        (line, family)
+        for file in files
+        for lines, family in [_family_lines(file)]
+        for line in lines
+    ]
+    texts = pd.DataFrame(found, columns=["text", "family"]).drop_duplicates("text")
     sizes = texts.family.value_counts()
-    if len(sizes) < 3: raise InputError(folder, 'programs', 'at least three families, which no two sets share', ', '.join(sizes.index))
-    most = dict(small=(20_000,2_000,2_000), full=(10**9,)*3)[protocol]
+    if len(sizes) < 3:
+        raise InputError(
+            folder,
+            "programs",
+            "at least three families, which no two sets share",
+            ", ".join(sizes.index),
+        )
+    most = dict(small=(20_000, 2_000, 2_000), full=(10**9,) * 3)[protocol]
     return _family_sets(texts, sizes, (limit or most[0], *most[1:]))
 
 # %% ../../nbs/binary_vae/00_data.ipynb #dc9ce889
 def _family_sets(texts, sizes, most):
     "Lines of the second largest family are the test, those of the third a further test; a tenth of all others is for validation."
-    rng = np.random.default_rng(0); lines = lambda t: t.text.to_numpy()[rng.permutation(len(t))].tolist()
-    test,other = (lines(texts[texts.family == name])[:most[2]] for name in sizes.index[1:3])
-    rest = lines(texts[~texts.family.isin(sizes.index[1:3])]); stop = len(rest)-min(len(rest)//10, most[1])
-    parts = [rest[:stop][:most[0]], rest[stop:], test, other]
+    rng = np.random.default_rng(0)
+
+    def lines(t):
+        return t.text.to_numpy()[rng.permutation(len(t))].tolist()
+
+    test, other = (lines(texts[texts.family == name])[: most[2]] for name in sizes.index[1:3])
+    rest = lines(texts[~texts.family.isin(sizes.index[1:3])])
+    stop = len(rest) - min(len(rest) // 10, most[1])
+    parts = [rest[:stop][: most[0]], rest[stop:], test, other]
     vocabulary = build_vocabulary(map(gcode_tokens, parts[0]))
     known = set(vocabulary)
-    parts[1:] = [[t for t in p if known.issuperset(gcode_tokens(t))] for p in parts[1:]] # a token never seen has no probability
-    return Texts(sum(parts, []), vocabulary, gcode_tokens, 49, 'G-code lines'),[*map(len, parts)]
+    parts[1:] = [
+        [t for t in p if known.issuperset(gcode_tokens(t))] for p in parts[1:]
+    ]  # a token never seen has no probability
+    return Texts(sum(parts, []), vocabulary, gcode_tokens, 49, "G-code lines"), [*map(len, parts)]
 
 # %% ../../nbs/binary_vae/00_data.ipynb #33190466
 @dataclass
 class DataSets:
     "Items and which of them are for what."
-    items:object # `Images` or `Texts`
-    train:np.ndarray # Indices of the training items
-    valid:np.ndarray # Indices of the validation items
-    test:np.ndarray # Indices of the test items
-    name:str # Name of the set
-    more:dict = field(default_factory=dict) # Further test sets, name -> indices
-    facts:dict = field(default_factory=dict) # Kind, folder, checksum, rows
-    extra:dict = field(default_factory=dict) # What the generator knows: `words`, `bits`, `flip`
+
+    items: object  # `Images` or `Texts`
+    train: np.ndarray  # Indices of the training items
+    valid: np.ndarray  # Indices of the validation items
+    test: np.ndarray  # Indices of the test items
+    name: str  # Name of the set
+    more: dict = field(default_factory=dict)  # Further test sets, name -> indices
+    facts: dict = field(default_factory=dict)  # Kind, folder, checksum, rows
+    extra: dict = field(default_factory=dict)  # What the generator knows: `words`, `bits`, `flip`
 
 # %% ../../nbs/binary_vae/00_data.ipynb #0c027f32
 def _digits(folder, protocol, limit):
     "Digits of scikit-learn, binary at 8 of 16."
     from sklearn.datasets import load_digits
-    return Images(load_digits().data >= 8, (8,8), 'digits'),(1200,300,297)
+
+    return Images(load_digits().data >= 8, (8, 8), "digits"), (1200, 300, 297)
+
 
 def _bars(folder, protocol, limit):
     "Noisy bars, as many as there are digits."
-    n = dict(small=(2_000,500,500), full=(20_000,2_000,2_000))[protocol]
-    return Images(noisy_bars(sum(n))[0], (8,8), 'bars'),n
+    n = dict(small=(2_000, 500, 500), full=(20_000, 2_000, 2_000))[protocol]
+    return Images(noisy_bars(sum(n))[0], (8, 8), "bars"), n
 
 # %% ../../nbs/binary_vae/00_data.ipynb #ec3e4478
-SETS = dict(digits=_digits, bars=_bars, fmnist=_fashion, bmnist=_binarised, smiles=_molecule_sets, gcode=_gcode_sets)
-FOLDERS = dict(fmnist='fmnist', bmnist='bmnist', smiles='molecules', gcode='gcode') # of the sets that need files
+SETS = dict(
+    digits=_digits,
+    bars=_bars,
+    fmnist=_fashion,
+    bmnist=_binarised,
+    smiles=_molecule_sets,
+    gcode=_gcode_sets,
+)
+FOLDERS = dict(
+    fmnist="fmnist", bmnist="bmnist", smiles="molecules", gcode="gcode"
+)  # of the sets that need files
 
 # %% ../../nbs/binary_vae/00_data.ipynb #60c36b92
 def _which(folder):
     "Name of the set that a folder holds."
     folder = Path(folder)
-    if not folder.is_dir(): raise InputError(folder, 'data', f"a folder, or one of {', '.join(SETS)}", 'nothing there', 'the page binary_vae.data describes the files')
+    if not folder.is_dir():
+        raise InputError(
+            folder,
+            "data",
+            f"a folder, or one of {', '.join(SETS)}",
+            "nothing there",
+            "the page binary_vae.data describes the files",
+        )
     files = {f.name for f in folder.iterdir()}
-    if _fmnist[0] in files: return 'fmnist'
-    if 'binarized_mnist_packed.npz' in files: return 'bmnist'
-    if _molecules['train'] in files: return 'smiles'
-    if any(f.endswith(('.gcode','.ngc','.nc')) for f in files): return 'gcode'
-    raise InputError(folder, 'files', f'idx images, {_molecules["train"]}, binarized_mnist_packed.npz or programs', ', '.join(sorted(files)[:3]) or 'none')
+    if _fmnist[0] in files:
+        return "fmnist"
+    if "binarized_mnist_packed.npz" in files:
+        return "bmnist"
+    if _molecules["train"] in files:
+        return "smiles"
+    if any(f.endswith((".gcode", ".ngc", ".nc")) for f in files):
+        return "gcode"
+    raise InputError(
+        folder,
+        "files",
+        f"idx images, {_molecules['train']}, binarized_mnist_packed.npz or programs",
+        ", ".join(sorted(files)[:3]) or "none",
+    )
 
 # %% ../../nbs/binary_vae/00_data.ipynb #97020b8b
 def _place(data, root):
     "Name of a set and its folder, from a name, a folder, or both with a colon."
-    data = str(data) or 'digits'
-    name,colon,folder = data.partition(':')
-    if colon and name in SETS: return name,folder
-    if data not in SETS: return (_which(data),data) if '/' in data or Path(data).is_dir() else (check_choice('parameter', 'data', data, SETS),'')
-    if data in FOLDERS and not root: raise InputError('parameter', 'data', f'the folder of {data}, as {data}:FOLDER', 'a name alone', 'the page binary_vae.data describes the files')
-    return data,str(Path(root)/FOLDERS[data]) if data in FOLDERS else ''
+    data = str(data) or "digits"
+    name, colon, folder = data.partition(":")
+    if colon and name in SETS:
+        return name, folder
+    if data not in SETS:
+        return (
+            (_which(data), data)
+            if "/" in data or Path(data).is_dir()
+            else (check_choice("parameter", "data", data, SETS), "")
+        )
+    if data in FOLDERS and not root:
+        raise InputError(
+            "parameter",
+            "data",
+            f"the folder of {data}, as {data}:FOLDER",
+            "a name alone",
+            "the page binary_vae.data describes the files",
+        )
+    return data, str(Path(root) / FOLDERS[data]) if data in FOLDERS else ""
 
 # %% ../../nbs/binary_vae/00_data.ipynb #75c3269c
-TEXTS = 'smiles','gcode' # Sets of texts
+TEXTS = "smiles", "gcode"  # Sets of texts
+
 
 def data_name(
-    data='', # As in `load_data`
-    root='', # Folder of the folders of real sets, for a name alone
-)->str: # One of `SETS`
+    data="",  # As in `load_data`
+    root="",  # Folder of the folders of real sets, for a name alone
+) -> str:  # One of `SETS`
     "Name of a set, before it is read."
     return _place(data, root)[0]
 
 # %% ../../nbs/binary_vae/00_data.ipynb #3d25de7c
 def load_data(
-    data='', # `digits` (also ''), `bars`, `fmnist`, `bmnist`, `smiles`, `gcode`, a folder, or `NAME:FOLDER`
-    protocol:str='small', # `small` or `full`
-    split:str='position', # `position` (honest), or `shuffled` (leaky)
-    seed:int=0, # Seed of the shuffled split
-    limit:int=0, # Only so many training items; 0: all
-    root='', # Folder of the folders of real sets, for a name alone
-    progress=None, # For instance `tqdm`
-)->DataSets:
+    data="",  # `digits` (also ''), `bars`, `fmnist`, `bmnist`, `smiles`, `gcode`, a folder, or `NAME:FOLDER`
+    protocol: str = "small",  # `small` or `full`
+    split: str = "position",  # `position` (honest), or `shuffled` (leaky)
+    seed: int = 0,  # Seed of the shuffled split
+    limit: int = 0,  # Only so many training items; 0: all
+    root="",  # Folder of the folders of real sets, for a name alone
+    progress=None,  # For instance `tqdm`
+) -> DataSets:
     "Items of one set with their split."
-    check_choice('parameter', 'protocol', protocol, ('small','full')); check_choice('parameter', 'split', split, ('position','shuffled'))
-    name,folder = _place(data, root)
-    items,counts = SETS[name](folder, protocol, limit)
-    stops = np.cumsum(counts); train,valid,test,*more = np.split(np.arange(len(items)), stops[:-1])
-    if split == 'shuffled': train,valid,test = _shuffled(len(train), len(valid), stops[2], seed)
+    check_choice("parameter", "protocol", protocol, ("small", "full"))
+    check_choice("parameter", "split", split, ("position", "shuffled"))
+    name, folder = _place(data, root)
+    items, counts = SETS[name](folder, protocol, limit)
+    stops = np.cumsum(counts)
+    train, valid, test, *more = np.split(np.arange(len(items)), stops[:-1])
+    if split == "shuffled":
+        train, valid, test = _shuffled(len(train), len(valid), stops[2], seed)
     train = _limited(train, limit, len(items) and counts[0])
-    facts = dict(kind='recorded' if folder else 'embedded' if name == 'digits' else 'simulated', set=name, folder=Path(folder).name if folder else '', rows=len(items), split=split, protocol=protocol)
-    if folder: facts['checksum'] = checksum(sorted(f for f in Path(folder).iterdir() if f.is_file()))
-    extra = dict(words=noisy_bars(len(items))[1], bits=8, flip=.05) if name == 'bars' else {}
-    return DataSets(items, train, valid, test, name, dict(zip((dict(smiles='scaffold', gcode='another part').get(name),), more)), facts, extra)
+    facts = dict(
+        kind="recorded" if folder else "embedded" if name == "digits" else "simulated",
+        set=name,
+        folder=Path(folder).name if folder else "",
+        rows=len(items),
+        split=split,
+        protocol=protocol,
+    )
+    if folder:
+        facts["checksum"] = checksum(sorted(f for f in Path(folder).iterdir() if f.is_file()))
+    extra = dict(words=noisy_bars(len(items))[1], bits=8, flip=0.05) if name == "bars" else {}
+    return DataSets(
+        items,
+        train,
+        valid,
+        test,
+        name,
+        dict(zip((dict(smiles="scaffold", gcode="another part").get(name),), more)),
+        facts,
+        extra,
+    )
 
 # %% ../../nbs/binary_vae/00_data.ipynb #151cf1b0
 def _shuffled(train, valid, total, seed):
     "Indices of the leaky split, of the same sizes."
     order = np.random.default_rng(seed).permutation(total)
-    return np.split(order, [train, train+valid])
+    return np.split(order, [train, train + valid])
+
 
 def _limited(train, limit, rows):
     "The first training items."
-    if limit and not 0 < limit <= len(train): raise InputError('parameter', 'subset', f'1 to {len(train)}, or 0 for all', str(limit))
+    if limit and not 0 < limit <= len(train):
+        raise InputError("parameter", "subset", f"1 to {len(train)}, or 0 for all", str(limit))
     return train[:limit] if limit else train
 
 # %% ../../nbs/binary_vae/00_data.ipynb #a3a2ef1b
 def _program(rng, height, lines=60):
     "Text of a small program: a zigzag with rounded numbers."
-    points = np.cumsum(rng.normal(0, 4, (lines,2)), 0)+100
-    return ''.join(['G21\nG90\nM83\nG28\n']+[f'G1 X{x:.2f} Y{y:.2f} E{e:.4f}\n' for (x,y),e in zip(points, rng.uniform(.01, .2, lines))]+[f'G0 Z{height:.1f} F1200\n'])
+    points = np.cumsum(rng.normal(0, 4, (lines, 2)), 0) + 100
+    return "".join(
+        ["G21\nG90\nM83\nG28\n"]
+        + [
+            f"G1 X{x:.2f} Y{y:.2f} E{e:.4f}\n"
+            for (x, y), e in zip(points, rng.uniform(0.01, 0.2, lines))
+        ]
+        + [f"G0 Z{height:.1f} F1200\n"]
+    )
 
 # %% ../../nbs/binary_vae/00_data.ipynb #4c96b326
 def simulate(
-    folder, # Gets a folder for each set
-    rows:int=120, # Images and molecules of each file
-    seed:int=0, # Seed
-)->Path: # The folder
+    folder,  # Gets a folder for each set
+    rows: int = 120,  # Images and molecules of each file
+    seed: int = 0,  # Seed
+) -> Path:  # The folder
     "Small files in the layouts of the four sets that need files."
-    folder,rng = Path(folder),np.random.default_rng(seed)
-    for name in FOLDERS.values(): (folder/name).mkdir(parents=True, exist_ok=True)
-    bars = np.pad(noisy_bars(3*rows, seed=seed)[0].reshape(-1,8,8).repeat(3, 1).repeat(3, 2), ((0,0),(2,2),(2,2)))
-    for file,part in zip(_fmnist, (bars[:2*rows], bars[2*rows:])): (folder/'fmnist'/file).write_bytes(gzip.compress(b'\0\0\x08\3'+np.asarray(part.shape, '>u4').tobytes()+part.tobytes(), mtime=0))
+    folder, rng = Path(folder), np.random.default_rng(seed)
+    for name in FOLDERS.values():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    bars = np.pad(
+        noisy_bars(3 * rows, seed=seed)[0].reshape(-1, 8, 8).repeat(3, 1).repeat(3, 2),
+        ((0, 0), (2, 2), (2, 2)),
+    )
+    for file, part in zip(_fmnist, (bars[: 2 * rows], bars[2 * rows :])):
+        (folder / "fmnist" / file).write_bytes(
+            gzip.compress(
+                b"\0\0\x08\3" + np.asarray(part.shape, ">u4").tobytes() + part.tobytes(), mtime=0
+            )
+        )
     packed = np.split(np.packbits(bars.reshape(len(bars), -1) > 0, axis=1), 3)
-    np.savez_compressed(folder/'bmnist'/'binarized_mnist_packed.npz', train=packed[0], valid=packed[1], test=packed[2])
-    for i,file in enumerate(_molecules.values()): _chains(rng, rows, i).to_csv(folder/'molecules'/file, index=False, compression='gzip')
-    for i,family in enumerate(('cube','ring','plate')): (folder/'gcode'/f'{family}_a.gcode').write_text(_program(rng, i, 60-10*i))
+    np.savez_compressed(
+        folder / "bmnist" / "binarized_mnist_packed.npz",
+        train=packed[0],
+        valid=packed[1],
+        test=packed[2],
+    )
+    for i, file in enumerate(_molecules.values()):
+        _chains(rng, rows, i).to_csv(folder / "molecules" / file, index=False, compression="gzip")
+    for i, family in enumerate(("cube", "ring", "plate")):
+        (folder / "gcode" / f"{family}_a.gcode").write_text(_program(rng, i, 60 - 10 * i))
     return folder
+
 
 def _chains(rng, rows, least):
     "Molecules that are simple chains."
-    return pd.DataFrame(dict(smiles=[''.join(rng.choice(['C','CC','O','N','C(C)','C(=O)','c1ccccc1'], rng.integers(2+least, 7+least))) for _ in range(rows)]))
+    return pd.DataFrame(
+        dict(
+            smiles=[
+                "".join(
+                    rng.choice(
+                        ["C", "CC", "O", "N", "C(C)", "C(=O)", "c1ccccc1"],
+                        rng.integers(2 + least, 7 + least),
+                    )
+                )
+                for _ in range(rows)
+            ]
+        )
+    )
 
 # %% ../../nbs/binary_vae/00_data.ipynb #391cdfe7
 def check(
-    path, # Folder of a set, or the name of one
-    progress=None, # Not needed
-)->list: # One sentence a fault
+    path,  # Folder of a set, or the name of one
+    progress=None,  # Not needed
+) -> list:  # One sentence a fault
     "What is wrong with the data of a set."
-    try: found = load_data(str(path), 'full')
-    except InputError as e: return [str(e)]
-    faults = [f'{path}: {part}: expected at least one item, found none' for part in ('train','valid','test') if not len(getattr(found, part))]
-    if found.items.kind == 'tokens':
+    try:
+        found = load_data(str(path), "full")
+    except InputError as e:
+        return [str(e)]
+    faults = [
+        f"{path}: {part}: expected at least one item, found none"
+        for part in ("train", "valid", "test")
+        if not len(getattr(found, part))
+    ]
+    if found.items.kind == "tokens":
         seen = {found.items.texts[i] for i in found.train}
-        twice = [found.items.texts[i] for part in (found.valid, found.test) for i in part if found.items.texts[i] in seen]
-        if twice: faults.append(f'{path}: test items: expected none that is in training, found {len(twice)}, the first is {twice[0]!r}')
+        twice = [
+            found.items.texts[i]
+            for part in (found.valid, found.test)
+            for i in part
+            if found.items.texts[i] in seen
+        ]
+        if twice:
+            faults.append(
+                f"{path}: test items: expected none that is in training, found {len(twice)}, the first is {twice[0]!r}"
+            )
     return faults

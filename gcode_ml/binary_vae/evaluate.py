@@ -13,482 +13,826 @@ __all__ = ['exact_bounds', 'importance_bound', 'audit_bounds', 'broken_bounds', 
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #302028bc
 import math
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from ..core.errors import InputError
-from ..core.learner import set_seed
-from ..core.metrics import Interval, bootstrap_interval, reliability_table
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
 from .codes import channel_logits, error_law, soft_word_error
 from .models import BlockCode
 from .ngram import WittenBell
+from ..core.errors import InputError
+from ..core.learner import set_seed
+from ..core.metrics import Interval, bootstrap_interval, reliability_table
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #3fa304d2
 @torch.no_grad()
 def exact_bounds(
-    model, # A `BernoulliVAE` of at most 12 information bits
-    items, # `Images` or `Texts`
-    index, # Which of them
-    rows:int=500, # Items at a time
-)->pd.DataFrame: # A row an item: `elbo`, `log_likelihood`, `kl`, in nats
+    model,  # A `BernoulliVAE` of at most 12 information bits
+    items,  # `Images` or `Texts`
+    index,  # Which of them
+    rows: int = 500,  # Items at a time
+) -> pd.DataFrame:  # A row an item: `elbo`, `log_likelihood`, `kl`, in nats
     "Evidence lower bound and log likelihood by going through all words."
-    if not model.enumerable: raise InputError('evaluation', 'exact', 'at most 12 information bits', str(model.code.information_bits), 'take importance bounds')
-    model.eval(); parts,prior = [],model.code.information_bits*math.log(2)
-    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index)/rows))):
-        ll,log_q = model.table(*items.batch(i)[:2]); ll,log_q = ll.double(),log_q.double(); q = log_q.exp()
-        kl = (q*(log_q+prior)).sum(-1)
-        parts.append(torch.stack([(q*ll).sum(-1)-kl, ll.logsumexp(-1)-prior, kl], 1))
-    return pd.DataFrame(torch.cat(parts).numpy(), columns=['elbo','log_likelihood','kl'])
+    if not model.enumerable:
+        raise InputError(
+            "evaluation",
+            "exact",
+            "at most 12 information bits",
+            str(model.code.information_bits),
+            "take importance bounds",
+        )
+    model.eval()
+    parts, prior = [], model.code.information_bits * math.log(2)
+    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / rows))):
+        ll, log_q = model.table(*items.batch(i)[:2])
+        ll, log_q = ll.double(), log_q.double()
+        q = log_q.exp()
+        kl = (q * (log_q + prior)).sum(-1)
+        parts.append(torch.stack([(q * ll).sum(-1) - kl, ll.logsumexp(-1) - prior, kl], 1))
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=["elbo", "log_likelihood", "kl"])
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #12887f4c
 @torch.no_grad()
 def importance_bound(
-    model, # A `BernoulliVAE`
-    x, mask, # A batch
-    samples:int=100, # Words an item
-    seed:int=0, # Seed of the words
-    chunk:int=20, # Words at a time
-)->torch.Tensor: # Nats, `[B]`
+    model,  # A `BernoulliVAE`
+    x,
+    mask,  # A batch
+    samples: int = 100,  # Words an item
+    seed: int = 0,  # Seed of the words
+    chunk: int = 20,  # Words at a time
+) -> torch.Tensor:  # Nats, `[B]`
     "Bound of Burda et al. 2016 with hard words; its expectation grows with the samples and never exceeds the log likelihood."
-    model.eval(); set_seed(seed); code = model.code; total = None
+    model.eval()
+    set_seed(seed)
+    code = model.code
+    total = None
     q = code.log_posterior(model.encode(x, mask))
-    ll_table,log_q = model.table(x, mask) if model.enumerable and model.kind == 'image' else (None,None)
+    ll_table, log_q = (
+        model.table(x, mask) if model.enumerable and model.kind == "image" else (None, None)
+    )
     for start in range(0, samples, chunk):
-        n = min(chunk, samples-start)
-        if ll_table is not None: i = torch.multinomial(log_q.exp(), n, replacement=True); w = (ll_table-log_q).gather(1, i).T
-        else: i = code.draw(q, n); w = model.decoder.log_likelihood(x, mask, code.codebook[i].flatten(-2))-code.log_probability(q, i)
+        n = min(chunk, samples - start)
+        if ll_table is not None:
+            i = torch.multinomial(log_q.exp(), n, replacement=True)
+            w = (ll_table - log_q).gather(1, i).T
+        else:
+            i = code.draw(q, n)
+            w = model.decoder.log_likelihood(
+                x, mask, code.codebook[i].flatten(-2)
+            ) - code.log_probability(q, i)
         part = w.double().logsumexp(0)
         total = part if total is None else torch.logaddexp(total, part)
-    return total-math.log(samples)-code.information_bits*math.log(2)
+    return total - math.log(samples) - code.information_bits * math.log(2)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #9f9d162e
 @torch.no_grad()
 def audit_bounds(
-    model, # A `BernoulliVAE` of at most 12 information bits
-    x, mask, # A batch
-    samples=(1,8,64), # Importance samples
-    seed:int=0, # Seed of what is drawn
-)->pd.DataFrame: # A row a quantity: `value`, `excess` over the log likelihood and its standard error, `step` from the row before and its standard error
+    model,  # A `BernoulliVAE` of at most 12 information bits
+    x,
+    mask,  # A batch
+    samples=(1, 8, 64),  # Importance samples
+    seed: int = 0,  # Seed of what is drawn
+) -> pd.DataFrame:  # A row a quantity: `value`, `excess` over the log likelihood and its standard error, `step` from the row before and its standard error
     "The bounds of one batch, each item's own log likelihood subtracted."
+
     class Batch:
-        def batch(self, i): return x[i],mask[i],x[i]
+        def batch(self, i):
+            return x[i], mask[i], x[i]
+
     exact = exact_bounds(model, Batch(), np.arange(len(x)))
-    columns = {'exact ELBO': exact.elbo, **{f'IWAE {k}': importance_bound(model, x, mask, k, seed+k).numpy() for k in samples}, 'exact log likelihood': exact.log_likelihood}
-    set_seed(seed); model.train(); out = model(x, mask); model.eval()
-    reported = -(out['fit']+out['kl'].sum(-1)).double().numpy()
-    rows,before = [],None
-    for name,v in {**columns, 'reported objective': reported}.items():
-        excess,step = np.asarray(v-exact.log_likelihood),np.asarray(v-before) if before is not None and name != 'reported objective' else np.zeros(len(x)); before = np.asarray(v)
-        error = lambda d: d.std(ddof=1)/math.sqrt(len(d))
-        rows.append(dict(quantity=name, value=v.mean(), excess=excess.mean(), excess_error=error(excess), step=step.mean(), step_error=error(step)))
+    columns = {
+        "exact ELBO": exact.elbo,
+        **{f"IWAE {k}": importance_bound(model, x, mask, k, seed + k).numpy() for k in samples},
+        "exact log likelihood": exact.log_likelihood,
+    }
+    set_seed(seed)
+    model.train()
+    out = model(x, mask)
+    model.eval()
+    reported = -(out["fit"] + out["kl"].sum(-1)).double().numpy()
+    rows, before = [], None
+    for name, v in {**columns, "reported objective": reported}.items():
+        excess, step = (
+            np.asarray(v - exact.log_likelihood),
+            np.asarray(v - before)
+            if before is not None and name != "reported objective"
+            else np.zeros(len(x)),
+        )
+        before = np.asarray(v)
+
+        def error(d):
+            return d.std(ddof=1) / math.sqrt(len(d))
+
+        rows.append(
+            dict(
+                quantity=name,
+                value=v.mean(),
+                excess=excess.mean(),
+                excess_error=error(excess),
+                step=step.mean(),
+                step_error=error(step),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #eb1e3a9d
 def broken_bounds(
-    table:pd.DataFrame, # From `audit_bounds`
-    errors:float=3., # Standard errors that count as chance
-)->list: # One sentence each; empty where all is well
+    table: pd.DataFrame,  # From `audit_bounds`
+    errors: float = 3.0,  # Standard errors that count as chance
+) -> list:  # One sentence each; empty where all is well
     "What is out of order."
-    slack = 1e-3+errors*table[['excess_error','step_error']]
-    high = table[table.excess > slack.excess_error]; down = table[table.step < -slack.step_error]
-    return [f'{r.quantity} at most the exact log likelihood, found {r.excess:.2f} nats above it' for r in high.itertuples()] + \
-           [f'{r.quantity} at least the bound before it, found {-r.step:.2f} nats below' for r in down.itertuples()]
+    slack = 1e-3 + errors * table[["excess_error", "step_error"]]
+    high = table[table.excess > slack.excess_error]
+    down = table[table.step < -slack.step_error]
+    return [
+        f"{r.quantity} at most the exact log likelihood, found {r.excess:.2f} nats above it"
+        for r in high.itertuples()
+    ] + [
+        f"{r.quantity} at least the bound before it, found {-r.step:.2f} nats below"
+        for r in down.itertuples()
+    ]
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #4da78aa2
 @torch.no_grad()
 def image_scores(
-    model, # A `BernoulliVAE` of images
-    items, # `Images`
-    index, # Which of them
-    seed:int=0, # Seed of the samples
-)->dict: # dB: `word`, `own`, and `posterior` where words can be enumerated
+    model,  # A `BernoulliVAE` of images
+    items,  # `Images`
+    index,  # Which of them
+    seed: int = 0,  # Seed of the samples
+) -> dict:  # dB: `word`, `own`, and `posterior` where words can be enumerated
     "Peak signal-to-noise ratio of reconstructions."
-    model.eval(); set_seed(seed); code,sums,n = model.code,{},0
-    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index)/500))):
-        x,mask,_ = items.batch(i); logits = model.encode(x, mask)
-        words = dict(word=code.decode(logits), own=code.words[code.draw(code.log_posterior(logits))[0]].flatten(-2))
-        if model.enumerable: words['posterior'] = _numbered(model.table(x, mask)[0].argmax(-1), code.information_bits)
-        for k,w in words.items(): sums[k] = sums.get(k, 0.)+((model.generate(w)-x)**2).double().sum().item()
+    model.eval()
+    set_seed(seed)
+    code, sums, n = model.code, {}, 0
+    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / 500))):
+        x, mask, _ = items.batch(i)
+        logits = model.encode(x, mask)
+        words = dict(
+            word=code.decode(logits),
+            own=code.words[code.draw(code.log_posterior(logits))[0]].flatten(-2),
+        )
+        if model.enumerable:
+            words["posterior"] = _numbered(
+                model.table(x, mask)[0].argmax(-1), code.information_bits
+            )
+        for k, w in words.items():
+            sums[k] = sums.get(k, 0.0) + ((model.generate(w) - x) ** 2).double().sum().item()
         n += x.numel()
-    return {k: -10*math.log10(max(v/n, 1e-12)) for k,v in sums.items()}
+    return {k: -10 * math.log10(max(v / n, 1e-12)) for k, v in sums.items()}
 
-def _numbered(index, bits): return (index[:,None] >> torch.arange(bits-1, -1, -1) & 1).float()
+
+def _numbered(index, bits):
+    return (index[:, None] >> torch.arange(bits - 1, -1, -1) & 1).float()
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #c68056a6
 @torch.no_grad()
 def raw_scores(
-    model, # A `BernoulliVAE`
-    items, # `Images` or `Texts`
-    index, # Which of them
-)->dict: # Share of raw words that are code words; PSNR, or nats a token, with the raw bits and with the code word they are decoded to
+    model,  # A `BernoulliVAE`
+    items,  # `Images` or `Texts`
+    index,  # Which of them
+) -> dict:  # Share of raw words that are code words; PSNR, or nats a token, with the raw bits and with the code word they are decoded to
     "The decoder with raw bits, and with real code words."
-    model.eval(); same,told,n = [],dict(raw=0., word=0.),0
-    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index)/500))):
-        x,mask,_ = items.batch(i); logits = model.encode(x, mask)
+    model.eval()
+    same, told, n = [], dict(raw=0.0, word=0.0), 0
+    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / 500))):
+        x, mask, _ = items.batch(i)
+        logits = model.encode(x, mask)
         bits = dict(raw=(logits > 0).float(), word=model.code.encode(model.code.decode(logits)))
-        same.append((bits['raw'] == bits['word']).all(-1)); n += x.numel() if model.kind == 'image' else int(mask.sum())
-        for k,c in bits.items(): told[k] += ((model.decoder(c).sigmoid()-x)**2).double().sum().item() if model.kind == 'image' else -model.decoder.log_likelihood(x, mask, c[None]).double().sum().item()
-    share = {'raw words that are code words': torch.cat(same).float().mean().item()}
-    if model.kind == 'tokens': return {**share, 'nats a token, raw bits': told['raw']/n, 'nats a token, code word': told['word']/n}
-    return {**share, 'PSNR raw bits': -10*math.log10(max(told['raw']/n, 1e-12)), 'PSNR code word': -10*math.log10(max(told['word']/n, 1e-12))}
+        same.append((bits["raw"] == bits["word"]).all(-1))
+        n += x.numel() if model.kind == "image" else int(mask.sum())
+        for k, c in bits.items():
+            told[k] += (
+                ((model.decoder(c).sigmoid() - x) ** 2).double().sum().item()
+                if model.kind == "image"
+                else -model.decoder.log_likelihood(x, mask, c[None]).double().sum().item()
+            )
+    share = {"raw words that are code words": torch.cat(same).float().mean().item()}
+    if model.kind == "tokens":
+        return {
+            **share,
+            "nats a token, raw bits": told["raw"] / n,
+            "nats a token, code word": told["word"] / n,
+        }
+    return {
+        **share,
+        "PSNR raw bits": -10 * math.log10(max(told["raw"] / n, 1e-12)),
+        "PSNR code word": -10 * math.log10(max(told["word"] / n, 1e-12)),
+    }
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #ef0a58b1
 @torch.no_grad()
 def loop_scores(
-    model, # A `BernoulliVAE`
-    words:int=4000, # Random words
-    drawn:bool=False, # A draw of the pixels instead of the mean image; texts are always drawn
-    seed:int=0, # Seed of words and pixels
-)->dict: # `wrong` `[n,K]`, `confidence` `[n,K]`, `probability` `[n,K]`, `floor`, `raw`: share of wrong raw code bits
+    model,  # A `BernoulliVAE`
+    words: int = 4000,  # Random words
+    drawn: bool = False,  # A draw of the pixels instead of the mean image; texts are always drawn
+    seed: int = 0,  # Seed of words and pixels
+) -> dict:  # `wrong` `[n,K]`, `confidence` `[n,K]`, `probability` `[n,K]`, `floor`, `raw`: share of wrong raw code bits
     "Send random words through decoder and encoder."
-    model.eval(); set_seed(seed); code = model.code
+    model.eval()
+    set_seed(seed)
+    code = model.code
     m = torch.randint(0, 2, (words, code.information_bits)).float()
-    x = model.generate(m); tokens = model.kind == 'tokens'
-    if drawn and not tokens: x = torch.bernoulli(x)
+    x = model.generate(m)
+    tokens = model.kind == "tokens"
+    if drawn and not tokens:
+        x = torch.bernoulli(x)
     mask = x != 0 if tokens else torch.ones(len(x), 1, dtype=torch.bool)
-    logits = model.encode(x, mask); p = code.bit_probability(code.log_posterior(logits))
-    found,floor = code.decode(logits),np.nan
-    if model.enumerable and not tokens: floor = (_numbered(model.table(x, mask)[0].argmax(-1), code.information_bits) != m).float().mean().item()
-    return dict(wrong=(found != m).numpy(), confidence=torch.maximum(p, 1-p).numpy(), correct=((p > .5).float() == m).numpy(), probability=p.numpy(), floor=floor,
-                raw=((logits > 0).float() != code.encode(m)).float().mean().item(), brier=((p-m)**2).mean().item())
+    logits = model.encode(x, mask)
+    p = code.bit_probability(code.log_posterior(logits))
+    found, floor = code.decode(logits), np.nan
+    if model.enumerable and not tokens:
+        floor = (
+            (_numbered(model.table(x, mask)[0].argmax(-1), code.information_bits) != m)
+            .float()
+            .mean()
+            .item()
+        )
+    return dict(
+        wrong=(found != m).numpy(),
+        confidence=torch.maximum(p, 1 - p).numpy(),
+        correct=((p > 0.5).float() == m).numpy(),
+        probability=p.numpy(),
+        floor=floor,
+        raw=((logits > 0).float() != code.encode(m)).float().mean().item(),
+        brier=((p - m) ** 2).mean().item(),
+    )
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #90f116a4
 def loop_table(
-    loop:dict, # From `loop_scores`
-)->pd.DataFrame: # `measure`, `value`, `low`, `high`
+    loop: dict,  # From `loop_scores`
+) -> pd.DataFrame:  # `measure`, `value`, `low`, `high`
     "Error rates with intervals, calibration and entropy of the loop."
-    wrong,p = loop['wrong'],loop['probability'].astype(float).clip(1e-12, 1-1e-12)
+    wrong, p = loop["wrong"], loop["probability"].astype(float).clip(1e-12, 1 - 1e-12)
     ber = bootstrap_interval(wrong.mean(1), resamples=200)
     wer = wilson(wrong.any(1).sum(), len(wrong))
-    half = 2*(loop['confidence'].ravel()-.5) # ten bins on [.5,1] are ten bins of this on [0,1]
-    table = reliability_table(half, loop['correct'].ravel(), 10).dropna()
-    ece = float((((table.confidence/2+.5)-table.accuracy).abs()*table['count']).sum()/table['count'].sum())
-    entropy = float((-p*np.log2(p)-(1-p)*np.log2(1-p)).mean())
-    rows = [('loop BER',*ber),('loop WER',*wer),('loop BER, floor',loop['floor'],np.nan,np.nan),('raw code bit errors',loop['raw'],np.nan,np.nan),('ECE',ece,np.nan,np.nan),('Brier score',loop['brier'],np.nan,np.nan),('bit entropy',entropy,np.nan,np.nan)]
-    return pd.DataFrame(rows, columns=['measure','value','low','high'])
+    half = 2 * (
+        loop["confidence"].ravel() - 0.5
+    )  # ten bins on [.5,1] are ten bins of this on [0,1]
+    table = reliability_table(half, loop["correct"].ravel(), 10).dropna()
+    ece = float(
+        (((table.confidence / 2 + 0.5) - table.accuracy).abs() * table["count"]).sum()
+        / table["count"].sum()
+    )
+    entropy = float((-p * np.log2(p) - (1 - p) * np.log2(1 - p)).mean())
+    rows = [
+        ("loop BER", *ber),
+        ("loop WER", *wer),
+        ("loop BER, floor", loop["floor"], np.nan, np.nan),
+        ("raw code bit errors", loop["raw"], np.nan, np.nan),
+        ("ECE", ece, np.nan, np.nan),
+        ("Brier score", loop["brier"], np.nan, np.nan),
+        ("bit entropy", entropy, np.nan, np.nan),
+    ]
+    return pd.DataFrame(rows, columns=["measure", "value", "low", "high"])
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #9f00e056
 def wilson(
-    hits:int, # How often
-    n:int, # Of how many
-    z:float=1.96, # Normal quantile
-)->Interval: # Share and its bounds
+    hits: int,  # How often
+    n: int,  # Of how many
+    z: float = 1.96,  # Normal quantile
+) -> Interval:  # Share and its bounds
     "Interval of Wilson 1927 for a share."
-    share = hits/n; middle,half = (share+z*z/2/n)/(1+z*z/n),z*math.sqrt(share*(1-share)/n+z*z/4/n/n)/(1+z*z/n)
-    return Interval(share, middle-half, middle+half)
+    share = hits / n
+    middle, half = (
+        (share + z * z / 2 / n) / (1 + z * z / n),
+        z * math.sqrt(share * (1 - share) / n + z * z / 4 / n / n) / (1 + z * z / n),
+    )
+    return Interval(share, middle - half, middle + half)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #7c090e4c
 @torch.no_grad()
 def latent_use(
-    model, # A `BernoulliVAE`
-    items, # `Images` or `Texts`
-    index, # Which of them
-)->dict: # `KL` and `mutual information` in nats, `words used`, `active bits`, `KL per bit` in bits
+    model,  # A `BernoulliVAE`
+    items,  # `Images` or `Texts`
+    index,  # Which of them
+) -> (
+    dict
+):  # `KL` and `mutual information` in nats, `words used`, `active bits`, `KL per bit` in bits
     "What the words carry."
-    model.eval(); code,kl,p,words = model.code,[],[],[]
+    model.eval()
+    code, kl, p, words = model.code, [], [], []
     joint = torch.zeros(2**code.information_bits, dtype=torch.float64) if model.enumerable else None
-    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index)/500))):
-        logits = model.encode(*items.batch(i)[:2]); q = code.log_posterior(logits)
-        kl.append(code.kl(q).sum(-1)); p.append(code.bit_probability(q)); words.append(code.decode(logits))
-        if joint is not None: joint += code.joint_log_posterior(logits).double().exp().sum(0)
-    kl,p,words = map(torch.cat, (kl, p, words)); found = {'KL': kl.mean().item(), 'KL per bit': kl.mean().item()/math.log(2)/code.information_bits}
-    if joint is not None: marginal = joint/joint.sum(); found['mutual information'] = found['KL']-(torch.xlogy(marginal, marginal).sum().item()+code.information_bits*math.log(2))
-    return {**found, 'words used': len(words.unique(dim=0)), 'active bits': int((p.var(0) > .01).sum())}
+    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / 500))):
+        logits = model.encode(*items.batch(i)[:2])
+        q = code.log_posterior(logits)
+        kl.append(code.kl(q).sum(-1))
+        p.append(code.bit_probability(q))
+        words.append(code.decode(logits))
+        if joint is not None:
+            joint += code.joint_log_posterior(logits).double().exp().sum(0)
+    kl, p, words = map(torch.cat, (kl, p, words))
+    found = {
+        "KL": kl.mean().item(),
+        "KL per bit": kl.mean().item() / math.log(2) / code.information_bits,
+    }
+    if joint is not None:
+        marginal = joint / joint.sum()
+        found["mutual information"] = found["KL"] - (
+            torch.xlogy(marginal, marginal).sum().item() + code.information_bits * math.log(2)
+        )
+    return {
+        **found,
+        "words used": len(words.unique(dim=0)),
+        "active bits": int((p.var(0) > 0.01).sum()),
+    }
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #ca930710
 def score_model(
-    model, # A `BernoulliVAE`
-    items, # `Images` or `Texts`
-    index, # Which of them
-    split:str='test', # Name of the set in the table
-    name:str='model', # Name of the model in the table
-    samples:int=100, # Importance samples where words cannot be enumerated
-    seed:int=0, # Seed of what is drawn
-)->pd.DataFrame: # `measure`, `name`, `split`, `value`, `low`, `high`
+    model,  # A `BernoulliVAE`
+    items,  # `Images` or `Texts`
+    index,  # Which of them
+    split: str = "test",  # Name of the set in the table
+    name: str = "model",  # Name of the model in the table
+    samples: int = 100,  # Importance samples where words cannot be enumerated
+    seed: int = 0,  # Seed of what is drawn
+) -> pd.DataFrame:  # `measure`, `name`, `split`, `value`, `low`, `high`
     "Every measure of one model on one set; nats are per item, of texts also per token."
     rows = []
-    def add(measure, value, low=np.nan, high=np.nan): rows.append(dict(measure=measure, name=name, split=split, value=value, low=low, high=high))
+
+    def add(measure, value, low=np.nan, high=np.nan):
+        rows.append(dict(measure=measure, name=name, split=split, value=value, low=low, high=high))
+
     items_ = items.lengths[np.asarray(index)]
-    if model.enumerable and model.kind == 'image':
+    if model.enumerable and model.kind == "image":
         exact = exact_bounds(model, items, index)
-        add('-ELBO, exact', *bootstrap_interval(-exact.elbo, resamples=200)); add('NLL, exact', *bootstrap_interval(-exact.log_likelihood, resamples=200))
-        add('gap', (exact.log_likelihood-exact.elbo).mean())
+        add("-ELBO, exact", *bootstrap_interval(-exact.elbo, resamples=200))
+        add("NLL, exact", *bootstrap_interval(-exact.log_likelihood, resamples=200))
+        add("gap", (exact.log_likelihood - exact.elbo).mean())
     else:
         for k in dict.fromkeys((1, samples)):
-            bound = torch.cat([importance_bound(model, *items.batch(i)[:2], k, seed) for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index)/250)))]).numpy()
-            add('-ELBO, one sample' if k == 1 else f'NLL, IWAE {k}', *bootstrap_interval(-bound, resamples=200))
-            if model.kind == 'tokens': add('nats a token' if model.blind else 'nats a token, ELBO' if k == 1 else f'nats a token, IWAE {k}', -bound.sum()/items_.sum())
-    for k,v in latent_use(model, items, index).items(): add(k, v)
-    if model.kind == 'image':
-        for k,v in image_scores(model, items, index, seed).items(): add(f'PSNR {k}', v)
-        for tag,drawn in (('',False),(' of drawn pixels',True)):
+            bound = torch.cat(
+                [
+                    importance_bound(model, *items.batch(i)[:2], k, seed)
+                    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / 250)))
+                ]
+            ).numpy()
+            add(
+                "-ELBO, one sample" if k == 1 else f"NLL, IWAE {k}",
+                *bootstrap_interval(-bound, resamples=200),
+            )
+            if model.kind == "tokens":
+                add(
+                    "nats a token"
+                    if model.blind
+                    else "nats a token, ELBO"
+                    if k == 1
+                    else f"nats a token, IWAE {k}",
+                    -bound.sum() / items_.sum(),
+                )
+    for k, v in latent_use(model, items, index).items():
+        add(k, v)
+    if model.kind == "image":
+        for k, v in image_scores(model, items, index, seed).items():
+            add(f"PSNR {k}", v)
+        for tag, drawn in (("", False), (" of drawn pixels", True)):
             for r in loop_table(loop_scores(model, drawn=drawn, seed=seed)).itertuples():
-                if not drawn or r.measure in ('loop BER','loop WER','ECE'): add(r.measure+tag, r.value, r.low, r.high)
+                if not drawn or r.measure in ("loop BER", "loop WER", "ECE"):
+                    add(r.measure + tag, r.value, r.low, r.high)
     elif not model.blind:
-        for r in loop_table(loop_scores(model, 1000, seed=seed)).itertuples(): add(r.measure, r.value, r.low, r.high)
+        for r in loop_table(loop_scores(model, 1000, seed=seed)).itertuples():
+            add(r.measure, r.value, r.low, r.high)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #4c719e84
 def over_seeds(
-    tables:list, # Of `score_model`, one a seed
-)->pd.DataFrame: # The same columns
+    tables: list,  # Of `score_model`, one a seed
+) -> pd.DataFrame:  # The same columns
     "Mean over seeds, with a 95 % interval if there are several."
-    if len(tables) == 1: return tables[0]
+    if len(tables) == 1:
+        return tables[0]
     from scipy.stats import t
-    keys = ['measure','name','split']; values = pd.concat(tables).groupby(keys, sort=False).value
-    half = values.std()/np.sqrt(values.count())*t.ppf(.975, values.count()-1)
-    return pd.DataFrame(dict(value=values.mean(), low=values.mean()-half, high=values.mean()+half)).reset_index()
+
+    keys = ["measure", "name", "split"]
+    values = pd.concat(tables).groupby(keys, sort=False).value
+    half = values.std() / np.sqrt(values.count()) * t.ppf(0.975, values.count() - 1)
+    return pd.DataFrame(
+        dict(value=values.mean(), low=values.mean() - half, high=values.mean() + half)
+    ).reset_index()
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #516d45ac
 def mixture_means(
-    x:np.ndarray, # Training pixels `[N,D]`
-    components:int=256, # Components of equal weight
-    steps:int=30, # Steps of expectation maximisation
-    smoothing:float=1., # Items with the mean image that are added to each component
-    seed:int=0, # Seed of the start by k-means
-)->tuple: # Means `[C,D]` of the mixture, and centres `[C,D]` of k-means
+    x: np.ndarray,  # Training pixels `[N,D]`
+    components: int = 256,  # Components of equal weight
+    steps: int = 30,  # Steps of expectation maximisation
+    smoothing: float = 1.0,  # Items with the mean image that are added to each component
+    seed: int = 0,  # Seed of the start by k-means
+) -> tuple:  # Means `[C,D]` of the mixture, and centres `[C,D]` of k-means
     "Bernoulli mixture with free means."
     from sklearn.cluster import KMeans
-    centres = KMeans(min(components, len(x)), n_init=1, max_iter=20, random_state=seed).fit(x).cluster_centers_
-    t,means = torch.as_tensor(x, dtype=torch.float32),torch.as_tensor(centres, dtype=torch.float32).clamp(.01, .99); mean = t.mean(0).clamp(.002, .998)
+
+    centres = (
+        KMeans(min(components, len(x)), n_init=1, max_iter=20, random_state=seed)
+        .fit(x)
+        .cluster_centers_
+    )
+    t, means = (
+        torch.as_tensor(x, dtype=torch.float32),
+        torch.as_tensor(centres, dtype=torch.float32).clamp(0.01, 0.99),
+    )
+    mean = t.mean(0).clamp(0.002, 0.998)
     for _ in range(steps):
-        o = means.logit(); r = (t@o.T+torch.log1p(-means).sum(-1)).softmax(-1)
-        means = (r.T@t+smoothing*mean)/(r.sum(0)[:,None]+smoothing)
-    return means.numpy(),centres
+        o = means.logit()
+        r = (t @ o.T + torch.log1p(-means).sum(-1)).softmax(-1)
+        means = (r.T @ t + smoothing * mean) / (r.sum(0)[:, None] + smoothing)
+    return means.numpy(), centres
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #29e91cd4
 def baseline_scores(
-    train:np.ndarray, # Training pixels `[N,D]`
-    test:np.ndarray, # Test pixels `[M,D]`
-    bits:int=8, # Information bits of the model beside it
-    split:str='test', # Name of the set
-    seed:int=0, # Seed of k-means
-)->pd.DataFrame: # As `score_model`
+    train: np.ndarray,  # Training pixels `[N,D]`
+    test: np.ndarray,  # Test pixels `[M,D]`
+    bits: int = 8,  # Information bits of the model beside it
+    split: str = "test",  # Name of the set
+    seed: int = 0,  # Seed of k-means
+) -> pd.DataFrame:  # As `score_model`
     "Mean image, k-means and a Bernoulli mixture with as many components as there are words."
-    t,rows = torch.as_tensor(test, dtype=torch.float32),[]
-    psnr = lambda picture: -10*math.log10(max(float(((picture-t)**2).double().mean()), 1e-12))
+    t, rows = torch.as_tensor(test, dtype=torch.float32), []
+
+    def psnr(picture):
+        return -10 * math.log10(max(float(((picture - t) ** 2).double().mean()), 1e-12))
+
     def add(name, ll, picture):
-        if ll is not None: rows.append(dict(measure='NLL, exact', name=name, split=split, **dict(zip(('value','low','high'), bootstrap_interval(-ll.numpy(), resamples=200)))))
-        rows.append(dict(measure='PSNR word', name=name, split=split, value=psnr(picture)))
-    table = lambda means: t@means.logit().T+torch.log1p(-means).sum(-1)
+        if ll is not None:
+            rows.append(
+                dict(
+                    measure="NLL, exact",
+                    name=name,
+                    split=split,
+                    **dict(
+                        zip(
+                            ("value", "low", "high"), bootstrap_interval(-ll.numpy(), resamples=200)
+                        )
+                    ),
+                )
+            )
+        rows.append(dict(measure="PSNR word", name=name, split=split, value=psnr(picture)))
+
+    def table(means):
+        return t @ means.logit().T + torch.log1p(-means).sum(-1)
+
     mean = torch.as_tensor(train, dtype=torch.float32).mean(0, keepdim=True)
-    add('mean image', table(mean.clamp(.002, .998))[:,0], mean)
-    means,centres = map(torch.as_tensor, mixture_means(train, 2**bits, seed=seed)); centres = centres.float()
-    add(f'k-means {len(centres)}', None, centres[torch.cdist(t, centres).argmin(-1)])
-    ll = table(means); add(f'Bernoulli mixture {len(means)}', ll.logsumexp(-1)-math.log(len(means)), means[ll.argmax(-1)])
+    add("mean image", table(mean.clamp(0.002, 0.998))[:, 0], mean)
+    means, centres = map(torch.as_tensor, mixture_means(train, 2**bits, seed=seed))
+    centres = centres.float()
+    add(f"k-means {len(centres)}", None, centres[torch.cdist(t, centres).argmin(-1)])
+    ll = table(means)
+    add(
+        f"Bernoulli mixture {len(means)}",
+        ll.logsumexp(-1) - math.log(len(means)),
+        means[ll.argmax(-1)],
+    )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #3a6e860a
 def ngram_scores(
-    sets, # `DataSets` of texts
-    contexts=(2,4,6), # Tokens before, one row each and set
-)->pd.DataFrame: # As `score_model`
+    sets,  # `DataSets` of texts
+    contexts=(2, 4, 6),  # Tokens before, one row each and set
+) -> pd.DataFrame:  # As `score_model`
     "Nats a token of n-grams."
-    items,rows = sets.items,[]
+    items, rows = sets.items, []
     for c in contexts:
         ngram = WittenBell(items.tokens[sets.train], items.width, c)
-        rows += [dict(measure='nats a token', name=f'n-gram, {c} before', split=split, value=ngram.nats_a_token(items.tokens[i])) for split,i in dict(valid=sets.valid, test=sets.test, **sets.more).items()]
+        rows += [
+            dict(
+                measure="nats a token",
+                name=f"n-gram, {c} before",
+                split=split,
+                value=ngram.nats_a_token(items.tokens[i]),
+            )
+            for split, i in dict(valid=sets.valid, test=sets.test, **sets.more).items()
+        ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #00795375
 def best_ngram(
-    sets, # `DataSets` of texts
-    contexts=(2,4,6), # Tokens before
-)->tuple: # Its name, and the `WittenBell`
+    sets,  # `DataSets` of texts
+    contexts=(2, 4, 6),  # Tokens before
+) -> tuple:  # Its name, and the `WittenBell`
     "The n-gram that is best on the validation texts."
-    items = sets.items; models = {c: WittenBell(items.tokens[sets.train], items.width, c) for c in contexts}
+    items = sets.items
+    models = {c: WittenBell(items.tokens[sets.train], items.width, c) for c in contexts}
     best = min(models, key=lambda c: models[c].nats_a_token(items.tokens[sets.valid]))
-    return f'n-gram, {best} before',models[best]
+    return f"n-gram, {best} before", models[best]
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #5a48ab26
 @torch.no_grad()
 def word_use(
-    model, # A `BernoulliVAE` of texts
-    items, # `Texts`
-    index, # Which of them
-    seed:int=0, # Seed of words and of their exchange
-)->dict: # Nats a text: how much worse a text fits with the word of another one, and with a word drawn at random
+    model,  # A `BernoulliVAE` of texts
+    items,  # `Texts`
+    index,  # Which of them
+    seed: int = 0,  # Seed of words and of their exchange
+) -> dict:  # Nats a text: how much worse a text fits with the word of another one, and with a word drawn at random
     "What the decoder loses when it is told a wrong word."
-    model.eval(); set_seed(seed); code,fits = model.code,[]
-    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index)/250))):
-        x,mask,_ = items.batch(i)
+    model.eval()
+    set_seed(seed)
+    code, fits = model.code, []
+    for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / 250))):
+        x, mask, _ = items.batch(i)
         own = code.codebook[code.draw(code.log_posterior(model.encode(x, mask)))[0]].flatten(-2)
-        codes = torch.stack([own, own.roll(1, 0), code.encode(torch.randint(0, 2, (len(x), code.information_bits)).float())])
+        codes = torch.stack(
+            [
+                own,
+                own.roll(1, 0),
+                code.encode(torch.randint(0, 2, (len(x), code.information_bits)).float()),
+            ]
+        )
         fits.append(model.decoder.log_likelihood(x, mask, codes))
-    own,other,random = torch.cat(fits, 1).double().mean(1).tolist()
-    return {'loss with another text\'s word': own-other, 'loss with a random word': own-random}
+    own, other, random = torch.cat(fits, 1).double().mean(1).tolist()
+    return {"loss with another text's word": own - other, "loss with a random word": own - random}
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #643cb472
 def channel_experiment(
-    generators:dict, # Name -> generator of one block
-    channel:str='bsc', # `bsc` or `awgn`
-    rates=(.01,.02,.055,.1), # Probability that a hard decision on a bit is wrong
-    words:int=20_000, # Words a rate
-    seed:int=0, # Seed of words and noise
-)->pd.DataFrame: # `code`, `k`, `n`, `p`, `BER`, `WER`, `law`, `kind`, `z`; also `BER law` and `BER z` over `bsc`
+    generators: dict,  # Name -> generator of one block
+    channel: str = "bsc",  # `bsc` or `awgn`
+    rates=(0.01, 0.02, 0.055, 0.1),  # Probability that a hard decision on a bit is wrong
+    words: int = 20_000,  # Words a rate
+    seed: int = 0,  # Seed of words and noise
+) -> (
+    pd.DataFrame
+):  # `code`, `k`, `n`, `p`, `BER`, `WER`, `law`, `kind`, `z`; also `BER law` and `BER z` over `bsc`
     "Error rates of codes with soft decoding, beside their laws."
     rows = []
-    for name,g in generators.items():
-        code = BlockCode(g); random = torch.Generator().manual_seed(seed); law = error_law(g) if channel == 'bsc' else None
+    for name, g in generators.items():
+        code = BlockCode(g)
+        random = torch.Generator().manual_seed(seed)
+        law = error_law(g) if channel == "bsc" else None
         torch.manual_seed(seed)
         for p in rates:
             m = torch.randint(0, 2, (words, code.k), generator=random).float()
             logits = channel_logits(code.encode(m), channel, p, random)
-            wrong = torch.cat([code.decode(l, generator=random) != w for l,w in zip(logits.split(2000), m.split(2000))]).numpy()
-            true,kind = (float(law.word_error(p)),'exact') if law else (float(soft_word_error(g, p)[0][0]),soft_word_error(g, p)[1])
-            row = dict(code=name, k=code.k, n=code.n, channel=channel, p=p, BER=wrong.mean(), WER=wrong.any(1).mean(), law=true, kind=kind)
-            row['z'] = (row['WER']-true)/math.sqrt(max(true*(1-true), 1e-12)/words)
-            if law: row |= {'BER law': float(law.bit_error(p)), 'BER z': (row['BER']-float(law.bit_error(p)))/max(wrong.mean(1).std()/math.sqrt(words), 1/words)}
+            wrong = torch.cat(
+                [
+                    code.decode(l, generator=random) != w
+                    for l, w in zip(logits.split(2000), m.split(2000))
+                ]
+            ).numpy()
+            true, kind = (
+                (float(law.word_error(p)), "exact")
+                if law
+                else (float(soft_word_error(g, p)[0][0]), soft_word_error(g, p)[1])
+            )
+            row = dict(
+                code=name,
+                k=code.k,
+                n=code.n,
+                channel=channel,
+                p=p,
+                BER=wrong.mean(),
+                WER=wrong.any(1).mean(),
+                law=true,
+                kind=kind,
+            )
+            row["z"] = (row["WER"] - true) / math.sqrt(max(true * (1 - true), 1e-12) / words)
+            if law:
+                row |= {
+                    "BER law": float(law.bit_error(p)),
+                    "BER z": (row["BER"] - float(law.bit_error(p)))
+                    / max(wrong.mean(1).std() / math.sqrt(words), 1 / words),
+                }
             rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #78262b8d
 @torch.no_grad()
 def channel_pictures(
-    model, # A `BernoulliVAE` of images
-    items, # `Images`
-    index, # Which of them
-    rates=(0.,.02,.055,.1,.2), # Probability that a hard decision on a bit is wrong
-    channel:str='bsc', # `bsc` or `awgn`
-    seed:int=0, # Seed of the noise
-)->pd.DataFrame: # `p`, `PSNR` against the images, `BER` and `WER` of the words
+    model,  # A `BernoulliVAE` of images
+    items,  # `Images`
+    index,  # Which of them
+    rates=(0.0, 0.02, 0.055, 0.1, 0.2),  # Probability that a hard decision on a bit is wrong
+    channel: str = "bsc",  # `bsc` or `awgn`
+    seed: int = 0,  # Seed of the noise
+) -> pd.DataFrame:  # `p`, `PSNR` against the images, `BER` and `WER` of the words
     "Images through encoder, code, channel, decoding and decoder."
-    model.eval(); random = torch.Generator().manual_seed(seed); torch.manual_seed(seed)
-    x,mask,_ = items.batch(index); words,rows = model.infer(x, mask),[]
+    model.eval()
+    random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    x, mask, _ = items.batch(index)
+    words, rows = model.infer(x, mask), []
     for p in rates:
-        found = model.code.decode(channel_logits(model.code.encode(words), channel, p, random), generator=random) if p else words
-        rows.append(dict(p=p, PSNR=-10*math.log10(((model.generate(found)-x)**2).mean().item()), BER=(found != words).float().mean().item(), WER=(found != words).any(1).float().mean().item()))
+        found = (
+            model.code.decode(
+                channel_logits(model.code.encode(words), channel, p, random), generator=random
+            )
+            if p
+            else words
+        )
+        rows.append(
+            dict(
+                p=p,
+                PSNR=-10 * math.log10(((model.generate(found) - x) ** 2).mean().item()),
+                BER=(found != words).float().mean().item(),
+                WER=(found != words).any(1).float().mean().item(),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #7f26dc34
 @torch.no_grad()
 def channel_texts(
-    model, # A `BernoulliVAE` of texts
-    items, # `Texts`
-    index, # Which of them
-    rates=(0.,.02,.055,.1,.2), # Probability that a hard decision on a bit is wrong
-    channel:str='bsc', # `bsc` or `awgn`
-    seed:int=0, # Seed of the noise
-)->pd.DataFrame: # `p`, `nats a token` of the texts behind the received words, `BER` and `WER` of the words
+    model,  # A `BernoulliVAE` of texts
+    items,  # `Texts`
+    index,  # Which of them
+    rates=(0.0, 0.02, 0.055, 0.1, 0.2),  # Probability that a hard decision on a bit is wrong
+    channel: str = "bsc",  # `bsc` or `awgn`
+    seed: int = 0,  # Seed of the noise
+) -> (
+    pd.DataFrame
+):  # `p`, `nats a token` of the texts behind the received words, `BER` and `WER` of the words
     "Texts whose words went through code, channel and decoding."
-    model.eval(); random = torch.Generator().manual_seed(seed); torch.manual_seed(seed)
-    x,mask,_ = items.batch(index); words,rows = model.infer(x, mask),[]
+    model.eval()
+    random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    x, mask, _ = items.batch(index)
+    words, rows = model.infer(x, mask), []
     for p in rates:
-        found = model.code.decode(channel_logits(model.code.encode(words), channel, p, random), generator=random) if p else words
-        nats = -model.decoder.log_likelihood(x, mask, model.code.encode(found)[None]).sum()/mask.sum()
-        rows.append({'p': p, 'nats a token': nats.item(), 'BER': (found != words).float().mean().item(), 'WER': (found != words).any(1).float().mean().item()})
+        found = (
+            model.code.decode(
+                channel_logits(model.code.encode(words), channel, p, random), generator=random
+            )
+            if p
+            else words
+        )
+        nats = (
+            -model.decoder.log_likelihood(x, mask, model.code.encode(found)[None]).sum()
+            / mask.sum()
+        )
+        rows.append(
+            {
+                "p": p,
+                "nats a token": nats.item(),
+                "BER": (found != words).float().mean().item(),
+                "WER": (found != words).any(1).float().mean().item(),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #eb123db1
 def paired_difference(
-    a, # Values of one model `[seeds,N]`
-    b, # Values of another one, the same seeds and items
-    resamples:int=1000, # Draws
-    seed:int=0, # Seed of the draws
-)->Interval: # Mean of `a-b` and its bounds
+    a,  # Values of one model `[seeds,N]`
+    b,  # Values of another one, the same seeds and items
+    resamples: int = 1000,  # Draws
+    seed: int = 0,  # Seed of the draws
+) -> Interval:  # Mean of `a-b` and its bounds
     "Difference of two models with an interval over seeds and items."
-    d = np.asarray(a, float)-np.asarray(b, float); rng = np.random.default_rng(seed); s,n = d.shape
-    draws = [d[rng.integers(s, size=s)].mean(0)@rng.multinomial(n, np.full(n, 1/n))/n for _ in range(resamples)]
-    return Interval(float(d.mean()), *map(float, np.quantile(draws, (.025,.975))))
+    d = np.asarray(a, float) - np.asarray(b, float)
+    rng = np.random.default_rng(seed)
+    s, n = d.shape
+    draws = [
+        d[rng.integers(s, size=s)].mean(0) @ rng.multinomial(n, np.full(n, 1 / n)) / n
+        for _ in range(resamples)
+    ]
+    return Interval(float(d.mean()), *map(float, np.quantile(draws, (0.025, 0.975))))
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #dc10c5da
 def mlp_parameters(
-    width:int, hidden:int, depth:int, latent:int, # Sizes of a `BernoulliVAE` of images
-)->int: # Weights and biases of encoder and decoder
+    width: int,
+    hidden: int,
+    depth: int,
+    latent: int,  # Sizes of a `BernoulliVAE` of images
+) -> int:  # Weights and biases of encoder and decoder
     "Number of parameters of a model with multilayer perceptrons."
-    path = [width]+[hidden]*depth+[latent]
-    return sum(2*i*o+i+o for i,o in zip(path, path[1:]))
+    path = [width] + [hidden] * depth + [latent]
+    return sum(2 * i * o + i + o for i, o in zip(path, path[1:]))
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #e66d1fe2
 def control_arms(
-    generator, # One block of the code, `[k,n]`
-    blocks:int, # How many
-    width:int, hidden:int, depth:int, # Sizes of the coded model
-    parameters=None, # Function of hidden size and latent size that counts the parameters; that of multilayer perceptrons by default
-)->dict: # Name -> what differs from the coded model: `latent`, `scale`, `hidden`, `code`
+    generator,  # One block of the code, `[k,n]`
+    blocks: int,  # How many
+    width: int,
+    hidden: int,
+    depth: int,  # Sizes of the coded model
+    parameters=None,  # Function of hidden size and latent size that counts the parameters; that of multilayer perceptrons by default
+) -> dict:  # Name -> what differs from the coded model: `latent`, `scale`, `hidden`, `code`
     "The coded model and its controls."
-    k,n = np.shape(generator); K,N = blocks*k,blocks*n
-    count = parameters or (lambda h, latent: mlp_parameters(width, h, depth, latent)); aim = count(hidden, N)
-    wide = min(range(hidden, 2*hidden+64), key=lambda h: abs(count(h, K)-aim))
-    return {'coded': dict(latent=N, code='own'), 'C1 uncoded': dict(latent=K), 'C2 scaled logits': dict(latent=K, scale=N/K), 'C3 equal total bits': dict(latent=N),
-            'C4 equal parameters': dict(latent=K, hidden=wide), 'C6 random code': dict(latent=N, code='random')}
+    k, n = np.shape(generator)
+    K, N = blocks * k, blocks * n
+    count = parameters or (lambda h, latent: mlp_parameters(width, h, depth, latent))
+    aim = count(hidden, N)
+    wide = min(range(hidden, 2 * hidden + 64), key=lambda h: abs(count(h, K) - aim))
+    return {
+        "coded": dict(latent=N, code="own"),
+        "C1 uncoded": dict(latent=K),
+        "C2 scaled logits": dict(latent=K, scale=N / K),
+        "C3 equal total bits": dict(latent=N),
+        "C4 equal parameters": dict(latent=K, hidden=wide),
+        "C6 random code": dict(latent=N, code="random"),
+    }
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #5e7c1e70
 def plot_images(
-    pixels, # `[n,D]`, 0 to 1
-    shape, # Height and width
-    columns:int=16, # Pictures a row
-    ax=None, # Axes
-): # The axes
+    pixels,  # `[n,D]`, 0 to 1
+    shape,  # Height and width
+    columns: int = 16,  # Pictures a row
+    ax=None,  # Axes
+):  # The axes
     "A sheet of images."
-    pixels = np.asarray(pixels).reshape(-1, *shape); rows = math.ceil(len(pixels)/columns)
-    sheet = np.zeros((rows*columns, *shape)); sheet[:len(pixels)] = pixels
-    sheet = np.pad(sheet, ((0,0),(1,1),(1,1)), constant_values=.5).reshape(rows, columns, shape[0]+2, shape[1]+2).transpose(0, 2, 1, 3).reshape(rows*(shape[0]+2), -1)
-    ax = ax or plt.subplots(figsize=(6, 6*sheet.shape[0]/sheet.shape[1]), layout='constrained')[1]
-    ax.imshow(sheet, cmap='gray_r', vmin=0, vmax=1, interpolation='nearest'); ax.axis('off')
+    pixels = np.asarray(pixels).reshape(-1, *shape)
+    rows = math.ceil(len(pixels) / columns)
+    sheet = np.zeros((rows * columns, *shape))
+    sheet[: len(pixels)] = pixels
+    sheet = (
+        np.pad(sheet, ((0, 0), (1, 1), (1, 1)), constant_values=0.5)
+        .reshape(rows, columns, shape[0] + 2, shape[1] + 2)
+        .transpose(0, 2, 1, 3)
+        .reshape(rows * (shape[0] + 2), -1)
+    )
+    ax = (
+        ax
+        or plt.subplots(figsize=(6, 6 * sheet.shape[0] / sheet.shape[1]), layout="constrained")[1]
+    )
+    ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.axis("off")
     return ax
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #8586fbc8
 @torch.no_grad()
 def plot_reconstructions(
-    model, # A `BernoulliVAE` of images
-    items, # `Images`
-    index, # Which of them, one row
-    ax=None, # Axes
-): # The axes: images above, reconstructions of their words below
+    model,  # A `BernoulliVAE` of images
+    items,  # `Images`
+    index,  # Which of them, one row
+    ax=None,  # Axes
+):  # The axes: images above, reconstructions of their words below
     "Images and what their words give."
-    x,mask,_ = items.batch(index)
-    return plot_images(torch.cat([x, model.generate(model.infer(x, mask))]), items.shape, len(x), ax)
+    x, mask, _ = items.batch(index)
+    return plot_images(
+        torch.cat([x, model.generate(model.infer(x, mask))]), items.shape, len(x), ax
+    )
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #7009ccc1
 def plot_texts(
-    texts:dict, # Name -> texts
-    width:int=100, # Most signs of a line
-): # The figure
+    texts: dict,  # Name -> texts
+    width: int = 100,  # Most signs of a line
+):  # The figure
     "Texts of several models below each other."
-    lines = [(name if i == 0 else '', t if len(t) <= width else t[:width-3]+'...') for name,found in texts.items() for i,t in enumerate(found)]
-    fig = plt.figure(figsize=(8, .16*len(lines)+.2))
-    for i,(name,t) in enumerate(lines): y = 1-(i+.8)/(len(lines)+.6); fig.text(.01, y, name, fontsize=7); fig.text(.22, y, t.replace('$', r'\$'), fontsize=7, family='monospace')
+    lines = [
+        (name if i == 0 else "", t if len(t) <= width else t[: width - 3] + "...")
+        for name, found in texts.items()
+        for i, t in enumerate(found)
+    ]
+    fig = plt.figure(figsize=(8, 0.16 * len(lines) + 0.2))
+    for i, (name, t) in enumerate(lines):
+        y = 1 - (i + 0.8) / (len(lines) + 0.6)
+        fig.text(0.01, y, name, fontsize=7)
+        fig.text(0.22, y, t.replace("$", r"\$"), fontsize=7, family="monospace")
     return fig
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #7ec0cb31
 def plot_channel(
-    table:pd.DataFrame, # From `channel_experiment`
-    ax=None, # Axes
-): # The axes
+    table: pd.DataFrame,  # From `channel_experiment`
+    ax=None,  # Axes
+):  # The axes
     "Word errors by the quality of the channel: points measured, lines by law."
-    ax = ax or plt.subplots(figsize=(6,2.8), layout='constrained')[1]
-    for name,t in table.groupby('code', sort=False):
-        line, = ax.plot(t.p, t.law.where(t.law > 0), '-' if (t.kind == 'exact').all() else ':', lw=1, label=name); ax.plot(t.p, t.WER.where(t.WER > 0), 'o', ms=3, color=line.get_color())
-    ax.set(xscale='log', yscale='log', xlabel='probability of a wrong bit on the channel', ylabel='word error rate'); ax.legend(fontsize=7, ncols=2)
+    ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
+    for name, t in table.groupby("code", sort=False):
+        (line,) = ax.plot(
+            t.p, t.law.where(t.law > 0), "-" if (t.kind == "exact").all() else ":", lw=1, label=name
+        )
+        ax.plot(t.p, t.WER.where(t.WER > 0), "o", ms=3, color=line.get_color())
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="probability of a wrong bit on the channel",
+        ylabel="word error rate",
+    )
+    ax.legend(fontsize=7, ncols=2)
     return ax
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #f026397d
 def snr_db(
-    p, # Probability that a hard decision on a bit is wrong, below .5
-): # dB
+    p,  # Probability that a hard decision on a bit is wrong, below .5
+):  # dB
     "Ratio of signal to noise of a code bit."
     from scipy.stats import norm
-    return 20*np.log10(norm.isf(np.asarray(p, float)))
+
+    return 20 * np.log10(norm.isf(np.asarray(p, float)))
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #c82eca50
 def plot_bit_errors(
-    table:pd.DataFrame, # From `channel_experiment`
-    ax=None, # Axes
-): # The axes
+    table: pd.DataFrame,  # From `channel_experiment`
+    ax=None,  # Axes
+):  # The axes
     "Measured errors of information bits by the ratio of signal to noise of a code bit."
-    ax = ax or plt.subplots(figsize=(6,2.8), layout='constrained')[1]
-    for name,t in table.groupby('code', sort=False): ax.plot(snr_db(t.p), t.BER.where(t.BER > 0), 'o-', ms=3, lw=1, label=f'{name}')
-    ax.set(yscale='log', xlabel='signal to noise of a code bit, dB', ylabel='bit error rate'); ax.legend(fontsize=7, ncols=2)
+    ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
+    for name, t in table.groupby("code", sort=False):
+        ax.plot(snr_db(t.p), t.BER.where(t.BER > 0), "o-", ms=3, lw=1, label=f"{name}")
+    ax.set(yscale="log", xlabel="signal to noise of a code bit, dB", ylabel="bit error rate")
+    ax.legend(fontsize=7, ncols=2)
     return ax
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #ce70a462
 def plot_calibration(
-    loops:dict, # Name -> `loop_scores`
-    ax=None, # Axes
-): # The axes
+    loops: dict,  # Name -> `loop_scores`
+    ax=None,  # Axes
+):  # The axes
     "Confidence of bits against how often they are right, in the loop."
-    ax = ax or plt.subplots(figsize=(3,2.8), layout='constrained')[1]
-    for name,loop in loops.items():
-        t = reliability_table(2*(loop['confidence'].ravel()-.5), loop['correct'].ravel(), 10).dropna()
-        ax.plot(t.confidence/2+.5, t.accuracy, 'o-', ms=3, lw=1, label=name)
-    ax.plot([.5,1], [.5,1], color='.7', lw=1, zorder=0); ax.set(xlabel='confidence of a bit', ylabel='share right'); ax.legend(fontsize=7)
+    ax = ax or plt.subplots(figsize=(3, 2.8), layout="constrained")[1]
+    for name, loop in loops.items():
+        t = reliability_table(
+            2 * (loop["confidence"].ravel() - 0.5), loop["correct"].ravel(), 10
+        ).dropna()
+        ax.plot(t.confidence / 2 + 0.5, t.accuracy, "o-", ms=3, lw=1, label=name)
+    ax.plot([0.5, 1], [0.5, 1], color=".7", lw=1, zorder=0)
+    ax.set(xlabel="confidence of a bit", ylabel="share right")
+    ax.legend(fontsize=7)
     return ax

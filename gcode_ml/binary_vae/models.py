@@ -11,557 +11,851 @@ __all__ = ['WORD_LIMIT', 'SmilesDecoder', 'ESTIMATORS', 'all_words', 'BlockCode'
            'disarm', 'exact', 'NegativeELBO']
 
 # %% ../../nbs/binary_vae/20_models.ipynb #735bfa3d
-import math, torch
+import math
+
+import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice
 from ..core.layers import MaskedLSTM, masked_max, masked_mean
 
 # %% ../../nbs/binary_vae/20_models.ipynb #72a39cb8
-WORD_LIMIT = 12 # Information bits that are enumerated: 4,096 words
+WORD_LIMIT = 12  # Information bits that are enumerated: 4,096 words
+
 
 def all_words(
-    bits:int, # Bits a word
-)->Tensor: # `[2**bits, bits]` float, the first bit is the most significant
+    bits: int,  # Bits a word
+) -> Tensor:  # `[2**bits, bits]` float, the first bit is the most significant
     "All words of so many bits, in counting order."
-    if bits > WORD_LIMIT: raise InputError('code', 'information bits', f'at most {WORD_LIMIT} to enumerate all words', str(bits), 'use a sampling estimator, or a twin of the model with fewer bits')
-    return (torch.arange(2**bits)[:,None] >> torch.arange(bits-1, -1, -1) & 1).float()
+    if bits > WORD_LIMIT:
+        raise InputError(
+            "code",
+            "information bits",
+            f"at most {WORD_LIMIT} to enumerate all words",
+            str(bits),
+            "use a sampling estimator, or a twin of the model with fewer bits",
+        )
+    return (torch.arange(2**bits)[:, None] >> torch.arange(bits - 1, -1, -1) & 1).float()
 
 # %% ../../nbs/binary_vae/20_models.ipynb #3b0678e5
 class BlockCode(nn.Module):
     "A binary linear block code, several blocks side by side."
-    def __init__(self,
-        generator=((1,),), # Rows of 0 and 1, `[k,n]`; the default is no code at all
-        blocks:int=1, # Blocks side by side
-        name:str='none', # What to call it
-        tie:str='fair', # Equal words in a decision: a `fair` draw, or the first (`zero`) or last (`one`) of them
+
+    def __init__(
+        self,
+        generator=((1,),),  # Rows of 0 and 1, `[k,n]`; the default is no code at all
+        blocks: int = 1,  # Blocks side by side
+        name: str = "none",  # What to call it
+        tie: str = "fair",  # Equal words in a decision: a `fair` draw, or the first (`zero`) or last (`one`) of them
     ):
         super().__init__()
         g = torch.as_tensor(generator, dtype=torch.uint8)
-        self.blocks,self.name,self.tie = int(blocks),name,check_choice('code', 'tie', tie, ('fair','zero','one'))
-        self.k,self.n = g.shape
+        self.blocks, self.name, self.tie = (
+            int(blocks),
+            name,
+            check_choice("code", "tie", tie, ("fair", "zero", "one")),
+        )
+        self.k, self.n = g.shape
         words = all_words(self.k)
-        self.register_buffer('generator', g)
-        self.register_buffer('words', words, persistent=False)
-        self.register_buffer('codebook', words@g.float() % 2, persistent=False)
+        self.register_buffer("generator", g)
+        self.register_buffer("words", words, persistent=False)
+        self.register_buffer("codebook", words @ g.float() % 2, persistent=False)
+
     @property
-    def information_bits(self): return self.blocks*self.k
+    def information_bits(self):
+        return self.blocks * self.k
+
     @property
-    def code_bits(self): return self.blocks*self.n
-    def extra_repr(self): return f'{self.name}, {self.blocks} x ({self.n},{self.k})'
+    def code_bits(self):
+        return self.blocks * self.n
+
+    def extra_repr(self):
+        return f"{self.name}, {self.blocks} x ({self.n},{self.k})"
 
 # %% ../../nbs/binary_vae/20_models.ipynb #f94929a5
 @patch
-def split(self:BlockCode,
-    logits:Tensor, # `[...,N]`
-)->Tensor: # `[...,blocks,n]`
+def split(
+    self: BlockCode,
+    logits: Tensor,  # `[...,N]`
+) -> Tensor:  # `[...,blocks,n]`
     "The bits of each block."
     return logits.unflatten(-1, (self.blocks, self.n))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #66205397
 @patch
-def encode(self:BlockCode,
-    words:Tensor, # Information words, `[...,K]`
-)->Tensor: # Code words, `[...,N]`
+def encode(
+    self: BlockCode,
+    words: Tensor,  # Information words, `[...,K]`
+) -> Tensor:  # Code words, `[...,N]`
     "The code word of each word."
-    return (words.unflatten(-1, (self.blocks, self.k))@self.generator.to(words.dtype) % 2).flatten(-2)
+    return (
+        words.unflatten(-1, (self.blocks, self.k)) @ self.generator.to(words.dtype) % 2
+    ).flatten(-2)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #64c554bf
 @patch
-def log_posterior(self:BlockCode,
-    logits:Tensor, # Logit of each code bit being 1, `[...,N]`
-)->Tensor: # `[...,blocks,2**k]`
+def log_posterior(
+    self: BlockCode,
+    logits: Tensor,  # Logit of each code bit being 1, `[...,N]`
+) -> Tensor:  # `[...,blocks,2**k]`
     "Logarithm of the probability of each word of each block."
-    return F.log_softmax(self.split(logits)@self.codebook.T, -1)
+    return F.log_softmax(self.split(logits) @ self.codebook.T, -1)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #599b80b1
 @patch
-def bit_probability(self:BlockCode,
-    log_posterior:Tensor, # From `log_posterior`
-    coded:bool=False, # Of the code bits instead of the information bits
-)->Tensor: # `[...,K]` or `[...,N]`
+def bit_probability(
+    self: BlockCode,
+    log_posterior: Tensor,  # From `log_posterior`
+    coded: bool = False,  # Of the code bits instead of the information bits
+) -> Tensor:  # `[...,K]` or `[...,N]`
     "Probability that each bit is 1."
-    return (log_posterior.exp()@(self.codebook if coded else self.words)).flatten(-2).clamp(0, 1)
+    return (log_posterior.exp() @ (self.codebook if coded else self.words)).flatten(-2).clamp(0, 1)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #8faad2b8
 @patch
-def kl(self:BlockCode,
-    log_posterior:Tensor, # From `log_posterior`
-)->Tensor: # Nats a block, `[...,blocks]`
+def kl(
+    self: BlockCode,
+    log_posterior: Tensor,  # From `log_posterior`
+) -> Tensor:  # Nats a block, `[...,blocks]`
     "Divergence of the posterior from equally likely words."
-    return (log_posterior.exp()*(log_posterior+self.k*math.log(2))).sum(-1)
+    return (log_posterior.exp() * (log_posterior + self.k * math.log(2))).sum(-1)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #a46e891a
 @patch
-def decode(self:BlockCode,
-    logits:Tensor, # `[...,N]`, or received bits 0 and 1 with `hard`
-    hard:bool=False, # Use the signs alone
-    tie:str='', # Rule for this call; the code's own by default
-    generator=None, # `torch.Generator` of the draws
-)->Tensor: # Most probable words, `[...,K]`
+def decode(
+    self: BlockCode,
+    logits: Tensor,  # `[...,N]`, or received bits 0 and 1 with `hard`
+    hard: bool = False,  # Use the signs alone
+    tie: str = "",  # Rule for this call; the code's own by default
+    generator=None,  # `torch.Generator` of the draws
+) -> Tensor:  # Most probable words, `[...,K]`
     "Decode words."
-    scores = self.split(logits.sign() if hard else logits)@self.codebook.T
-    best = scores >= scores.amax(-1, keepdim=True) - 1e-5*(1+scores.abs().amax(-1, keepdim=True))
+    scores = self.split(logits.sign() if hard else logits) @ self.codebook.T
+    best = scores >= scores.amax(-1, keepdim=True) - 1e-5 * (
+        1 + scores.abs().amax(-1, keepdim=True)
+    )
     tie = tie or self.tie
-    if tie == 'fair': order = torch.rand(best.shape, generator=generator, device=best.device)
-    else: order = torch.arange(1, 2**self.k+1, device=best.device).flip(0) if tie == 'zero' else torch.arange(1, 2**self.k+1, device=best.device)
-    return self.words[(best*(1.+order)).argmax(-1)].flatten(-2)
+    if tie == "fair":
+        order = torch.rand(best.shape, generator=generator, device=best.device)
+    else:
+        order = (
+            torch.arange(1, 2**self.k + 1, device=best.device).flip(0)
+            if tie == "zero"
+            else torch.arange(1, 2**self.k + 1, device=best.device)
+        )
+    return self.words[(best * (1.0 + order)).argmax(-1)].flatten(-2)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #de83d29f
 @patch
-def draw(self:BlockCode,
-    log_posterior:Tensor, # `[B,blocks,2**k]`
-    samples:int=1, # How many words an item
-)->Tensor: # Number of the word in its block, `[S,B,blocks]`
+def draw(
+    self: BlockCode,
+    log_posterior: Tensor,  # `[B,blocks,2**k]`
+    samples: int = 1,  # How many words an item
+) -> Tensor:  # Number of the word in its block, `[S,B,blocks]`
     "Draw words from the posterior."
     flat = log_posterior.detach().exp().flatten(0, -2)
-    return torch.multinomial(flat, samples, replacement=True).T.reshape(samples, *log_posterior.shape[:-1])
+    return torch.multinomial(flat, samples, replacement=True).T.reshape(
+        samples, *log_posterior.shape[:-1]
+    )
 
 # %% ../../nbs/binary_vae/20_models.ipynb #4947e1c2
 @patch
-def log_probability(self:BlockCode,
-    log_posterior:Tensor, # `[B,blocks,2**k]`
-    index:Tensor, # From `draw`, `[S,B,blocks]`
-)->Tensor: # `[S,B]`
+def log_probability(
+    self: BlockCode,
+    log_posterior: Tensor,  # `[B,blocks,2**k]`
+    index: Tensor,  # From `draw`, `[S,B,blocks]`
+) -> Tensor:  # `[S,B]`
     "Logarithm of the probability of drawn words."
-    return log_posterior.expand(len(index), *log_posterior.shape).gather(-1, index[...,None]).squeeze(-1).sum(-1)
+    return (
+        log_posterior.expand(len(index), *log_posterior.shape)
+        .gather(-1, index[..., None])
+        .squeeze(-1)
+        .sum(-1)
+    )
 
 # %% ../../nbs/binary_vae/20_models.ipynb #14466b4f
 @patch
-def joint_codebook(self:BlockCode)->Tensor: # `[2**K,N]`, in the order of `all_words(K)`
+def joint_codebook(self: BlockCode) -> Tensor:  # `[2**K,N]`, in the order of `all_words(K)`
     "Code words of all words of all blocks."
-    if not hasattr(self, '_joint') or (self._joint.device,self._joint.dtype) != (self.words.device,self.words.dtype):
+    if not hasattr(self, "_joint") or (self._joint.device, self._joint.dtype) != (
+        self.words.device,
+        self.words.dtype,
+    ):
         self._joint = self.encode(all_words(self.information_bits).to(self.words))
     return self._joint
 
 # %% ../../nbs/binary_vae/20_models.ipynb #7c846bcc
 @patch
-def joint_log_posterior(self:BlockCode,
-    logits:Tensor, # `[B,N]`
-)->Tensor: # `[B,2**K]`
+def joint_log_posterior(
+    self: BlockCode,
+    logits: Tensor,  # `[B,N]`
+) -> Tensor:  # `[B,2**K]`
     "Logarithm of the posterior of every word of all blocks."
-    return F.log_softmax(logits@self.joint_codebook().T, -1)
+    return F.log_softmax(logits @ self.joint_codebook().T, -1)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #b2cf10d4
 @patch
-def _load_from_state_dict(self:BlockCode, state_dict, prefix, *args):
-    found = state_dict.get(prefix+'generator')
-    if found is not None and not (found.shape == self.generator.shape and torch.equal(found.to(self.generator), self.generator)):
-        raise InputError('weights', 'code', f'the generator of {self.name}, {list(self.generator.shape)}', f'another one, {list(found.shape)}')
+def _load_from_state_dict(self: BlockCode, state_dict, prefix, *args):
+    found = state_dict.get(prefix + "generator")
+    if found is not None and not (
+        found.shape == self.generator.shape
+        and torch.equal(found.to(self.generator), self.generator)
+    ):
+        raise InputError(
+            "weights",
+            "code",
+            f"the generator of {self.name}, {list(self.generator.shape)}",
+            f"another one, {list(found.shape)}",
+        )
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #18fe9b2a
 def dense(
-    inputs:int, # Size of the input
-    hidden:int, # Size of a hidden layer
-    depth:int, # Hidden layers
-    outputs:int, # Size of the output
-)->nn.Sequential: # Linear layers with leaky ReLU between them
+    inputs: int,  # Size of the input
+    hidden: int,  # Size of a hidden layer
+    depth: int,  # Hidden layers
+    outputs: int,  # Size of the output
+) -> nn.Sequential:  # Linear layers with leaky ReLU between them
     "A multilayer perceptron."
-    sizes = [inputs]+[hidden]*depth
-    steps = [m for i,o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.LeakyReLU())]
+    sizes = [inputs] + [hidden] * depth
+    steps = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.LeakyReLU())]
     return nn.Sequential(*steps, nn.Linear(sizes[-1], outputs))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #ec7160ad
 class BinaryEncoder(nn.Module):
     "Logits of bits from pixels, by a multilayer perceptron."
-    def __init__(self,
-        width:int, # Pixels
-        bits:int, # Code bits
-        hidden:int=200, # Size of a hidden layer
-        depth:int=2, # Hidden layers
-        mean=None, # Mean image, `[width]`
+
+    def __init__(
+        self,
+        width: int,  # Pixels
+        bits: int,  # Code bits
+        hidden: int = 200,  # Size of a hidden layer
+        depth: int = 2,  # Hidden layers
+        mean=None,  # Mean image, `[width]`
     ):
         super().__init__()
-        self.register_buffer('mean', torch.zeros(width) if mean is None else torch.as_tensor(mean, dtype=torch.float32))
+        self.register_buffer(
+            "mean",
+            torch.zeros(width) if mean is None else torch.as_tensor(mean, dtype=torch.float32),
+        )
         self.layers = dense(width, hidden, depth, bits)
-    def forward(self, x, mask): return self.layers(x-self.mean)
+
+    def forward(self, x, mask):
+        return self.layers(x - self.mean)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #a6a7e4d0
 class ConvolutionalEncoder(nn.Module):
     "Logits of bits from an image whose sides are divisible by four."
-    def __init__(self,
-        shape, # Height and width
-        bits:int, # Code bits
-        hidden:int=200, # Size of the dense layer
-        depth:int=2, # Dense hidden layers, at least one
-        mean=None, # Mean image, `[H*W]`
-        channels:int=32, # Channels of the first convolution, half of those of the second
+
+    def __init__(
+        self,
+        shape,  # Height and width
+        bits: int,  # Code bits
+        hidden: int = 200,  # Size of the dense layer
+        depth: int = 2,  # Dense hidden layers, at least one
+        mean=None,  # Mean image, `[H*W]`
+        channels: int = 32,  # Channels of the first convolution, half of those of the second
     ):
-        super().__init__(); self.shape = tuple(shape)
-        if any(s % 4 for s in self.shape): raise InputError('parameter', 'architecture', 'conv for images with sides divisible by 4', f'{self.shape}', 'take mlp')
-        self.register_buffer('mean', torch.zeros(math.prod(self.shape)) if mean is None else torch.as_tensor(mean, dtype=torch.float32))
-        self.convolutions = nn.Sequential(nn.Conv2d(1, channels, 4, 2, 1), nn.LeakyReLU(), nn.Conv2d(channels, 2*channels, 4, 2, 1), nn.LeakyReLU(), nn.Flatten())
-        self.layers = dense(2*channels*math.prod(self.shape)//16, hidden, max(depth-1, 1), bits)
-    def forward(self, x, mask): return self.layers(self.convolutions((x-self.mean).unflatten(-1, (1, *self.shape))))
+        super().__init__()
+        self.shape = tuple(shape)
+        if any(s % 4 for s in self.shape):
+            raise InputError(
+                "parameter",
+                "architecture",
+                "conv for images with sides divisible by 4",
+                f"{self.shape}",
+                "take mlp",
+            )
+        self.register_buffer(
+            "mean",
+            torch.zeros(math.prod(self.shape))
+            if mean is None
+            else torch.as_tensor(mean, dtype=torch.float32),
+        )
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, channels, 4, 2, 1),
+            nn.LeakyReLU(),
+            nn.Conv2d(channels, 2 * channels, 4, 2, 1),
+            nn.LeakyReLU(),
+            nn.Flatten(),
+        )
+        self.layers = dense(
+            2 * channels * math.prod(self.shape) // 16, hidden, max(depth - 1, 1), bits
+        )
+
+    def forward(self, x, mask):
+        return self.layers(self.convolutions((x - self.mean).unflatten(-1, (1, *self.shape))))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #0a81fb0e
 class SequenceEncoder(nn.Module):
     "Logits of bits from tokens, by bidirectional LSTM layers; padding changes nothing."
-    def __init__(self,
-        width:int, # Tokens of the vocabulary, 0 is padding
-        bits:int, # Code bits
-        hidden:int=128, # Size of a state
-        depth:int=1, # Layers
+
+    def __init__(
+        self,
+        width: int,  # Tokens of the vocabulary, 0 is padding
+        bits: int,  # Code bits
+        hidden: int = 128,  # Size of a state
+        depth: int = 1,  # Layers
     ):
         super().__init__()
-        self.embedding = nn.Embedding(width, hidden//2, padding_idx=0)
-        self.layers = nn.ModuleList(MaskedLSTM(hidden//2 if i == 0 else hidden, hidden) for i in range(depth))
-        self.head = nn.Linear(2*hidden, bits)
+        self.embedding = nn.Embedding(width, hidden // 2, padding_idx=0)
+        self.layers = nn.ModuleList(
+            MaskedLSTM(hidden // 2 if i == 0 else hidden, hidden) for i in range(depth)
+        )
+        self.head = nn.Linear(2 * hidden, bits)
+
     def forward(self, x, mask):
-        h = self.embedding(x*mask)
-        for layer in self.layers: h = layer(h, mask)
+        h = self.embedding(x * mask)
+        for layer in self.layers:
+            h = layer(h, mask)
         return self.head(torch.cat([masked_mean(h, mask), masked_max(h, mask)], -1))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #a6c04489
-def _start_bias(layer, mean, least=.002):
+def _start_bias(layer, mean, least=0.002):
     "Let a decoder begin with the mean of the data."
-    if mean is not None: layer.bias.data = torch.logit(torch.as_tensor(mean, dtype=torch.float32).clamp(least, 1-least))
+    if mean is not None:
+        layer.bias.data = torch.logit(
+            torch.as_tensor(mean, dtype=torch.float32).clamp(least, 1 - least)
+        )
+
 
 class PixelDecoder(nn.Module):
     "What decoders of pixels share: `forward(codes)` gives logits `[...,D]`."
+
     def log_likelihood(self, x, mask, codes):
         "`[S,B]` of code words `[S,B,N]`, each for the item of its place."
         o = self(codes)
-        return (x*o-F.softplus(o)).sum(-1)
+        return (x * o - F.softplus(o)).sum(-1)
+
     def table(self, x, mask, codes):
         "`[B,W]` of every item under each of the code words `[W,N]`."
         o = self(codes)
-        return x@o.T-F.softplus(o).sum(-1)
+        return x @ o.T - F.softplus(o).sum(-1)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #c2199cc0
 class BinaryDecoder(PixelDecoder):
     "Pixels from a code word, by a multilayer perceptron."
-    def __init__(self,
-        width:int, # Pixels
-        bits:int, # Code bits
-        hidden:int=200, # Size of a hidden layer
-        depth:int=2, # Hidden layers
-        mean=None, # Mean image, `[width]`
+
+    def __init__(
+        self,
+        width: int,  # Pixels
+        bits: int,  # Code bits
+        hidden: int = 200,  # Size of a hidden layer
+        depth: int = 2,  # Hidden layers
+        mean=None,  # Mean image, `[width]`
     ):
         super().__init__()
         self.layers = dense(bits, hidden, depth, width)
         _start_bias(self.layers[-1], mean)
-    def forward(self, codes): return self.layers(2*codes-1)
+
+    def forward(self, codes):
+        return self.layers(2 * codes - 1)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #298fd96f
 class ConvolutionalDecoder(PixelDecoder):
     "An image whose sides are divisible by four from a code word."
-    def __init__(self,
-        shape, # Height and width
-        bits:int, # Code bits
-        hidden:int=200, # Size of the dense layer
-        depth:int=2, # Dense hidden layers, at least one
-        mean=None, # Mean image, `[H*W]`
-        channels:int=32, # Channels of the last convolution's input, half of those before
+
+    def __init__(
+        self,
+        shape,  # Height and width
+        bits: int,  # Code bits
+        hidden: int = 200,  # Size of the dense layer
+        depth: int = 2,  # Dense hidden layers, at least one
+        mean=None,  # Mean image, `[H*W]`
+        channels: int = 32,  # Channels of the last convolution's input, half of those before
     ):
-        super().__init__(); self.small = (2*channels, shape[0]//4, shape[1]//4)
-        self.layers = dense(bits, hidden, max(depth-1, 1), math.prod(self.small))
-        self.convolutions = nn.Sequential(nn.LeakyReLU(), nn.ConvTranspose2d(2*channels, channels, 4, 2, 1), nn.LeakyReLU(), nn.ConvTranspose2d(channels, 1, 4, 2, 1))
-        self.bias = nn.Parameter(torch.zeros(shape[0]*shape[1]))
+        super().__init__()
+        self.small = (2 * channels, shape[0] // 4, shape[1] // 4)
+        self.layers = dense(bits, hidden, max(depth - 1, 1), math.prod(self.small))
+        self.convolutions = nn.Sequential(
+            nn.LeakyReLU(),
+            nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1),
+            nn.LeakyReLU(),
+            nn.ConvTranspose2d(channels, 1, 4, 2, 1),
+        )
+        self.bias = nn.Parameter(torch.zeros(shape[0] * shape[1]))
         _start_bias(self, mean)
         self.bias = nn.Parameter(self.bias.data)
+
     def forward(self, codes):
-        h = self.layers(2*codes-1)
-        return self.convolutions(h.reshape(-1, *self.small)).reshape(*codes.shape[:-1], -1)+self.bias
+        h = self.layers(2 * codes - 1)
+        return (
+            self.convolutions(h.reshape(-1, *self.small)).reshape(*codes.shape[:-1], -1) + self.bias
+        )
 
 # %% ../../nbs/binary_vae/20_models.ipynb #6cca0e2f
 class SequenceDecoder(nn.Module):
     "Tokens from a code word, by a GRU."
-    def __init__(self,
-        width:int, # Tokens of the vocabulary: 0 padding, 1 start, 2 end
-        bits:int, # Code bits
-        hidden:int=128, # Size of a state
-        depth:int=1, # Layers
-        token_dropout:float=0., # Share of the inputs that are hidden in training
-        dropout:float=0., # Share of the numbers that are hidden from the head in training
-        mean=None, # Relative frequency of each token, `[width]`
+
+    def __init__(
+        self,
+        width: int,  # Tokens of the vocabulary: 0 padding, 1 start, 2 end
+        bits: int,  # Code bits
+        hidden: int = 128,  # Size of a state
+        depth: int = 1,  # Layers
+        token_dropout: float = 0.0,  # Share of the inputs that are hidden in training
+        dropout: float = 0.0,  # Share of the numbers that are hidden from the head in training
+        mean=None,  # Relative frequency of each token, `[width]`
     ):
-        super().__init__(); self.token_dropout,self.depth,self.hidden,self.blind = token_dropout,depth,hidden,False
-        self.embedding = nn.Embedding(width, hidden//2, padding_idx=0)
-        self.beside,self.start = nn.Linear(bits, hidden-hidden//2),nn.Linear(bits, depth*hidden)
+        super().__init__()
+        self.token_dropout, self.depth, self.hidden, self.blind = (
+            token_dropout,
+            depth,
+            hidden,
+            False,
+        )
+        self.embedding = nn.Embedding(width, hidden // 2, padding_idx=0)
+        self.beside, self.start = (
+            nn.Linear(bits, hidden - hidden // 2),
+            nn.Linear(bits, depth * hidden),
+        )
         self.gru = nn.GRU(hidden, hidden, depth, batch_first=True)
-        self.dropout,self.head = nn.Dropout(dropout),nn.Linear(hidden, width)
-        if mean is not None: self.head.bias.data = torch.as_tensor(mean, dtype=torch.float32).clamp_min(1e-4).log()
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(hidden, width)
+        if mean is not None:
+            self.head.bias.data = torch.as_tensor(mean, dtype=torch.float32).clamp_min(1e-4).log()
+
     def forward(self, codes, before, state=None):
         "Logits `[B,T,V]` of the tokens after `before` `[B,T]`, and the last state."
-        signs = torch.zeros_like(codes) if self.blind else 2*codes-1
-        if state is None: state = self.start(signs).tanh().unflatten(-1, (self.depth, self.hidden)).transpose(0, 1).contiguous()
-        h,state = self.gru(torch.cat([self.embedding(before), self.beside(signs)[:,None].expand(-1, before.shape[1], -1)], -1), state)
+        signs = torch.zeros_like(codes) if self.blind else 2 * codes - 1
+        if state is None:
+            state = (
+                self.start(signs)
+                .tanh()
+                .unflatten(-1, (self.depth, self.hidden))
+                .transpose(0, 1)
+                .contiguous()
+            )
+        h, state = self.gru(
+            torch.cat(
+                [
+                    self.embedding(before),
+                    self.beside(signs)[:, None].expand(-1, before.shape[1], -1),
+                ],
+                -1,
+            ),
+            state,
+        )
         return self.head(self.dropout(h)), state
+
 
 SmilesDecoder = SequenceDecoder
 
 # %% ../../nbs/binary_vae/20_models.ipynb #4749e027
 @patch
-def log_likelihood(self:SequenceDecoder, x, mask, codes):
+def log_likelihood(self: SequenceDecoder, x, mask, codes):
     "`[S,B]` of code words `[S,B,N]`, each for the text of its place; the end token counts, padding does not."
-    before = F.pad(x*mask, (1,-1), value=1)
-    if self.training and self.token_dropout: before = before*(torch.rand(before.shape, device=x.device) >= self.token_dropout)
-    many = lambda t: t.expand(len(codes), *t.shape).flatten(0, 1)
-    logits,_ = self(codes.flatten(0, 1), many(before))
-    each = F.cross_entropy(logits.transpose(1, 2), many(x*mask), reduction='none')*many(mask)
+    before = F.pad(x * mask, (1, -1), value=1)
+    if self.training and self.token_dropout:
+        before = before * (torch.rand(before.shape, device=x.device) >= self.token_dropout)
+
+    def many(t):
+        return t.expand(len(codes), *t.shape).flatten(0, 1)
+
+    logits, _ = self(codes.flatten(0, 1), many(before))
+    each = F.cross_entropy(logits.transpose(1, 2), many(x * mask), reduction="none") * many(mask)
     return -each.sum(-1).unflatten(0, codes.shape[:2])
 
 # %% ../../nbs/binary_vae/20_models.ipynb #e16a4447
 @patch
-def table(self:SequenceDecoder, x, mask, codes, rows:int=1024):
+def table(self: SequenceDecoder, x, mask, codes, rows: int = 1024):
     "`[B,W]` of every text under each of the code words `[W,N]`, at most `rows` texts at a time."
-    parts = codes[:,None].expand(-1, len(x), -1).split(max(1, rows//len(x)))
+    parts = codes[:, None].expand(-1, len(x), -1).split(max(1, rows // len(x)))
     return torch.cat([self.log_likelihood(x, mask, c) for c in parts]).T
 
 # %% ../../nbs/binary_vae/20_models.ipynb #e9733c43
 @patch
 @torch.no_grad()
-def write(self:SequenceDecoder,
-    codes:Tensor, # `[B,N]`
-    length:int=64, # Most tokens
-    temperature:float=1., # 0 takes the most probable token
-    generator=None, # `torch.Generator` of the draws
-)->Tensor: # `[B,T]`, with the end token; 0 behind it
+def write(
+    self: SequenceDecoder,
+    codes: Tensor,  # `[B,N]`
+    length: int = 64,  # Most tokens
+    temperature: float = 1.0,  # 0 takes the most probable token
+    generator=None,  # `torch.Generator` of the draws
+) -> Tensor:  # `[B,T]`, with the end token; 0 behind it
     "Write one text for each code word, all at once."
-    last,state,written = torch.ones(len(codes), 1, dtype=torch.long, device=codes.device),None,[]
+    last, state, written = (
+        torch.ones(len(codes), 1, dtype=torch.long, device=codes.device),
+        None,
+        [],
+    )
     for _ in range(length):
-        logits,state = self(codes, last, state); logits = logits[:,0].clone(); logits[:,:2] = -torch.inf # neither padding nor start
-        new = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial((logits/temperature).softmax(-1), 1, generator=generator)
-        last = torch.where((last == 2) | (last == 0), 0, new); written.append(last)
-        if not last.any(): break
+        logits, state = self(codes, last, state)
+        logits = logits[:, 0].clone()
+        logits[:, :2] = -torch.inf  # neither padding nor start
+        new = (
+            logits.argmax(-1, keepdim=True)
+            if temperature == 0
+            else torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        )
+        last = torch.where((last == 2) | (last == 0), 0, new)
+        written.append(last)
+        if not last.any():
+            break
     return torch.cat(written, 1)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #941f580f
-ESTIMATORS = ('auto','straight_through','concrete','rloo','disarm','vimco','exact','wake')
+ESTIMATORS = ("auto", "straight_through", "concrete", "rloo", "disarm", "vimco", "exact", "wake")
+
 
 def chosen_estimator(
-    estimator:str, # One of `ESTIMATORS`
-    code:BlockCode, # The code
-    kind:str='image', # `image` or `tokens`
-    beta:float=1., # Weight of the KL divergence
-)->str: # The estimator itself
+    estimator: str,  # One of `ESTIMATORS`
+    code: BlockCode,  # The code
+    kind: str = "image",  # `image` or `tokens`
+    beta: float = 1.0,  # Weight of the KL divergence
+) -> str:  # The estimator itself
     "Resolve `auto` and refuse what cannot be."
-    check_choice('parameter', 'estimator', estimator, ESTIMATORS)
-    bits,chain = code.information_bits,code.k == 1
-    if estimator == 'auto': return 'straight_through' if kind == 'tokens' else 'exact' if bits <= 8 else 'disarm' if chain else 'rloo'
-    if estimator in ('exact','wake') and bits > WORD_LIMIT: raise InputError('parameter', 'estimator', f'at most {WORD_LIMIT} information bits with {estimator}', str(bits), f"take {'disarm' if chain else 'rloo'}")
-    if estimator == 'disarm' and not chain: raise InputError('parameter', 'estimator', 'disarm with independent information bits', f'the bits of {code.name} are dependent given x', 'take rloo')
-    if estimator == 'vimco' and beta != 1: raise InputError('parameter', 'beta_max', '1 with vimco, whose bound holds the KL', str(beta))
+    check_choice("parameter", "estimator", estimator, ESTIMATORS)
+    bits, chain = code.information_bits, code.k == 1
+    if estimator == "auto":
+        return (
+            "straight_through"
+            if kind == "tokens"
+            else "exact"
+            if bits <= 8
+            else "disarm"
+            if chain
+            else "rloo"
+        )
+    if estimator in ("exact", "wake") and bits > WORD_LIMIT:
+        raise InputError(
+            "parameter",
+            "estimator",
+            f"at most {WORD_LIMIT} information bits with {estimator}",
+            str(bits),
+            f"take {'disarm' if chain else 'rloo'}",
+        )
+    if estimator == "disarm" and not chain:
+        raise InputError(
+            "parameter",
+            "estimator",
+            "disarm with independent information bits",
+            f"the bits of {code.name} are dependent given x",
+            "take rloo",
+        )
+    if estimator == "vimco" and beta != 1:
+        raise InputError(
+            "parameter", "beta_max", "1 with vimco, whose bound holds the KL", str(beta)
+        )
     return estimator
 
 # %% ../../nbs/binary_vae/20_models.ipynb #c83d8b54
 class BernoulliVAE(nn.Module):
     "Encoder, block code and decoder of a binary latent space."
-    def __init__(self,
-        kind:str='image', # `image` or `tokens`
-        shape=(8,8), # Height and width of an image; for tokens, the longest text
-        width:int=64, # Pixels, or tokens of the vocabulary
-        generator=((1,),), blocks:int=8, code_name:str='none', tie:str='fair', # See `BlockCode`
-        hidden:int=200, # Size of a hidden layer
-        depth:int=2, # Hidden layers of encoder and decoder
-        architecture:str='mlp', # `mlp`, `conv` or `gru`
-        logit_scale:float=1., # Multiplies the encoder's logits
-        logit_limit:float=0., # Largest size of a logit, the gradient passes; 0 for none
-        estimator:str='auto', # One of `ESTIMATORS`
-        samples:int=4, # Words an item, for `rloo` and `vimco`
-        temperature:float=.5, # Of the concrete relaxation
-        wake:float=0., # Share of the exact likelihood and its wake phase in the exact estimator
-        copies:str='valid', # `valid` code words, or `independent` draws of each code bit, which is no bound
-        token_dropout:float=0., dropout:float=0., # See `SequenceDecoder`
-        mean=None, # Mean of the training data, `[width]`
-        blind:bool=False, # Texts: the decoder does not see the word, a language model as the control
+
+    def __init__(
+        self,
+        kind: str = "image",  # `image` or `tokens`
+        shape=(8, 8),  # Height and width of an image; for tokens, the longest text
+        width: int = 64,  # Pixels, or tokens of the vocabulary
+        generator=((1,),),
+        blocks: int = 8,
+        code_name: str = "none",
+        tie: str = "fair",  # See `BlockCode`
+        hidden: int = 200,  # Size of a hidden layer
+        depth: int = 2,  # Hidden layers of encoder and decoder
+        architecture: str = "mlp",  # `mlp`, `conv` or `gru`
+        logit_scale: float = 1.0,  # Multiplies the encoder's logits
+        logit_limit: float = 0.0,  # Largest size of a logit, the gradient passes; 0 for none
+        estimator: str = "auto",  # One of `ESTIMATORS`
+        samples: int = 4,  # Words an item, for `rloo` and `vimco`
+        temperature: float = 0.5,  # Of the concrete relaxation
+        wake: float = 0.0,  # Share of the exact likelihood and its wake phase in the exact estimator
+        copies: str = "valid",  # `valid` code words, or `independent` draws of each code bit, which is no bound
+        token_dropout: float = 0.0,
+        dropout: float = 0.0,  # See `SequenceDecoder`
+        mean=None,  # Mean of the training data, `[width]`
+        blind: bool = False,  # Texts: the decoder does not see the word, a language model as the control
     ):
         super().__init__()
-        check_choice('parameter', 'architecture', architecture, ('gru',) if kind == 'tokens' else ('mlp','conv'))
+        check_choice(
+            "parameter",
+            "architecture",
+            architecture,
+            ("gru",) if kind == "tokens" else ("mlp", "conv"),
+        )
         self.code = BlockCode(generator, blocks, code_name, tie)
-        self.kind,self.shape,self.width,self.logit_scale,self.logit_limit = kind,tuple(shape),width,logit_scale,logit_limit
+        self.kind, self.shape, self.width, self.logit_scale, self.logit_limit = (
+            kind,
+            tuple(shape),
+            width,
+            logit_scale,
+            logit_limit,
+        )
         self.estimator = chosen_estimator(estimator, self.code, kind)
-        self.samples,self.temperature,self.wake,self.copies = samples,temperature,1. if estimator == 'wake' else wake,check_choice('parameter', 'copies', copies, ('valid','independent'))
-        bits,size = self.code.code_bits,dict(hidden=hidden, depth=depth)
-        if kind == 'tokens': self.encoder,self.decoder = SequenceEncoder(width, bits, max(2, hidden//2), depth),SequenceDecoder(width, bits, token_dropout=token_dropout, dropout=dropout, mean=mean, **size)
-        elif architecture == 'conv': self.encoder,self.decoder = ConvolutionalEncoder(shape, bits, mean=mean, **size),ConvolutionalDecoder(shape, bits, mean=mean, **size)
-        else: self.encoder,self.decoder = BinaryEncoder(width, bits, mean=mean, **size),BinaryDecoder(width, bits, mean=mean, **size)
+        self.samples, self.temperature, self.wake, self.copies = (
+            samples,
+            temperature,
+            1.0 if estimator == "wake" else wake,
+            check_choice("parameter", "copies", copies, ("valid", "independent")),
+        )
+        bits, size = self.code.code_bits, dict(hidden=hidden, depth=depth)
+        if kind == "tokens":
+            self.encoder, self.decoder = (
+                SequenceEncoder(width, bits, max(2, hidden // 2), depth),
+                SequenceDecoder(
+                    width, bits, token_dropout=token_dropout, dropout=dropout, mean=mean, **size
+                ),
+            )
+        elif architecture == "conv":
+            self.encoder, self.decoder = (
+                ConvolutionalEncoder(shape, bits, mean=mean, **size),
+                ConvolutionalDecoder(shape, bits, mean=mean, **size),
+            )
+        else:
+            self.encoder, self.decoder = (
+                BinaryEncoder(width, bits, mean=mean, **size),
+                BinaryDecoder(width, bits, mean=mean, **size),
+            )
         self.blind = bool(blind)
-        if blind: self.decoder.blind = check_choice('parameter', 'blind', kind, ('tokens',)) == 'tokens'
-        self.noise = None # set by `ChannelNoise` during training
+        if blind:
+            self.decoder.blind = check_choice("parameter", "blind", kind, ("tokens",)) == "tokens"
+        self.noise = None  # set by `ChannelNoise` during training
 
 # %% ../../nbs/binary_vae/20_models.ipynb #c6d0c8cc
 @patch
-def encode(self:BernoulliVAE, x, mask)->Tensor: # `[B,N]`
+def encode(self: BernoulliVAE, x, mask) -> Tensor:  # `[B,N]`
     "Logits of the code bits; where they are limited the gradient passes."
-    if self.blind: return self.decoder.head.bias.new_zeros(len(x), self.code.code_bits) # no word is written, the divergence is zero
-    l = self.logit_scale*self.encoder(x, mask)
-    return l+(l.clamp(-self.logit_limit, self.logit_limit)-l).detach() if self.logit_limit else l
+    if self.blind:
+        return self.decoder.head.bias.new_zeros(
+            len(x), self.code.code_bits
+        )  # no word is written, the divergence is zero
+    l = self.logit_scale * self.encoder(x, mask)
+    return (
+        l + (l.clamp(-self.logit_limit, self.logit_limit) - l).detach() if self.logit_limit else l
+    )
 
 # %% ../../nbs/binary_vae/20_models.ipynb #71f94a08
 @patch
-def heard(self:BernoulliVAE, codes):
+def heard(self: BernoulliVAE, codes):
     "What the decoder sees of code words: themselves, or what a channel makes of them."
     return self.noise(codes) if self.noise is not None and self.training else codes
 
 # %% ../../nbs/binary_vae/20_models.ipynb #84bc41ed
 @patch
-def table(self:BernoulliVAE, x, mask):
+def table(self: BernoulliVAE, x, mask):
     "Exact log likelihood `[B,2**K]` of every item under every word, and the log posterior of the encoder."
-    return self.decoder.table(x, mask, self.heard(self.code.joint_codebook())), self.code.joint_log_posterior(self.encode(x, mask))
+    return self.decoder.table(
+        x, mask, self.heard(self.code.joint_codebook())
+    ), self.code.joint_log_posterior(self.encode(x, mask))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #9c39aebe
 @patch(as_prop=True)
-def information_bits(self:BernoulliVAE)->int: # K
+def information_bits(self: BernoulliVAE) -> int:  # K
     "Bits of a word."
     return self.code.information_bits
 
 # %% ../../nbs/binary_vae/20_models.ipynb #f4acf10f
 @patch(as_prop=True)
-def enumerable(self:BernoulliVAE)->bool: # At most 12 information bits
+def enumerable(self: BernoulliVAE) -> bool:  # At most 12 information bits
     "Whether all words can be gone through."
     return self.information_bits <= WORD_LIMIT
 
 # %% ../../nbs/binary_vae/20_models.ipynb #d701f831
-def _with_gradient(value, surrogate): return value+surrogate-surrogate.detach()
+def _with_gradient(value, surrogate):
+    return value + surrogate - surrogate.detach()
+
 
 def straight_through(model, x, mask, logits, q):
     "One valid code word; the gradient goes to the bit probabilities as if they had been sent (Bengio et al. 2013). Biased."
     mean = model.code.bit_probability(q, coded=True)
-    if model.copies == 'independent': hard = torch.bernoulli(mean.detach())
-    else: hard = model.code.codebook[model.code.draw(q)[0]].flatten(-2)
+    if model.copies == "independent":
+        hard = torch.bernoulli(mean.detach())
+    else:
+        hard = model.code.codebook[model.code.draw(q)[0]].flatten(-2)
     return -model.decoder.log_likelihood(x, mask, model.heard(_with_gradient(hard, mean))[None])[0]
 
 # %% ../../nbs/binary_vae/20_models.ipynb #ef1afc60
 def concrete(model, x, mask, logits, q):
     "A relaxed word (Maddison et al., Jang et al. 2017), one a block; repeated bits share it. Biased for hard bits."
-    if model.copies == 'independent': # each code bit relaxed on its own: no sample of the model
-        l,u = model.code.bit_probability(q, coded=True).clamp(1e-6, 1-1e-6).logit(),torch.rand_like(logits).clamp(1e-6, 1-1e-6)
-        soft = ((l+u.logit())/model.temperature).sigmoid()
+    if model.copies == "independent":  # each code bit relaxed on its own: no sample of the model
+        l, u = (
+            model.code.bit_probability(q, coded=True).clamp(1e-6, 1 - 1e-6).logit(),
+            torch.rand_like(logits).clamp(1e-6, 1 - 1e-6),
+        )
+        soft = ((l + u.logit()) / model.temperature).sigmoid()
     else:
         gumbel = -torch.empty_like(q).exponential_().clamp_min(1e-20).log()
-        soft = (((q+gumbel)/model.temperature).softmax(-1)@model.code.codebook).flatten(-2)
+        soft = (((q + gumbel) / model.temperature).softmax(-1) @ model.code.codebook).flatten(-2)
     return -model.decoder.log_likelihood(x, mask, model.heard(soft)[None])[0]
 
 # %% ../../nbs/binary_vae/20_models.ipynb #9ebecb84
 def _drawn(model, x, mask, q):
     "Words drawn from the posterior: log likelihood `[S,B]` and log probability `[S,B]`."
     index = model.code.draw(q, model.samples)
-    return model.decoder.log_likelihood(x, mask, model.heard(model.code.codebook[index].flatten(-2))), model.code.log_probability(q, index)
+    return model.decoder.log_likelihood(
+        x, mask, model.heard(model.code.codebook[index].flatten(-2))
+    ), model.code.log_probability(q, index)
+
 
 def rloo(model, x, mask, logits, q):
     "Score function with the other samples' mean as baseline (Kool et al. 2019). Unbiased, for any posterior."
-    f,log_q = _drawn(model, x, mask, q); s = len(f)
-    advantage = (f-(f.sum(0)-f)/(s-1)).detach()
-    return -_with_gradient(f.mean(0), (advantage*log_q).mean(0))
+    f, log_q = _drawn(model, x, mask, q)
+    s = len(f)
+    advantage = (f - (f.sum(0) - f) / (s - 1)).detach()
+    return -_with_gradient(f.mean(0), (advantage * log_q).mean(0))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #55e6f49b
 def vimco(model, x, mask, logits, q):
     "Gradient of the bound with several samples (Mnih and Rezende 2016); the KL is inside, so what is returned is the bound less the KL."
-    f,log_q = _drawn(model, x, mask, q); s = len(f)
-    w = f-model.code.information_bits*math.log(2)-log_q
-    others = (w.sum(0)-w)/(s-1)
-    without = torch.where(torch.eye(s, dtype=torch.bool, device=w.device)[...,None], others[:,None], w[None]).logsumexp(1) # `[S,B]`: own weight replaced by the geometric mean of the others
+    f, log_q = _drawn(model, x, mask, q)
+    s = len(f)
+    w = f - model.code.information_bits * math.log(2) - log_q
+    others = (w.sum(0) - w) / (s - 1)
+    without = torch.where(
+        torch.eye(s, dtype=torch.bool, device=w.device)[..., None], others[:, None], w[None]
+    ).logsumexp(1)  # `[S,B]`: own weight replaced by the geometric mean of the others
     bound = w.logsumexp(0)
-    surrogate = ((bound-without).detach()*log_q).sum(0)+(w.softmax(0).detach()*w).sum(0)
+    surrogate = ((bound - without).detach() * log_q).sum(0) + (w.softmax(0).detach() * w).sum(0)
     kl = model.code.kl(q).sum(-1)
-    return -_with_gradient((bound-math.log(s)).detach(), surrogate)-kl # the loss adds the KL again
+    return (
+        -_with_gradient((bound - math.log(s)).detach(), surrogate) - kl
+    )  # the loss adds the KL again
 
 # %% ../../nbs/binary_vae/20_models.ipynb #24bbce79
 def disarm(model, x, mask, logits, q):
     "Two antithetic words (Dong et al. 2020). Unbiased, for independent information bits."
-    l = (q[...,1]-q[...,0]) # `[B,K]`
-    u = torch.rand_like(l); p = l.sigmoid()
-    b = torch.stack([(1-u < p), (u < p)]).to(l.dtype)
+    l = q[..., 1] - q[..., 0]  # `[B,K]`
+    u = torch.rand_like(l)
+    p = l.sigmoid()
+    b = torch.stack([(1 - u < p), (u < p)]).to(l.dtype)
     f = model.decoder.log_likelihood(x, mask, model.heard(model.code.encode(b)))
-    g = .5*(f[0]-f[1])[:,None]*(b[0]-b[1])*l.abs().sigmoid()
-    return -_with_gradient(f.mean(0), (g.detach()*l).sum(-1))
+    g = 0.5 * (f[0] - f[1])[:, None] * (b[0] - b[1]) * l.abs().sigmoid()
+    return -_with_gradient(f.mean(0), (g.detach() * l).sum(-1))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #7f823c7f
 def exact(model, x, mask, logits, q):
     "All words, no variance. With `wake`, a share of the exact likelihood and of an encoder that follows the exact posterior (Bornschein and Bengio 2015)."
     ll = model.decoder.table(x, mask, model.heard(model.code.joint_codebook()))
     log_q = model.code.joint_log_posterior(logits)
-    fit = -(log_q.exp()*ll).sum(-1)
-    if not model.wake: return fit
+    fit = -(log_q.exp() * ll).sum(-1)
+    if not model.wake:
+        return fit
     kl = model.code.kl(q).sum(-1)
-    likelihood,follow = -ll.logsumexp(-1),-(ll.softmax(-1).detach()*log_q).sum(-1)
-    return _with_gradient(fit.detach(), (1-model.wake)*(fit+kl)+model.wake*(likelihood+follow)-kl) # the loss adds the KL again
+    likelihood, follow = -ll.logsumexp(-1), -(ll.softmax(-1).detach() * log_q).sum(-1)
+    return _with_gradient(
+        fit.detach(), (1 - model.wake) * (fit + kl) + model.wake * (likelihood + follow) - kl
+    )  # the loss adds the KL again
 
 # %% ../../nbs/binary_vae/20_models.ipynb #b56453fd
-_FIT = dict(straight_through=straight_through, concrete=concrete, rloo=rloo, vimco=vimco, disarm=disarm, exact=exact, wake=exact)
+_FIT = dict(
+    straight_through=straight_through,
+    concrete=concrete,
+    rloo=rloo,
+    vimco=vimco,
+    disarm=disarm,
+    exact=exact,
+    wake=exact,
+)
+
 
 @patch
-def forward(self:BernoulliVAE, x, mask):
+def forward(self: BernoulliVAE, x, mask):
     "`logits` `[B,N]`, `fit` `[B]` and `kl` `[B,blocks]` of a batch."
     logits = self.encode(x, mask)
     q = self.code.log_posterior(logits)
     name = self.estimator
-    if not self.training: name = 'exact' if self.enumerable and self.kind == 'image' and self.copies == 'valid' else 'straight_through'
+    if not self.training:
+        name = (
+            "exact"
+            if self.enumerable and self.kind == "image" and self.copies == "valid"
+            else "straight_through"
+        )
     return dict(logits=logits, fit=_FIT[name](self, x, mask, logits, q), kl=self.code.kl(q))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #512601fe
 class NegativeELBO(nn.Module):
     "Mean over items of `fit` plus `beta` times the KL divergence."
-    def __init__(self,
-        beta:float=1., # Weight of the KL divergence
-        free_bits:float=0., # Nats a block below which the KL costs nothing less
-    ): super().__init__(); self.beta,self.free_bits = beta,free_bits
-    def forward(self, prediction, target=None, reduction='mean'):
-        loss = prediction['fit']+self.beta*prediction['kl'].clamp_min(self.free_bits).sum(-1)
-        return loss.mean() if reduction == 'mean' else loss
+
+    def __init__(
+        self,
+        beta: float = 1.0,  # Weight of the KL divergence
+        free_bits: float = 0.0,  # Nats a block below which the KL costs nothing less
+    ):
+        super().__init__()
+        self.beta, self.free_bits = beta, free_bits
+
+    def forward(self, prediction, target=None, reduction="mean"):
+        loss = prediction["fit"] + self.beta * prediction["kl"].clamp_min(self.free_bits).sum(-1)
+        return loss.mean() if reduction == "mean" else loss
 
 # %% ../../nbs/binary_vae/20_models.ipynb #ee8c86bd
 @patch
 @torch.no_grad()
-def generate(self:BernoulliVAE,
-    words:Tensor, # Information words, `[n,K]`
-    temperature:float=1., # For texts; 0 takes the most probable token
-    generator=None, # `torch.Generator` of the draws
-)->Tensor: # Mean images `[n,D]`, or tokens `[n,T]`
+def generate(
+    self: BernoulliVAE,
+    words: Tensor,  # Information words, `[n,K]`
+    temperature: float = 1.0,  # For texts; 0 takes the most probable token
+    generator=None,  # `torch.Generator` of the draws
+) -> Tensor:  # Mean images `[n,D]`, or tokens `[n,T]`
     "Decode words."
     codes = self.code.encode(words)
-    return self.decoder.write(codes, self.shape[0], temperature, generator) if self.kind == 'tokens' else self.decoder(codes).sigmoid()
+    return (
+        self.decoder.write(codes, self.shape[0], temperature, generator)
+        if self.kind == "tokens"
+        else self.decoder(codes).sigmoid()
+    )
 
 # %% ../../nbs/binary_vae/20_models.ipynb #b57ef08a
 @patch
 @torch.no_grad()
-def infer(self:BernoulliVAE, x, mask)->Tensor: # `[B,K]`
+def infer(self: BernoulliVAE, x, mask) -> Tensor:  # `[B,K]`
     "The most probable word of each item."
     return self.code.decode(self.encode(x, mask))
 
 # %% ../../nbs/binary_vae/20_models.ipynb #916e78e8
 @patch
-def read(self:BernoulliVAE,
-    x, # Pixels `[B,D]`, or tokens `[B,T]`
-    mask=None, # For tokens, `[B,T]`
-)->dict: # `logits` `[B,N]`, `probability` `[B,K]`
+def read(
+    self: BernoulliVAE,
+    x,  # Pixels `[B,D]`, or tokens `[B,T]`
+    mask=None,  # For tokens, `[B,T]`
+) -> dict:  # `logits` `[B,N]`, `probability` `[B,K]`
     "What the encoder says of items."
     logits = self.encode(x, mask)
-    return dict(logits=logits, probability=self.code.bit_probability(self.code.log_posterior(logits)))
+    return dict(
+        logits=logits, probability=self.code.bit_probability(self.code.log_posterior(logits))
+    )
 
 # %% ../../nbs/binary_vae/20_models.ipynb #2132d151
 @patch
-def whole_codes(self:BlockCode,
-    words:Tensor, # Information words, whole numbers `[...,K]`
-)->Tensor: # Code words `[...,N]`, as numbers
+def whole_codes(
+    self: BlockCode,
+    words: Tensor,  # Information words, whole numbers `[...,K]`
+) -> Tensor:  # Code words `[...,N]`, as numbers
     "The code word of each word, by whole numbers alone."
-    parts = words.unflatten(-1, (self.blocks, self.k))[...,None]*self.generator.to(words.dtype)
+    parts = words.unflatten(-1, (self.blocks, self.k))[..., None] * self.generator.to(words.dtype)
     return (parts.sum(-2) % 2).flatten(-2).to(torch.float32)
 
 # %% ../../nbs/binary_vae/20_models.ipynb #5076aaf9
 @patch
-def picture(self:BernoulliVAE,
-    words, # Whole numbers `[B,K]`
-)->dict: # `pixels` `[B,D]`
+def picture(
+    self: BernoulliVAE,
+    words,  # Whole numbers `[B,K]`
+) -> dict:  # `pixels` `[B,D]`
     "Mean images of words."
     return dict(pixels=self.decoder(self.code.whole_codes(words)).sigmoid())
 
+
 @patch
-def next_tokens(self:BernoulliVAE,
-    words, # Whole numbers `[B,K]`
-    before, # Tokens so far, the first is 1, `[B,T]`
-)->dict: # `logits` `[B,T,V]`
+def next_tokens(
+    self: BernoulliVAE,
+    words,  # Whole numbers `[B,K]`
+    before,  # Tokens so far, the first is 1, `[B,T]`
+) -> dict:  # `logits` `[B,T,V]`
     "Logits of each next token of a text."
     return dict(logits=self.decoder(self.code.whole_codes(words), before)[0])
 
 # %% ../../nbs/binary_vae/20_models.ipynb #091ad08e
 @patch
-def program_inputs(self:BernoulliVAE)->dict: # Method -> input -> type and axes
+def program_inputs(self: BernoulliVAE) -> dict:  # Method -> input -> type and axes
     "What the programs of a model take."
-    words,tokens = f'int64[batch,{self.code.information_bits}]<2',f'int64[batch,length]<{self.width}'
-    if self.kind == 'image': return dict(read=dict(x=f'float32[batch,{self.width}]'), picture=dict(words=words))
-    return dict(read=dict(x=tokens, mask='bool[batch,length]'), next_tokens=dict(words=words, before=tokens))
+    words, tokens = (
+        f"int64[batch,{self.code.information_bits}]<2",
+        f"int64[batch,length]<{self.width}",
+    )
+    if self.kind == "image":
+        return dict(read=dict(x=f"float32[batch,{self.width}]"), picture=dict(words=words))
+    return dict(
+        read=dict(x=tokens, mask="bool[batch,length]"), next_tokens=dict(words=words, before=tokens)
+    )

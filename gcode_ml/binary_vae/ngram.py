@@ -10,70 +10,106 @@ __all__ = ['WittenBell']
 # %% ../../nbs/binary_vae/35_ngram.ipynb #00aca610
 import numpy as np
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 
 # %% ../../nbs/binary_vae/35_ngram.ipynb #8f3ea391
 class WittenBell:
     "Probabilities of tokens from those before them."
-    def __init__(self,
-        tokens, # Training texts `[N,T]`: 0 is padding, 1 never occurs, 2 ends a text
-        width:int, # Tokens of the vocabulary
-        context:int=6, # Tokens before, at least 0
+
+    def __init__(
+        self,
+        tokens,  # Training texts `[N,T]`: 0 is padding, 1 never occurs, 2 ends a text
+        width: int,  # Tokens of the vocabulary
+        context: int = 6,  # Tokens before, at least 0
     ):
-        if not 0 <= context or width**(context+1) >= 2**62: raise InputError('ngram', 'context', f'0 or more, with {width} tokens and one number for all of them', str(context))
-        self.width,self.context = width,context
-        before,token = self.windows(np.asarray(tokens))
-        self.keys = [np.sort(self.number(before, n)*width+token) for n in range(context+1)]
-        self.kinds = [np.unique(k)//width for k in self.keys] # a context once for each different token behind it
+        if not context >= 0 or width ** (context + 1) >= 2**62:
+            raise InputError(
+                "ngram",
+                "context",
+                f"0 or more, with {width} tokens and one number for all of them",
+                str(context),
+            )
+        self.width, self.context = width, context
+        before, token = self.windows(np.asarray(tokens))
+        self.keys = [np.sort(self.number(before, n) * width + token) for n in range(context + 1)]
+        self.kinds = [
+            np.unique(k) // width for k in self.keys
+        ]  # a context once for each different token behind it
+
     def windows(self, tokens):
         "Every token with those before it, starts put in front: `[M,context]` and `[M]`."
-        padded = np.pad(tokens, ((0,0),(self.context,0)), constant_values=1)
-        rows,places = np.nonzero(tokens)
-        return padded[rows[:,None], places[:,None]+np.arange(self.context)],tokens[rows,places]
+        padded = np.pad(tokens, ((0, 0), (self.context, 0)), constant_values=1)
+        rows, places = np.nonzero(tokens)
+        return padded[rows[:, None], places[:, None] + np.arange(self.context)], tokens[
+            rows, places
+        ]
+
     def number(self, before, n):
         "The last `n` tokens of each row as one number."
-        return before[:,before.shape[1]-n:]@(self.width**np.arange(n)[::-1]).astype(np.int64)
+        return before[:, before.shape[1] - n :] @ (self.width ** np.arange(n)[::-1]).astype(
+            np.int64
+        )
 
 # %% ../../nbs/binary_vae/35_ngram.ipynb #ddc03195
 @patch
-def probability(self:WittenBell,
-    before, # Tokens before, `[M,context]`
-    token, # Tokens, `[M]`
-)->np.ndarray: # `[M]`
+def probability(
+    self: WittenBell,
+    before,  # Tokens before, `[M,context]`
+    token,  # Tokens, `[M]`
+) -> np.ndarray:  # `[M]`
     "Probability of each token behind those before it."
-    p = np.full(len(token), 1/(self.width-2))
-    for n in range(self.context+1):
-        h = self.number(before, n); k = h*self.width+token
-        found = lambda where, value: np.searchsorted(where, value, 'right')-np.searchsorted(where, value, 'left')
-        total = np.searchsorted(self.keys[n], (h+1)*self.width)-np.searchsorted(self.keys[n], h*self.width); kinds = found(self.kinds[n], h)
-        p = np.where(total > 0, (found(self.keys[n], k)+kinds*p)/np.maximum(total+kinds, 1), p)
+    p = np.full(len(token), 1 / (self.width - 2))
+    for n in range(self.context + 1):
+        h = self.number(before, n)
+        k = h * self.width + token
+
+        def found(where, value):
+            return np.searchsorted(where, value, "right") - np.searchsorted(where, value, "left")
+
+        total = np.searchsorted(self.keys[n], (h + 1) * self.width) - np.searchsorted(
+            self.keys[n], h * self.width
+        )
+        kinds = found(self.kinds[n], h)
+        p = np.where(
+            total > 0, (found(self.keys[n], k) + kinds * p) / np.maximum(total + kinds, 1), p
+        )
     return p
 
 # %% ../../nbs/binary_vae/35_ngram.ipynb #ee108ace
 @patch
-def nats_a_token(self:WittenBell,
-    tokens, # Texts `[N,T]`
-)->float: # Mean over tokens, ends included
+def nats_a_token(
+    self: WittenBell,
+    tokens,  # Texts `[N,T]`
+) -> float:  # Mean over tokens, ends included
     "Negative log likelihood of texts."
     return float(-np.log(self.probability(*self.windows(np.asarray(tokens)))).mean())
 
 # %% ../../nbs/binary_vae/35_ngram.ipynb #b539174d
 @patch
-def write(self:WittenBell,
-    n:int=1000, # How many texts
-    length:int=64, # Most tokens
-    seed:int=0, # Seed
-)->np.ndarray: # `[n,length]`, 0 behind the end
+def write(
+    self: WittenBell,
+    n: int = 1000,  # How many texts
+    length: int = 64,  # Most tokens
+    seed: int = 0,  # Seed
+) -> np.ndarray:  # `[n,length]`, 0 behind the end
     "Draw texts: in each context one of the places where it occurred, or a shorter context as often as back-off says."
-    rng,made = np.random.default_rng(seed),np.full((n, self.context+length), 1, np.int64)
-    for t in range(self.context, self.context+length):
-        before,new,open_ = made[:,t-self.context:t],np.zeros(n, np.int64),np.ones(n, bool)
+    rng, made = np.random.default_rng(seed), np.full((n, self.context + length), 1, np.int64)
+    for t in range(self.context, self.context + length):
+        before, new, open_ = made[:, t - self.context : t], np.zeros(n, np.int64), np.ones(n, bool)
         for k in range(self.context, -1, -1):
-            h = self.number(before, k); low,high = np.searchsorted(self.keys[k], h*self.width),np.searchsorted(self.keys[k], (h+1)*self.width)
-            kinds = np.searchsorted(self.kinds[k], h, 'right')-np.searchsorted(self.kinds[k], h, 'left')
-            taken = open_ & (rng.random(n)*(high-low+kinds) < high-low)
-            place = low+np.floor(rng.random(n)*np.maximum(high-low, 1)).astype(np.int64)
-            new[taken] = self.keys[k][place[taken]]%self.width; open_ &= ~taken
+            h = self.number(before, k)
+            low, high = (
+                np.searchsorted(self.keys[k], h * self.width),
+                np.searchsorted(self.keys[k], (h + 1) * self.width),
+            )
+            kinds = np.searchsorted(self.kinds[k], h, "right") - np.searchsorted(
+                self.kinds[k], h, "left"
+            )
+            taken = open_ & (rng.random(n) * (high - low + kinds) < high - low)
+            place = low + np.floor(rng.random(n) * np.maximum(high - low, 1)).astype(np.int64)
+            new[taken] = self.keys[k][place[taken]] % self.width
+            open_ &= ~taken
         new[open_] = rng.integers(2, self.width, open_.sum())
-        made[:,t] = np.where(made[:,t-1] == 2, 0, np.where(made[:,t-1] == 0, 0, new))
-    return made[:,self.context:]
+        made[:, t] = np.where(made[:, t - 1] == 2, 0, np.where(made[:, t - 1] == 0, 0, new))
+    return made[:, self.context :]

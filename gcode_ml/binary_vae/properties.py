@@ -10,87 +10,115 @@ __all__ = ['shares', 'gcode_line_fault', 'gcode_properties', 'has_rdkit', 'canon
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #2ef356bb
 import importlib.util
+
 import numpy as np
-from ..core.errors import InputError
+
 from .data import gcode_tokens
+from ..core.errors import InputError
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #553d791e
 def shares(
-    canonical, # One canonical text for each made one, `None` where it is not valid
-    train, # Canonical training texts
-)->dict: # `valid`, `unique`, `novel`; `None` where there is nothing to share
+    canonical,  # One canonical text for each made one, `None` where it is not valid
+    train,  # Canonical training texts
+) -> dict:  # `valid`, `unique`, `novel`; `None` where there is nothing to share
     "Shares of valid, unique and novel texts."
     valid = [c for c in canonical if c is not None]
     unique = set(valid)
-    return dict(valid=len(valid)/len(canonical) if len(canonical) else None, unique=len(unique)/len(valid) if valid else None,
-                novel=len(unique-set(train))/len(unique) if unique else None)
+    return dict(
+        valid=len(valid) / len(canonical) if len(canonical) else None,
+        unique=len(unique) / len(valid) if valid else None,
+        novel=len(unique - set(train)) / len(unique) if unique else None,
+    )
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #53db3aee
-_axes,_moves,_circles = set('XYZEABCUVW'),{0.,1.,2.,3.},{2.,3.}
+_axes, _moves, _circles = set("XYZEABCUVW"), {0.0, 1.0, 2.0, 3.0}, {2.0, 3.0}
+
 
 def _line_fault(words):
     "What is wrong with the words `(letter, value)` of one line; empty when nothing is."
-    letters = [l for l,_ in words]
-    codes = {v for l,v in words if l == 'G'}
-    others = [l for l in letters if l not in 'GM']
-    if any(np.isnan(v) for _,v in words): return 'a letter without a number'
-    if len(set(others)) < len(others): return 'a letter twice'
-    if len(codes & _moves) > 1: return 'two kinds of move'
-    if letters[0] not in 'GMT' and not _axes & set(letters): return 'neither a command nor an axis'
-    if codes & _moves and not set(letters) & (_axes | {'F'}): return 'a move without a place'
-    if codes & _circles and not set(letters) & set('IJKR'): return 'an arc without a centre'
-    return ''
+    letters = [l for l, _ in words]
+    codes = {v for l, v in words if l == "G"}
+    others = [l for l in letters if l not in "GM"]
+    if any(np.isnan(v) for _, v in words):
+        return "a letter without a number"
+    if len(set(others)) < len(others):
+        return "a letter twice"
+    if len(codes & _moves) > 1:
+        return "two kinds of move"
+    if letters[0] not in "GMT" and not _axes & set(letters):
+        return "neither a command nor an axis"
+    if codes & _moves and not set(letters) & (_axes | {"F"}):
+        return "a move without a place"
+    if codes & _circles and not set(letters) & set("IJKR"):
+        return "an arc without a centre"
+    return ""
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #31fe0728
 def gcode_line_fault(
-    line:str, # One line
-    commands=None, # Commands that are known, such as those of the training set; every one when absent
-)->str: # One phrase, empty when the line is valid
+    line: str,  # One line
+    commands=None,  # Commands that are known, such as those of the training set; every one when absent
+) -> str:  # One phrase, empty when the line is valid
     "Why a line is no valid G-code."
     from gcode_ml.gcode.reader import parse_gcode
-    if not line.strip(): return 'nothing'
-    try: program = parse_gcode(line)
-    except InputError as e: return str(e)
+
+    if not line.strip():
+        return "nothing"
+    try:
+        program = parse_gcode(line)
+    except InputError as e:
+        return str(e)
     words = list(zip(program.words.letter, program.words.value))
-    if len(program.extended) or not words: return 'no words'
-    unknown = next((t for t in gcode_tokens(line) if commands is not None and t[0] in 'GMT' and len(t) > 1 and t not in commands), None)
-    return f'the unknown command {unknown}' if unknown else _line_fault(words)
+    if len(program.extended) or not words:
+        return "no words"
+    unknown = next(
+        (
+            t
+            for t in gcode_tokens(line)
+            if commands is not None and t[0] in "GMT" and len(t) > 1 and t not in commands
+        ),
+        None,
+    )
+    return f"the unknown command {unknown}" if unknown else _line_fault(words)
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #83a5adc4
 def gcode_properties(
-    texts, # Made lines
-    train, # Training lines
-)->dict: # `valid`, `unique`, `novel`, and the most frequent `faults`
+    texts,  # Made lines
+    train,  # Training lines
+) -> dict:  # `valid`, `unique`, `novel`, and the most frequent `faults`
     "Shares of made lines of G-code."
-    commands = {t for line in train for t in gcode_tokens(line) if t[0] in 'GMT' and len(t) > 1}
+    commands = {t for line in train for t in gcode_tokens(line) if t[0] in "GMT" and len(t) > 1}
     faults = [gcode_line_fault(line, commands) for line in texts]
-    kinds,counts = np.unique([f.split(': expected')[-1] for f in faults if f], return_counts=True)
+    kinds, counts = np.unique([f.split(": expected")[-1] for f in faults if f], return_counts=True)
     most = {str(kinds[i]): int(counts[i]) for i in np.argsort(-counts)[:5]}
-    plain = [' '.join(line.split()) if not fault else None for line,fault in zip(texts, faults)]
-    return dict(shares(plain, {' '.join(t.split()) for t in train}), faults=most)
+    plain = [" ".join(line.split()) if not fault else None for line, fault in zip(texts, faults)]
+    return dict(shares(plain, {" ".join(t.split()) for t in train}), faults=most)
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #e8d5dcc3
-def has_rdkit()->bool:
+def has_rdkit() -> bool:
     "Whether the extra `chem` is installed."
-    return importlib.util.find_spec('rdkit') is not None
+    return importlib.util.find_spec("rdkit") is not None
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #ff7db97a
 def _chemistry():
     "RDKit's parts, its messages off, and the SA score of its contributed files."
     import sys
     from pathlib import Path
+
     from rdkit import Chem, RDConfig, RDLogger
-    from rdkit.Chem import Descriptors, QED
-    RDLogger.DisableLog('rdApp.*')
-    place = str(Path(RDConfig.RDContribDir)/'SA_Score')
-    if place not in sys.path: sys.path.append(place)
+    from rdkit.Chem import QED, Descriptors
+
+    RDLogger.DisableLog("rdApp.*")
+    place = str(Path(RDConfig.RDContribDir) / "SA_Score")
+    if place not in sys.path:
+        sys.path.append(place)
     import sascorer
-    return Chem,QED.qed,Descriptors.MolLogP,sascorer.calculateScore
+
+    return Chem, QED.qed, Descriptors.MolLogP, sascorer.calculateScore
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #b47915fc
 def canonical_smiles(
-    texts, # SMILES
-)->list: # Canonical SMILES, `None` where there is no such molecule
+    texts,  # SMILES
+) -> list:  # Canonical SMILES, `None` where there is no such molecule
     "RDKit's canonical form."
     Chem = _chemistry()[0]
     molecules = (Chem.MolFromSmiles(t) if t else None for t in texts)
@@ -98,23 +126,30 @@ def canonical_smiles(
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #86762a9c
 def smiles_properties(
-    texts, # Made SMILES
-    train, # Training SMILES, canonical as the data set ships them
-    most:int=2000, # The means are over the first so many valid ones
-)->dict: # `valid`, `unique`, `novel`; means `qed`, `sa`, `logp` of the valid ones
+    texts,  # Made SMILES
+    train,  # Training SMILES, canonical as the data set ships them
+    most: int = 2000,  # The means are over the first so many valid ones
+) -> dict:  # `valid`, `unique`, `novel`; means `qed`, `sa`, `logp` of the valid ones
     "Shares and mean properties of made molecules; all `None` without RDKit."
-    if not has_rdkit(): return dict(dict.fromkeys(('valid','unique','novel','qed','sa','logp')), note='needs the chem extra: pip install gcode_ml[chem]')
-    Chem,qed,logp,sa = _chemistry()
+    if not has_rdkit():
+        return dict(
+            dict.fromkeys(("valid", "unique", "novel", "qed", "sa", "logp")),
+            note="needs the chem extra: pip install gcode_ml[chem]",
+        )
+    Chem, qed, logp, sa = _chemistry()
     canonical = canonical_smiles(texts)
     molecules = [Chem.MolFromSmiles(c) for c in [c for c in canonical if c is not None][:most]]
-    means = {k: float(np.mean([f(m) for m in molecules])) if molecules else None for k,f in dict(qed=qed, sa=sa, logp=logp).items()}
+    means = {
+        k: float(np.mean([f(m) for m in molecules])) if molecules else None
+        for k, f in dict(qed=qed, sa=sa, logp=logp).items()
+    }
     return dict(shares(canonical, set(train)), **means)
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #22376796
 def text_properties(
-    name:str, # `smiles` or `gcode`, as in `DataSets.name`
-    texts, # Made texts
-    train, # Training texts
-)->dict: # Shares, and what the kind has besides
+    name: str,  # `smiles` or `gcode`, as in `DataSets.name`
+    texts,  # Made texts
+    train,  # Training texts
+) -> dict:  # Shares, and what the kind has besides
     "Properties of made texts of one kind."
     return dict(smiles=smiles_properties, gcode=gcode_properties)[name](texts, train)

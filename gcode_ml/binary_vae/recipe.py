@@ -9,266 +9,568 @@ __all__ = ['PARAMETER_SETS', 'DEFAULTS', 'sizes', 'run_name', 'recipe', 'check_p
            'read_items', 'predict_bundle', 'evaluate_bundle', 'sample_bundle']
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #63d5a200
-import inspect, math, warnings
+import inspect
+import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .augment import ImageAugment, SmilesAugment
+from gcode_ml.binary_vae.callbacks import (
+    BestWeights,
+    BetaWarmup,
+    ChannelNoise,
+    Consistency,
+    EncoderGradient,
+    ExactAudit,
+    FiniteTerms,
+    FreeBits,
+    LossRecord,
+    ProgressLine,
+    Sleep,
+    TemperatureAnneal,
+    Terms,
+)
+from .codes import create_code
+from gcode_ml.binary_vae.data import (
+    TEXTS,
+    Images,
+    Texts,
+    data_name,
+    gcode_tokens,
+    load_data,
+    read_idx,
+    simulate,
+    smiles_tokens,
+)
+from .models import BernoulliVAE, BlockCode, NegativeELBO, chosen_estimator
 from ..core.batch import Subset, dataloaders
 from ..core.callbacks import Checkpoints
 from ..core.errors import InputError, check_choice
 from ..core.files import read_arrays, write_json
 from ..core.learner import Learner, pick_device, set_seed
 from ..core.training import fit, training_options
-from .augment import ImageAugment, SmilesAugment
-from .callbacks import BestWeights, BetaWarmup, ChannelNoise, Consistency, EncoderGradient, ExactAudit, FiniteTerms, FreeBits, LossRecord, ProgressLine, Sleep, TemperatureAnneal, Terms
-from .codes import create_code
-from .data import TEXTS, Images, Texts, check, data_name, gcode_tokens, load_data, read_idx, simulate, smiles_tokens
-from .models import BernoulliVAE, BlockCode, NegativeELBO, chosen_estimator
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #a70ea8e4
-PARAMETER_SETS = [dict(hidden=h, latent=n, depth=d) for h,n,d in
-                  ((100,100,2), (200,100,2), (100,200,2), (200,200,2), (200,200,3), (200,300,2), (300,200,3), (500,300,5))]
+PARAMETER_SETS = [
+    dict(hidden=h, latent=n, depth=d)
+    for h, n, d in (
+        (100, 100, 2),
+        (200, 100, 2),
+        (100, 200, 2),
+        (200, 200, 2),
+        (200, 200, 3),
+        (200, 300, 2),
+        (300, 200, 3),
+        (500, 300, 5),
+    )
+]
+
 
 def sizes(
-    parameter_set:int=1, # 0 to 7
-    hidden:int=0, # Size of a hidden layer instead
-    latent:int=0, # Code bits instead
-    depth:int=0, # Hidden layers instead
-)->dict: # `hidden`, `latent`, `depth`
+    parameter_set: int = 1,  # 0 to 7
+    hidden: int = 0,  # Size of a hidden layer instead
+    latent: int = 0,  # Code bits instead
+    depth: int = 0,  # Hidden layers instead
+) -> dict:  # `hidden`, `latent`, `depth`
     "Sizes of a parameter set, where they are not given."
-    if not (isinstance(parameter_set, int) and 0 <= parameter_set < len(PARAMETER_SETS)): raise InputError('parameter', 'parameter_set', f'0 to {len(PARAMETER_SETS)-1}', repr(parameter_set))
-    given = {k: v for k,v in dict(hidden=hidden, latent=latent, depth=depth).items() if v}
-    for k,v in given.items():
-        if v < 0: raise InputError('parameter', k, 'at least 1, or 0 for that of the parameter set', str(v))
+    if not (isinstance(parameter_set, int) and 0 <= parameter_set < len(PARAMETER_SETS)):
+        raise InputError(
+            "parameter", "parameter_set", f"0 to {len(PARAMETER_SETS) - 1}", repr(parameter_set)
+        )
+    given = {k: v for k, v in dict(hidden=hidden, latent=latent, depth=depth).items() if v}
+    for k, v in given.items():
+        if v < 0:
+            raise InputError(
+                "parameter", k, "at least 1, or 0 for that of the parameter set", str(v)
+            )
     return {**PARAMETER_SETS[parameter_set], **given}
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #69a6af3d
 def run_name(
-    parameter_set:int=1, hidden:int=0, latent:int=0, depth:int=0, # Sizes
-    beta_max:float=1., learning_rate:float=1e-3, # As in the recipe
-    ecc_type:str='none', ecc_R:int=1, seed:int=42, # As in the recipe
-    **others # Not in the name
-)->str: # Name of a run or a folder
+    parameter_set: int = 1,
+    hidden: int = 0,
+    latent: int = 0,
+    depth: int = 0,  # Sizes
+    beta_max: float = 1.0,
+    learning_rate: float = 1e-3,  # As in the recipe
+    ecc_type: str = "none",
+    ecc_R: int = 1,
+    seed: int = 42,  # As in the recipe
+    **others,  # Not in the name
+) -> str:  # Name of a run or a folder
     "A name that tells sizes, weight, learning rate, code and seed."
     s = sizes(parameter_set, hidden, latent, depth)
-    code = '' if ecc_type == 'none' and ecc_R == 1 else f'_{ecc_type}' + (f'_R{ecc_R}' if ecc_R > 1 else '')
+    code = (
+        ""
+        if ecc_type == "none" and ecc_R == 1
+        else f"_{ecc_type}" + (f"_R{ecc_R}" if ecc_R > 1 else "")
+    )
     return f"hidden_size_{s['hidden']}_latent_size_{s['latent']}_depth_{s['depth']}_beta_{float(beta_max)}_lr_{learning_rate:g}{code}_seed_{seed}"
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #dcc6ce7a
-DEFAULTS = dict(max_epochs=30, batch_size=32, learning_rate=1e-3, weight_decay=0., clip=0.)
+DEFAULTS = dict(max_epochs=30, batch_size=32, learning_rate=1e-3, weight_decay=0.0, clip=0.0)
+
 
 def _scale(logit_scale, code, estimator):
     "Scale of the encoder's logits: large for few independent bits, where a small one lets them collapse."
-    return logit_scale or (max(1., 10*code.information_bits/code.code_bits) if code.k == 1 and code.information_bits <= 12 else 1.)
+    return logit_scale or (
+        max(1.0, 10 * code.information_bits / code.code_bits)
+        if code.k == 1 and code.information_bits <= 12
+        else 1.0
+    )
 
-_RANGES = dict(beta_max=(0, math.inf), beta_warmup_epochs=(0, math.inf), relaxation=(1e-6, math.inf), samples=(2, math.inf), wake=(0, 1), sleep=(0, math.inf), consistency=(0, math.inf),
-               free_bits=(0, math.inf), channel_rate=(0, .5), token_dropout=(0, .99), dropout=(0, .99), randomise=(0, 1), subset=(0, math.inf), logit_scale=(0, math.inf), patience=(1, math.inf), relaxation_rate=(0, math.inf))
+
+_RANGES = dict(
+    beta_max=(0, math.inf),
+    beta_warmup_epochs=(0, math.inf),
+    relaxation=(1e-6, math.inf),
+    samples=(2, math.inf),
+    wake=(0, 1),
+    sleep=(0, math.inf),
+    consistency=(0, math.inf),
+    free_bits=(0, math.inf),
+    channel_rate=(0, 0.5),
+    token_dropout=(0, 0.99),
+    dropout=(0, 0.99),
+    randomise=(0, 1),
+    subset=(0, math.inf),
+    logit_scale=(0, math.inf),
+    patience=(1, math.inf),
+    relaxation_rate=(0, math.inf),
+)
+
 
 def _check_ranges(**values):
     "Refuse what lies outside of its range, one sentence."
-    for k,v in values.items():
-        low,high = _RANGES[k]
-        if not low <= v <= high: raise InputError('parameter', k, f'{low:g} to {high:g}' if high < math.inf else 'a positive number' if 0 < low < 1 else f'at least {low:g}', repr(v))
+    for k, v in values.items():
+        low, high = _RANGES[k]
+        if not low <= v <= high:
+            raise InputError(
+                "parameter",
+                k,
+                f"{low:g} to {high:g}"
+                if high < math.inf
+                else "a positive number"
+                if 0 < low < 1
+                else f"at least {low:g}",
+                repr(v),
+            )
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #4c5502ab
 def _checked_fit(block, kind, estimator, ecc_type, ecc_R, beta_max, warmup, wake, options):
     "What has to fit together; returns the epochs of warm-up."
     found = chosen_estimator(estimator, block, kind, beta_max)
-    if wake and found not in ('exact','wake'): raise InputError('parameter', 'wake', 'the exact estimator', found, 'set estimator=exact')
-    if wake and beta_max != 1: raise InputError('parameter', 'beta_max', '1 beside a wake phase', str(beta_max))
-    if options.augment or options.spec_augment or options.mixing != 'none': raise InputError('parameter', 'augment', 'nothing here: those augmentations are for signals, images have shift, redraw and pixel_flips', repr(options.augment or options.mixing))
-    if ecc_R > 1 and ecc_R % 2 == 0: warnings.warn(f'ecc_R={ecc_R} corrects by hard votes what ecc_R={ecc_R-1} does' + ('; two copies detect an error and correct none' if ecc_R == 2 else ''))
-    if found in ('vimco','wake') or wake: return 0. # their bounds hold the KL as it is
-    if warmup >= options.max_epochs: warnings.warn(f'beta_warmup_epochs={warmup:g} of {options.max_epochs} epochs: no epoch counts as best, the last one is used')
+    if wake and found not in ("exact", "wake"):
+        raise InputError("parameter", "wake", "the exact estimator", found, "set estimator=exact")
+    if wake and beta_max != 1:
+        raise InputError("parameter", "beta_max", "1 beside a wake phase", str(beta_max))
+    if options.augment or options.spec_augment or options.mixing != "none":
+        raise InputError(
+            "parameter",
+            "augment",
+            "nothing here: those augmentations are for signals, images have shift, redraw and pixel_flips",
+            repr(options.augment or options.mixing),
+        )
+    if ecc_R > 1 and ecc_R % 2 == 0:
+        warnings.warn(
+            f"ecc_R={ecc_R} corrects by hard votes what ecc_R={ecc_R - 1} does"
+            + ("; two copies detect an error and correct none" if ecc_R == 2 else ""),
+            stacklevel=2,
+        )
+    if found in ("vimco", "wake") or wake:
+        return 0.0  # their bounds hold the KL as it is
+    if warmup >= options.max_epochs:
+        warnings.warn(
+            f"beta_warmup_epochs={warmup:g} of {options.max_epochs} epochs: no epoch counts as best, the last one is used",
+            stacklevel=2,
+        )
     return warmup
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #a1e98146
 def recipe(
-    data='', # `digits`, `bars`, a folder, `NAME:FOLDER`, or what `load_data` returned
-    split:str='position', # `position` (honest) or `shuffled` (leaky)
-    protocol:str='small', # `small` or `full`
-    subset:int=0, # Only so many training items; 0: all
-    parameter_set:int=1, hidden:int=0, latent:int=0, depth:int=0, # See `sizes`
-    architecture:str='auto', # `mlp`, `conv`, `gru`; `auto`: `mlp` for images, `gru` for texts
-    ecc_type:str='none', # Code, see `codes.CODES`, or `matrix`
-    ecc_R:int=1, # Copies of each code bit
-    generator:str='', # File of the matrix
-    tie:str='fair', # Equal words in a decision: `fair`, `zero`, `one`
-    copies:str='valid', # `valid` code words, or `independent` bits, which give no bound
-    estimator:str='auto', # See `models.ESTIMATORS`
-    samples:int=4, # Words an item, for `rloo` and `vimco`
-    relaxation:float=.5, # Temperature of `concrete`
-    relaxation_rate:float=0., # Cooling a step, from 1 down to `relaxation`; 0: constant
-    logit_scale:float=0., # Multiplies the encoder's logits; 0: by the code
-    wake:float=0., # Share of the exact likelihood with a wake-phase encoder, 0 to 1
-    sleep:float=0., # Weight of the encoder's sleep phase
-    beta_max:float=1., # Weight of the KL divergence
-    beta_warmup_epochs:float=10., # Epochs until it is reached
-    free_bits:float=0., # Nats a block that cost nothing
-    consistency:float=.01, # Weight of the consistency term, with a code
-    channel:str='none', # `bsc` or `awgn` between code word and decoder in training
-    channel_rate:float=.05, # Probability that a hard decision on a bit is wrong
-    token_dropout:float=.2, dropout:float=0., # Hidden inputs of a decoder of texts; numbers hidden from its head
-    blind:bool=False, # Texts: a language model that sees no word, the control
-    randomise:float=0., # Share of the training molecules that are written in a random order
-    shift:int=0, redraw:bool=False, pixel_flips:float=0., # Changes of the training images, see `augment.ImageAugment`
-    patience:int=10, # Epochs without improvement
-    save_every_epoch:bool=False, # Keep the weights of every epoch, in the folder of checkpoints
-    verbose:bool=False, # Also record the encoder's gradient and audit every fit
-    seed:int=42, device:str='auto', workers='auto', root='', cbs=(), # Seed; device; loader processes; folder of data sets; more callbacks
-    **training # Options of `core.training`
-)->Learner: # With `learn.sets`, `learn.arguments` and the items `learn.train`, `learn.valid`, `learn.test`
+    data="",  # `digits`, `bars`, a folder, `NAME:FOLDER`, or what `load_data` returned
+    split: str = "position",  # `position` (honest) or `shuffled` (leaky)
+    protocol: str = "small",  # `small` or `full`
+    subset: int = 0,  # Only so many training items; 0: all
+    parameter_set: int = 1,
+    hidden: int = 0,
+    latent: int = 0,
+    depth: int = 0,  # See `sizes`
+    architecture: str = "auto",  # `mlp`, `conv`, `gru`; `auto`: `mlp` for images, `gru` for texts
+    ecc_type: str = "none",  # Code, see `codes.CODES`, or `matrix`
+    ecc_R: int = 1,  # Copies of each code bit
+    generator: str = "",  # File of the matrix
+    tie: str = "fair",  # Equal words in a decision: `fair`, `zero`, `one`
+    copies: str = "valid",  # `valid` code words, or `independent` bits, which give no bound
+    estimator: str = "auto",  # See `models.ESTIMATORS`
+    samples: int = 4,  # Words an item, for `rloo` and `vimco`
+    relaxation: float = 0.5,  # Temperature of `concrete`
+    relaxation_rate: float = 0.0,  # Cooling a step, from 1 down to `relaxation`; 0: constant
+    logit_scale: float = 0.0,  # Multiplies the encoder's logits; 0: by the code
+    wake: float = 0.0,  # Share of the exact likelihood with a wake-phase encoder, 0 to 1
+    sleep: float = 0.0,  # Weight of the encoder's sleep phase
+    beta_max: float = 1.0,  # Weight of the KL divergence
+    beta_warmup_epochs: float = 10.0,  # Epochs until it is reached
+    free_bits: float = 0.0,  # Nats a block that cost nothing
+    consistency: float = 0.01,  # Weight of the consistency term, with a code
+    channel: str = "none",  # `bsc` or `awgn` between code word and decoder in training
+    channel_rate: float = 0.05,  # Probability that a hard decision on a bit is wrong
+    token_dropout: float = 0.2,
+    dropout: float = 0.0,  # Hidden inputs of a decoder of texts; numbers hidden from its head
+    blind: bool = False,  # Texts: a language model that sees no word, the control
+    randomise: float = 0.0,  # Share of the training molecules that are written in a random order
+    shift: int = 0,
+    redraw: bool = False,
+    pixel_flips: float = 0.0,  # Changes of the training images, see `augment.ImageAugment`
+    patience: int = 10,  # Epochs without improvement
+    save_every_epoch: bool = False,  # Keep the weights of every epoch, in the folder of checkpoints
+    verbose: bool = False,  # Also record the encoder's gradient and audit every fit
+    seed: int = 42,
+    device: str = "auto",
+    workers="auto",
+    root="",
+    cbs=(),  # Seed; device; loader processes; folder of data sets; more callbacks
+    **training,  # Options of `core.training`
+) -> (
+    Learner
+):  # With `learn.sets`, `learn.arguments` and the items `learn.train`, `learn.valid`, `learn.test`
     "A binary variational autoencoder ready to fit."
     given = SimpleNamespace(**locals())
-    options,size,code,block = check_parameters(**{k: v for k,v in vars(given).items() if k not in ('training','cbs')}, **training)
-    sets = load_data(data, protocol, split, seed, subset, root) if isinstance(data, (str,Path)) else data
-    items,kind = sets.items,sets.items.kind
-    warmup = _checked_fit(block, kind, estimator, ecc_type, ecc_R, beta_max, beta_warmup_epochs, wake, options)
+    options, size, code, block = check_parameters(
+        **{k: v for k, v in vars(given).items() if k not in ("training", "cbs")}, **training
+    )
+    sets = (
+        load_data(data, protocol, split, seed, subset, root)
+        if isinstance(data, (str, Path))
+        else data
+    )
+    items, kind = sets.items, sets.items.kind
+    warmup = _checked_fit(
+        block, kind, estimator, ecc_type, ecc_R, beta_max, beta_warmup_epochs, wake, options
+    )
     set_seed(seed)
     device = pick_device(device)
-    dls = dataloaders(Subset(items, sets.train), Subset(items, sets.valid), options.batch_size, bucket=0 if kind == 'image' else 20, seed=seed, workers=workers, device=device)
-    arguments = dict(kind=kind, shape=list(items.shape), width=items.width, hidden=size['hidden'], depth=size['depth'], architecture=dict(image='mlp', tokens='gru')[kind] if architecture == 'auto' else architecture,
-                     **code, tie=tie, copies=copies, estimator=estimator, samples=samples, temperature=relaxation, wake=wake, logit_scale=_scale(logit_scale, block, estimator), token_dropout=token_dropout, dropout=dropout, blind=blind)
+    dls = dataloaders(
+        Subset(items, sets.train),
+        Subset(items, sets.valid),
+        options.batch_size,
+        bucket=0 if kind == "image" else 20,
+        seed=seed,
+        workers=workers,
+        device=device,
+    )
+    arguments = dict(
+        kind=kind,
+        shape=list(items.shape),
+        width=items.width,
+        hidden=size["hidden"],
+        depth=size["depth"],
+        architecture=dict(image="mlp", tokens="gru")[kind]
+        if architecture == "auto"
+        else architecture,
+        **code,
+        tie=tie,
+        copies=copies,
+        estimator=estimator,
+        samples=samples,
+        temperature=relaxation,
+        wake=wake,
+        logit_scale=_scale(logit_scale, block, estimator),
+        token_dropout=token_dropout,
+        dropout=dropout,
+        blind=blind,
+    )
     model = BernoulliVAE(**arguments, mean=items.mean(sets.train))
     own = _callbacks(given, block, items, warmup, options)
     learn = options.learner(dls, model, NegativeELBO(beta_max), [*own, *cbs])
-    learn.sets,learn.arguments,learn.train,learn.valid,learn.test = sets,arguments,sets.train,sets.valid,sets.test
+    learn.sets, learn.arguments, learn.train, learn.valid, learn.test = (
+        sets,
+        arguments,
+        sets.train,
+        sets.valid,
+        sets.test,
+    )
     return learn
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #2e2f7d68
 def _callbacks(given, block, items, warmup, options):
     "The callbacks that the parameters ask for."
-    g,folder = given,options.checkpoint_folder
-    if g.save_every_epoch and not folder: raise InputError('parameter', 'save_every_epoch', 'a checkpoint_folder', 'none')
-    own = [BetaWarmup(g.beta_max, warmup), FiniteTerms(), Terms(warmup), BestWeights(g.patience, options.min_delta), ProgressLine()]
-    if g.consistency and block.n > block.k: own.append(Consistency(g.consistency))
-    if g.sleep: own.append(Sleep(g.sleep))
-    if g.free_bits: own.append(FreeBits(g.free_bits))
-    if g.verbose: own += [EncoderGradient(), ExactAudit(strict=g.copies == 'valid')]
-    if g.relaxation_rate: own.append(TemperatureAnneal(1., g.relaxation, g.relaxation_rate))
-    if g.channel != 'none': own.append(ChannelNoise(g.channel, g.channel_rate))
+    g, folder = given, options.checkpoint_folder
+    if g.save_every_epoch and not folder:
+        raise InputError("parameter", "save_every_epoch", "a checkpoint_folder", "none")
+    own = [
+        BetaWarmup(g.beta_max, warmup),
+        FiniteTerms(),
+        Terms(warmup),
+        BestWeights(g.patience, options.min_delta),
+        ProgressLine(),
+    ]
+    if g.consistency and block.n > block.k:
+        own.append(Consistency(g.consistency))
+    if g.sleep:
+        own.append(Sleep(g.sleep))
+    if g.free_bits:
+        own.append(FreeBits(g.free_bits))
+    if g.verbose:
+        own += [EncoderGradient(), ExactAudit(strict=g.copies == "valid")]
+    if g.relaxation_rate:
+        own.append(TemperatureAnneal(1.0, g.relaxation, g.relaxation_rate))
+    if g.channel != "none":
+        own.append(ChannelNoise(g.channel, g.channel_rate))
     if g.shift or g.redraw or g.pixel_flips:
         own.append(ImageAugment(items.shape, g.shift, g.redraw, g.pixel_flips))
-    if g.randomise: own.append(SmilesAugment(items, g.randomise))
-    if folder: own.append(LossRecord(Path(folder)/'loss_record_with.txt'))
-    return own + [Checkpoints(folder, 'valid_loss', every=1)]*g.save_every_epoch
+    if g.randomise:
+        own.append(SmilesAugment(items, g.randomise))
+    if folder:
+        own.append(LossRecord(Path(folder) / "loss_record_with.txt"))
+    return own + [Checkpoints(folder, "valid_loss", every=1)] * g.save_every_epoch
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #9c4423db
 def check_parameters(
-    data='', root='', parameter_set:int=1, hidden:int=0, latent:int=0, depth:int=0, # As in `recipe`
-    ecc_type:str='none', ecc_R:int=1, generator:str='', tie:str='fair', copies:str='valid', # As in `recipe`
-    estimator:str='auto', wake:float=0., beta_max:float=1., beta_warmup_epochs:float=10., channel:str='none', # As in `recipe`
-    **others # Other parameters of `recipe`, and options of `core.training`
-)->tuple: # Options of the fit, sizes, arguments of the code, and the `BlockCode`
+    data="",
+    root="",
+    parameter_set: int = 1,
+    hidden: int = 0,
+    latent: int = 0,
+    depth: int = 0,  # As in `recipe`
+    ecc_type: str = "none",
+    ecc_R: int = 1,
+    generator: str = "",
+    tie: str = "fair",
+    copies: str = "valid",  # As in `recipe`
+    estimator: str = "auto",
+    wake: float = 0.0,
+    beta_max: float = 1.0,
+    beta_warmup_epochs: float = 10.0,
+    channel: str = "none",  # As in `recipe`
+    **others,  # Other parameters of `recipe`, and options of `core.training`
+) -> tuple:  # Options of the fit, sizes, arguments of the code, and the `BlockCode`
     "Refuse parameters that cannot be, one sentence."
     own = inspect.signature(recipe).parameters
-    options = training_options({k: v for k,v in others.items() if k not in own}, **DEFAULTS)
-    _check_ranges(**{k: v for k,v in dict(others, wake=wake, beta_max=beta_max, beta_warmup_epochs=beta_warmup_epochs).items() if k in _RANGES})
-    check_choice('parameter', 'channel', channel, ('none','bsc','awgn')); check_choice('parameter', 'tie', tie, ('fair','zero','one')); check_choice('parameter', 'copies', copies, ('valid','independent'))
+    options = training_options({k: v for k, v in others.items() if k not in own}, **DEFAULTS)
+    _check_ranges(
+        **{
+            k: v
+            for k, v in dict(
+                others, wake=wake, beta_max=beta_max, beta_warmup_epochs=beta_warmup_epochs
+            ).items()
+            if k in _RANGES
+        }
+    )
+    check_choice("parameter", "channel", channel, ("none", "bsc", "awgn"))
+    check_choice("parameter", "tie", tie, ("fair", "zero", "one"))
+    check_choice("parameter", "copies", copies, ("valid", "independent"))
     size = sizes(parameter_set, hidden, latent, depth)
-    code = create_code(ecc_type, size['latent'], ecc_R, generator)
-    block = BlockCode(code['generator'], code['blocks'], code['code_name'], tie)
-    name = data_name(data, root) if isinstance(data, (str,Path)) else data.name; kind = 'tokens' if name in TEXTS else 'image'
-    check_choice('parameter', 'architecture', others.get('architecture', 'auto'), ('auto','gru') if kind == 'tokens' else ('auto','mlp','conv'))
-    if others.get('randomise') and name != 'smiles': raise InputError('parameter', 'randomise', '0, since only molecules can be written in another order', str(others['randomise']))
-    if kind == 'tokens' and any(others.get(k) for k in ('shift','redraw','pixel_flips')): raise InputError('parameter', 'shift, redraw, pixel_flips', 'images', 'texts')
-    with warnings.catch_warnings(): warnings.simplefilter('ignore'); _checked_fit(block, kind, estimator, ecc_type, ecc_R, beta_max, beta_warmup_epochs, wake, options)
-    if others.get('subset') and others['subset'] < options.batch_size: raise InputError('parameter', 'subset', f'at least one batch of {options.batch_size}', str(others['subset']), '0 takes all')
-    return options,size,code,block
+    code = create_code(ecc_type, size["latent"], ecc_R, generator)
+    block = BlockCode(code["generator"], code["blocks"], code["code_name"], tie)
+    name = data_name(data, root) if isinstance(data, (str, Path)) else data.name
+    kind = "tokens" if name in TEXTS else "image"
+    check_choice(
+        "parameter",
+        "architecture",
+        others.get("architecture", "auto"),
+        ("auto", "gru") if kind == "tokens" else ("auto", "mlp", "conv"),
+    )
+    if others.get("randomise") and name != "smiles":
+        raise InputError(
+            "parameter",
+            "randomise",
+            "0, since only molecules can be written in another order",
+            str(others["randomise"]),
+        )
+    if kind == "tokens" and any(others.get(k) for k in ("shift", "redraw", "pixel_flips")):
+        raise InputError("parameter", "shift, redraw, pixel_flips", "images", "texts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _checked_fit(
+            block, kind, estimator, ecc_type, ecc_R, beta_max, beta_warmup_epochs, wake, options
+        )
+    if others.get("subset") and others["subset"] < options.batch_size:
+        raise InputError(
+            "parameter",
+            "subset",
+            f"at least one batch of {options.batch_size}",
+            str(others["subset"]),
+            "0 takes all",
+        )
+    return options, size, code, block
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #0e146b95
 def preprocessing(
-    learn, # From `recipe`
-)->dict: # JSON-able
+    learn,  # From `recipe`
+) -> dict:  # JSON-able
     "What a bundle has to know of the data."
     items = learn.sets.items
-    return dict(kind=items.kind, set=learn.sets.name, shape=list(items.shape), vocabulary=list(items.vocabulary), length=int(items.length))
+    return dict(
+        kind=items.kind,
+        set=learn.sets.name,
+        shape=list(items.shape),
+        vocabulary=list(items.vocabulary),
+        length=int(items.length),
+    )
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #4549fc58
 def write_config(
-    path, # The file, `config.json`
-    learn, # From `recipe`
+    path,  # The file, `config.json`
+    learn,  # From `recipe`
 ):
     "Sizes, bits, code with its rows, vocabulary and mean image of a model."
     code = learn.model.code
-    write_json(path, dict({k: v for k,v in learn.arguments.items() if k != 'generator'}, information_bits=code.information_bits, code_bits=code.code_bits, generator=code.generator.tolist(),
-                          vocabulary=list(learn.sets.items.vocabulary), mean=[round(float(v), 6) for v in learn.sets.items.mean(learn.train)]))
+    write_json(
+        path,
+        dict(
+            {k: v for k, v in learn.arguments.items() if k != "generator"},
+            information_bits=code.information_bits,
+            code_bits=code.code_bits,
+            generator=code.generator.tolist(),
+            vocabulary=list(learn.sets.items.vocabulary),
+            mean=[round(float(v), 6) for v in learn.sets.items.mean(learn.train)],
+        ),
+    )
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #2845bfc2
 _tokenizers = dict(smiles=smiles_tokens, gcode=gcode_tokens)
 
+
 def read_items(
-    path, # A `.npy` of images `[N,D]` or `[N,H,W]`, an idx file, a text file with one text a line, or a data folder
-    state:dict, # `preprocessing` of a bundle
-): # `Images` or `Texts`
+    path,  # A `.npy` of images `[N,D]` or `[N,H,W]`, an idx file, a text file with one text a line, or a data folder
+    state: dict,  # `preprocessing` of a bundle
+):  # `Images` or `Texts`
     "Items of a file for a model."
     path = Path(path)
-    if path.is_dir(): return load_data(str(path)).items
-    if not path.is_file(): raise InputError(path, 'file', 'images or texts', 'nothing there')
-    if state['kind'] == 'tokens':
-        lines = path.read_text(encoding='utf-8').split('\n'); lines = lines[:-1] if lines[-1] == '' else lines
-        return Texts(lines, state['vocabulary'], _tokenizers[state['set']], state['length'], str(path))
-    pixels = read_idx(path) if path.suffix == '.gz' else next(iter(read_arrays(path).values()))
-    if pixels.shape[1:] not in (tuple(state['shape']), (math.prod(state['shape']),)): raise InputError(path, 'shape', f"[N,{','.join(map(str, state['shape']))}]", str(list(pixels.shape)))
-    return Images(pixels.reshape(len(pixels), -1), state['shape'], str(path))
+    if path.is_dir():
+        return load_data(str(path)).items
+    if not path.is_file():
+        raise InputError(path, "file", "images or texts", "nothing there")
+    if state["kind"] == "tokens":
+        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = lines[:-1] if lines[-1] == "" else lines
+        return Texts(
+            lines, state["vocabulary"], _tokenizers[state["set"]], state["length"], str(path)
+        )
+    pixels = read_idx(path) if path.suffix == ".gz" else next(iter(read_arrays(path).values()))
+    if pixels.shape[1:] not in (tuple(state["shape"]), (math.prod(state["shape"]),)):
+        raise InputError(
+            path, "shape", f"[N,{','.join(map(str, state['shape']))}]", str(list(pixels.shape))
+        )
+    return Images(pixels.reshape(len(pixels), -1), state["shape"], str(path))
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #f4aa7061
 def predict_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    path, # See `read_items`
-)->pd.DataFrame: # One row an item: `word`, `code_word`, `confidence`, and `nll` (a bound above 12 bits)
+    bundle,  # From `lab.bundle.load_bundle`
+    path,  # See `read_items`
+) -> (
+    pd.DataFrame
+):  # One row an item: `word`, `code_word`, `confidence`, and `nll` (a bound above 12 bits)
     "The most probable word of each item."
     from gcode_ml.binary_vae.evaluate import importance_bound
-    items,model,rows = read_items(path, bundle.preprocessing),bundle.model,[]
+
+    items, model, rows = read_items(path, bundle.preprocessing), bundle.model, []
     _check_bundle(bundle)
-    for i in np.array_split(np.arange(len(items)), max(1, math.ceil(len(items)/250))):
-        x,mask,_ = items.batch(i)
+    for i in np.array_split(np.arange(len(items)), max(1, math.ceil(len(items) / 250))):
+        x, mask, _ = items.batch(i)
         with torch.no_grad():
-            q = model.code.log_posterior(model.encode(x, mask)); words = model.infer(x, mask)
+            q = model.code.log_posterior(model.encode(x, mask))
+            words = model.infer(x, mask)
             p = q.amax(-1).sum(-1).exp()
-            nll = -(model.table(x, mask)[0].logsumexp(-1)-model.code.information_bits*math.log(2)) if model.enumerable and model.kind == 'image' else -importance_bound(model, x, mask, 100)
-        spell = lambda bits: [''.join(map(str, row)) for row in bits.int().tolist()]
-        rows.append(pd.DataFrame(dict(item=i, word=spell(words), code_word=spell(model.code.encode(words)), confidence=p.numpy(), nll=nll.numpy())))
+            nll = (
+                -(model.table(x, mask)[0].logsumexp(-1) - model.code.information_bits * math.log(2))
+                if model.enumerable and model.kind == "image"
+                else -importance_bound(model, x, mask, 100)
+            )
+
+        def spell(bits):
+            return ["".join(map(str, row)) for row in bits.int().tolist()]
+
+        rows.append(
+            pd.DataFrame(
+                dict(
+                    item=i,
+                    word=spell(words),
+                    code_word=spell(model.code.encode(words)),
+                    confidence=p.numpy(),
+                    nll=nll.numpy(),
+                )
+            )
+        )
     return pd.concat(rows, ignore_index=True)
+
 
 def _check_bundle(bundle):
     "Refuse a bundle whose description and weights disagree."
-    state,model = bundle.preprocessing,bundle.model
-    width = math.prod(state['shape']) if state['kind'] == 'image' else len(state['vocabulary'])
-    if width != model.width: raise InputError(bundle.folder, 'vocabulary' if state['kind'] == 'tokens' else 'shape', f'{model.width} as in the weights', str(width))
+    state, model = bundle.preprocessing, bundle.model
+    width = math.prod(state["shape"]) if state["kind"] == "image" else len(state["vocabulary"])
+    if width != model.width:
+        raise InputError(
+            bundle.folder,
+            "vocabulary" if state["kind"] == "tokens" else "shape",
+            f"{model.width} as in the weights",
+            str(width),
+        )
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #822a0200
 def evaluate_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    data, # A data folder or name, of which the test items are scored; or a file of items
-    progress=None, # Not used: nothing takes long
-)->tuple: # Table of measures, and facts about the data
+    bundle,  # From `lab.bundle.load_bundle`
+    data,  # A data folder or name, of which the test items are scored; or a file of items
+    progress=None,  # Not used: nothing takes long
+) -> tuple:  # Table of measures, and facts about the data
     "Score a bundle on data."
     from gcode_ml.binary_vae.evaluate import score_model
+
     _check_bundle(bundle)
-    if Path(data).is_file(): items = read_items(data, bundle.preprocessing); index,facts = np.arange(len(items)),dict(kind='file', rows=len(items))
-    else: sets = load_data(str(data)); items,index,facts = sets.items,sets.test,sets.facts
-    if items.kind == 'tokens' and list(items.vocabulary) != bundle.preprocessing['vocabulary']:
-        items = Texts([items.texts[i] for i in index], bundle.preprocessing['vocabulary'], items.tokenizer, bundle.preprocessing['length'], str(data)); index = np.arange(len(items))
-    return score_model(bundle.model, items, index),dict(facts=facts)
+    if Path(data).is_file():
+        items = read_items(data, bundle.preprocessing)
+        index, facts = np.arange(len(items)), dict(kind="file", rows=len(items))
+    else:
+        sets = load_data(str(data))
+        items, index, facts = sets.items, sets.test, sets.facts
+    if items.kind == "tokens" and list(items.vocabulary) != bundle.preprocessing["vocabulary"]:
+        items = Texts(
+            [items.texts[i] for i in index],
+            bundle.preprocessing["vocabulary"],
+            items.tokenizer,
+            bundle.preprocessing["length"],
+            str(data),
+        )
+        index = np.arange(len(items))
+    return score_model(bundle.model, items, index), dict(facts=facts)
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #f116f770
 @torch.no_grad()
 def sample_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    n:int=1000, # How many
-    temperature:float=1., # For texts; 0 takes the most probable token
-    seed:int=0, # Seed of words and draws
-)->dict: # `words` `[n,K]`, `code_words` `[n,N]`, and `images` `[n,D]` (mean images) or `texts`
+    bundle,  # From `lab.bundle.load_bundle`
+    n: int = 1000,  # How many
+    temperature: float = 1.0,  # For texts; 0 takes the most probable token
+    seed: int = 0,  # Seed of words and draws
+) -> dict:  # `words` `[n,K]`, `code_words` `[n,N]`, and `images` `[n,D]` (mean images) or `texts`
     "Decode random words."
-    if n < 1: raise InputError('sample', 'n', 'at least 1', str(n))
+    if n < 1:
+        raise InputError("sample", "n", "at least 1", str(n))
     _check_bundle(bundle)
-    model,random = bundle.model.eval(),torch.Generator().manual_seed(seed)
+    model, random = bundle.model.eval(), torch.Generator().manual_seed(seed)
     words = torch.randint(0, 2, (n, model.code.information_bits), generator=random).float()
-    made = torch.cat([model.generate(w, temperature, random) if model.kind == 'image' else _padded(model.generate(w, temperature, random), model.shape[0]) for w in words.split(1000)])
-    found = dict(words=words.numpy().astype(np.uint8), code_words=model.code.encode(words).numpy().astype(np.uint8))
-    if model.kind == 'image': return {**found, 'images': made.numpy()}
-    vocabulary = bundle.preprocessing['vocabulary']
-    return {**found, 'texts': Texts([], vocabulary, list, model.shape[0]).decode(made)}
+    made = torch.cat(
+        [
+            model.generate(w, temperature, random)
+            if model.kind == "image"
+            else _padded(model.generate(w, temperature, random), model.shape[0])
+            for w in words.split(1000)
+        ]
+    )
+    found = dict(
+        words=words.numpy().astype(np.uint8),
+        code_words=model.code.encode(words).numpy().astype(np.uint8),
+    )
+    if model.kind == "image":
+        return {**found, "images": made.numpy()}
+    vocabulary = bundle.preprocessing["vocabulary"]
+    return {**found, "texts": Texts([], vocabulary, list, model.shape[0]).decode(made)}
 
-def _padded(tokens, length): return torch.nn.functional.pad(tokens, (0, length-tokens.shape[1]))
+
+def _padded(tokens, length):
+    return torch.nn.functional.pad(tokens, (0, length - tokens.shape[1]))

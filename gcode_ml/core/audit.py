@@ -10,11 +10,14 @@ __all__ = ['Finding', 'window_overlap', 'duplicate_rows', 'affine_copies', 'sour
 
 # %% ../../nbs/core/06_audit.ipynb #4e4e5755
 from dataclasses import asdict, dataclass
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from scipy.sparse import csr_array
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
+
 from .baselines import TimeLookup
 from .errors import InputError, check_choice
 from .split import group_kfold
@@ -23,302 +26,500 @@ from .split import group_kfold
 @dataclass(frozen=True)
 class Finding:
     "What one check of the audit found."
-    check:str # Name of the check
-    leak:bool # Is `value` above `limit`?
-    value:float # What was measured
-    limit:float # Largest value that raises no suspicion
-    sentence:str # The finding in words
-    details:dict # Numbers behind it, plain values that JSON can hold
+
+    check: str  # Name of the check
+    leak: bool  # Is `value` above `limit`?
+    value: float  # What was measured
+    limit: float  # Largest value that raises no suspicion
+    sentence: str  # The finding in words
+    details: dict  # Numbers behind it, plain values that JSON can hold
+
 
 def _finding(check, value, limit, sentence, **details):
     return Finding(check, bool(value > limit), float(value), float(limit), sentence, details)
 
+
 def _same_length(check, **arrays):
     "Raise when arrays that describe the same items differ in length."
-    (first,n),*rest = [(k,len(v)) for k,v in arrays.items()]
-    for k,m in rest:
-        if m != n: raise InputError(check, k, f'{n}, one for each of {first}', str(m))
+    (first, n), *rest = [(k, len(v)) for k, v in arrays.items()]
+    for k, m in rest:
+        if m != n:
+            raise InputError(check, k, f"{n}, one for each of {first}", str(m))
 
 # %% ../../nbs/core/06_audit.ipynb #859aee0a
 def _most_shared(start, stop, a, b):
     "Rows that each interval `[a,b)` shares with that interval `[start,stop)` which shares most with it."
-    order = np.lexsort((-stop, start)); start,stop = start[order],stop[order]
+    order = np.lexsort((-stop, start))
+    start, stop = start[order], stop[order]
     outer = stop > np.concatenate([[-1], np.maximum.accumulate(stop)[:-1]])
-    start,stop = start[outer],stop[outer]
-    i,j = np.searchsorted(start, a, 'right')-1, np.searchsorted(stop, b, 'left')
-    def common(k): return np.where((k >= 0)&(k < len(start)), np.minimum(stop[k.clip(0, len(stop)-1)], b)-np.maximum(start[k.clip(0, len(stop)-1)], a), 0)
-    return np.maximum(np.maximum(common(i), common(j)), _longest_between(stop-start, i+1, j)).clip(0)
+    start, stop = start[outer], stop[outer]
+    i, j = np.searchsorted(start, a, "right") - 1, np.searchsorted(stop, b, "left")
+
+    def common(k):
+        return np.where(
+            (k >= 0) & (k < len(start)),
+            np.minimum(stop[k.clip(0, len(stop) - 1)], b)
+            - np.maximum(start[k.clip(0, len(stop) - 1)], a),
+            0,
+        )
+
+    return np.maximum(
+        np.maximum(common(i), common(j)), _longest_between(stop - start, i + 1, j)
+    ).clip(0)
+
 
 def _longest_between(length, first, last):
     "Largest of `length[first:last]` for each pair, 0 where that is empty."
-    result,some = np.zeros(len(first), int),np.flatnonzero(last > first)
-    some = some[np.argsort(first[some], kind='stable')] # in order, so that `reduceat` passes over the array once
-    if len(some): result[some] = np.maximum.reduceat(np.append(length, 0), np.stack([first[some],last[some]], 1).ravel())[::2]
+    result, some = np.zeros(len(first), int), np.flatnonzero(last > first)
+    some = some[
+        np.argsort(first[some], kind="stable")
+    ]  # in order, so that `reduceat` passes over the array once
+    if len(some):
+        result[some] = np.maximum.reduceat(
+            np.append(length, 0), np.stack([first[some], last[some]], 1).ravel()
+        )[::2]
     return result
 
 # %% ../../nbs/core/06_audit.ipynb #3c86a1d4
 def window_overlap(
-    sources, # Source of each window, `[N]`
-    starts, # First row in its source, `[N]`
-    stops, # Row after the last, `[N]`
-    train, # Windows to learn from
-    test, # Windows to measure on
-    near:float=.75, # Share of its rows from which a test window counts as a near copy
-)->Finding: # `value`: share of test windows with a row in training
+    sources,  # Source of each window, `[N]`
+    starts,  # First row in its source, `[N]`
+    stops,  # Row after the last, `[N]`
+    train,  # Windows to learn from
+    test,  # Windows to measure on
+    near: float = 0.75,  # Share of its rows from which a test window counts as a near copy
+) -> Finding:  # `value`: share of test windows with a row in training
     "Test windows that share rows with a training window of their source."
-    _same_length('window overlap', sources=sources, starts=starts, stops=stops)
-    sources,starts,stops,test = map(np.asarray, (sources, starts, stops, test))
-    if not len(test): raise InputError('window overlap', 'test', 'at least one window', 'none')
-    if (stops <= starts).any(): raise InputError('window overlap', 'stops', 'stops after starts', f'an empty window at {int((stops <= starts).argmax())}')
+    _same_length("window overlap", sources=sources, starts=starts, stops=stops)
+    sources, starts, stops, test = map(np.asarray, (sources, starts, stops, test))
+    if not len(test):
+        raise InputError("window overlap", "test", "at least one window", "none")
+    if (stops <= starts).any():
+        raise InputError(
+            "window overlap",
+            "stops",
+            "stops after starts",
+            f"an empty window at {int((stops <= starts).argmax())}",
+        )
     code = np.unique(sources, return_inverse=True)[1]
     learnt = pd.Series(np.asarray(train)).groupby(code[train]).indices
     shared = np.zeros(len(test))
-    for c,mine in pd.Series(test).groupby(code[test]).indices.items():
-        if c not in learnt: continue
-        other,own = np.asarray(train)[learnt[c]],test[mine]
-        shared[mine] = _most_shared(starts[other], stops[other], starts[own], stops[own])/(stops[own]-starts[own])
-    some,most = (shared > 0).mean(),(shared >= near).mean()
-    return _finding('window_overlap', some, 0, f'{some:.1%} of {len(test)} test windows share rows with a training window of their source, {most:.1%} at least {near:.0%} of their rows.',
-                    test_windows=len(test), near=near, near_share=float(most), mean_shared=float(shared.mean()))
+    for c, mine in pd.Series(test).groupby(code[test]).indices.items():
+        if c not in learnt:
+            continue
+        other, own = np.asarray(train)[learnt[c]], test[mine]
+        shared[mine] = _most_shared(starts[other], stops[other], starts[own], stops[own]) / (
+            stops[own] - starts[own]
+        )
+    some, most = (shared > 0).mean(), (shared >= near).mean()
+    return _finding(
+        "window_overlap",
+        some,
+        0,
+        f"{some:.1%} of {len(test)} test windows share rows with a training window of their source, {most:.1%} at least {near:.0%} of their rows.",
+        test_windows=len(test),
+        near=near,
+        near_share=float(most),
+        mean_shared=float(shared.mean()),
+    )
 
 # %% ../../nbs/core/06_audit.ipynb #aa9b1424
-def _plain(name): return name.item() if isinstance(name, np.generic) else name
+def _plain(name):
+    return name.item() if isinstance(name, np.generic) else name
+
 
 def _hashed(series):
     "Source -> (hashed numbers `[T,C]`, channels present, channels that vary)."
-    result,width = {},None
-    for name,x in series.items():
-        x = np.asarray(x, float)+0. # turns -0.0 into 0.0
-        if width is None and x.ndim == 2: width = x.shape[1]
-        if x.ndim != 2 or x.shape[1] != width: raise InputError(name, 'series', f'an array [T,{width or "C"}]', f'shape {x.shape}')
-        there = ~np.isnan(x); x[~there] = np.nan # one pattern of bits for all NaN
-        varies = np.where(there, x, -np.inf).max(0, initial=-np.inf) > np.where(there, x, np.inf).min(0, initial=np.inf)
-        result[_plain(name)] = pd.util.hash_array(x.ravel(), categorize=False).reshape(x.shape),there.any(0),varies
-    if not result: raise InputError('duplicate rows', 'series', 'at least one source', 'none')
+    result, width = {}, None
+    for name, x in series.items():
+        x = np.asarray(x, float) + 0.0  # turns -0.0 into 0.0
+        if width is None and x.ndim == 2:
+            width = x.shape[1]
+        if x.ndim != 2 or x.shape[1] != width:
+            raise InputError(name, "series", f"an array [T,{width or 'C'}]", f"shape {x.shape}")
+        there = ~np.isnan(x)
+        x[~there] = np.nan  # one pattern of bits for all NaN
+        varies = np.where(there, x, -np.inf).max(0, initial=-np.inf) > np.where(
+            there, x, np.inf
+        ).min(0, initial=np.inf)
+        result[_plain(name)] = (
+            pd.util.hash_array(x.ravel(), categorize=False).reshape(x.shape),
+            there.any(0),
+            varies,
+        )
+    if not result:
+        raise InputError("duplicate rows", "series", "at least one source", "none")
     return result
+
 
 def _row_keys(hashed, channels, span=1):
     "A 64-bit key of every `span` rows over the chosen channels; unsigned sums wrap around."
-    weights = np.random.default_rng(0).integers(2**63, size=(2,max(hashed.shape[1],span)), dtype=np.uint64)*2+1
-    key = hashed[:,channels]@weights[0,:hashed.shape[1]][channels]
-    if span == 1: return key
-    key = key[np.append(True, key[1:] != key[:-1])] # a row that only repeats the one before adds nothing
-    return np.lib.stride_tricks.sliding_window_view(key, span)@weights[1,:span] if len(key) >= span else key[:0]
+    weights = (
+        np.random.default_rng(0).integers(
+            2**63, size=(2, max(hashed.shape[1], span)), dtype=np.uint64
+        )
+        * 2
+        + 1
+    )
+    key = hashed[:, channels] @ weights[0, : hashed.shape[1]][channels]
+    if span == 1:
+        return key
+    key = key[
+        np.append(True, key[1:] != key[:-1])
+    ]  # a row that only repeats the one before adds nothing
+    return (
+        np.lib.stride_tricks.sliding_window_view(key, span) @ weights[1, :span]
+        if len(key) >= span
+        else key[:0]
+    )
 
 # %% ../../nbs/core/06_audit.ipynb #eb9aed32
 def _candidates(tables):
     "Pairs of sources with an equal row on the channels that all sources have."
-    names = list(tables); everywhere = np.logical_and.reduce([t[1] for t in tables.values()])
+    names = list(tables)
+    everywhere = np.logical_and.reduce([t[1] for t in tables.values()])
     keys = [np.unique(_row_keys(t[0], everywhere)) for t in tables.values()]
     code = np.unique(np.concatenate(keys), return_inverse=True)[1]
-    meets = csr_array((np.ones(len(code)), code, np.cumsum([0,*map(len, keys)])))
-    return [(names[a],names[b]) for a,b in sorted(zip(*map(list, (meets@meets.T).nonzero()))) if a < b]
+    meets = csr_array((np.ones(len(code)), code, np.cumsum([0, *map(len, keys)])))
+    return [
+        (names[a], names[b])
+        for a, b in sorted(zip(*map(list, (meets @ meets.T).nonzero())))
+        if a < b
+    ]
+
 
 def _common_rows(one, two, values):
     "Rows of `one` that stand in `two` as well."
-    channels = one[1]&two[1]; varying = int((channels&one[2]&two[2]).sum())
-    span = -(-values//varying) if varying else 0
-    if span == 0: return 0
-    (a,first,times_a),(b,_,times_b) = [np.unique(_row_keys(t[0], channels, span), return_index=True, return_counts=True) for t in (one,two)]
-    _,i,j = np.intersect1d(a, b, assume_unique=True, return_indices=True)
-    i = i[(times_a[i] == 1)|(times_b[j] == 1)] # an idle row occurs often in both
-    return len(np.unique(first[i][:,None]+np.arange(span)))
+    channels = one[1] & two[1]
+    varying = int((channels & one[2] & two[2]).sum())
+    span = -(-values // varying) if varying else 0
+    if span == 0:
+        return 0
+    (a, first, times_a), (b, _, times_b) = [
+        np.unique(_row_keys(t[0], channels, span), return_index=True, return_counts=True)
+        for t in (one, two)
+    ]
+    _, i, j = np.intersect1d(a, b, assume_unique=True, return_indices=True)
+    i = i[(times_a[i] == 1) | (times_b[j] == 1)]  # an idle row occurs often in both
+    return len(np.unique(first[i][:, None] + np.arange(span)))
 
 # %% ../../nbs/core/06_audit.ipynb #2e2c4b3e
 def duplicate_rows(
-    series:dict, # Source -> numbers `[T,C]`, channels in one common order, NaN where missing
-    train=None, # Names of the training sources, when the split is known
-    test=None, # Names of the test sources
-    values:int=12, # Varying numbers that must agree
-    least:int=2, # Rows that two sources must share
-)->Finding: # `value`: pairs of sources with common rows, on two sides if these are given
+    series: dict,  # Source -> numbers `[T,C]`, channels in one common order, NaN where missing
+    train=None,  # Names of the training sources, when the split is known
+    test=None,  # Names of the test sources
+    values: int = 12,  # Varying numbers that must agree
+    least: int = 2,  # Rows that two sources must share
+) -> Finding:  # `value`: pairs of sources with common rows, on two sides if these are given
     "Exact copies of whole rows in different sources."
-    tables = _hashed(series); pairs = []
-    for a,b in _candidates(tables):
+    tables = _hashed(series)
+    pairs = []
+    for a, b in _candidates(tables):
         rows = _common_rows(tables[a], tables[b], values)
-        if rows >= least: pairs.append([a, b, rows])
+        if rows >= least:
+            pairs.append([a, b, rows])
     sides = [set() if s is None else {_plain(k) for k in s} for s in (train, test)]
     split = train is not None and test is not None
-    crossing = [p for p in pairs if any(p[i] in sides[0] and p[1-i] in sides[1] for i in (0,1))] if split else pairs
+    crossing = (
+        [p for p in pairs if any(p[i] in sides[0] and p[1 - i] in sides[1] for i in (0, 1))]
+        if split
+        else pairs
+    )
     worst = max(crossing, key=lambda p: p[2], default=None)
     sentence = f"Pairs of sources with the same rows{' on two sides of the split' if split else ''}: {len(crossing)}{f' ({worst[0]} and {worst[1]} share {worst[2]})' if worst else ''}."
-    return _finding('duplicate_rows', len(crossing), 0, sentence, pairs=pairs, crossing=crossing, sources=len(tables))
+    return _finding(
+        "duplicate_rows",
+        len(crossing),
+        0,
+        sentence,
+        pairs=pairs,
+        crossing=crossing,
+        sources=len(tables),
+    )
 
 # %% ../../nbs/core/06_audit.ipynb #b2a03a2a
 def _within_sources(x, y, source):
     "Least-squares slope and R2 after each source's mean is taken away."
     n = np.maximum(np.bincount(source), 1)
-    x,y = [v-(np.bincount(source, v)/n)[source] for v in (x,y)]
-    xx,yy,xy = x@x,y@y,x@y
-    small = 1e-20*len(x)
-    return (0.,0.) if xx <= small or yy <= small else (float(xy/xx),float(xy**2/(xx*yy)))
+    x, y = [v - (np.bincount(source, v) / n)[source] for v in (x, y)]
+    xx, yy, xy = x @ x, y @ y, x @ y
+    small = 1e-20 * len(x)
+    return (0.0, 0.0) if xx <= small or yy <= small else (float(xy / xx), float(xy**2 / (xx * yy)))
+
 
 def _median_ratio(x, y, source):
     "Median of the ratio of changes from row to row, over the larger half of the changes in `x`."
-    same = np.diff(source) == 0; dx,dy = np.diff(x)[same],np.diff(y)[same]
+    same = np.diff(source) == 0
+    dx, dy = np.diff(x)[same], np.diff(y)[same]
     moves = dx != 0
-    if not moves.any(): return 0.
+    if not moves.any():
+        return 0.0
     large = np.abs(dx) >= np.median(np.abs(dx[moves]))
-    return float(np.median(dy[large&moves]/dx[large&moves]))
+    return float(np.median(dy[large & moves] / dx[large & moves]))
 
-def _centre(x, source): return pd.Series(x).groupby(source).transform('median').to_numpy()
+
+def _centre(x, source):
+    return pd.Series(x).groupby(source).transform("median").to_numpy()
+
 
 def _share_right(error, departure, limit):
     "Share of rows with a small error; 0 unless half of the rows that leave the median are among them."
-    right,leaves = np.abs(error) <= limit,np.abs(departure) > limit
-    return float(right.mean()) if leaves.any() and right[leaves].mean() >= .5 else 0.
+    right, leaves = np.abs(error) <= limit, np.abs(departure) > limit
+    return float(right.mean()) if leaves.any() and right[leaves].mean() >= 0.5 else 0.0
 
 # %% ../../nbs/core/06_audit.ipynb #97e0a73b
 def _copy_fit(y, x, source, tolerance):
     "How well column `y` gives back answer `x`: slope, share of rows within the tolerance, R2 and share of equal rows."
-    both = np.isfinite(x)&np.isfinite(y); x,y,source = x[both],y[both],source[both]
-    fit = dict(slope=0., share=0., r2=0., equal=0.)
-    if len(x) < 20 or np.ptp(x) == 0 or np.ptp(y) == 0: return fit
-    low,high = np.quantile(x, [.05,.95]); limit = tolerance*((high-low) or np.ptp(x))
-    fit['equal'] = _share_right(y-x, x-np.median(x), 1e-3*limit) # float32 against float64
-    inner = np.logical_and(*[(v >= lo)&(v <= hi) for v in (x,y) for lo,hi in [np.quantile(v, [.01,.99])]])
-    least,fit['r2'] = _within_sources(x[inner], y[inner], source[inner])
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y, source = x[both], y[both], source[both]
+    fit = dict(slope=0.0, share=0.0, r2=0.0, equal=0.0)
+    if len(x) < 20 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return fit
+    low, high = np.quantile(x, [0.05, 0.95])
+    limit = tolerance * ((high - low) or np.ptp(x))
+    fit["equal"] = _share_right(y - x, x - np.median(x), 1e-3 * limit)  # float32 against float64
+    inner = np.logical_and(
+        *[(v >= lo) & (v <= hi) for v in (x, y) for lo, hi in [np.quantile(v, [0.01, 0.99])]]
+    )
+    least, fit["r2"] = _within_sources(x[inner], y[inner], source[inner])
     for slope in (_median_ratio(x, y, source), least):
-        if not slope: continue
-        error = y/slope-x
-        share = _share_right(error-_centre(error, source), x-_centre(x, source), limit)
-        if share > fit['share'] or not fit['slope']: fit.update(slope=float(slope), share=share)
+        if not slope:
+            continue
+        error = y / slope - x
+        share = _share_right(error - _centre(error, source), x - _centre(x, source), limit)
+        if share > fit["share"] or not fit["slope"]:
+            fit.update(slope=float(slope), share=share)
     return fit
 
 # %% ../../nbs/core/06_audit.ipynb #09593496
 def affine_copies(
-    columns:pd.DataFrame, # Numeric columns that a model may read, `[N,C]`
-    answers:pd.DataFrame, # Numeric answers, `[N,A]`
-    sources, # Source of each row, `[N]`, rows of one source in their order
-    share:float=.95, # Share of rows that must be given back
-    tolerance:float=1e-3, # Allowed error, of the answer's range
-    r2:float=.999, # Or this share of variance within sources
-)->Finding: # `value`: columns that copy an answer
+    columns: pd.DataFrame,  # Numeric columns that a model may read, `[N,C]`
+    answers: pd.DataFrame,  # Numeric answers, `[N,A]`
+    sources,  # Source of each row, `[N]`, rows of one source in their order
+    share: float = 0.95,  # Share of rows that must be given back
+    tolerance: float = 1e-3,  # Allowed error, of the answer's range
+    r2: float = 0.999,  # Or this share of variance within sources
+) -> Finding:  # `value`: columns that copy an answer
     "Columns that are an answer in other units, with an offset for each source."
-    _same_length('affine copies', sources=sources, columns=columns, answers=answers)
-    order = np.argsort(np.asarray(sources), kind='stable')
+    _same_length("affine copies", sources=sources, columns=columns, answers=answers)
+    order = np.argsort(np.asarray(sources), kind="stable")
     source = np.unique(np.asarray(sources)[order], return_inverse=True)[1]
     copies = []
-    for column,answer in ((c,a) for c in columns for a in answers):
-        fit = _copy_fit(columns[column].to_numpy(float)[order], answers[answer].to_numpy(float)[order], source, tolerance)
-        if max(fit['share'], fit['equal']) >= share or fit['r2'] >= r2: copies.append(dict(column=str(column), answer=str(answer), **fit))
-    names = list(dict.fromkeys(c['column'] for c in copies)); best = max(copies, key=lambda c: max(c['share'], c['equal']), default=None)
-    formula = f" ({best['column']} = {best['slope']:.4g} * {best['answer']} + offset, on {max(best['share'], best['equal']):.1%} of the rows)" if best else ''
-    sentence = f'Columns that copy an answer: {len(names)} of {columns.shape[1]}{formula}.'
-    return _finding('affine_copies', len(names), 0, sentence, copies=copies, columns=names)
+    for column, answer in ((c, a) for c in columns for a in answers):
+        fit = _copy_fit(
+            columns[column].to_numpy(float)[order],
+            answers[answer].to_numpy(float)[order],
+            source,
+            tolerance,
+        )
+        if max(fit["share"], fit["equal"]) >= share or fit["r2"] >= r2:
+            copies.append(dict(column=str(column), answer=str(answer), **fit))
+    names = list(dict.fromkeys(c["column"] for c in copies))
+    best = max(copies, key=lambda c: max(c["share"], c["equal"]), default=None)
+    formula = (
+        f" ({best['column']} = {best['slope']:.4g} * {best['answer']} + offset, on {max(best['share'], best['equal']):.1%} of the rows)"
+        if best
+        else ""
+    )
+    sentence = f"Columns that copy an answer: {len(names)} of {columns.shape[1]}{formula}."
+    return _finding("affine_copies", len(names), 0, sentence, copies=copies, columns=names)
 
 # %% ../../nbs/core/06_audit.ipynb #f434af18
 def source_table(
-    series:dict, # Source -> numbers `[T,C]`, channels in one common order, NaN where missing
-)->tuple: # Names `[S]`, channels present `[S,C]` bool, means `[S,C]` with NaN where absent
+    series: dict,  # Source -> numbers `[T,C]`, channels in one common order, NaN where missing
+) -> tuple:  # Names `[S]`, channels present `[S,C]` bool, means `[S,C]` with NaN where absent
     "Presence and mean of every channel in every source."
     there = [~np.isnan(np.asarray(x, float)) for x in series.values()]
     count = np.array([t.sum(0) for t in there])
-    total = np.array([np.where(t, x, 0).sum(0, dtype=float) for t,x in zip(there, series.values())])
-    return np.array(list(series)),count > 0,np.where(count > 0, total/np.maximum(count, 1), np.nan)
+    total = np.array(
+        [np.where(t, x, 0).sum(0, dtype=float) for t, x in zip(there, series.values())]
+    )
+    return (
+        np.array(list(series)),
+        count > 0,
+        np.where(count > 0, total / np.maximum(count, 1), np.nan),
+    )
 
 # %% ../../nbs/core/06_audit.ipynb #a11b3398
 def _class_finding(check, what, x, labels, groups, folds, seed, margin, names):
     "Accuracy of a forest on one row a source, against the majority."
-    labels = np.asarray(labels); groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    names = [f'channel {i}' for i in range(x.shape[1])] if names is None else list(map(str, names))
-    _same_length(check, labels=labels, rows=x, groups=groups); _same_length(check, channels=x.T, names=names)
-    y = np.unique(labels, return_inverse=True)[1]; n = len(np.unique(groups))
-    if y.max() == 0: raise InputError(check, 'labels', 'two or more classes', f'{labels[0]} alone')
-    model = make_pipeline(SimpleImputer(strategy='median', keep_empty_features=True), ExtraTreesClassifier(100, random_state=seed, n_jobs=1))
+    labels = np.asarray(labels)
+    groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
+    names = [f"channel {i}" for i in range(x.shape[1])] if names is None else list(map(str, names))
+    _same_length(check, labels=labels, rows=x, groups=groups)
+    _same_length(check, channels=x.T, names=names)
+    y = np.unique(labels, return_inverse=True)[1]
+    n = len(np.unique(groups))
+    if y.max() == 0:
+        raise InputError(check, "labels", "two or more classes", f"{labels[0]} alone")
+    model = make_pipeline(
+        SimpleImputer(strategy="median", keep_empty_features=True),
+        ExtraTreesClassifier(100, random_state=seed, n_jobs=1),
+    )
     right = np.zeros(len(y))
-    for train,test in group_kfold(groups, y, min(folds, n, int(np.bincount(y).max())), seed):
+    for train, test in group_kfold(groups, y, min(folds, n, int(np.bincount(y).max())), seed):
         right[test] = model.fit(x[train], y[train]).predict(x[test]) == y[test]
-    weight = model.fit(x, y)[-1].feature_importances_; majority = np.bincount(y).max()/len(y)
-    top = [[names[i],float(weight[i])] for i in np.argsort(-weight)[:5] if weight[i] > 0]
-    return _finding(check, right.mean(), majority+_margin(majority, n, margin),
-                    f'From {what}, {right.mean():.1%} of {len(y)} held-out sources get the right class of {y.max()+1}; always the largest class: {majority:.1%}.',
-                    majority=float(majority), sources=len(y), channels=top)
+    weight = model.fit(x, y)[-1].feature_importances_
+    majority = np.bincount(y).max() / len(y)
+    top = [[names[i], float(weight[i])] for i in np.argsort(-weight)[:5] if weight[i] > 0]
+    return _finding(
+        check,
+        right.mean(),
+        majority + _margin(majority, n, margin),
+        f"From {what}, {right.mean():.1%} of {len(y)} held-out sources get the right class of {y.max() + 1}; always the largest class: {majority:.1%}.",
+        majority=float(majority),
+        sources=len(y),
+        channels=top,
+    )
 
-def _margin(share, n, margin=None): return max(.05, 3*np.sqrt(share*(1-share)/max(n, 1))) if margin is None else margin
+
+def _margin(share, n, margin=None):
+    return max(0.05, 3 * np.sqrt(share * (1 - share) / max(n, 1))) if margin is None else margin
 
 # %% ../../nbs/core/06_audit.ipynb #8f8ac9b0
 def class_from_missingness(
-    present, # Is the channel there? `[S,C]` bool
-    labels, # Class of each source, `[S]`
-    groups=None, # Group of each source, from `join_sources`
-    folds:int=5, # Folds of the cross-validation
-    seed:int=0, # Of folds and forest
-    margin:float=None, # Allowed distance above the majority; three standard errors by default
-    names=None, # Names of the channels, `[C]`
-)->Finding: # `value`: accuracy over held-out sources
+    present,  # Is the channel there? `[S,C]` bool
+    labels,  # Class of each source, `[S]`
+    groups=None,  # Group of each source, from `join_sources`
+    folds: int = 5,  # Folds of the cross-validation
+    seed: int = 0,  # Of folds and forest
+    margin: float = None,  # Allowed distance above the majority; three standard errors by default
+    names=None,  # Names of the channels, `[C]`
+) -> Finding:  # `value`: accuracy over held-out sources
     "Can the class be told from which channels a source has?"
-    return _class_finding('class_from_missingness', 'which channels are present', np.asarray(present, float), labels, groups, folds, seed, margin, names)
+    return _class_finding(
+        "class_from_missingness",
+        "which channels are present",
+        np.asarray(present, float),
+        labels,
+        groups,
+        folds,
+        seed,
+        margin,
+        names,
+    )
 
 # %% ../../nbs/core/06_audit.ipynb #08b3db11
 def class_from_slow_channels(
-    means, # Mean of each slow channel, `[S,C]`, NaN where missing
-    labels, # Class of each source, `[S]`
-    names=None, # Names of the channels, `[C]`
-    groups=None, # Group of each source, from `join_sources`
-    folds:int=5, # Folds of the cross-validation
-    seed:int=0, # Of folds and forest
-    margin:float=None, # Allowed distance above the majority; three standard errors by default
-)->Finding: # `value`: accuracy over held-out sources
+    means,  # Mean of each slow channel, `[S,C]`, NaN where missing
+    labels,  # Class of each source, `[S]`
+    names=None,  # Names of the channels, `[C]`
+    groups=None,  # Group of each source, from `join_sources`
+    folds: int = 5,  # Folds of the cross-validation
+    seed: int = 0,  # Of folds and forest
+    margin: float = None,  # Allowed distance above the majority; three standard errors by default
+) -> Finding:  # `value`: accuracy over held-out sources
     "Can the class be told from the environment at the time of recording?"
-    return _class_finding('class_from_slow_channels', 'the means of slow channels', np.asarray(means, float), labels, groups, folds, seed, margin, names)
+    return _class_finding(
+        "class_from_slow_channels",
+        "the means of slow channels",
+        np.asarray(means, float),
+        labels,
+        groups,
+        folds,
+        seed,
+        margin,
+        names,
+    )
 
 # %% ../../nbs/core/06_audit.ipynb #eee58d99
 def _majority(answers, train, test, classes):
     "Accuracy of the most frequent training answer of the item's class."
-    learnt = pd.Series(answers[train]); overall = learnt.mode().iloc[0]
+    learnt = pd.Series(answers[train])
+    overall = learnt.mode().iloc[0]
     frequent = learnt.groupby(classes[train]).agg(lambda a: a.mode().iloc[0])
-    return float((pd.Series(classes[test]).map(frequent).fillna(overall).to_numpy() == answers[test]).mean())
+    return float(
+        (pd.Series(classes[test]).map(frequent).fillna(overall).to_numpy() == answers[test]).mean()
+    )
+
 
 def _stretches(time, answers, sources):
     "Number of stretches of equal answers within the sources."
     order = np.lexsort((time, np.unique(sources, return_inverse=True)[1]))
-    a,s = answers[order],sources[order]
-    return int(1+((a[1:] != a[:-1])|(s[1:] != s[:-1])).sum())
+    a, s = answers[order], sources[order]
+    return int(1 + ((a[1:] != a[:-1]) | (s[1:] != s[:-1])).sum())
 
 # %% ../../nbs/core/06_audit.ipynb #b56237c6
 def lookup_by_time(
-    time, # Seconds since the start of its source, `[N]`
-    answers, # Answer of each item, `[N]`
-    sources, # Source of each item, `[N]`
-    train, # Items to learn from
-    test, # Items to measure on
-    classes=None, # Class of each item, `[N]`, when a model is told or can tell it
-    margin:float=None, # Allowed distance above the majority; three standard errors by default
-)->Finding: # `value`: accuracy of the table on test items
+    time,  # Seconds since the start of its source, `[N]`
+    answers,  # Answer of each item, `[N]`
+    sources,  # Source of each item, `[N]`
+    train,  # Items to learn from
+    test,  # Items to measure on
+    classes=None,  # Class of each item, `[N]`, when a model is told or can tell it
+    margin: float = None,  # Allowed distance above the majority; three standard errors by default
+) -> Finding:  # `value`: accuracy of the table on test items
     "What a table from class and elapsed time to the answer reaches without any sensor."
-    _same_length('lookup by time', time=time, answers=answers, sources=sources, **({} if classes is None else dict(classes=classes)))
-    time,answers,sources = np.asarray(time, float),np.asarray(answers),np.asarray(sources)
+    _same_length(
+        "lookup by time",
+        time=time,
+        answers=answers,
+        sources=sources,
+        **({} if classes is None else dict(classes=classes)),
+    )
+    time, answers, sources = np.asarray(time, float), np.asarray(answers), np.asarray(sources)
+
     def reached(classes):
-        table = TimeLookup().fit(time[train], answers[train], sources[train], None if classes is None else classes[train])
-        return float((table.predict(time[test], None if classes is None else classes[test]) == answers[test]).mean())
-    without = reached(None); value = without if classes is None else reached(np.asarray(classes))
-    majority = _majority(answers, train, test, np.zeros(len(time)) if classes is None else np.asarray(classes))
+        table = TimeLookup().fit(
+            time[train], answers[train], sources[train], None if classes is None else classes[train]
+        )
+        return float(
+            (
+                table.predict(time[test], None if classes is None else classes[test])
+                == answers[test]
+            ).mean()
+        )
+
+    without = reached(None)
+    value = without if classes is None else reached(np.asarray(classes))
+    majority = _majority(
+        answers, train, test, np.zeros(len(time)) if classes is None else np.asarray(classes)
+    )
     stretches = _stretches(time[test], answers[test], sources[test])
-    return _finding('lookup_by_time', value, majority+_margin(majority, stretches/2, margin),
-                    f"Elapsed time{'' if classes is None else ' and class'} alone give the answer on {value:.1%} of {len(test)} test items; always the most frequent answer: {majority:.1%}.",
-                    majority=majority, without_class=without, stretches=stretches)
+    return _finding(
+        "lookup_by_time",
+        value,
+        majority + _margin(majority, stretches / 2, margin),
+        f"Elapsed time{'' if classes is None else ' and class'} alone give the answer on {value:.1%} of {len(test)} test items; always the most frequent answer: {majority:.1%}.",
+        majority=majority,
+        without_class=without,
+        stretches=stretches,
+    )
 
 # %% ../../nbs/core/06_audit.ipynb #85412901
-_checks = {f.__name__: f for f in (window_overlap, duplicate_rows, affine_copies, class_from_missingness, class_from_slow_channels, lookup_by_time)}
+_checks = {
+    f.__name__: f
+    for f in (
+        window_overlap,
+        duplicate_rows,
+        affine_copies,
+        class_from_missingness,
+        class_from_slow_channels,
+        lookup_by_time,
+    )
+}
+
 
 def leak_audit(
-    **arguments, # Name of a check -> dict of its arguments
-)->list: # One `Finding` for each
+    **arguments,  # Name of a check -> dict of its arguments
+) -> list:  # One `Finding` for each
     "Run the named checks, in the order of this page."
-    for name in arguments: check_choice('leak audit', 'check', name, list(_checks))
-    return [check(**arguments[name]) for name,check in _checks.items() if name in arguments]
+    for name in arguments:
+        check_choice("leak audit", "check", name, list(_checks))
+    return [check(**arguments[name]) for name, check in _checks.items() if name in arguments]
 
 # %% ../../nbs/core/06_audit.ipynb #357bf4cf
 def findings_json(
-    findings:list, # What `leak_audit` returned
-)->list: # One dict a finding, of plain values
+    findings: list,  # What `leak_audit` returned
+) -> list:  # One dict a finding, of plain values
     "Findings as plain values, for `result.json`."
     return [asdict(f) for f in findings]
 
 # %% ../../nbs/core/06_audit.ipynb #a59ba912
 def findings_table(
-    findings:list, # What `leak_audit` returned
-)->pd.DataFrame: # Check, leak, value, limit and sentence
+    findings: list,  # What `leak_audit` returned
+) -> pd.DataFrame:  # Check, leak, value, limit and sentence
     "Findings as a table, one row each."
-    return pd.DataFrame(findings_json(findings), columns=['check','leak','value','limit','sentence']).set_index('check')
+    return pd.DataFrame(
+        findings_json(findings), columns=["check", "leak", "value", "limit", "sentence"]
+    ).set_index("check")

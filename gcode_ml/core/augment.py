@@ -12,512 +12,761 @@ __all__ = ['AUGMENTATIONS', 'PATCH_PRESETS', 'along_steps', 'Augmentation', 'aug
            'Affine', 'Rotation', 'Scale', 'Occlusion', 'input_tensor', 'Augment', 'oversampled_indices']
 
 # %% ../../nbs/core/15_augment.ipynb #b8ab8ff1
-import inspect, math
-import numpy as np, torch
-from torch import Tensor
+import inspect
+import math
+
+import numpy as np
+import torch
 from fastai.callback.core import Callback
 from fastcore.basics import camel2snake
+from torch import Tensor
+
 from .errors import InputError, check_choice
 
 # %% ../../nbs/core/15_augment.ipynb #f3afca94
 def along_steps(
-    mask:Tensor, # `[B,T]`
-    x:Tensor, # Batch with steps on one of its axes
-    axis:int=1, # Which axis
-)->Tensor: # `mask` with axes of size 1 added
+    mask: Tensor,  # `[B,T]`
+    x: Tensor,  # Batch with steps on one of its axes
+    axis: int = 1,  # Which axis
+) -> Tensor:  # `mask` with axes of size 1 added
     "A mask in a shape that goes with `x`."
-    shape = [len(x)]+[1]*(x.dim()-1)
+    shape = [len(x)] + [1] * (x.dim() - 1)
     shape[axis] = mask.shape[1]
     return mask.reshape(shape)
 
 # %% ../../nbs/core/15_augment.ipynb #b05e846b
 class Augmentation:
     "Changes a share `p` of the samples of a batch, each by a draw of its own."
-    time_axis,changes_mask = 1,False
-    def __init__(self, p:float=1.): self.p = p
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v}' for k,v in vars(self).items())})"
+
+    time_axis, changes_mask = 1, False
+
+    def __init__(self, p: float = 1.0):
+        self.p = p
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
     def change(self, x, mask):
         "The changed samples, and their mask if `changes_mask`; what is returned for padded steps does not count."
         raise NotImplementedError
+
     def __call__(self, x, mask):
-        rows = (torch.rand(len(x), device=x.device) < self.p).nonzero()[:,0]
-        if not len(rows): return (x,mask) if self.changes_mask else x
+        rows = (torch.rand(len(x), device=x.device) < self.p).nonzero()[:, 0]
+        if not len(rows):
+            return (x, mask) if self.changes_mask else x
         whole = len(rows) == len(x)
-        before,was = (x,mask) if whole else (x[rows],mask[rows])
-        after,real = self.change(before, was) if self.changes_mask else (self.change(before, was),was)
+        before, was = (x, mask) if whole else (x[rows], mask[rows])
+        after, real = (
+            self.change(before, was) if self.changes_mask else (self.change(before, was), was)
+        )
         after = after.to(x.dtype)
-        if not was[:,-1].all(): after = torch.where(along_steps(was|real, before, self.time_axis), after, before) # real steps come first: where the last ones are, nothing is padded
-        if not whole: after,real = x.index_copy(0, rows, after),mask.index_copy(0, rows, real)
-        return (after,real) if self.changes_mask else after
+        if not was[:, -1].all():
+            after = torch.where(
+                along_steps(was | real, before, self.time_axis), after, before
+            )  # real steps come first: where the last ones are, nothing is padded
+        if not whole:
+            after, real = x.index_copy(0, rows, after), mask.index_copy(0, rows, real)
+        return (after, real) if self.changes_mask else after
 
 # %% ../../nbs/core/15_augment.ipynb #067356b5
 def augment(
-    augmentations, # Some of them, applied one after the other
-    x:Tensor, # Inputs, `[B,T,C]`
-    mask:Tensor, # `True` where real, `[B,T]`
-)->tuple: # `(x, mask)`
+    augmentations,  # Some of them, applied one after the other
+    x: Tensor,  # Inputs, `[B,T,C]`
+    mask: Tensor,  # `True` where real, `[B,T]`
+) -> tuple:  # `(x, mask)`
     "Apply augmentations, whether they change the mask or not."
     for a in augmentations:
         out = a(x, mask)
-        x,mask = out if isinstance(out, tuple) else (out,mask)
+        x, mask = out if isinstance(out, tuple) else (out, mask)
     return x, mask
 
 # %% ../../nbs/core/15_augment.ipynb #1fb1c96e
-AUGMENTATIONS = {} # Name -> class
+AUGMENTATIONS = {}  # Name -> class
+
 
 def register_augmentation(
-    cls, # A subclass of `Augmentation`; its `__init__` has a default for everything
-): # `cls`
+    cls,  # A subclass of `Augmentation`; its `__init__` has a default for everything
+):  # `cls`
     "Make an augmentation known under its name in snake case."
     AUGMENTATIONS[camel2snake(cls.__name__)] = cls
     return cls
 
 # %% ../../nbs/core/15_augment.ipynb #57e8cb5b
 def create_augmentation(
-    name:str, # Key of `AUGMENTATIONS`
-    **options # Its parameters; the defaults otherwise
-)->Augmentation: # The augmentation
+    name: str,  # Key of `AUGMENTATIONS`
+    **options,  # Its parameters; the defaults otherwise
+) -> Augmentation:  # The augmentation
     "An augmentation by name."
-    cls = AUGMENTATIONS[check_choice('augmentation', 'name', name, AUGMENTATIONS)]
-    for o in options: check_choice(f'augmentation {name}', 'option', o, inspect.signature(cls).parameters)
+    cls = AUGMENTATIONS[check_choice("augmentation", "name", name, AUGMENTATIONS)]
+    for o in options:
+        check_choice(f"augmentation {name}", "option", o, inspect.signature(cls).parameters)
     return cls(**options)
 
 # %% ../../nbs/core/15_augment.ipynb #6172db60
 def _uniform(x, low, high, *shape):
     "One draw a sample, `[B,*shape]`."
-    return torch.rand(len(x), *shape, device=x.device)*(high-low)+low
+    return torch.rand(len(x), *shape, device=x.device) * (high - low) + low
+
 
 def _real_steps(mask):
     "Numbers of the steps `[1,T]` and the number of real ones `[B,1]`, at least 1."
-    return torch.arange(mask.shape[1], device=mask.device)[None], mask.sum(1, keepdim=True).clamp_min(1)
+    return torch.arange(mask.shape[1], device=mask.device)[None], mask.sum(
+        1, keepdim=True
+    ).clamp_min(1)
 
 # %% ../../nbs/core/15_augment.ipynb #4212b547
 @register_augmentation
 class Noise(Augmentation):
     "Add normal noise of one size."
-    def __init__(self,
-        std:float=.01, # Standard deviation, in units of the inputs
-        p:float=1., # Share of the samples
-    ): self.std,self.p = std,p
-    def change(self, x, mask): return x + self.std*torch.randn_like(x)
+
+    def __init__(
+        self,
+        std: float = 0.01,  # Standard deviation, in units of the inputs
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.std, self.p = std, p
+
+    def change(self, x, mask):
+        return x + self.std * torch.randn_like(x)
 
 # %% ../../nbs/core/15_augment.ipynb #9f7e6d32
 @register_augmentation
 class Jitter(Augmentation):
     "Add normal noise in proportion to the spread of each channel in the sample."
-    def __init__(self,
-        share:float=.01, # Standard deviation of the noise over that of the channel
-        p:float=1., # Share of the samples
-    ): self.share,self.p = share,p
-    def change(self, x, mask): return x + self.share*_spread(x, mask)*torch.randn_like(x)
+
+    def __init__(
+        self,
+        share: float = 0.01,  # Standard deviation of the noise over that of the channel
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.share, self.p = share, p
+
+    def change(self, x, mask):
+        return x + self.share * _spread(x, mask) * torch.randn_like(x)
+
 
 @torch.no_grad()
 def _spread(x, mask):
     "Standard deviation over the real steps that are not missing, `[B,1,C]`."
-    there = mask[...,None] & ~x.isnan()
+    there = mask[..., None] & ~x.isnan()
     count = there.sum(1, keepdim=True).clamp_min(1)
-    centred = torch.where(there, x-torch.where(there, x, 0.).sum(1, keepdim=True)/count, 0.)
-    return (centred.square().sum(1, keepdim=True)/count).sqrt()
+    centred = torch.where(there, x - torch.where(there, x, 0.0).sum(1, keepdim=True) / count, 0.0)
+    return (centred.square().sum(1, keepdim=True) / count).sqrt()
 
 # %% ../../nbs/core/15_augment.ipynb #860b5493
 @register_augmentation
 class MagnitudeScale(Augmentation):
     "Multiply each sample by one factor."
-    def __init__(self,
-        limit:float=.05, # Factors from `1-limit` to `1+limit`
-        p:float=1., # Share of the samples
-    ): self.limit,self.p = limit,p
-    def change(self, x, mask): return x*_uniform(x, 1-self.limit, 1+self.limit, 1, 1)
+
+    def __init__(
+        self,
+        limit: float = 0.05,  # Factors from `1-limit` to `1+limit`
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.limit, self.p = limit, p
+
+    def change(self, x, mask):
+        return x * _uniform(x, 1 - self.limit, 1 + self.limit, 1, 1)
 
 # %% ../../nbs/core/15_augment.ipynb #e64bca65
 @register_augmentation
 class MagnitudeWarp(Augmentation):
     "Multiply each channel by a smooth random curve."
-    def __init__(self,
-        std:float=.2, # Standard deviation of the curve around 1
-        waves:int=4, # Number of cosines; more are rougher
-        p:float=1., # Share of the samples
-    ): self.std,self.waves,self.p = std,waves,p
+
+    def __init__(
+        self,
+        std: float = 0.2,  # Standard deviation of the curve around 1
+        waves: int = 4,  # Number of cosines; more are rougher
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.std, self.waves, self.p = std, waves, p
+
     def change(self, x, mask):
-        steps,length = _real_steps(mask)
-        at = steps/(length-1).clamp_min(1)
-        cosines = torch.cos(math.pi*at[...,None]*torch.arange(1, self.waves+1, device=x.device))
-        size = torch.randn(len(x), self.waves, x.shape[2], device=x.device)*self.std*(2/self.waves)**.5
-        return x*(1+cosines@size)
+        steps, length = _real_steps(mask)
+        at = steps / (length - 1).clamp_min(1)
+        cosines = torch.cos(
+            math.pi * at[..., None] * torch.arange(1, self.waves + 1, device=x.device)
+        )
+        size = (
+            torch.randn(len(x), self.waves, x.shape[2], device=x.device)
+            * self.std
+            * (2 / self.waves) ** 0.5
+        )
+        return x * (1 + cosines @ size)
 
 # %% ../../nbs/core/15_augment.ipynb #5670980f
 def resample(
-    x:Tensor, # Sequences, `[B,T,C]`
-    position:Tensor, # Steps to read, fractions included, `[B,S]`; held at the first and the last real step
-    mask:Tensor, # `True` where real, `[B,T]`, real steps first
-)->Tensor: # `[B,S,C]`
+    x: Tensor,  # Sequences, `[B,T,C]`
+    position: Tensor,  # Steps to read, fractions included, `[B,S]`; held at the first and the last real step
+    mask: Tensor,  # `True` where real, `[B,T]`, real steps first
+) -> Tensor:  # `[B,S,C]`
     "Values between the steps, linearly interpolated; a sample without a real step gives its first value."
-    position = torch.minimum(position.clamp_min(0), _real_steps(mask)[1]-1)
+    position = torch.minimum(position.clamp_min(0), _real_steps(mask)[1] - 1)
     left = position.floor()
-    low,high = (_take(x, i.long()) for i in (left, position.ceil())) # the same step where there is nothing between
-    return torch.lerp(low, high, (position-left).to(x.dtype)[...,None])
+    low, high = (
+        _take(x, i.long()) for i in (left, position.ceil())
+    )  # the same step where there is nothing between
+    return torch.lerp(low, high, (position - left).to(x.dtype)[..., None])
+
 
 def _take(x, index):
     "Steps `index` `[B,S]` of each sequence."
-    rows = index+x.shape[1]*torch.arange(len(x), device=x.device)[:,None]
-    return x.reshape(len(x)*x.shape[1], *x.shape[2:]).index_select(0, rows.flatten()).view(*index.shape, *x.shape[2:])
+    rows = index + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return (
+        x.reshape(len(x) * x.shape[1], *x.shape[2:])
+        .index_select(0, rows.flatten())
+        .view(*index.shape, *x.shape[2:])
+    )
 
 # %% ../../nbs/core/15_augment.ipynb #b9ef2dfb
 @register_augmentation
 class TimeWarp(Augmentation):
     "Read each sample at its own speed; the length is kept."
-    def __init__(self,
-        limit:float=.05, # Speeds from `1-limit` to `1+limit`
-        p:float=1., # Share of the samples
-    ): self.limit,self.p = limit,p
-    def change(self, x, mask): return resample(x, _real_steps(mask)[0]*_uniform(x, 1-self.limit, 1+self.limit, 1), mask)
+
+    def __init__(
+        self,
+        limit: float = 0.05,  # Speeds from `1-limit` to `1+limit`
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.limit, self.p = limit, p
+
+    def change(self, x, mask):
+        return resample(
+            x, _real_steps(mask)[0] * _uniform(x, 1 - self.limit, 1 + self.limit, 1), mask
+        )
 
 # %% ../../nbs/core/15_augment.ipynb #274bbb2e
 @register_augmentation
 class CropResize(Augmentation):
     "Stretch a random part of each sample to its whole length."
-    def __init__(self,
-        share:float=.9, # Shortest part, as a share of the real steps
-        bend:float=0., # Standard deviation of ln gamma; 0 reads evenly
-        p:float=1., # Share of the samples
-    ): self.share,self.bend,self.p = share,bend,p
+
+    def __init__(
+        self,
+        share: float = 0.9,  # Shortest part, as a share of the real steps
+        bend: float = 0.0,  # Standard deviation of ln gamma; 0 reads evenly
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.share, self.bend, self.p = share, bend, p
+
     def change(self, x, mask):
-        steps,length = _real_steps(mask)
-        part,at = _uniform(x, self.share, 1., 1),(steps/(length-1).clamp_min(1)).clamp_max(1)
-        start = _uniform(x, 0., 1., 1)*(1-part)
-        if self.bend: at = at**torch.exp(self.bend*torch.randn(len(x), 1, device=x.device))
-        return resample(x, (start+part*at)*(length-1), mask)
+        steps, length = _real_steps(mask)
+        part, at = _uniform(x, self.share, 1.0, 1), (steps / (length - 1).clamp_min(1)).clamp_max(1)
+        start = _uniform(x, 0.0, 1.0, 1) * (1 - part)
+        if self.bend:
+            at = at ** torch.exp(self.bend * torch.randn(len(x), 1, device=x.device))
+        return resample(x, (start + part * at) * (length - 1), mask)
 
 # %% ../../nbs/core/15_augment.ipynb #ff047517
 @register_augmentation
 class Crop(Augmentation):
     "Keep a random part of each sample; the mask becomes shorter."
+
     changes_mask = True
-    def __init__(self,
-        share:float=.9, # Shortest part, as a share of the real steps
-        p:float=1., # Share of the samples
-    ): self.share,self.p = share,p
+
+    def __init__(
+        self,
+        share: float = 0.9,  # Shortest part, as a share of the real steps
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.share, self.p = share, p
+
     def change(self, x, mask):
-        steps,length = _real_steps(mask)
-        kept = (length*_uniform(x, self.share, 1., 1)).round().clamp_min(1)
-        start = (_uniform(x, 0., 1., 1)*(length-kept+1)).floor()
+        steps, length = _real_steps(mask)
+        kept = (length * _uniform(x, self.share, 1.0, 1)).round().clamp_min(1)
+        start = (_uniform(x, 0.0, 1.0, 1) * (length - kept + 1)).floor()
         real = (steps < kept) & mask.any(1, keepdim=True)
-        return _take(x, torch.minimum(start+steps, length-1).long()).masked_fill(~real[...,None], 0.), real
+        return _take(x, torch.minimum(start + steps, length - 1).long()).masked_fill(
+            ~real[..., None], 0.0
+        ), real
 
 # %% ../../nbs/core/15_augment.ipynb #c25206f1
 @register_augmentation
 class Speed(Augmentation):
     "Play each sample at its own speed; the mask becomes shorter or, where there is room, longer."
+
     changes_mask = True
-    def __init__(self,
-        limit:float=.2, # Speeds from `1-limit` to `1+limit`
-        p:float=1., # Share of the samples
-    ): self.limit,self.p = limit,p
+
+    def __init__(
+        self,
+        limit: float = 0.2,  # Speeds from `1-limit` to `1+limit`
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.limit, self.p = limit, p
+
     def change(self, x, mask):
-        steps,length = _real_steps(mask)
-        speed = _uniform(x, 1-self.limit, 1+self.limit, 1)
-        real = (steps < (length/speed).round().clamp_min(1)) & mask.any(1, keepdim=True)
-        return resample(x, steps*speed, mask).masked_fill(~real[...,None], 0.), real
+        steps, length = _real_steps(mask)
+        speed = _uniform(x, 1 - self.limit, 1 + self.limit, 1)
+        real = (steps < (length / speed).round().clamp_min(1)) & mask.any(1, keepdim=True)
+        return resample(x, steps * speed, mask).masked_fill(~real[..., None], 0.0), real
 
 # %% ../../nbs/core/15_augment.ipynb #37fb81d3
 @register_augmentation
 class TimeShift(Augmentation):
     "Move each sample to and fro within its real part."
-    def __init__(self,
-        limit:float=.1, # Largest shift: below 1 a share of the real steps, from 1 on a number of steps
-        wrap:bool=True, # Round the end; else the value at the edge is held
-        p:float=1., # Share of the samples
-    ): self.limit,self.wrap,self.p = limit,wrap,p
+
+    def __init__(
+        self,
+        limit: float = 0.1,  # Largest shift: below 1 a share of the real steps, from 1 on a number of steps
+        wrap: bool = True,  # Round the end; else the value at the edge is held
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.limit, self.wrap, self.p = limit, wrap, p
+
     def change(self, x, mask):
-        steps,length = _real_steps(mask)
-        most = (self.limit*length).floor() if self.limit < 1 else torch.full_like(length, int(self.limit))
-        first = most - ((2*most+1)*_uniform(x, 0., 1., 1)).floor()
-        if self.wrap and mask[:,-1].all(): return _rolled(x, first[:,0].long(), int(most.max()))
-        source = steps+first
-        return _take(x, (source.remainder(length) if self.wrap else torch.minimum(source.clamp_min(0), length-1)).long())
+        steps, length = _real_steps(mask)
+        most = (
+            (self.limit * length).floor()
+            if self.limit < 1
+            else torch.full_like(length, int(self.limit))
+        )
+        first = most - ((2 * most + 1) * _uniform(x, 0.0, 1.0, 1)).floor()
+        if self.wrap and mask[:, -1].all():
+            return _rolled(x, first[:, 0].long(), int(most.max()))
+        source = steps + first
+        return _take(
+            x,
+            (
+                source.remainder(length)
+                if self.wrap
+                else torch.minimum(source.clamp_min(0), length - 1)
+            ).long(),
+        )
+
 
 def _rolled(x, first, most):
     "Each sequence from its step `first` `[B]` on, round the end; none is further than `most` from its start: whole rows of the sequences with as much of both ends laid around them."
-    size,steps = x[0].numel(),x.shape[1]; first,most = first.fmod(steps),min(most, steps)
-    wide = torch.cat([x[:,steps-most:], x, x[:,:most]], 1)
-    return wide.flatten().unfold(0, size, size//steps).index_select(0, first+most+wide.shape[1]*torch.arange(len(x), device=x.device)).view(x.shape)
+    size, steps = x[0].numel(), x.shape[1]
+    first, most = first.fmod(steps), min(most, steps)
+    wide = torch.cat([x[:, steps - most :], x, x[:, :most]], 1)
+    return (
+        wide.flatten()
+        .unfold(0, size, size // steps)
+        .index_select(0, first + most + wide.shape[1] * torch.arange(len(x), device=x.device))
+        .view(x.shape)
+    )
 
 # %% ../../nbs/core/15_augment.ipynb #76330ca0
 @register_augmentation
 class Permutation(Augmentation):
     "Cut each sample into segments of like length and put them together in another order."
-    def __init__(self,
-        segments:int=5, # Number of segments
-        p:float=1., # Share of the samples
-    ): self.segments,self.p = segments,p
+
+    def __init__(
+        self,
+        segments: int = 5,  # Number of segments
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.segments, self.p = segments, p
+
     def change(self, x, mask):
-        steps,length = _real_steps(mask)
+        steps, length = _real_steps(mask)
         place = torch.rand(len(x), self.segments, device=x.device).argsort(1)
-        segment = (steps*self.segments//length).clamp_max(self.segments-1)
-        key = torch.where(mask, place.gather(1, segment), self.segments) # padding stays behind
-        return _take(x, key.argsort(dim=1, stable=True)) # stable: within a segment the order remains
+        segment = (steps * self.segments // length).clamp_max(self.segments - 1)
+        key = torch.where(mask, place.gather(1, segment), self.segments)  # padding stays behind
+        return _take(
+            x, key.argsort(dim=1, stable=True)
+        )  # stable: within a segment the order remains
 
 # %% ../../nbs/core/15_augment.ipynb #49807b55
 def _blank(x, hit, fill):
     "`x` with `fill` where `hit`; what is missing stays missing."
-    return torch.where(hit if x.sum().isfinite() else hit & ~x.isnan(), torch.tensor(fill, dtype=x.dtype, device=x.device), x)
+    return torch.where(
+        hit if x.sum().isfinite() else hit & ~x.isnan(),
+        torch.tensor(fill, dtype=x.dtype, device=x.device),
+        x,
+    )
+
 
 def _stretches(length, width, size):
     "`True` in stretches of `width` `[B,n]` steps at random places of the first `length` `[B,1]` of `size` steps: `[B,size]`."
-    start = (torch.rand(width.shape, device=width.device)*(length-width+1)).floor()
-    steps = torch.arange(size, device=width.device)[None,:,None]
-    return ((steps >= start[:,None]) & (steps < (start+width)[:,None])).any(2)
+    start = (torch.rand(width.shape, device=width.device) * (length - width + 1)).floor()
+    steps = torch.arange(size, device=width.device)[None, :, None]
+    return ((steps >= start[:, None]) & (steps < (start + width)[:, None])).any(2)
 
 # %% ../../nbs/core/15_augment.ipynb #eb86588f
 @register_augmentation
 class TimeMask(Augmentation):
     "Blank one stretch of all channels."
-    def __init__(self,
-        share:float=.1, # Its length, as a share of the real steps; rounded down, so that a very short sample is left alone
-        fill:float=0., # Value in it
-        p:float=1., # Share of the samples
-    ): self.share,self.fill,self.p = share,fill,p
+
+    def __init__(
+        self,
+        share: float = 0.1,  # Its length, as a share of the real steps; rounded down, so that a very short sample is left alone
+        fill: float = 0.0,  # Value in it
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.share, self.fill, self.p = share, fill, p
+
     def change(self, x, mask):
         length = _real_steps(mask)[1]
-        width = (length*self.share+1e-4).floor() # .1*30 is 3
-        return _blank(x, _stretches(length, width, mask.shape[1])[...,None], self.fill)
+        width = (length * self.share + 1e-4).floor()  # .1*30 is 3
+        return _blank(x, _stretches(length, width, mask.shape[1])[..., None], self.fill)
 
 # %% ../../nbs/core/15_augment.ipynb #37e8f84a
 @register_augmentation
 class CutOut(Augmentation):
     "Blank several holes of all channels."
-    def __init__(self,
-        holes:int=5, # Number of holes
-        size:int=3, # Steps a hole
-        fill:float=0., # Value in it
-        p:float=1., # Share of the samples
-    ): self.holes,self.size,self.fill,self.p = holes,size,fill,p
+
+    def __init__(
+        self,
+        holes: int = 5,  # Number of holes
+        size: int = 3,  # Steps a hole
+        fill: float = 0.0,  # Value in it
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.holes, self.size, self.fill, self.p = holes, size, fill, p
+
     def change(self, x, mask):
         length = _real_steps(mask)[1]
-        width = (length//2).clamp_max(self.size).expand(-1, self.holes)
-        return _blank(x, _stretches(length, width, mask.shape[1])[...,None], self.fill)
+        width = (length // 2).clamp_max(self.size).expand(-1, self.holes)
+        return _blank(x, _stretches(length, width, mask.shape[1])[..., None], self.fill)
 
 # %% ../../nbs/core/15_augment.ipynb #04c149a7
 @register_augmentation
 class StepDropout(Augmentation):
     "Blank single steps."
-    def __init__(self,
-        share:float=.1, # Chance of each step
-        fill:float=0., # Value in it
-        p:float=1., # Share of the samples
-    ): self.share,self.fill,self.p = share,fill,p
-    def change(self, x, mask): return _blank(x, torch.rand(mask.shape, device=x.device)[...,None] < self.share, self.fill)
+
+    def __init__(
+        self,
+        share: float = 0.1,  # Chance of each step
+        fill: float = 0.0,  # Value in it
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.share, self.fill, self.p = share, fill, p
+
+    def change(self, x, mask):
+        return _blank(x, torch.rand(mask.shape, device=x.device)[..., None] < self.share, self.fill)
 
 # %% ../../nbs/core/15_augment.ipynb #d3ed184a
 @register_augmentation
 class ChannelDropout(Augmentation):
     "Blank whole channels; each sample keeps at least one."
-    def __init__(self,
-        share:float=.1, # Chance of each channel
-        fill:float=0., # Value in it
-        p:float=1., # Share of the samples
-    ): self.share,self.fill,self.p = share,fill,p
+
+    def __init__(
+        self,
+        share: float = 0.1,  # Chance of each channel
+        fill: float = 0.0,  # Value in it
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.share, self.fill, self.p = share, fill, p
+
     def change(self, x, mask):
-        luck = _uniform(x, 0., 1., 1, x.shape[2])
+        luck = _uniform(x, 0.0, 1.0, 1, x.shape[2])
         return _blank(x, (luck < self.share) & (luck < luck.amax(2, keepdim=True)), self.fill)
 
 # %% ../../nbs/core/15_augment.ipynb #ecee6ac7
 @register_augmentation
 class SpecAugment(Augmentation):
     "Blank random frequency bands and stretches of time."
-    def __init__(self,
-        time_masks:int=2, time_width:int=40, # Stretches of time, and the largest width in frames
-        frequency_masks:int=2, frequency_width:int=20, # Frequency bands, and the largest width in bins
-        fill:float=0., # Value in them
-        time_axis:int=-1, # Axis of `x` that the mask belongs to; the frequencies are on -2, or on -1 if this is 1
-        p:float=1., # Share of the samples
+
+    def __init__(
+        self,
+        time_masks: int = 2,
+        time_width: int = 40,  # Stretches of time, and the largest width in frames
+        frequency_masks: int = 2,
+        frequency_width: int = 20,  # Frequency bands, and the largest width in bins
+        fill: float = 0.0,  # Value in them
+        time_axis: int = -1,  # Axis of `x` that the mask belongs to; the frequencies are on -2, or on -1 if this is 1
+        p: float = 1.0,  # Share of the samples
     ):
-        self.time_masks,self.time_width,self.frequency_masks,self.frequency_width = time_masks,time_width,frequency_masks,frequency_width
-        self.fill,self.time_axis,self.p = fill,time_axis,p
+        self.time_masks, self.time_width, self.frequency_masks, self.frequency_width = (
+            time_masks,
+            time_width,
+            frequency_masks,
+            frequency_width,
+        )
+        self.fill, self.time_axis, self.p = fill, time_axis, p
+
     def change(self, x, mask):
         axis = -1 if self.time_axis == 1 else -2
-        length,bins = _real_steps(mask)[1],torch.full((len(x),1), x.shape[axis], device=x.device)
+        length, bins = _real_steps(mask)[1], torch.full((len(x), 1), x.shape[axis], device=x.device)
         times = _stretches(length, _widths(length, self.time_masks, self.time_width), mask.shape[1])
-        bands = _stretches(bins, _widths(bins, self.frequency_masks, self.frequency_width), x.shape[axis])
-        return _blank(x, along_steps(times, x, self.time_axis) | along_steps(bands, x, axis), self.fill)
+        bands = _stretches(
+            bins, _widths(bins, self.frequency_masks, self.frequency_width), x.shape[axis]
+        )
+        return _blank(
+            x, along_steps(times, x, self.time_axis) | along_steps(bands, x, axis), self.fill
+        )
+
 
 def _widths(length, count, limit):
     "`count` widths from 0 to `limit`, none longer than `length` `[B,1]`."
-    return torch.minimum((torch.rand(len(length), count, device=length.device)*(limit+1)).floor(), length)
+    return torch.minimum(
+        (torch.rand(len(length), count, device=length.device) * (limit + 1)).floor(), length
+    )
 
 # %% ../../nbs/core/15_augment.ipynb #2c4d1be8
 PATCH_PRESETS = {
-    'light':  dict(dropout=.05, holes=2,  hole=3, shift=2, jitter=.005),
-    'medium': dict(dropout=.1,  holes=5,  hole=3, shift=3, jitter=.01),
-    'heavy':  dict(dropout=.2,  holes=10, hole=3, shift=6, jitter=.02)}
+    "light": dict(dropout=0.05, holes=2, hole=3, shift=2, jitter=0.005),
+    "medium": dict(dropout=0.1, holes=5, hole=3, shift=3, jitter=0.01),
+    "heavy": dict(dropout=0.2, holes=10, hole=3, shift=6, jitter=0.02),
+}
 
 # %% ../../nbs/core/15_augment.ipynb #ebb77d58
 @register_augmentation
 class PatchAugmentation(Augmentation):
     "Dropout, holes, shift and noise of whole patches."
-    def __init__(self,
-        preset:str='medium', # Key of `PATCH_PRESETS`
-        size:int=1, # Steps a patch; 1 if the steps are patches already
-        p:float=1., # Share of the samples
+
+    def __init__(
+        self,
+        preset: str = "medium",  # Key of `PATCH_PRESETS`
+        size: int = 1,  # Steps a patch; 1 if the steps are patches already
+        p: float = 1.0,  # Share of the samples
     ):
-        n = PATCH_PRESETS[check_choice('PatchAugmentation', 'preset', preset, PATCH_PRESETS)]
-        self.preset,self.size,self.p = preset,size,p
-        self.parts = [StepDropout(n['dropout']), CutOut(n['holes'], n['hole']), TimeShift(n['shift']), Noise(n['jitter'])]
+        n = PATCH_PRESETS[check_choice("PatchAugmentation", "preset", preset, PATCH_PRESETS)]
+        self.preset, self.size, self.p = preset, size, p
+        self.parts = [
+            StepDropout(n["dropout"]),
+            CutOut(n["holes"], n["hole"]),
+            TimeShift(n["shift"]),
+            Noise(n["jitter"]),
+        ]
+
     def change(self, x, mask):
-        count = x.shape[1]//self.size; cut = count*self.size
-        if not count: return x
-        patches,real = x[:,:cut].reshape(len(x), count, -1),mask[:,:cut].view(len(x), count, self.size).all(2)
-        return torch.cat([augment(self.parts, patches, real)[0].reshape(len(x), cut, -1), x[:,cut:]], 1)
+        count = x.shape[1] // self.size
+        cut = count * self.size
+        if not count:
+            return x
+        patches, real = (
+            x[:, :cut].reshape(len(x), count, -1),
+            mask[:, :cut].view(len(x), count, self.size).all(2),
+        )
+        return torch.cat(
+            [augment(self.parts, patches, real)[0].reshape(len(x), cut, -1), x[:, cut:]], 1
+        )
 
 # %% ../../nbs/core/15_augment.ipynb #5e848d24
 def create_augmentations(
-    what, # A name, an augmentation, a list of both, or a dictionary of names and their options
-)->list: # Augmentations
+    what,  # A name, an augmentation, a list of both, or a dictionary of names and their options
+) -> list:  # Augmentations
     "Augmentations from a parameter such as `{'noise': {'std': .02}, 'time_warp': {}}`."
-    if isinstance(what, dict): return [create_augmentation(k, **(v or {})) for k,v in what.items()]
-    if isinstance(what, str) or callable(what): what = [what]
+    if isinstance(what, dict):
+        return [create_augmentation(k, **(v or {})) for k, v in what.items()]
+    if isinstance(what, str) or callable(what):
+        what = [what]
     return [create_augmentation(a) if isinstance(a, str) else a for a in what]
 
 # %% ../../nbs/core/15_augment.ipynb #1842c5e5
 @register_augmentation
 class RandomPolicy(Augmentation):
     "Apply `n` augmentations of a list to each sample, drawn for each anew, in the order of the list."
-    def __init__(self,
-        augmentations=('noise','magnitude_scale','time_warp','time_mask','time_shift','channel_dropout'), # What `create_augmentations` takes
-        n:int=2, # How many of them
-        p:float=1., # Share of the samples
+
+    def __init__(
+        self,
+        augmentations=(
+            "noise",
+            "magnitude_scale",
+            "time_warp",
+            "time_mask",
+            "time_shift",
+            "channel_dropout",
+        ),  # What `create_augmentations` takes
+        n: int = 2,  # How many of them
+        p: float = 1.0,  # Share of the samples
     ):
-        self.augmentations,self.n,self.p = create_augmentations(augmentations),n,p
-        if not 0 <= n <= len(self.augmentations): raise InputError('RandomPolicy', 'n', f'0 to {len(self.augmentations)}, the length of the list', str(n))
-        self.changes_mask = any(getattr(a, 'changes_mask', False) for a in self.augmentations)
-        self.time_axis = getattr(self.augmentations[0], 'time_axis', 1)
+        self.augmentations, self.n, self.p = create_augmentations(augmentations), n, p
+        if not 0 <= n <= len(self.augmentations):
+            raise InputError(
+                "RandomPolicy",
+                "n",
+                f"0 to {len(self.augmentations)}, the length of the list",
+                str(n),
+            )
+        self.changes_mask = any(getattr(a, "changes_mask", False) for a in self.augmentations)
+        self.time_axis = getattr(self.augmentations[0], "time_axis", 1)
+
     def change(self, x, mask):
         rank = torch.rand(len(x), len(self.augmentations), device=x.device).argsort(1)
-        for k,a in enumerate(self.augmentations):
-            rows = (rank[:,:self.n] == k).any(1).nonzero()[:,0]
-            part,real = augment([a], x[rows], mask[rows])
-            x,mask = x.index_copy(0, rows, part),mask.index_copy(0, rows, real)
-        return (x,mask) if self.changes_mask else x
+        for k, a in enumerate(self.augmentations):
+            rows = (rank[:, : self.n] == k).any(1).nonzero()[:, 0]
+            part, real = augment([a], x[rows], mask[rows])
+            x, mask = x.index_copy(0, rows, part), mask.index_copy(0, rows, real)
+        return (x, mask) if self.changes_mask else x
 
 # %% ../../nbs/core/15_augment.ipynb #cc9777c7
 def _points(name, x, indices):
     "`x` as points `[B,T,K,2]`; the largest index is checked."
-    if x.shape[2]%2: raise InputError(name, 'channels', 'x and y of each point', str(x.shape[2]))
+    if x.shape[2] % 2:
+        raise InputError(name, "channels", "x and y of each point", str(x.shape[2]))
     points = x.reshape(*x.shape[:2], -1, 2)
     most = max(indices, default=-1)
-    if most >= points.shape[2]: raise InputError(name, 'points', f'numbers below {points.shape[2]}', str(most))
+    if most >= points.shape[2]:
+        raise InputError(name, "points", f"numbers below {points.shape[2]}", str(most))
     return points
 
 # %% ../../nbs/core/15_augment.ipynb #3c7b92fc
 @register_augmentation
 class Mirror(Augmentation):
     "Turn left and right around, and exchange the points of each pair."
-    def __init__(self,
-        pairs=(), # Index pairs (left, right)
-        center:float=0., # Where the mirror stands on the x axis
-        p:float=.5, # Share of the samples
-    ): self.pairs,self.center,self.p = [tuple(i) for i in pairs],center,p
+
+    def __init__(
+        self,
+        pairs=(),  # Index pairs (left, right)
+        center: float = 0.0,  # Where the mirror stands on the x axis
+        p: float = 0.5,  # Share of the samples
+    ):
+        self.pairs, self.center, self.p = [tuple(i) for i in pairs], center, p
+
     def change(self, x, mask):
-        points = _points('Mirror', x, [i for pair in self.pairs for i in pair])
+        points = _points("Mirror", x, [i for pair in self.pairs for i in pair])
         order = torch.arange(points.shape[2], device=x.device)
-        for left,right in self.pairs: order[left],order[right] = right,left
-        away = torch.tensor([2*self.center,0.], device=x.device, dtype=x.dtype)
-        return (away+points[:,:,order]*torch.tensor([-1.,1.], device=x.device, dtype=x.dtype)).reshape(x.shape)
+        for left, right in self.pairs:
+            order[left], order[right] = right, left
+        away = torch.tensor([2 * self.center, 0.0], device=x.device, dtype=x.dtype)
+        return (
+            away + points[:, :, order] * torch.tensor([-1.0, 1.0], device=x.device, dtype=x.dtype)
+        ).reshape(x.shape)
 
 # %% ../../nbs/core/15_augment.ipynb #74adaeb8
 @register_augmentation
 class Affine(Augmentation):
     "Turn, scale, shear and shift all points of a sample in one way: `u -> s R S u + b`."
-    def __init__(self,
-        rotation:float=.2, # Largest angle, radians
-        scale:float=.15, # Scales from `1-scale` to `1+scale`
-        shear:float=.1, # Largest shear of x along y
-        shift:float=.05, # Largest shift along each axis
-        p:float=1., # Share of the samples
-    ): self.rotation,self.scale,self.shear,self.shift,self.p = rotation,scale,shear,shift,p
+
+    def __init__(
+        self,
+        rotation: float = 0.2,  # Largest angle, radians
+        scale: float = 0.15,  # Scales from `1-scale` to `1+scale`
+        shear: float = 0.1,  # Largest shear of x along y
+        shift: float = 0.05,  # Largest shift along each axis
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.rotation, self.scale, self.shear, self.shift, self.p = rotation, scale, shear, shift, p
+
     def change(self, x, mask):
-        angle,scale,shear = (_uniform(x, m-l, m+l) for m,l in ((0,self.rotation), (1,self.scale), (0,self.shear)))
-        cos,sin = scale*angle.cos(),scale*angle.sin()
-        matrix = torch.stack([cos, sin, cos*shear-sin, sin*shear+cos], 1).view(-1,2,2).to(x.dtype) # transposed
-        points = _points('Affine', x, ()).flatten(1, 2)
-        return torch.baddbmm(_uniform(x, -self.shift, self.shift, 1, 2).to(x.dtype), points, matrix).reshape(x.shape)
+        angle, scale, shear = (
+            _uniform(x, m - l, m + l)
+            for m, l in ((0, self.rotation), (1, self.scale), (0, self.shear))
+        )
+        cos, sin = scale * angle.cos(), scale * angle.sin()
+        matrix = (
+            torch.stack([cos, sin, cos * shear - sin, sin * shear + cos], 1)
+            .view(-1, 2, 2)
+            .to(x.dtype)
+        )  # transposed
+        points = _points("Affine", x, ()).flatten(1, 2)
+        return torch.baddbmm(
+            _uniform(x, -self.shift, self.shift, 1, 2).to(x.dtype), points, matrix
+        ).reshape(x.shape)
 
 # %% ../../nbs/core/15_augment.ipynb #6d1a77cd
 @register_augmentation
 class Rotation(Affine):
     "Turn all points of a sample about the origin."
-    def __init__(self,
-        limit:float=.2, # Largest angle, radians
-        p:float=1., # Share of the samples
-    ): super().__init__(limit, 0., 0., 0., p)
+
+    def __init__(
+        self,
+        limit: float = 0.2,  # Largest angle, radians
+        p: float = 1.0,  # Share of the samples
+    ):
+        super().__init__(limit, 0.0, 0.0, 0.0, p)
 
 # %% ../../nbs/core/15_augment.ipynb #1139d6dc
 @register_augmentation
 class Scale(Affine):
     "Scale all points of a sample from the origin."
-    def __init__(self,
-        limit:float=.15, # Scales from `1-limit` to `1+limit`
-        p:float=1., # Share of the samples
-    ): super().__init__(0., limit, 0., 0., p)
+
+    def __init__(
+        self,
+        limit: float = 0.15,  # Scales from `1-limit` to `1+limit`
+        p: float = 1.0,  # Share of the samples
+    ):
+        super().__init__(0.0, limit, 0.0, 0.0, p)
 
 # %% ../../nbs/core/15_augment.ipynb #9aeb61ef
 @register_augmentation
 class Occlusion(Augmentation):
     "Blank groups of points, each with its own chance, over a stretch of the sample."
-    def __init__(self,
-        groups=None, # Name -> indices of its points; none by default
-        share:float=.1, # Chance of each group
-        least:float=1., # Shortest stretch, as a share of the real steps; 1 is the whole sample
-        fill:float=0., # Value in it
-        p:float=1., # Share of the samples
-    ): self.groups,self.share,self.least,self.fill,self.p = dict(groups or {}),share,least,fill,p
+
+    def __init__(
+        self,
+        groups=None,  # Name -> indices of its points; none by default
+        share: float = 0.1,  # Chance of each group
+        least: float = 1.0,  # Shortest stretch, as a share of the real steps; 1 is the whole sample
+        fill: float = 0.0,  # Value in it
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.groups, self.share, self.least, self.fill, self.p = (
+            dict(groups or {}),
+            share,
+            least,
+            fill,
+            p,
+        )
+
     def change(self, x, mask):
-        points = _points('Occlusion', x, [i for g in self.groups.values() for i in g])
-        length,hit = _real_steps(mask)[1],torch.zeros(*points.shape[:3], dtype=torch.bool, device=x.device)
+        points = _points("Occlusion", x, [i for g in self.groups.values() for i in g])
+        length, hit = (
+            _real_steps(mask)[1],
+            torch.zeros(*points.shape[:3], dtype=torch.bool, device=x.device),
+        )
         luck = torch.rand(len(x), len(self.groups), device=x.device)
-        for k,g in enumerate(self.groups.values()):
-            chosen = luck[:,k] < (self.share if len(self.groups) == 1 else luck.amax(1).clamp_max(self.share))
-            width = (length*_uniform(x, self.least, 1., 1)).round()
-            hit[:,:,list(g)] |= (_stretches(length, width, mask.shape[1]) & chosen[:,None])[...,None]
-        return _blank(points, hit[...,None], self.fill).reshape(x.shape)
+        for k, g in enumerate(self.groups.values()):
+            chosen = luck[:, k] < (
+                self.share if len(self.groups) == 1 else luck.amax(1).clamp_max(self.share)
+            )
+            width = (length * _uniform(x, self.least, 1.0, 1)).round()
+            hit[:, :, list(g)] |= (_stretches(length, width, mask.shape[1]) & chosen[:, None])[
+                ..., None
+            ]
+        return _blank(points, hit[..., None], self.fill).reshape(x.shape)
 
 # %% ../../nbs/core/15_augment.ipynb #294c90ee
 def input_tensor(
-    inputs, # Tensor, or dictionary of tensors
-    key:str=None, # Which one; `None` for a tensor
-    who:str='callback', # For the message
-)->Tensor: # The tensor
+    inputs,  # Tensor, or dictionary of tensors
+    key: str = None,  # Which one; `None` for a tensor
+    who: str = "callback",  # For the message
+) -> Tensor:  # The tensor
     "The tensor among the inputs that is to be changed."
-    if not isinstance(inputs, dict): return inputs
-    return inputs[check_choice(who, 'key', key, inputs)]
+    if not isinstance(inputs, dict):
+        return inputs
+    return inputs[check_choice(who, "key", key, inputs)]
 
 # %% ../../nbs/core/15_augment.ipynb #850eda1d
 class Augment(Callback):
     "Apply augmentations to the training batches."
-    order,run_valid = -9,False
-    def __init__(self,
-        augmentations, # What `create_augmentations` takes
-        key:str=None, # Name of the tensor, where the inputs are a dictionary
-    ): self.augmentations,self.key = create_augmentations(augmentations),key
+
+    order, run_valid = -9, False
+
+    def __init__(
+        self,
+        augmentations,  # What `create_augmentations` takes
+        key: str = None,  # Name of the tensor, where the inputs are a dictionary
+    ):
+        self.augmentations, self.key = create_augmentations(augmentations), key
+
     def before_batch(self):
-        inputs,mask = self.xb
-        x,present = input_tensor(inputs, self.key, 'Augment'),inputs.get('present') if isinstance(inputs, dict) else None
-        if present is not None: x = x.masked_fill(~present, torch.nan)
-        x,mask = augment(self.augmentations, x, mask)
-        if present is not None: inputs = dict(inputs, present=~x.isnan() & mask[...,None])
-        self.learn.xb = (dict(inputs, **{self.key: x.masked_fill(x.isnan(), 0.) if present is not None else x}) if isinstance(inputs, dict) else x), mask
+        inputs, mask = self.xb
+        x, present = (
+            input_tensor(inputs, self.key, "Augment"),
+            inputs.get("present") if isinstance(inputs, dict) else None,
+        )
+        if present is not None:
+            x = x.masked_fill(~present, torch.nan)
+        x, mask = augment(self.augmentations, x, mask)
+        if present is not None:
+            inputs = dict(inputs, present=~x.isnan() & mask[..., None])
+        self.learn.xb = (
+            (
+                dict(
+                    inputs,
+                    **{self.key: x.masked_fill(x.isnan(), 0.0) if present is not None else x},
+                )
+                if isinstance(inputs, dict)
+                else x
+            ),
+            mask,
+        )
 
 # %% ../../nbs/core/15_augment.ipynb #3406a174
 def oversampled_indices(
-    labels, # Class of each item `[N]`, or several `[N,L]`
-    factor:int=3, # How often an item with a rare label occurs
-    threshold:float=.01, # Rare is what has a smaller share of all labels
-    ignore=None, # A label that does not count, such as padding
-)->np.ndarray: # Indices for `Subset`, in order, those of rare items repeated
+    labels,  # Class of each item `[N]`, or several `[N,L]`
+    factor: int = 3,  # How often an item with a rare label occurs
+    threshold: float = 0.01,  # Rare is what has a smaller share of all labels
+    ignore=None,  # A label that does not count, such as padding
+) -> np.ndarray:  # Indices for `Subset`, in order, those of rare items repeated
     "Indices in which items of rare classes occur `factor` times."
-    if factor < 1: raise InputError('oversampled_indices', 'factor', 'at least 1', str(factor))
+    if factor < 1:
+        raise InputError("oversampled_indices", "factor", "at least 1", str(factor))
     labels = np.asarray(labels).reshape(len(labels), -1)
     counts = np.ones(labels.shape, bool) if ignore is None else labels != ignore
-    values,times = np.unique(labels[counts], return_counts=True)
-    rare = (np.isin(labels, values[times < threshold*times.sum()]) & counts).any(1)
+    values, times = np.unique(labels[counts], return_counts=True)
+    rare = (np.isin(labels, values[times < threshold * times.sum()]) & counts).any(1)
     return np.repeat(np.arange(len(labels)), np.where(rare, factor, 1))

@@ -9,66 +9,102 @@ __all__ = ['EMA', 'SWA', 'update_norms']
 
 # %% ../../nbs/core/19_averaging.ipynb #a62b7368
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
 from .callbacks import in_fit
 
 # %% ../../nbs/core/19_averaging.ipynb #315887a9
 class EMA(Callback):
     "Validate with an exponential moving average of the weights, and end the fit with it."
-    order = 70 # behind the checkpoints, before a snapshot
-    def __init__(self,
-        decay:float=.999, # Share of the old average
-        keep:bool=True, # Leave the averaged weights in the model after the fit
-    ): self.decay,self.keep,self.exchanged = decay,keep,False
+
+    order = 70  # behind the checkpoints, before a snapshot
+
+    def __init__(
+        self,
+        decay: float = 0.999,  # Share of the old average
+        keep: bool = True,  # Leave the averaged weights in the model after the fit
+    ):
+        self.decay, self.keep, self.exchanged = decay, keep, False
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.average,self.exchanged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay)),False
-    def after_step(self): self.average.update_parameters(self.model)
-    def before_validate(self): self.exchange(True)
-    def after_epoch(self): self.exchange(False)
-    def after_fit(self): self.exchange(self.keep)
+        if self.run:
+            self.average, self.exchanged = (
+                AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay)),
+                False,
+            )
+
+    def after_step(self):
+        self.average.update_parameters(self.model)
+
+    def before_validate(self):
+        self.exchange(True)
+
+    def after_epoch(self):
+        self.exchange(False)
+
+    def after_fit(self):
+        self.exchange(self.keep)
 
 # %% ../../nbs/core/19_averaging.ipynb #57c10db6
 @patch
 @torch.no_grad()
-def exchange(self:EMA,
-    averaged:bool, # Whether the model shall have the averaged weights
+def exchange(
+    self: EMA,
+    averaged: bool,  # Whether the model shall have the averaged weights
 ):
     "Swap the weights of model and average, unless they are where they should be."
-    if self.exchanged == averaged: return
-    for p,q in zip(self.model.parameters(), self.average.module.parameters()): p.data,q.data = q.data,p.data
+    if self.exchanged == averaged:
+        return
+    for p, q in zip(self.model.parameters(), self.average.module.parameters()):
+        p.data, q.data = q.data, p.data
     self.exchanged = averaged
 
 # %% ../../nbs/core/19_averaging.ipynb #95755b85
 class SWA(Callback):
     "End the fit with the mean of the weights after its last epochs."
+
     order = 70
-    def __init__(self,
-        start:float=.75, # Share of the epochs after which averaging begins
-    ): self.start = start
+
+    def __init__(
+        self,
+        start: float = 0.75,  # Share of the epochs after which averaging begins
+    ):
+        self.start = start
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.average = AveragedModel(self.model)
+        if self.run:
+            self.average = AveragedModel(self.model)
+
     def after_epoch(self):
-        if self.epoch+1 >= self.start*self.n_epoch: self.average.update_parameters(self.model)
+        if self.epoch + 1 >= self.start * self.n_epoch:
+            self.average.update_parameters(self.model)
+
     def after_fit(self):
-        if not self.average.n_averaged: return
+        if not self.average.n_averaged:
+            return
         self.learn.model.load_state_dict(self.average.module.state_dict())
         update_norms(self.learn.model, self.dls.train, self.dls.n_inp)
 
 # %% ../../nbs/core/19_averaging.ipynb #471c0ef4
 class _Spread(torch.nn.Module):
     "Call a model with a tuple of arguments: torch's `update_bn` passes one."
-    def __init__(self, model): super().__init__(); self.model = model
-    def forward(self, inputs): return self.model(*inputs)
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        return self.model(*inputs)
 
 # %% ../../nbs/core/19_averaging.ipynb #b07ce227
 def update_norms(
-    model, # A model
-    loader, # Batches of training data
-    inputs:int=2, # How many parts of a batch the model takes
+    model,  # A model
+    loader,  # Batches of training data
+    inputs: int = 2,  # How many parts of a batch the model takes
 ):
     "Measure the statistics of batch norm on the training data; without batch norm no batch is read."
     update_bn(((batch[:inputs],) for batch in loader), _Spread(model))

@@ -8,8 +8,11 @@ Docs: https://example.org/gcode_ml/core/baselines.html.md"""
 __all__ = ['STATISTICS', 'BASELINES', 'TimeLookup', 'window_statistics', 'baseline', 'score_baselines']
 
 # %% ../../nbs/core/08_baselines.ipynb #9ea18089
-import os, time as clock
-import numpy as np, pandas as pd
+import os
+import time as clock
+
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.dummy import DummyClassifier
@@ -20,219 +23,328 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+
 from .errors import InputError, check_choice, check_finite
 from .metrics import classification_scores
 
 # %% ../../nbs/core/08_baselines.ipynb #288f8c03
 def _same_length(**arrays):
     "Raise when arrays that describe the same rows differ in length, or have none."
-    (first,n),*rest = [(k,len(v)) for k,v in arrays.items()]
-    if n == 0: raise InputError(first, 'rows', 'at least one', '0')
-    for k,m in rest:
-        if m != n: raise InputError(k, 'rows', f'{n}, one for each of {first}', str(m))
+    (first, n), *rest = [(k, len(v)) for k, v in arrays.items()]
+    if n == 0:
+        raise InputError(first, "rows", "at least one", "0")
+    for k, m in rest:
+        if m != n:
+            raise InputError(k, "rows", f"{n}, one for each of {first}", str(m))
 
 # %% ../../nbs/core/08_baselines.ipynb #73ec66e5
 def _first_seen(answers):
     "Distinct answers in the order of their first row, and the number of each row's answer."
-    _,first,inverse = np.unique(answers, return_index=True, return_inverse=True, axis=0 if answers.ndim > 1 else None)
+    _, first, inverse = np.unique(
+        answers, return_index=True, return_inverse=True, axis=0 if answers.ndim > 1 else None
+    )
     order = np.argsort(first)
-    return answers[first[order]],np.argsort(order)[inverse.ravel()]
+    return answers[first[order]], np.argsort(order)[inverse.ravel()]
 
 # %% ../../nbs/core/08_baselines.ipynb #7ae389ae
 def _by_source(time, codes, sources):
     "Sorted (times, answer numbers) of every source; of rows at one time, the first stays."
-    _,s = np.unique(sources, return_inverse=True)
-    order = np.argsort(s, kind='stable')
+    _, s = np.unique(sources, return_inverse=True)
+    order = np.argsort(s, kind="stable")
     parts = np.split(order, np.bincount(s).cumsum()[:-1])
     kept = [p[np.unique(time[p], return_index=True)[1]] for p in parts]
-    return [(time[k],codes[k]) for k in kept]
+    return [(time[k], codes[k]) for k in kept]
 
 # %% ../../nbs/core/08_baselines.ipynb #aa5ad3fe
 class TimeLookup(BaseEstimator):
     "The majority, over training sources, of the answer at the nearest time."
-    def fit(self,
-        time, # Seconds since the start of its source, `[N]`
-        answers, # Answer of each row, `[N]`, or a row of tokens each, `[N,L]`
-        sources, # Source of each row, `[N]`
-        classes=None, # Class of each row, `[N]`, when it may be used
+
+    def fit(
+        self,
+        time,  # Seconds since the start of its source, `[N]`
+        answers,  # Answer of each row, `[N]`, or a row of tokens each, `[N,L]`
+        sources,  # Source of each row, `[N]`
+        classes=None,  # Class of each row, `[N]`, when it may be used
     ):
-        time,answers,sources = np.asarray(time, float),np.asarray(answers),np.asarray(sources)
-        _same_length(answers=answers, time=time, sources=sources, **({} if classes is None else dict(classes=classes)))
-        check_finite('time lookup', 'time', time)
-        self.answers_,codes = _first_seen(answers)
+        time, answers, sources = np.asarray(time, float), np.asarray(answers), np.asarray(sources)
+        _same_length(
+            answers=answers,
+            time=time,
+            sources=sources,
+            **({} if classes is None else dict(classes=classes)),
+        )
+        check_finite("time lookup", "time", time)
+        self.answers_, codes = _first_seen(answers)
         self.sources_ = _by_source(time, codes, sources)
         classes = np.asarray([] if classes is None else classes)
         rows = {c: classes == c for c in np.unique(classes)}
-        self.classes_ = {c: _by_source(time[r], codes[r], sources[r]) for c,r in rows.items()}
+        self.classes_ = {c: _by_source(time[r], codes[r], sources[r]) for c, r in rows.items()}
         return self
 
 # %% ../../nbs/core/08_baselines.ipynb #789a42b4
 def _vote_at(time, groups):
     "Most frequent answer number among the nearest rows of `groups`; the smallest number on a tie."
-    votes = np.empty((len(time),len(groups)), int)
-    for k,(t,codes) in enumerate(groups):
-        right = np.searchsorted(t, time).clip(0, len(t)-1); left = (right-1).clip(0)
-        votes[:,k] = codes[np.where(np.abs(time-t[left]) <= np.abs(t[right]-time), left, right)]
+    votes = np.empty((len(time), len(groups)), int)
+    for k, (t, codes) in enumerate(groups):
+        right = np.searchsorted(t, time).clip(0, len(t) - 1)
+        left = (right - 1).clip(0)
+        votes[:, k] = codes[
+            np.where(np.abs(time - t[left]) <= np.abs(t[right] - time), left, right)
+        ]
     votes.sort(1)
     place = np.arange(votes.shape[1])
     starts = np.diff(votes, axis=1, prepend=-1) != 0
-    repeats = place-np.maximum.accumulate(np.where(starts, place, 0), 1)
-    return votes[np.arange(len(votes)),repeats.argmax(1)]
+    repeats = place - np.maximum.accumulate(np.where(starts, place, 0), 1)
+    return votes[np.arange(len(votes)), repeats.argmax(1)]
 
 # %% ../../nbs/core/08_baselines.ipynb #b2b0d553
 @patch
-def predict(self:TimeLookup,
-    time, # Seconds since the start of its source, `[M]`
-    classes=None, # Class of each query, `[M]`
-)->np.ndarray: # An answer for each query, `[M]` or `[M,L]`
+def predict(
+    self: TimeLookup,
+    time,  # Seconds since the start of its source, `[M]`
+    classes=None,  # Class of each query, `[M]`
+) -> np.ndarray:  # An answer for each query, `[M]` or `[M,L]`
     "Look up the answers at `time`."
-    time = np.atleast_1d(check_finite('time lookup', 'time', np.asarray(time, float)))
-    if classes is None: return self.answers_[_vote_at(time, self.sources_)]
-    classes = np.atleast_1d(np.asarray(classes)); result = np.empty(len(time), int)
-    if len(time): _same_length(time=time, classes=classes)
+    time = np.atleast_1d(check_finite("time lookup", "time", np.asarray(time, float)))
+    if classes is None:
+        return self.answers_[_vote_at(time, self.sources_)]
+    classes = np.atleast_1d(np.asarray(classes))
+    result = np.empty(len(time), int)
+    if len(time):
+        _same_length(time=time, classes=classes)
     for c in np.unique(classes):
         rows = classes == c
         result[rows] = _vote_at(time[rows], self.classes_.get(c, self.sources_))
     return self.answers_[result]
 
 # %% ../../nbs/core/08_baselines.ipynb #ed195cc4
-STATISTICS = ('mean','deviation','minimum','maximum','change')
+STATISTICS = ("mean", "deviation", "minimum", "maximum", "change")
 
 # %% ../../nbs/core/08_baselines.ipynb #4729a94c
 def _chunk(windows, start, stop):
     "Windows `start` to `stop` as one float array, short ones ended with NaN."
-    items = [np.asarray(windows[i], dtype='float32') for i in range(start, stop)]
-    for i,w in enumerate(items):
+    items = [np.asarray(windows[i], dtype="float32") for i in range(start, stop)]
+    for i, w in enumerate(items):
         if w.ndim != 2 or len(w) == 0 or w.shape[1] != items[0].shape[1]:
-            raise InputError('windows', f'window {start+i}', f'an array [T,{items[0].shape[-1]}] of at least one row', f'shape {w.shape}')
+            raise InputError(
+                "windows",
+                f"window {start + i}",
+                f"an array [T,{items[0].shape[-1]}] of at least one row",
+                f"shape {w.shape}",
+            )
     size = max(map(len, items))
-    if all(len(w) == size for w in items): return np.stack(items)
-    return np.stack([np.pad(w, ((0,size-len(w)),(0,0)), constant_values=np.nan) for w in items])
+    if all(len(w) == size for w in items):
+        return np.stack(items)
+    return np.stack(
+        [np.pad(w, ((0, size - len(w)), (0, 0)), constant_values=np.nan) for w in items]
+    )
 
 # %% ../../nbs/core/08_baselines.ipynb #5548eab0
 def _statistics(x, statistics):
     "`[n,C*K]` of `x [n,T,C]`."
-    real = ~np.isnan(x); count = real.sum(1); none = count == 0; n,last = count.clip(1),x.shape[1]-1
-    def ends(at): return np.take_along_axis(x, at[:,None], 1)[:,0]
-    mean = np.where(real, x, 0).sum(1, dtype=float)/n
-    f = dict(mean=lambda: mean, deviation=lambda: np.sqrt((np.where(real, x-mean[:,None], 0)**2).sum(1)/n),
-        minimum=lambda: np.where(real, x, np.inf).min(1), maximum=lambda: np.where(real, x, -np.inf).max(1),
-        change=lambda: ends(last-real[:,::-1].argmax(1))-ends(real.argmax(1)))
+    real = ~np.isnan(x)
+    count = real.sum(1)
+    none = count == 0
+    n, last = count.clip(1), x.shape[1] - 1
+
+    def ends(at):
+        return np.take_along_axis(x, at[:, None], 1)[:, 0]
+
+    mean = np.where(real, x, 0).sum(1, dtype=float) / n
+    f = dict(
+        mean=lambda: mean,
+        deviation=lambda: np.sqrt((np.where(real, x - mean[:, None], 0) ** 2).sum(1) / n),
+        minimum=lambda: np.where(real, x, np.inf).min(1),
+        maximum=lambda: np.where(real, x, -np.inf).max(1),
+        change=lambda: ends(last - real[:, ::-1].argmax(1)) - ends(real.argmax(1)),
+    )
     table = np.stack([np.where(none, np.nan, f[k]()) for k in statistics], -1)
-    return table.reshape(len(x), -1).astype('float32')
+    return table.reshape(len(x), -1).astype("float32")
 
 # %% ../../nbs/core/08_baselines.ipynb #c5597caa
 def window_statistics(
-    windows, # `[N,T,C]`, or any sequence of `[T,C]`; T may differ, NaN where missing
-    statistics=STATISTICS, # Which, in order; `change` is last less first value, `deviation` divides by the count
-    chunk:int=256, # Windows worked on at a time
-)->np.ndarray: # float32 `[N,C*K]`, the K statistics of the first channel first
+    windows,  # `[N,T,C]`, or any sequence of `[T,C]`; T may differ, NaN where missing
+    statistics=STATISTICS,  # Which, in order; `change` is last less first value, `deviation` divides by the count
+    chunk: int = 256,  # Windows worked on at a time
+) -> np.ndarray:  # float32 `[N,C*K]`, the K statistics of the first channel first
     "Statistics of each channel of each window."
-    for k in statistics: check_choice('window statistics', 'statistics', k, STATISTICS)
-    if len(windows) == 0: raise InputError('windows', 'items', 'at least one', '0')
+    for k in statistics:
+        check_choice("window statistics", "statistics", k, STATISTICS)
+    if len(windows) == 0:
+        raise InputError("windows", "items", "at least one", "0")
     starts = range(0, len(windows), chunk)
-    with np.errstate(invalid='ignore', over='ignore'):
-        parts = [_statistics(_chunk(windows, i, min(i+chunk, len(windows))), statistics) for i in starts]
+    with np.errstate(invalid="ignore", over="ignore"):
+        parts = [
+            _statistics(_chunk(windows, i, min(i + chunk, len(windows))), statistics)
+            for i in starts
+        ]
     return np.concatenate(parts)
 
 # %% ../../nbs/core/08_baselines.ipynb #77139f77
-BASELINES = ('majority','nearest_neighbour','extra_trees','hist_gradient_boosting','minirocket_ridge')
+BASELINES = (
+    "majority",
+    "nearest_neighbour",
+    "extra_trees",
+    "hist_gradient_boosting",
+    "minirocket_ridge",
+)
 
 # %% ../../nbs/core/08_baselines.ipynb #bdbac343
-def _majority(seed, n_jobs): return make_pipeline(DummyClassifier(strategy='most_frequent'))
+def _majority(seed, n_jobs):
+    return make_pipeline(DummyClassifier(strategy="most_frequent"))
 
-def _nearest_neighbour(seed, n_jobs): return make_pipeline(_training_mean(), StandardScaler(), KNeighborsClassifier(1, n_jobs=n_jobs))
 
-def _extra_trees(seed, n_jobs): return make_pipeline(_training_mean(), ExtraTreesClassifier(200, random_state=seed, n_jobs=n_jobs))
+def _nearest_neighbour(seed, n_jobs):
+    return make_pipeline(_training_mean(), StandardScaler(), KNeighborsClassifier(1, n_jobs=n_jobs))
+
+
+def _extra_trees(seed, n_jobs):
+    return make_pipeline(
+        _training_mean(), ExtraTreesClassifier(200, random_state=seed, n_jobs=n_jobs)
+    )
 
 # %% ../../nbs/core/08_baselines.ipynb #6f448bdc
 def _hist_gradient_boosting(seed, n_jobs):
-    return make_pipeline(_FillEmpty(), HistGradientBoostingClassifier(max_leaf_nodes=15, max_bins=63, max_features=.3, early_stopping=False, random_state=seed))
+    return make_pipeline(
+        _FillEmpty(),
+        HistGradientBoostingClassifier(
+            max_leaf_nodes=15,
+            max_bins=63,
+            max_features=0.3,
+            early_stopping=False,
+            random_state=seed,
+        ),
+    )
 
 # %% ../../nbs/core/08_baselines.ipynb #9f1d5931
 def _minirocket_ridge(seed, n_jobs):
-    try: from aeon.transformations.collection.convolution_based import MiniRocket
-    except ImportError: raise InputError('minirocket_ridge', 'package', 'aeon', 'it is not installed', 'pip install gcode_ml[rocket]') from None
-    return make_pipeline(_ChannelsFirst(), MiniRocket(random_state=seed, n_jobs=n_jobs), StandardScaler(with_mean=False), RidgeClassifierCV(np.logspace(-3, 3, 10)))
+    try:
+        from aeon.transformations.collection.convolution_based import MiniRocket
+    except ImportError:
+        raise InputError(
+            "minirocket_ridge",
+            "package",
+            "aeon",
+            "it is not installed",
+            "pip install gcode_ml[rocket]",
+        ) from None
+    return make_pipeline(
+        _ChannelsFirst(),
+        MiniRocket(random_state=seed, n_jobs=n_jobs),
+        StandardScaler(with_mean=False),
+        RidgeClassifierCV(np.logspace(-3, 3, 10)),
+    )
 
 # %% ../../nbs/core/08_baselines.ipynb #70fa88b2
-def _training_mean(): return SimpleImputer(keep_empty_features=True)
-_baselines = {k: globals()[f'_{k}'] for k in BASELINES}
+def _training_mean():
+    return SimpleImputer(keep_empty_features=True)
+
+
+_baselines = {k: globals()[f"_{k}"] for k in BASELINES}
 
 # %% ../../nbs/core/08_baselines.ipynb #212d5cbd
 class _FillEmpty(TransformerMixin, BaseEstimator):
     "Zero for columns that no training row has a value in; scikit-learn's binning fails on them."
+
     def fit(self, x, y=None):
         self.empty_ = np.isnan(np.asarray(x)).all(0)
         return self
-    def transform(self, x): return np.where(self.empty_, 0, x)
+
+    def transform(self, x):
+        return np.where(self.empty_, 0, x)
 
 # %% ../../nbs/core/08_baselines.ipynb #2b2b6a9f
 class _ChannelsFirst(TransformerMixin, BaseEstimator):
     "Windows `[N,T,C]` to the order of aeon, `[N,C,T]`, NaN filled with the channel's training mean."
+
     def fit(self, x, y=None):
         x = self._check(x)
         real = ~np.isnan(x)
-        self.mean_ = np.where(real, x, 0).sum((0,1), dtype=float)/real.sum((0,1)).clip(1)
+        self.mean_ = np.where(real, x, 0).sum((0, 1), dtype=float) / real.sum((0, 1)).clip(1)
         return self
+
     def transform(self, x):
         x = self._check(x)
-        return np.where(np.isnan(x), self.mean_, x).swapaxes(1, 2).astype('float32')
+        return np.where(np.isnan(x), self.mean_, x).swapaxes(1, 2).astype("float32")
+
     def _check(self, x):
         x = np.asarray(x)
-        if x.ndim != 3 or x.shape[1] < 9: raise InputError('minirocket_ridge', 'features', 'windows [N,T,C] of at least 9 rows', f'shape {x.shape}')
+        if x.ndim != 3 or x.shape[1] < 9:
+            raise InputError(
+                "minirocket_ridge",
+                "features",
+                "windows [N,T,C] of at least 9 rows",
+                f"shape {x.shape}",
+            )
         return x
 
 # %% ../../nbs/core/08_baselines.ipynb #5744e610
 def baseline(
-    name:str, # One of `BASELINES`
-    seed:int=0, # Seed of what is random in it
-    n_jobs:int=None, # Threads of neighbours, trees and MiniRocket; all cores by default. Boosting follows `OMP_NUM_THREADS`
-    **overrides, # Parameters of the classifier, the last step
-)->Pipeline: # Has `fit(x, y)`, `predict(x)` and scikit-learn's other methods
+    name: str,  # One of `BASELINES`
+    seed: int = 0,  # Seed of what is random in it
+    n_jobs: int = None,  # Threads of neighbours, trees and MiniRocket; all cores by default. Boosting follows `OMP_NUM_THREADS`
+    **overrides,  # Parameters of the classifier, the last step
+) -> Pipeline:  # Has `fit(x, y)`, `predict(x)` and scikit-learn's other methods
     "An unfitted simple method."
-    check_choice('baseline', 'name', name, BASELINES)
+    check_choice("baseline", "name", name, BASELINES)
     model = _baselines[name](seed, n_jobs or os.cpu_count())
     known = model[-1].get_params()
-    for k in overrides: check_choice(name, 'parameter', k, known)
+    for k in overrides:
+        check_choice(name, "parameter", k, known)
     model[-1].set_params(**overrides)
     return model
 
 # %% ../../nbs/core/08_baselines.ipynb #01345925
 def _rows(n, **parts):
     "Training and test rows as indices, neither empty, none in common."
-    for k,v in parts.items():
-        v = np.asarray(v); parts[k] = v = np.flatnonzero(v) if v.dtype == bool else v
-        if len(v) == 0: raise InputError(k, 'rows', 'at least one', '0')
-        if v.max() >= n: raise InputError(k, 'rows', f'row numbers below {n}', str(v.max()))
+    for k, v in parts.items():
+        v = np.asarray(v)
+        parts[k] = v = np.flatnonzero(v) if v.dtype == bool else v
+        if len(v) == 0:
+            raise InputError(k, "rows", "at least one", "0")
+        if v.max() >= n:
+            raise InputError(k, "rows", f"row numbers below {n}", str(v.max()))
     both = np.intersect1d(*parts.values())
-    if len(both): raise InputError('split', 'rows', 'training and test rows apart', f'{len(both)} in both')
+    if len(both):
+        raise InputError("split", "rows", "training and test rows apart", f"{len(both)} in both")
     return parts.values()
 
 # %% ../../nbs/core/08_baselines.ipynb #75402464
 def _score(name, features, target, train, test, groups, seed, n_jobs):
     "One row of the table."
     start = clock.perf_counter()
-    with threadpool_limits(n_jobs or 1, user_api='openmp'): # boosting's threads wait for each other
-        predicted = baseline(name, seed, n_jobs).fit(features[train], target[train]).predict(features[test])
-    seconds = clock.perf_counter()-start
+    with threadpool_limits(
+        n_jobs or 1, user_api="openmp"
+    ):  # boosting's threads wait for each other
+        predicted = (
+            baseline(name, seed, n_jobs).fit(features[train], target[train]).predict(features[test])
+        )
+    seconds = clock.perf_counter() - start
     scores = classification_scores(predicted, target[test], groups, seed=seed)
-    return dict(name=name, **{k: scores[k] for k in ('accuracy','low','high','macro_f1')}, seconds=seconds)
+    return dict(
+        name=name,
+        **{k: scores[k] for k in ("accuracy", "low", "high", "macro_f1")},
+        seconds=seconds,
+    )
 
 # %% ../../nbs/core/08_baselines.ipynb #4425f318
 def score_baselines(
-    features, # A row an item, `[N,F]`; windows `[N,T,C]` for `minirocket_ridge`
-    target, # True label, `[N]`
-    train, # Training rows: indices, or a mask `[N]`
-    test, # Test rows, likewise
-    sources=None, # Source of each row, `[N]`, for the interval
-    names=BASELINES[:-1], # Which baselines
-    seed:int=0, # Seed of the baselines and of the interval
-    n_jobs:int=None, # As for `baseline`; boosting takes one thread unless told
-)->pd.DataFrame: # A row a baseline: `name`, `accuracy`, `low`, `high`, `macro_f1`, `seconds`
+    features,  # A row an item, `[N,F]`; windows `[N,T,C]` for `minirocket_ridge`
+    target,  # True label, `[N]`
+    train,  # Training rows: indices, or a mask `[N]`
+    test,  # Test rows, likewise
+    sources=None,  # Source of each row, `[N]`, for the interval
+    names=BASELINES[:-1],  # Which baselines
+    seed: int = 0,  # Seed of the baselines and of the interval
+    n_jobs: int = None,  # As for `baseline`; boosting takes one thread unless told
+) -> pd.DataFrame:  # A row a baseline: `name`, `accuracy`, `low`, `high`, `macro_f1`, `seconds`
     "Fit and score simple methods on one split."
-    features,target = np.asarray(features),np.asarray(target)
-    _same_length(features=features, target=target, **({} if sources is None else dict(sources=sources)))
-    train,test = _rows(len(target), train=train, test=test)
+    features, target = np.asarray(features), np.asarray(target)
+    _same_length(
+        features=features, target=target, **({} if sources is None else dict(sources=sources))
+    )
+    train, test = _rows(len(target), train=train, test=test)
     groups = np.arange(len(test)) if sources is None else np.asarray(sources)[test]
-    return pd.DataFrame([_score(k, features, target, train, test, groups, seed, n_jobs) for k in names])
+    return pd.DataFrame(
+        [_score(k, features, target, train, test, groups, seed, n_jobs) for k in names]
+    )

@@ -9,94 +9,132 @@ __all__ = ['BatchLoader', 'Subset', 'loader_workers', 'dataloaders']
 
 # %% ../../nbs/core/04_batch.ipynb #6718e052
 import random
-import numpy as np, torch
+
+import numpy as np
+import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastcore.basics import patch
+
 from .errors import InputError
 
 # %% ../../nbs/core/04_batch.ipynb #6b92fdea
 class BatchLoader(DataLoader):
     "fastai's `DataLoader` over a data set that gathers whole batches."
-    def __init__(self,
-        dataset, # Has `len`, `lengths` `[N]` and `batch(index)`
-        batch_size:int=32, # Items a batch
-        shuffle:bool=False, # New order each epoch
-        bucket:int=0, # Batches that are sorted by length together; 0 does not look at lengths
-        seed:int=0, # Seed of the order
-        bs:int=None, # fastai's name of `batch_size`, for its `DataLoader.new`
-        indexed:bool=True, # Always so
-        **kwargs # For fastai's `DataLoader`: `num_workers`, `pin_memory`, `device`, …
+
+    def __init__(
+        self,
+        dataset,  # Has `len`, `lengths` `[N]` and `batch(index)`
+        batch_size: int = 32,  # Items a batch
+        shuffle: bool = False,  # New order each epoch
+        bucket: int = 0,  # Batches that are sorted by length together; 0 does not look at lengths
+        seed: int = 0,  # Seed of the order
+        bs: int = None,  # fastai's name of `batch_size`, for its `DataLoader.new`
+        indexed: bool = True,  # Always so
+        **kwargs,  # For fastai's `DataLoader`: `num_workers`, `pin_memory`, `device`, …
     ):
         super().__init__(dataset, bs=bs or batch_size, shuffle=shuffle, indexed=True, **kwargs)
-        self.bucket,self.rng,self.among,self.ordered = bucket,random.Random(seed),None,False
-    def create_batches(self, samples): yield from map(self.do_batch, self.chunkify(samples))
-    def create_batch(self, index): return self.dataset.batch(index)
-    def retain(self, batch, index): return batch
+        self.bucket, self.rng, self.among, self.ordered = bucket, random.Random(seed), None, False
+
+    def create_batches(self, samples):
+        yield from map(self.do_batch, self.chunkify(samples))
+
+    def create_batch(self, index):
+        return self.dataset.batch(index)
+
+    def retain(self, batch, index):
+        return batch
 
 # %% ../../nbs/core/04_batch.ipynb #90cb2e66
 class Subset:
     "Some items of a data set, without a copy."
-    def __init__(self,
-        dataset, # Has `batch`, `lengths`
-        index, # Which items, in which order
+
+    def __init__(
+        self,
+        dataset,  # Has `batch`, `lengths`
+        index,  # Which items, in which order
     ):
-        self.dataset,self.index = dataset,np.asarray(index)
+        self.dataset, self.index = dataset, np.asarray(index)
         self.lengths = dataset.lengths[self.index]
-    def __len__(self): return len(self.index)
-    def batch(self, index): return self.dataset.batch(self.index[np.asarray(index)])
+
+    def __len__(self):
+        return len(self.index)
+
+    def batch(self, index):
+        return self.dataset.batch(self.index[np.asarray(index)])
 
 # %% ../../nbs/core/04_batch.ipynb #aa75904e
 def _by_length(order, lengths, batch_size, bucket, rng):
     "Shuffled `order` with neighbours of like length, `bucket` batches at a time."
-    size = batch_size*bucket
-    groups = [sorted(order[i:i+size], key=lambda j: lengths[j]) for i in range(0, len(order), size)]
-    batches = [g[i:i+batch_size] for g in groups for i in range(0, len(g), batch_size)]
-    short = [b for b in batches if len(b) < batch_size] # fastai cuts the list into batches itself: the short one stays last
+    size = batch_size * bucket
+    groups = [
+        sorted(order[i : i + size], key=lambda j: lengths[j]) for i in range(0, len(order), size)
+    ]
+    batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
+    short = [
+        b for b in batches if len(b) < batch_size
+    ]  # fastai cuts the list into batches itself: the short one stays last
     full = [b for b in batches if len(b) == batch_size]
     rng.shuffle(full)
-    return [j for b in full+short for j in b]
+    return [j for b in full + short for j in b]
 
 # %% ../../nbs/core/04_batch.ipynb #174d369c
 @patch
-def get_idxs(self:BatchLoader)->list: # Indices in the order in which they are batched
+def get_idxs(self: BatchLoader) -> list:  # Indices in the order in which they are batched
     "Order of the items for one epoch."
     order = list(range(self.n)) if self.among is None else list(self.among)
-    if not self.shuffle or self.ordered: return order
+    if not self.shuffle or self.ordered:
+        return order
     order = self.shuffle_fn(order)
-    return _by_length(order, self.dataset.lengths, self.bs, self.bucket, self.rng) if self.bucket else order
+    return (
+        _by_length(order, self.dataset.lengths, self.bs, self.bucket, self.rng)
+        if self.bucket
+        else order
+    )
 
 # %% ../../nbs/core/04_batch.ipynb #19ffe574
 @patch
-def restrict(self:BatchLoader,
-    index=None, # Items that take part from the next epoch on; all by default
-    ordered:bool=False, # In just this order, without shuffling
+def restrict(
+    self: BatchLoader,
+    index=None,  # Items that take part from the next epoch on; all by default
+    ordered: bool = False,  # In just this order, without shuffling
 ):
     "Draw from some of the items."
-    if index is not None and not len(index): raise InputError('BatchLoader', 'items', 'at least one that takes part', 'none')
-    self.among,self.ordered = None if index is None else np.asarray(index).tolist(),ordered and index is not None
+    if index is not None and not len(index):
+        raise InputError("BatchLoader", "items", "at least one that takes part", "none")
+    self.among, self.ordered = (
+        None if index is None else np.asarray(index).tolist(),
+        ordered and index is not None,
+    )
     self.n = len(self.dataset) if index is None else len(index)
 
 # %% ../../nbs/core/04_batch.ipynb #796c3bf6
 def loader_workers(
-    workers='auto', # `auto` or a number of processes
-)->int: # Processes that gather batches
+    workers="auto",  # `auto` or a number of processes
+) -> int:  # Processes that gather batches
     "`auto` is 0: gathering a batch is one indexing operation, and a process to do it in costs more than it saves."
-    return 0 if workers == 'auto' else int(workers)
+    return 0 if workers == "auto" else int(workers)
 
 # %% ../../nbs/core/04_batch.ipynb #519cea46
 def dataloaders(
-    train, # Training data set
-    valid, # Validation data set
-    batch_size:int=32, # Items a training batch
-    bucket:int=0, # See `BatchLoader`
-    seed:int=0, # Seed of the training order
-    workers='auto', # Loader processes
-    device='cpu', # Device of the batches
-)->DataLoaders: # With `n_inp=2`
+    train,  # Training data set
+    valid,  # Validation data set
+    batch_size: int = 32,  # Items a training batch
+    bucket: int = 0,  # See `BatchLoader`
+    seed: int = 0,  # Seed of the training order
+    workers="auto",  # Loader processes
+    device="cpu",  # Device of the batches
+) -> DataLoaders:  # With `n_inp=2`
     "Loaders of a fit: the training set shuffled, the validation set in its own order with batches twice as large."
-    kwargs = dict(num_workers=loader_workers(workers), device=torch.device(device), pin_memory=torch.device(device).type == 'cuda')
-    dls = DataLoaders(BatchLoader(train, batch_size, shuffle=True, bucket=bucket, seed=seed, **kwargs),
-                      BatchLoader(valid, 2*batch_size, **kwargs), device=torch.device(device))
+    kwargs = dict(
+        num_workers=loader_workers(workers),
+        device=torch.device(device),
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    dls = DataLoaders(
+        BatchLoader(train, batch_size, shuffle=True, bucket=bucket, seed=seed, **kwargs),
+        BatchLoader(valid, 2 * batch_size, **kwargs),
+        device=torch.device(device),
+    )
     dls.n_inp = 2
     return dls

@@ -9,233 +9,337 @@ __all__ = ['in_fit', 'epoch_table', 'Stopwatch', 'History', 'TextLog', 'Training
            'EarlyStopping', 'save_checkpoint', 'load_checkpoint', 'Checkpoints', 'FiniteLoss']
 
 # %% ../../nbs/core/12_callbacks.ipynb #ff9c7cf8
-import json, time
+import json
+import time
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
+
 from .errors import InputError, check_choice
 from .files import atomic_path, write_json
 
 # %% ../../nbs/core/12_callbacks.ipynb #465f575e
 def in_fit(
-    learn, # A `Learner`
-)->bool: # False in `validate`, `get_preds` and `lr_find`
+    learn,  # A `Learner`
+) -> bool:  # False in `validate`, `get_preds` and `lr_find`
     "Whether a fit in earnest is going on."
-    return learn.fitting and not hasattr(learn, 'lr_finder')
+    return learn.fitting and not hasattr(learn, "lr_finder")
 
 # %% ../../nbs/core/12_callbacks.ipynb #88a3a0d9
 def epoch_table(
-    learn, # A `Learner`, during a fit or after it
-)->pd.DataFrame: # `epoch` (from 0), losses, metrics, `lr`, and the columns of other callbacks
+    learn,  # A `Learner`, during a fit or after it
+) -> pd.DataFrame:  # `epoch` (from 0), losses, metrics, `lr`, and the columns of other callbacks
     "One row an epoch of everything that the last fit has recorded; `validate` makes the recorder forget it."
     recorder = learn.recorder
-    names = [n for n in recorder.metric_names if n not in ('epoch','time')]
-    whole = [(list(v),i) for v,i in zip(recorder.values, recorder.iters) if len(v) == len(names)] # `validate` leaves a row without a training loss
-    table = pd.DataFrame([v for v,_ in whole], columns=names)
-    table.insert(0, 'epoch', range(len(table)))
-    table['lr'] = [recorder.lrs[i-1] if i else np.nan for _,i in whole]
-    return pd.concat([table, *(pd.DataFrame(cb.epoch_rows) for cb in learn.cbs if 'epoch_rows' in vars(cb))], axis=1)
+    names = [n for n in recorder.metric_names if n not in ("epoch", "time")]
+    whole = [
+        (list(v), i) for v, i in zip(recorder.values, recorder.iters) if len(v) == len(names)
+    ]  # `validate` leaves a row without a training loss
+    table = pd.DataFrame([v for v, _ in whole], columns=names)
+    table.insert(0, "epoch", range(len(table)))
+    table["lr"] = [recorder.lrs[i - 1] if i else np.nan for _, i in whole]
+    return pd.concat(
+        [table, *(pd.DataFrame(cb.epoch_rows) for cb in learn.cbs if "epoch_rows" in vars(cb))],
+        axis=1,
+    )
 
 # %% ../../nbs/core/12_callbacks.ipynb #01defefa
 class Stopwatch:
     "Seconds from lap to lap. It belongs to its process: a snapshot does not keep it."
-    def __init__(self): self.last = time.perf_counter()
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
     def lap(self):
         "Seconds since the last call."
-        last,self.last = self.last,time.perf_counter()
-        return self.last-last
+        last, self.last = self.last, time.perf_counter()
+        return self.last - last
 
 # %% ../../nbs/core/12_callbacks.ipynb #0a3e0774
-_readers = {'.csv': pd.read_csv, '.json': lambda f: pd.read_json(f, orient='records', dtype=False)}
-_writers = {'.csv': lambda t,f: t.to_csv(f, index=False), '.json': lambda t,f: t.to_json(f, orient='records', indent=1)}
+_readers = {".csv": pd.read_csv, ".json": lambda f: pd.read_json(f, orient="records", dtype=False)}
+_writers = {
+    ".csv": lambda t, f: t.to_csv(f, index=False),
+    ".json": lambda t, f: t.to_json(f, orient="records", indent=1),
+}
 
 # %% ../../nbs/core/12_callbacks.ipynb #58521b04
 class History(Callback):
     "Write losses, metrics and seconds of each epoch to a CSV or JSON file, several fits into one."
+
     order = 55
-    def __init__(self,
-        path, # The file, `.csv` or `.json`
-        fit:str='fit', # Name of this fit, first column of the file
-        columns:dict=None, # Name in the file -> name in the table, in the order of the file; all by default. Without `fit` the file holds this fit alone
+
+    def __init__(
+        self,
+        path,  # The file, `.csv` or `.json`
+        fit: str = "fit",  # Name of this fit, first column of the file
+        columns: dict = None,  # Name in the file -> name in the table, in the order of the file; all by default. Without `fit` the file holds this fit alone
     ):
-        self.path,self.fit_name,self.columns,self.seconds = Path(path),fit,columns,[]
-        check_choice(path, 'file type', self.path.suffix, _writers)
+        self.path, self.fit_name, self.columns, self.seconds = Path(path), fit, columns, []
+        check_choice(path, "file type", self.path.suffix, _writers)
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.seconds = []
-    def before_epoch(self): self.elapsed,self.watch = 0.,Stopwatch()
-    def after_batch(self): self.elapsed += self.watch.lap()
+        if self.run:
+            self.seconds = []
+
+    def before_epoch(self):
+        self.elapsed, self.watch = 0.0, Stopwatch()
+
+    def after_batch(self):
+        self.elapsed += self.watch.lap()
+
     def after_epoch(self):
-        self.seconds.append(round(self.elapsed+self.watch.lap(), 2))
+        self.seconds.append(round(self.elapsed + self.watch.lap(), 2))
         table = self.table()
-        if self.path.exists() and 'fit' in table:
+        if self.path.exists() and "fit" in table:
             others = _readers[self.path.suffix](self.path)
             table = pd.concat([others[others.fit.astype(str) != self.fit_name], table])
-        with atomic_path(self.path) as f: _writers[self.path.suffix](table, f)
+        with atomic_path(self.path) as f:
+            _writers[self.path.suffix](table, f)
 
 # %% ../../nbs/core/12_callbacks.ipynb #cff85783
 @patch
-def table(self:History)->pd.DataFrame: # One row an epoch
+def table(self: History) -> pd.DataFrame:  # One row an epoch
     "Everything recorded so far, in the columns that were asked for."
     table = epoch_table(self.learn)
-    table.insert(0, 'fit', self.fit_name)
-    table['seconds'] = pd.Series(self.seconds, dtype=float)
-    if self.columns is None: return table
-    for name in self.columns.values(): check_choice('History', 'column', name, list(table))
+    table.insert(0, "fit", self.fit_name)
+    table["seconds"] = pd.Series(self.seconds, dtype=float)
+    if self.columns is None:
+        return table
+    for name in self.columns.values():
+        check_choice("History", "column", name, list(table))
     return table[list(self.columns.values())].set_axis(list(self.columns), axis=1)
 
 # %% ../../nbs/core/12_callbacks.ipynb #37655036
 def _percent(share):
     "`99.8%`, and `100%` without a decimal."
-    return f'{100*share:.1f}'.removesuffix('.0') + '%'
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 # %% ../../nbs/core/12_callbacks.ipynb #0004d677
 class TextLog(Callback):
     "Write losses, accuracies and unique tokens of each epoch as text."
+
     order = 56
-    def __init__(self,
-        path, # The file
-        accuracies:dict=None, # Name in the log -> name of the metric, a share; by default every validation metric with `acc` in its name
-    ): self.path,self.accuracies = Path(path),accuracies
-    def before_fit(self): self.run = in_fit(self.learn)
+
+    def __init__(
+        self,
+        path,  # The file
+        accuracies: dict = None,  # Name in the log -> name of the metric, a share; by default every validation metric with `acc` in its name
+    ):
+        self.path, self.accuracies = Path(path), accuracies
+
+    def before_fit(self):
+        self.run = in_fit(self.learn)
+
     def after_epoch(self):
-        text = '\n'.join(self.entry(row) for row in epoch_table(self.learn).to_dict('records'))
-        with atomic_path(self.path) as f: f.write_text(text+'\n', encoding='utf-8')
+        text = "\n".join(self.entry(row) for row in epoch_table(self.learn).to_dict("records"))
+        with atomic_path(self.path) as f:
+            f.write_text(text + "\n", encoding="utf-8")
 
 # %% ../../nbs/core/12_callbacks.ipynb #bfcd4e6e
 @patch
-def entry(self:TextLog,
-    row:dict, # A row of `epoch_table`
-)->str: # Two lines, three with unique tokens
+def entry(
+    self: TextLog,
+    row: dict,  # A row of `epoch_table`
+) -> str:  # Two lines, three with unique tokens
     "What the log says of one epoch."
-    names = self.accuracies or {k.removeprefix('valid_'): k for k in row if 'acc' in k and not k.startswith('train_')}
-    lines = [f"Epoch {row['epoch']+1}/{self.n_epoch} | Train Loss: {row['train_loss']:.3f} | Val Loss: {row['valid_loss']:.3f}"]
-    if names: lines.append('Val Accuracies: ' + ', '.join(f'{k}={_percent(row[v])}' for k,v in names.items()))
-    if 'unique_tokens' in row: lines.append(f"Unique Tokens: {row['unique_tokens']:.0f}/{row['unique_of']:.0f} ({row['unique_share']:.1%})")
-    return '\n'.join(lines)
+    names = self.accuracies or {
+        k.removeprefix("valid_"): k for k in row if "acc" in k and not k.startswith("train_")
+    }
+    lines = [
+        f"Epoch {row['epoch'] + 1}/{self.n_epoch} | Train Loss: {row['train_loss']:.3f} | Val Loss: {row['valid_loss']:.3f}"
+    ]
+    if names:
+        lines.append(
+            "Val Accuracies: " + ", ".join(f"{k}={_percent(row[v])}" for k, v in names.items())
+        )
+    if "unique_tokens" in row:
+        lines.append(
+            f"Unique Tokens: {row['unique_tokens']:.0f}/{row['unique_of']:.0f} ({row['unique_share']:.1%})"
+        )
+    return "\n".join(lines)
 
 # %% ../../nbs/core/12_callbacks.ipynb #fd0805bd
 class TrainingMetrics(Callback):
     "Record the metrics on the training batches too, as `train_…` beside `valid_…`."
+
     order = 40
+
     def before_fit(self):
         self.learn.recorder.train_metrics = True
-        for i,metric in enumerate(self.learn.metrics): vars(self)[f'metric_{i}'] = metric # one attribute each, so that a snapshot can fill it
-    def after_fit(self): self.learn.recorder.train_metrics = False
+        for i, metric in enumerate(self.learn.metrics):
+            vars(self)[f"metric_{i}"] = metric  # one attribute each, so that a snapshot can fill it
+
+    def after_fit(self):
+        self.learn.recorder.train_metrics = False
 
 # %% ../../nbs/core/12_callbacks.ipynb #7faafa5b
 def history(
-    learn, # A `Learner` after a fit
-    accuracy:str='accuracy', # Name of the metric
-)->pd.DataFrame: # One row an epoch: `train_loss`, `val_loss`, `val_acc`, and with `TrainingMetrics` `train_acc`
+    learn,  # A `Learner` after a fit
+    accuracy: str = "accuracy",  # Name of the metric
+) -> (
+    pd.DataFrame
+):  # One row an epoch: `train_loss`, `val_loss`, `val_acc`, and with `TrainingMetrics` `train_acc`
     "Losses and accuracies of the last fit; the training loss is fastai's, smoothed over some fifty batches."
-    names = {'train_loss': 'train_loss', 'valid_loss': 'val_loss', f'train_{accuracy}': 'train_acc', f'valid_{accuracy}': 'val_acc', accuracy: 'val_acc'}
+    names = {
+        "train_loss": "train_loss",
+        "valid_loss": "val_loss",
+        f"train_{accuracy}": "train_acc",
+        f"valid_{accuracy}": "val_acc",
+        accuracy: "val_acc",
+    }
     table = epoch_table(learn)
     return table[[n for n in names if n in table]].rename(columns=names)
 
 # %% ../../nbs/core/12_callbacks.ipynb #587db2d9
 def monitored(
-    learn, # A `Learner` in a fit
-    monitor:str, # Column of `epoch_table`; `valid_` may be left out
-)->np.ndarray: # Its value in each epoch so far
+    learn,  # A `Learner` in a fit
+    monitor: str,  # Column of `epoch_table`; `valid_` may be left out
+) -> np.ndarray:  # Its value in each epoch so far
     "Values of a loss or metric."
     table = epoch_table(learn)
-    name = monitor if monitor in table else f'valid_{monitor}'
-    if name not in table: check_choice('callback', 'monitor', monitor, list(table)[1:])
+    name = monitor if monitor in table else f"valid_{monitor}"
+    if name not in table:
+        check_choice("callback", "monitor", monitor, list(table)[1:])
     return table[name].to_numpy(float)
 
 # %% ../../nbs/core/12_callbacks.ipynb #34562c9b
 def since_best(
-    values, # One value an epoch; NaN is never best
-    mode:str='min', # Whether `min` or `max` is best
-    min_delta:float=0., # What counts as better: by more than this
-)->int: # 0 if the last epoch is the best; all of them if none is
+    values,  # One value an epoch; NaN is never best
+    mode: str = "min",  # Whether `min` or `max` is best
+    min_delta: float = 0.0,  # What counts as better: by more than this
+) -> int:  # 0 if the last epoch is the best; all of them if none is
     "Epochs since the best one."
-    best,last = -np.inf,-1
-    for i,v in enumerate(np.asarray(values, float)*(1 if mode == 'max' else -1)):
-        if v > best+min_delta: best,last = v,i
-    return len(values)-1-last
+    best, last = -np.inf, -1
+    for i, v in enumerate(np.asarray(values, float) * (1 if mode == "max" else -1)):
+        if v > best + min_delta:
+            best, last = v, i
+    return len(values) - 1 - last
 
 # %% ../../nbs/core/12_callbacks.ipynb #d824b9f0
 class EarlyStopping(Callback):
     "Stop when a value has not improved for some epochs."
+
     order = 60
-    def __init__(self,
-        monitor:str='valid_loss', # Loss or metric
-        patience:int=10, # Epochs without improvement; 0 stops after the first
-        min_delta:float=0., # What counts as improvement: more than this
-        mode:str='min', # Whether the `min` or the `max` is best
+
+    def __init__(
+        self,
+        monitor: str = "valid_loss",  # Loss or metric
+        patience: int = 10,  # Epochs without improvement; 0 stops after the first
+        min_delta: float = 0.0,  # What counts as improvement: more than this
+        mode: str = "min",  # Whether the `min` or the `max` is best
     ):
-        check_choice('EarlyStopping', 'mode', mode, ('min','max'))
-        self.monitor,self.patience,self.min_delta,self.mode = monitor,patience,min_delta,mode
+        check_choice("EarlyStopping", "mode", mode, ("min", "max"))
+        self.monitor, self.patience, self.min_delta, self.mode = monitor, patience, min_delta, mode
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: monitored(self.learn, self.monitor) # a wrong name is found at once
+        if self.run:
+            monitored(self.learn, self.monitor)  # a wrong name is found at once
+
     def before_epoch(self):
         values = monitored(self.learn, self.monitor)
-        if len(values) and since_best(values, self.mode, self.min_delta) >= self.patience: raise CancelFitException
+        if len(values) and since_best(values, self.mode, self.min_delta) >= self.patience:
+            raise CancelFitException
 
 # %% ../../nbs/core/12_callbacks.ipynb #4e822003
 def save_checkpoint(
-    path, # The file, `.safetensors`; a `.json` of the same name is written beside it
-    model, # Model whose weights are kept
-    **facts # JSON-able facts about them: epoch, value, …
+    path,  # The file, `.safetensors`; a `.json` of the same name is written beside it
+    model,  # Model whose weights are kept
+    **facts,  # JSON-able facts about them: epoch, value, …
 ):
     "Write weights and facts, the weights first."
     path = Path(path)
-    with atomic_path(path) as f: save_model(model, str(f), metadata=dict(checkpoint=json.dumps(facts)))
-    write_json(path.with_suffix('.json'), facts)
+    with atomic_path(path) as f:
+        save_model(model, str(f), metadata=dict(checkpoint=json.dumps(facts)))
+    write_json(path.with_suffix(".json"), facts)
 
 # %% ../../nbs/core/12_callbacks.ipynb #e377a4b5
 def load_checkpoint(
-    model, # Receives the weights
-    path, # The file, `.safetensors`
-)->dict: # The facts it was saved with
+    model,  # Receives the weights
+    path,  # The file, `.safetensors`
+) -> dict:  # The facts it was saved with
     "Read weights; nothing is unpickled, and what does not fit is refused."
     try:
-        with safe_open(path, 'pt') as f: facts = json.loads((f.metadata() or {}).get('checkpoint', '{}'))
+        with safe_open(path, "pt") as f:
+            facts = json.loads((f.metadata() or {}).get("checkpoint", "{}"))
         load_model(model, path)
     except Exception as e:
-        raise InputError(path, 'weights', f'a checkpoint of {type(model).__name__}', f'{type(e).__name__}: {" ".join(str(e).split())[:160]}') from None
+        raise InputError(
+            path,
+            "weights",
+            f"a checkpoint of {type(model).__name__}",
+            f"{type(e).__name__}: {' '.join(str(e).split())[:160]}",
+        ) from None
     return facts
 
 # %% ../../nbs/core/12_callbacks.ipynb #eddc9df4
 class Checkpoints(Callback):
     "Keep the last, the best and every n-th weights of a fit."
+
     order = 65
-    def __init__(self,
-        folder, # Receives `last`, `best` and `epochs_0010` `.safetensors` and `.json`
-        monitor:str='valid_loss', # Loss or metric that decides which is best
-        mode:str='min', # Whether the `min` or the `max` is best
-        every:int=0, # Also after every so many epochs
-        keep_last:int=0, # How many of those to keep; 0 keeps all
+
+    def __init__(
+        self,
+        folder,  # Receives `last`, `best` and `epochs_0010` `.safetensors` and `.json`
+        monitor: str = "valid_loss",  # Loss or metric that decides which is best
+        mode: str = "min",  # Whether the `min` or the `max` is best
+        every: int = 0,  # Also after every so many epochs
+        keep_last: int = 0,  # How many of those to keep; 0 keeps all
     ):
-        check_choice('Checkpoints', 'mode', mode, ('min','max'))
-        self.folder,self.monitor,self.mode,self.every,self.keep_last = Path(folder),monitor,mode,every,keep_last
+        check_choice("Checkpoints", "mode", mode, ("min", "max"))
+        self.folder, self.monitor, self.mode, self.every, self.keep_last = (
+            Path(folder),
+            monitor,
+            mode,
+            every,
+            keep_last,
+        )
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: monitored(self.learn, self.monitor)
+        if self.run:
+            monitored(self.learn, self.monitor)
+
     def after_epoch(self):
-        values = monitored(self.learn, self.monitor); done = len(values)
-        facts = dict(epoch=done-1, monitor=self.monitor, value=float(values[-1]) if np.isfinite(values[-1]) else None)
+        values = monitored(self.learn, self.monitor)
+        done = len(values)
+        facts = dict(
+            epoch=done - 1,
+            monitor=self.monitor,
+            value=float(values[-1]) if np.isfinite(values[-1]) else None,
+        )
         regular = self.every and done % self.every == 0
-        for name in ['last'] + ['best']*(since_best(values, self.mode) == 0) + [f'epochs_{done:04d}']*bool(regular):
-            save_checkpoint(self.folder/f'{name}.safetensors', self.learn.model, **facts)
-        if regular and self.keep_last: self._forget(done)
+        for name in (
+            ["last"]
+            + ["best"] * (since_best(values, self.mode) == 0)
+            + [f"epochs_{done:04d}"] * bool(regular)
+        ):
+            save_checkpoint(self.folder / f"{name}.safetensors", self.learn.model, **facts)
+        if regular and self.keep_last:
+            self._forget(done)
 
 # %% ../../nbs/core/12_callbacks.ipynb #25f4f070
 @patch
-def _forget(self:Checkpoints, done):
+def _forget(self: Checkpoints, done):
     "Remove what this fit wrote before its newest `keep_last`; by their numbers, so that another fit's files in the folder stay."
-    for n in range(done-self.every*self.keep_last, 0, -self.every):
-        for suffix in ('.safetensors','.json'): (self.folder/f'epochs_{n:04d}{suffix}').unlink(missing_ok=True)
+    for n in range(done - self.every * self.keep_last, 0, -self.every):
+        for suffix in (".safetensors", ".json"):
+            (self.folder / f"epochs_{n:04d}{suffix}").unlink(missing_ok=True)
 
 # %% ../../nbs/core/12_callbacks.ipynb #8116a4d4
 class FiniteLoss(Callback):
     "Stop with an error as soon as the training loss is NaN or infinite."
+
     order = -5
+
     def after_loss(self):
-        if self.training and not self.loss.isfinite().all(): raise FloatingPointError(f'the loss is {self.loss.item()} in epoch {self.epoch}, batch {self.iter}: lower the learning rate or look at the data')
+        if self.training and not self.loss.isfinite().all():
+            raise FloatingPointError(
+                f"the loss is {self.loss.item()} in epoch {self.epoch}, batch {self.iter}: lower the learning rate or look at the data"
+            )

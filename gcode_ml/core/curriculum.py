@@ -9,9 +9,12 @@ __all__ = ['PACINGS', 'DECAYS', 'item_losses', 'difficulty_order', 'Curriculum',
 
 # %% ../../nbs/core/23_curriculum.ipynb #ed8737d6
 import math
-import numpy as np, torch
+
+import numpy as np
+import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+
 from .batch import BatchLoader
 from .callbacks import in_fit
 from .errors import InputError, check_choice, check_finite
@@ -20,143 +23,253 @@ from .mixing import evaluation_mode
 # %% ../../nbs/core/23_curriculum.ipynb #df78a9cd
 @torch.no_grad()
 def item_losses(
-    model, # A trained model
-    dataset, # Data set with `batch(index)`
-    loss_func, # A loss with an attribute `reduction`
-    batch_size:int=64, # Items a batch
-)->np.ndarray: # One value an item
+    model,  # A trained model
+    dataset,  # Data set with `batch(index)`
+    loss_func,  # A loss with an attribute `reduction`
+    batch_size: int = 64,  # Items a batch
+) -> np.ndarray:  # One value an item
     "Loss of each item, for instance as its difficulty."
-    before,loss_func.reduction = loss_func.reduction,'none'
+    before, loss_func.reduction = loss_func.reduction, "none"
     try:
-        with evaluation_mode(model): found = [loss_func(model(*batch[:-1]), batch[-1]) for batch in BatchLoader(dataset, batch_size)]
-    finally: loss_func.reduction = before
+        with evaluation_mode(model):
+            found = [
+                loss_func(model(*batch[:-1]), batch[-1])
+                for batch in BatchLoader(dataset, batch_size)
+            ]
+    finally:
+        loss_func.reduction = before
     return torch.cat([f.flatten(1).mean(1) if f.dim() > 1 else f for f in found]).cpu().numpy()
 
 # %% ../../nbs/core/23_curriculum.ipynb #b3cef33b
 def difficulty_order(
-    difficulty, # One number an item, `[N]`; small is easy
-    groups=None, # Group of each item, for instance its class, `[N]`
-    hardest_first:bool=False, # The other way round, a control
-)->np.ndarray: # Indices of the items, easy ones first
+    difficulty,  # One number an item, `[N]`; small is easy
+    groups=None,  # Group of each item, for instance its class, `[N]`
+    hardest_first: bool = False,  # The other way round, a control
+) -> np.ndarray:  # Indices of the items, easy ones first
     "Order of the items by difficulty, within their groups where there are some."
-    key = check_finite('Curriculum', 'difficulty', np.asarray(difficulty, float), 'item')*(-1 if hardest_first else 1)
+    key = check_finite("Curriculum", "difficulty", np.asarray(difficulty, float), "item") * (
+        -1 if hardest_first else 1
+    )
     for group in [] if groups is None else np.unique(groups):
         rows = np.flatnonzero(np.asarray(groups) == group)
-        key[rows] = (key[rows].argsort(kind='stable').argsort()+.5)/len(rows)
-    return key.argsort(kind='stable')
+        key[rows] = (key[rows].argsort(kind="stable").argsort() + 0.5) / len(rows)
+    return key.argsort(kind="stable")
 
 # %% ../../nbs/core/23_curriculum.ipynb #6d515d76
 PACINGS = {
-    'linear': lambda share, start: start+(1-start)*share,
-    'root': lambda share, start: math.sqrt(start**2+(1-start**2)*share),
-    'exponential': lambda share, start: start**(1-share),
+    "linear": lambda share, start: start + (1 - start) * share,
+    "root": lambda share, start: math.sqrt(start**2 + (1 - start**2) * share),
+    "exponential": lambda share, start: start ** (1 - share),
 }
 
 # %% ../../nbs/core/23_curriculum.ipynb #015055f4
 class Curriculum(Callback):
     "Train on the easy items first; from epoch to epoch more of them take part."
-    def __init__(self,
-        difficulty='length', # One number an item of the training set, small is easy; `length`; or a function of the data set
-        pacing:str='linear', # Key of `PACINGS`
-        start:float=.2, # Share of the items in the first epoch
-        until:float=.5, # When all take part: below 1 a share of the fit, from 1 on epochs
-        ordered:bool=False, # Go from easy to hard within an epoch too, instead of shuffling
-        groups=None, # Group of each item; each group enters at the same rate
-        hardest_first:bool=False, # The other way round, a control
+
+    def __init__(
+        self,
+        difficulty="length",  # One number an item of the training set, small is easy; `length`; or a function of the data set
+        pacing: str = "linear",  # Key of `PACINGS`
+        start: float = 0.2,  # Share of the items in the first epoch
+        until: float = 0.5,  # When all take part: below 1 a share of the fit, from 1 on epochs
+        ordered: bool = False,  # Go from easy to hard within an epoch too, instead of shuffling
+        groups=None,  # Group of each item; each group enters at the same rate
+        hardest_first: bool = False,  # The other way round, a control
     ):
-        check_choice('Curriculum', 'pacing', pacing, PACINGS)
-        if not (0 < start <= 1 and until >= 0): raise InputError('Curriculum', 'start, until', 'a share above 0 and a length of at least 0', f'{start!r}, {until!r}')
-        if isinstance(difficulty, str): check_choice('Curriculum', 'difficulty', difficulty, ('length',))
-        self.difficulty,self.pacing,self.start,self.until,self.ordered,self.groups,self.hardest_first = difficulty,pacing,start,until,ordered,groups,hardest_first
+        check_choice("Curriculum", "pacing", pacing, PACINGS)
+        if not (0 < start <= 1 and until >= 0):
+            raise InputError(
+                "Curriculum",
+                "start, until",
+                "a share above 0 and a length of at least 0",
+                f"{start!r}, {until!r}",
+            )
+        if isinstance(difficulty, str):
+            check_choice("Curriculum", "difficulty", difficulty, ("length",))
+        (
+            self.difficulty,
+            self.pacing,
+            self.start,
+            self.until,
+            self.ordered,
+            self.groups,
+            self.hardest_first,
+        ) = difficulty, pacing, start, until, ordered, groups, hardest_first
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.epoch_rows,self.easy_first = [],self.rank(self.loader().dataset); self.loader().restrict()
-    def before_train(self): self.loader().restrict(self.easy_first[:self.count()], self.ordered)
-    def after_epoch(self): self.epoch_rows.append(dict(curriculum_items=self.loader().n))
-    def after_fit(self): self.loader().restrict()
+        if self.run:
+            self.epoch_rows, self.easy_first = [], self.rank(self.loader().dataset)
+            self.loader().restrict()
+
+    def before_train(self):
+        self.loader().restrict(self.easy_first[: self.count()], self.ordered)
+
+    def after_epoch(self):
+        self.epoch_rows.append(dict(curriculum_items=self.loader().n))
+
+    def after_fit(self):
+        self.loader().restrict()
 
 # %% ../../nbs/core/23_curriculum.ipynb #37c72401
 @patch
-def loader(self:Curriculum):
+def loader(self: Curriculum):
     "The loader of the training set, below that of a group of processes."
     found = self.dls.train
     return found if isinstance(found, BatchLoader) else found.dl
 
-@patch
-def rank(self:Curriculum, dataset):
-    "The items of a data set, easy ones first."
-    difficulty = dataset.lengths if isinstance(self.difficulty, str) else self.difficulty(dataset) if callable(self.difficulty) else self.difficulty
-    for name,values in dict(difficulty=difficulty, groups=self.groups).items():
-        if values is not None and len(values) != len(dataset): raise InputError('Curriculum', name, f'{len(dataset)} values, one a training item', str(len(values)))
-    return difficulty_order(difficulty, self.groups, self.hardest_first)
 
 @patch
-def count(self:Curriculum):
+def rank(self: Curriculum, dataset):
+    "The items of a data set, easy ones first."
+    difficulty = (
+        dataset.lengths
+        if isinstance(self.difficulty, str)
+        else self.difficulty(dataset)
+        if callable(self.difficulty)
+        else self.difficulty
+    )
+    for name, values in dict(difficulty=difficulty, groups=self.groups).items():
+        if values is not None and len(values) != len(dataset):
+            raise InputError(
+                "Curriculum", name, f"{len(dataset)} values, one a training item", str(len(values))
+            )
+    return difficulty_order(difficulty, self.groups, self.hardest_first)
+
+
+@patch
+def count(self: Curriculum):
     "How many items take part in this epoch."
-    epochs = self.until if self.until >= 1 else self.until*self.n_epoch
-    share = min(1., self.epoch/epochs) if epochs else 1.
-    return max(1, round(len(self.easy_first)*PACINGS[self.pacing](share, self.start)))
+    epochs = self.until if self.until >= 1 else self.until * self.n_epoch
+    share = min(1.0, self.epoch / epochs) if epochs else 1.0
+    return max(1, round(len(self.easy_first) * PACINGS[self.pacing](share, self.start)))
 
 # %% ../../nbs/core/23_curriculum.ipynb #754d3e39
 DECAYS = {
-    'linear': lambda epochs, k: 1-epochs/k,
-    'exponential': lambda epochs, k: k**epochs,
-    'inverse_sigmoid': lambda epochs, k: k/(k+math.exp(min(epochs/k, 700))),
+    "linear": lambda epochs, k: 1 - epochs / k,
+    "exponential": lambda epochs, k: k**epochs,
+    "inverse_sigmoid": lambda epochs, k: k / (k + math.exp(min(epochs / k, 700))),
 }
 
 # %% ../../nbs/core/23_curriculum.ipynb #811593c4
 def teacher_forcing(
-    epochs:float, # Epochs done, a fraction within one
-    decay:str='linear', # Key of `DECAYS`
-    k:float=10., # `linear`: epochs to 0; `exponential`: factor an epoch, below 1; `inverse_sigmoid`: at least 1, more is slower
-    least:float=0., # Smallest chance
-)->float: # From `least` to 1
+    epochs: float,  # Epochs done, a fraction within one
+    decay: str = "linear",  # Key of `DECAYS`
+    k: float = 10.0,  # `linear`: epochs to 0; `exponential`: factor an epoch, below 1; `inverse_sigmoid`: at least 1, more is slower
+    least: float = 0.0,  # Smallest chance
+) -> float:  # From `least` to 1
     "Chance that a decoder is given the right token."
-    return max(least, min(1., DECAYS[check_choice('teacher_forcing', 'decay', decay, DECAYS)](epochs, k)))
+    return max(
+        least, min(1.0, DECAYS[check_choice("teacher_forcing", "decay", decay, DECAYS)](epochs, k))
+    )
 
 # %% ../../nbs/core/23_curriculum.ipynb #84a7d17e
 class ScheduledSampling(Callback):
     "Feed a decoder more and more of its own tokens."
-    order,run_valid = 12,False # after mixed precision has begun, and after every other change of the inputs
-    def __init__(self,
-        decay:str='linear', # Key of `DECAYS`: how the chance of the right token falls
-        k:float=None, # See `teacher_forcing`; by default the epochs of the fit, .9 or 5
-        start:float=0., # Epochs before the fall begins
-        least:float=0., # Smallest chance of the right token
-        predict='', # Name of the logits `[B,L,V]` in the prediction, or a function of it that returns logits, or tokens `[B,L]`
-        greedy:bool=True, # The most likely token; else one drawn from the logits
-        key:str='tokens', # Name of the decoder's tokens `[B,L]` in the inputs, the first one being a beginning
-        special=(0,1,2), # Tokens that are neither replaced nor fed: padding, beginning, end
+
+    order, run_valid = (
+        12,
+        False,
+    )  # after mixed precision has begun, and after every other change of the inputs
+
+    def __init__(
+        self,
+        decay: str = "linear",  # Key of `DECAYS`: how the chance of the right token falls
+        k: float = None,  # See `teacher_forcing`; by default the epochs of the fit, .9 or 5
+        start: float = 0.0,  # Epochs before the fall begins
+        least: float = 0.0,  # Smallest chance of the right token
+        predict="",  # Name of the logits `[B,L,V]` in the prediction, or a function of it that returns logits, or tokens `[B,L]`
+        greedy: bool = True,  # The most likely token; else one drawn from the logits
+        key: str = "tokens",  # Name of the decoder's tokens `[B,L]` in the inputs, the first one being a beginning
+        special=(0, 1, 2),  # Tokens that are neither replaced nor fed: padding, beginning, end
     ):
-        check_choice('ScheduledSampling', 'decay', decay, DECAYS)
-        if k is not None and not dict(linear=k > 0, exponential=0 < k < 1, inverse_sigmoid=k >= 1)[decay]: raise InputError('ScheduledSampling', 'k', dict(linear='a positive number', exponential='a number between 0 and 1', inverse_sigmoid='a number of at least 1')[decay], repr(k))
-        self.decay,self.k,self.start,self.least,self.predict_,self.greedy,self.key,self.special = decay,k,start,least,predict,greedy,key,list(special)
+        check_choice("ScheduledSampling", "decay", decay, DECAYS)
+        if (
+            k is not None
+            and not dict(linear=k > 0, exponential=0 < k < 1, inverse_sigmoid=k >= 1)[decay]
+        ):
+            raise InputError(
+                "ScheduledSampling",
+                "k",
+                dict(
+                    linear="a positive number",
+                    exponential="a number between 0 and 1",
+                    inverse_sigmoid="a number of at least 1",
+                )[decay],
+                repr(k),
+            )
+        (
+            self.decay,
+            self.k,
+            self.start,
+            self.least,
+            self.predict_,
+            self.greedy,
+            self.key,
+            self.special,
+        ) = decay, k, start, least, predict, greedy, key, list(special)
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.epoch_rows = []; self.pace = self.k or dict(linear=self.n_epoch, exponential=.9, inverse_sigmoid=5.)[self.decay]
-    def after_epoch(self): self.epoch_rows.append(dict(teacher_forcing=self.right_share))
+        if self.run:
+            self.epoch_rows = []
+            self.pace = (
+                self.k
+                or dict(linear=self.n_epoch, exponential=0.9, inverse_sigmoid=5.0)[self.decay]
+            )
+
+    def after_epoch(self):
+        self.epoch_rows.append(dict(teacher_forcing=self.right_share))
 
 # %% ../../nbs/core/23_curriculum.ipynb #d6496322
 @patch
-def own_tokens(self:ScheduledSampling, inputs, mask)->torch.Tensor: # `[B,L]`
+def own_tokens(self: ScheduledSampling, inputs, mask) -> torch.Tensor:  # `[B,L]`
     "What the model would write behind each token."
-    with torch.no_grad(), evaluation_mode(self.model): out = self.model(inputs, mask)
-    torch.clear_autocast_cache() # weights that were cast without a gradient must not serve the second pass
-    if callable(self.predict_): found = self.predict_(out)
-    elif self.predict_: found = out[check_choice('ScheduledSampling', 'predict', self.predict_, list(out))]
-    else: found = out
-    if not found.is_floating_point(): return found
-    return found.argmax(-1) if self.greedy else torch.distributions.Categorical(logits=found.float()).sample()
+    with torch.no_grad(), evaluation_mode(self.model):
+        out = self.model(inputs, mask)
+    torch.clear_autocast_cache()  # weights that were cast without a gradient must not serve the second pass
+    if callable(self.predict_):
+        found = self.predict_(out)
+    elif self.predict_:
+        found = out[check_choice("ScheduledSampling", "predict", self.predict_, list(out))]
+    else:
+        found = out
+    if not found.is_floating_point():
+        return found
+    return (
+        found.argmax(-1)
+        if self.greedy
+        else torch.distributions.Categorical(logits=found.float()).sample()
+    )
 
 # %% ../../nbs/core/23_curriculum.ipynb #cd9f9a92
 @patch
-def before_batch(self:ScheduledSampling):
+def before_batch(self: ScheduledSampling):
     "Replace some of the tokens that the decoder gets."
-    inputs,mask = self.xb
-    self.right_share = teacher_forcing(self.epoch+self.iter/self.n_iter-self.start, self.decay, self.pace, self.least)
-    if self.right_share == 1: return
-    if not isinstance(inputs, dict) or self.key not in inputs: raise InputError('ScheduledSampling', 'key', f"one of {', '.join(inputs)}" if isinstance(inputs, dict) else 'inputs with names', repr(self.key))
-    right,own = inputs[self.key][:,1:],self.own_tokens(inputs, mask)[:,:-1]
+    inputs, mask = self.xb
+    self.right_share = teacher_forcing(
+        self.epoch + self.iter / self.n_iter - self.start, self.decay, self.pace, self.least
+    )
+    if self.right_share == 1:
+        return
+    if not isinstance(inputs, dict) or self.key not in inputs:
+        raise InputError(
+            "ScheduledSampling",
+            "key",
+            f"one of {', '.join(inputs)}" if isinstance(inputs, dict) else "inputs with names",
+            repr(self.key),
+        )
+    right, own = inputs[self.key][:, 1:], self.own_tokens(inputs, mask)[:, :-1]
     special = torch.tensor(self.special, device=right.device)
-    change = (torch.rand(right.shape, device=right.device) >= self.right_share) & ~torch.isin(right, special) & ~torch.isin(own, special)
-    self.learn.xb = {**inputs, self.key: torch.cat([inputs[self.key][:,:1], torch.where(change, own, right)], 1)},mask
+    change = (
+        (torch.rand(right.shape, device=right.device) >= self.right_share)
+        & ~torch.isin(right, special)
+        & ~torch.isin(own, special)
+    )
+    self.learn.xb = (
+        {
+            **inputs,
+            self.key: torch.cat([inputs[self.key][:, :1], torch.where(change, own, right)], 1),
+        },
+        mask,
+    )

@@ -8,13 +8,17 @@ Docs: https://example.org/gcode_ml/core/distillation.html.md"""
 __all__ = ['check_classes', 'Distill', 'threads', 'model_size', 'latencies', 'compare']
 
 # %% ../../nbs/core/21_distillation.ipynb #2cdbe784
-import tempfile, time
+import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.callback.core import Callback
-from fastcore.basics import patch
 from safetensors.torch import save_model
+
 from .batch import BatchLoader
 from .errors import InputError
 from .fit import teacher_answers
@@ -22,78 +26,111 @@ from .losses import Distillation, part
 
 # %% ../../nbs/core/21_distillation.ipynb #314f9cba
 def check_classes(
-    teacher, # Class names of the teacher, in its order
-    student, # Class names of the student, in its order
-    what:str='Distill', # Who asks, for the sentence
+    teacher,  # Class names of the teacher, in its order
+    student,  # Class names of the student, in its order
+    what: str = "Distill",  # Who asks, for the sentence
 ):
     "Refuse a teacher with other classes, or with another order of them."
-    teacher,student = list(map(str, teacher)),list(map(str, student))
-    if len(teacher) != len(student): raise InputError(what, 'classes', f'{len(student)}, as the student has', f'{len(teacher)} of the teacher')
-    for i,(t,s) in enumerate(zip(teacher, student)):
-        if t != s: raise InputError(what, f'class {i}', f'{s} as in the student', f'{t} in the teacher', 'train the teacher with the same list of classes')
+    teacher, student = list(map(str, teacher)), list(map(str, student))
+    if len(teacher) != len(student):
+        raise InputError(
+            what, "classes", f"{len(student)}, as the student has", f"{len(teacher)} of the teacher"
+        )
+    for i, (t, s) in enumerate(zip(teacher, student)):
+        if t != s:
+            raise InputError(
+                what,
+                f"class {i}",
+                f"{s} as in the student",
+                f"{t} in the teacher",
+                "train the teacher with the same list of classes",
+            )
 
 # %% ../../nbs/core/21_distillation.ipynb #520e859f
 class Distill(Callback):
     "Learn a teacher's answers beside the labels."
-    order,run_valid = -7,False # behind a mixture, before the loss is checked
-    def __init__(self,
-        teacher:torch.nn.Module, # A trained model with the inputs of the student; it is frozen
-        temperature:float=4., # T: how much the answers are softened
-        alpha:float=.7, # Weight of the teacher; the learner's loss has the rest
-        head=None, # Name of the logits, where the prediction is a dictionary
-        key=None, # Name of the labels, where the target is a dictionary; `head` by default
-        ignore_index:int=-100, # Label that does not count
-        classes=None, teacher_classes=None, # Class names of student and teacher, compared where both are given
+
+    order, run_valid = -7, False  # behind a mixture, before the loss is checked
+
+    def __init__(
+        self,
+        teacher: torch.nn.Module,  # A trained model with the inputs of the student; it is frozen
+        temperature: float = 4.0,  # T: how much the answers are softened
+        alpha: float = 0.7,  # Weight of the teacher; the learner's loss has the rest
+        head=None,  # Name of the logits, where the prediction is a dictionary
+        key=None,  # Name of the labels, where the target is a dictionary; `head` by default
+        ignore_index: int = -100,  # Label that does not count
+        classes=None,
+        teacher_classes=None,  # Class names of student and teacher, compared where both are given
     ):
-        if classes is not None and teacher_classes is not None: check_classes(teacher_classes, classes)
-        self.key,self.alpha,self.answers = key or head or 'target',alpha,teacher_answers(teacher, head) # a function, which a snapshot leaves out
-        self.distance = Distillation(temperature, alpha, ignore_index=ignore_index, head=head, key=self.key)
-        self.distance.alpha = 1.
+        if classes is not None and teacher_classes is not None:
+            check_classes(teacher_classes, classes)
+        self.key, self.alpha, self.answers = (
+            key or head or "target",
+            alpha,
+            teacher_answers(teacher, head),
+        )  # a function, which a snapshot leaves out
+        self.distance = Distillation(
+            temperature, alpha, ignore_index=ignore_index, head=head, key=self.key
+        )
+        self.distance.alpha = 1.0
         self.is_teacher = lambda model: model is teacher
-    def after_create(self): self.before_fit()
+
+    def after_create(self):
+        self.before_fit()
+
     def before_fit(self):
-        if self.is_teacher(self.model): raise InputError('Distill', 'teacher', 'another model than the student', 'the student itself')
+        if self.is_teacher(self.model):
+            raise InputError(
+                "Distill", "teacher", "another model than the student", "the student itself"
+            )
+
     def after_loss(self):
         target = dict(zip([self.key], self.yb)) if not isinstance(self.yb[0], dict) else self.yb[0]
         distance = self.distance(self.pred, {**target, **self.answers(*self.xb)})
-        self.learn.loss_grad = self.alpha*distance + (1-self.alpha)*self.loss_grad
+        self.learn.loss_grad = self.alpha * distance + (1 - self.alpha) * self.loss_grad
         self.learn.loss = self.loss_grad.clone()
 
 # %% ../../nbs/core/21_distillation.ipynb #5ee197de
 @contextmanager
 def threads(
-    count:int=1, # Number of threads
+    count: int = 1,  # Number of threads
 ):
     "Let torch use so many threads for a while."
-    before = torch.get_num_threads(); torch.set_num_threads(count)
-    try: yield
-    finally: torch.set_num_threads(before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/core/21_distillation.ipynb #8f065e99
 def model_size(
-    model:torch.nn.Module, # Any model
-)->tuple: # Number of parameters, and size in MB (10^6 bytes)
+    model: torch.nn.Module,  # Any model
+) -> tuple:  # Number of parameters, and size in MB (10^6 bytes)
     "Parameters, and the safetensors file of the weights and buffers."
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder)/'weights.safetensors'
+        file = Path(folder) / "weights.safetensors"
         save_model(model, str(file))
-        return sum(p.numel() for p in model.parameters()), file.stat().st_size/1e6
+        return sum(p.numel() for p in model.parameters()), file.stat().st_size / 1e6
 
 # %% ../../nbs/core/21_distillation.ipynb #9ca760f9
 @torch.no_grad()
 def latencies(
-    models:dict, # Name -> model
-    data, # Data set with `batch(index)`
-    items:int=30, # Answers to measure; the items of the data set in turn
-)->pd.DataFrame: # Milliseconds, one row an answer, one column a model
+    models: dict,  # Name -> model
+    data,  # Data set with `batch(index)`
+    items: int = 30,  # Answers to measure; the items of the data set in turn
+) -> pd.DataFrame:  # Milliseconds, one row an answer, one column a model
     "How long each model takes for single items."
     rows = []
     with threads(1):
-        for i in range(items+1):
-            inputs,mask,_ = data.batch(np.array([i % len(data)]))
+        for i in range(items + 1):
+            inputs, mask, _ = data.batch(np.array([i % len(data)]))
             times = {}
-            for name,model in models.items():
-                began = time.perf_counter(); model(inputs, mask); times[name] = 1e3*(time.perf_counter()-began)
+            for name, model in models.items():
+                began = time.perf_counter()
+                model(inputs, mask)
+                times[name] = 1e3 * (time.perf_counter() - began)
             rows.append(times)
     return pd.DataFrame(rows[1:])
 
@@ -102,35 +139,57 @@ def latencies(
 def _right(model, data, batch_size, head, key):
     "Whether each item, or each label of it, is answered rightly; and the number of classes."
     right = []
-    for inputs,mask,target in BatchLoader(data, batch_size):
-        logits,labels = part(model(inputs, mask), head),part(target, key or head, 'target')
-        right.append((logits.argmax(-1) == labels)[labels >= 0]) # padded labels are negative
+    for inputs, mask, target in BatchLoader(data, batch_size):
+        logits, labels = part(model(inputs, mask), head), part(target, key or head, "target")
+        right.append((logits.argmax(-1) == labels)[labels >= 0])  # padded labels are negative
     return torch.cat(right).numpy(), logits.shape[-1]
 
 # %% ../../nbs/core/21_distillation.ipynb #43df2e5c
 def compare(
-    models:dict, # Name -> model, for instance teacher, student taught, and the student trained alone
-    data, # Data set that none of them was trained on, or a loader of it
-    items:int=30, # Answers whose time is measured, at least 20
-    batch_size:int=64, # Items a batch, for the accuracy
-    head=None, # Name of the logits, where predictions are dictionaries
-    key=None, # Name of the labels, where targets are; `head` by default
-)->pd.DataFrame: # One row a model
+    models: dict,  # Name -> model, for instance teacher, student taught, and the student trained alone
+    data,  # Data set that none of them was trained on, or a loader of it
+    items: int = 30,  # Answers whose time is measured, at least 20
+    batch_size: int = 64,  # Items a batch, for the accuracy
+    head=None,  # Name of the logits, where predictions are dictionaries
+    key=None,  # Name of the labels, where targets are; `head` by default
+) -> pd.DataFrame:  # One row a model
     "Parameters, size, latency and accuracy side by side, on the processor."
-    if items < 20: raise InputError('compare', 'items', 'at least 20', str(items))
+    if items < 20:
+        raise InputError("compare", "items", "at least 20", str(items))
     data = data.dataset if isinstance(data, BatchLoader) else data
     modes = {m: m.training for model in models.values() for m in model.modules()}
-    for model in models.values(): model.eval().cpu()
-    try: right,times = {n: _right(m, data, batch_size, head, key) for n,m in models.items()},latencies(models, data, items)
+    for model in models.values():
+        model.eval().cpu()
+    try:
+        right, times = (
+            {n: _right(m, data, batch_size, head, key) for n, m in models.items()},
+            latencies(models, data, items),
+        )
     finally:
-        for m,training in modes.items(): m.training = training
-    counts = {classes for _,classes in right.values()}
-    if len(counts) > 1: raise InputError('compare', 'classes', 'models with the same classes', ', '.join(f'{classes} of {n}' for n,(_,classes) in right.items()))
-    return pd.DataFrame([_row(n, m, times[n], right[n][0]) for n,m in models.items()])
+        for m, training in modes.items():
+            m.training = training
+    counts = {classes for _, classes in right.values()}
+    if len(counts) > 1:
+        raise InputError(
+            "compare",
+            "classes",
+            "models with the same classes",
+            ", ".join(f"{classes} of {n}" for n, (_, classes) in right.items()),
+        )
+    return pd.DataFrame([_row(n, m, times[n], right[n][0]) for n, m in models.items()])
 
 # %% ../../nbs/core/21_distillation.ipynb #fc9febd9
 def _row(name, model, times, right):
     "One row of the comparison."
-    parameters,size = model_size(model)
-    p50,p95,p99 = np.percentile(times, (50,95,99))
-    return dict(model=name, parameters=parameters, size_mb=size, latency_ms=p50, latency_p95_ms=p95, latency_p99_ms=p99, accuracy=right.mean(), labels=len(right))
+    parameters, size = model_size(model)
+    p50, p95, p99 = np.percentile(times, (50, 95, 99))
+    return dict(
+        model=name,
+        parameters=parameters,
+        size_mb=size,
+        latency_ms=p50,
+        latency_p95_ms=p95,
+        latency_p99_ms=p99,
+        accuracy=right.mean(),
+        labels=len(right),
+    )

@@ -13,50 +13,70 @@ import numpy as np
 # %% ../../nbs/core/00_errors.ipynb #3cfa9ebe
 class InputError(ValueError):
     "A user's mistake or a broken file, told in one sentence."
-    def __init__(self,
-        file, # File, folder or parameter at fault
-        field:str, # Column, key or property of it
-        expected:str, # What would have been right
-        found:str, # What is there
-        hint:str='', # What to do next
+
+    def __init__(
+        self,
+        file,  # File, folder or parameter at fault
+        field: str,  # Column, key or property of it
+        expected: str,  # What would have been right
+        found: str,  # What is there
+        hint: str = "",  # What to do next
     ):
-        self.file,self.field,self.expected,self.found,self.hint = str(file),field,expected,found,hint
-        self.sentence = f"{file}: {field}: expected {expected}, found {found}{'; '+hint if hint else ''}."
+        self.file, self.field, self.expected, self.found, self.hint = (
+            str(file),
+            field,
+            expected,
+            found,
+            hint,
+        )
+        self.sentence = (
+            f"{file}: {field}: expected {expected}, found {found}{'; ' + hint if hint else ''}."
+        )
         super().__init__(self.sentence)
-    def __str__(self): return self.sentence # fastai puts words of its own into `args` of what a callback raises
+
+    def __str__(self):
+        return self.sentence  # fastai puts words of its own into `args` of what a callback raises
 
 # %% ../../nbs/core/00_errors.ipynb #8f6cc746
 def check_finite(
-    file, # File that the numbers come from
-    field:str, # Name of the array
-    x:np.ndarray, # Numbers of any shape
-    rows:str='row', # Name of the first axis, for the sentence
-)->np.ndarray: # `x` itself
+    file,  # File that the numbers come from
+    field: str,  # Name of the array
+    x: np.ndarray,  # Numbers of any shape
+    rows: str = "row",  # Name of the first axis, for the sentence
+) -> np.ndarray:  # `x` itself
     "Raise `InputError` naming the first entry of `x` that is NaN or infinite."
     bad = ~np.isfinite(x)
     if bad.any():
         first = np.argwhere(bad)[0]
-        raise InputError(file, field, 'finite numbers', f'{x[tuple(first)]} at {rows} {first[0]} ({int(bad.sum())} in all)')
+        raise InputError(
+            file,
+            field,
+            "finite numbers",
+            f"{x[tuple(first)]} at {rows} {first[0]} ({int(bad.sum())} in all)",
+        )
     return x
 
 # %% ../../nbs/core/00_errors.ipynb #b46da564
 def check_choice(
-    file, # File or parameter that holds the value
-    field:str, # Name of the value
-    value, # The value
-    choices, # What it may be
+    file,  # File or parameter that holds the value
+    field: str,  # Name of the value
+    value,  # The value
+    choices,  # What it may be
 ):
     "Return `value`, or raise `InputError` when it is not one of `choices`."
-    if value not in choices: raise InputError(file, field, f"one of {', '.join(map(str, choices))}", repr(value))
+    if value not in choices:
+        raise InputError(file, field, f"one of {', '.join(map(str, choices))}", repr(value))
     return value
 
 # %% ../../nbs/core/00_errors.ipynb #81f8410d
 def fault_sentences(
-    readers, # Functions without arguments, one a file
-)->list: # One sentence a reader that fails
+    readers,  # Functions without arguments, one a file
+) -> list:  # One sentence a reader that fails
     "Sentences of the `InputError`s that readers raise."
     faults = []
     for read in readers:
-        try: read()
-        except InputError as e: faults.append(str(e))
+        try:
+            read()
+        except InputError as e:
+            faults.append(str(e))
     return faults

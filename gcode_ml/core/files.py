@@ -8,140 +8,218 @@ Docs: https://example.org/gcode_ml/core/files.html.md"""
 __all__ = ['atomic_path', 'write_json', 'read_json', 'sweep_temporary', 'read_arrays', 'checksum']
 
 # %% ../../nbs/core/01_files.ipynb #9160f90f
-import hashlib, json, os, platform, re, tempfile, time, zlib
-from contextlib import contextmanager
+import hashlib
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+import zlib
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
 import numpy as np
+
 from .errors import InputError
 
 # %% ../../nbs/core/01_files.ipynb #c5ed7f7e
 def _umask():
     "The process's file mode mask; `mkstemp` ignores it and makes private files."
-    mask = os.umask(0); os.umask(mask)
+    mask = os.umask(0)
+    os.umask(mask)
     return mask
 
 # %% ../../nbs/core/01_files.ipynb #1b9c2dd6
 def _mark():
     "Machine and process, as temporary names have them."
-    return f'{zlib.crc32(platform.node().encode()):08x}-{os.getpid()}'
+    return f"{zlib.crc32(platform.node().encode()):08x}-{os.getpid()}"
 
 # %% ../../nbs/core/01_files.ipynb #622c262e
 @contextmanager
 def atomic_path(
-    path, # Final name of the file
+    path,  # Final name of the file
 ):
     "Yield a temporary path; rename it to `path` when the block ends well, remove it when it does not."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    handle,name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.{_mark()}.', suffix='.tmp'); os.close(handle)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.{_mark()}.", suffix=".tmp"
+    )
+    os.close(handle)
     try:
         yield Path(name)
-        with open(name, 'rb') as f: os.fsync(f.fileno())
+        with open(name, "rb") as f:
+            os.fsync(f.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    finally: Path(name).unlink(missing_ok=True)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 # %% ../../nbs/core/01_files.ipynb #c63f390b
 def _plain(o):
     "NumPy values and paths as plain Python."
-    if isinstance(o, np.generic): return o.item()
-    if isinstance(o, np.ndarray): return o.tolist()
-    if isinstance(o, Path): return str(o)
-    raise TypeError(f'{type(o).__name__} is not JSON serialisable')
+    if isinstance(o, np.generic):
+        return o.item()
+    if isinstance(o, np.ndarray):
+        return o.tolist()
+    if isinstance(o, Path):
+        return str(o)
+    raise TypeError(f"{type(o).__name__} is not JSON serialisable")
 
 # %% ../../nbs/core/01_files.ipynb #28e9856c
 def write_json(
-    path, # File to write
-    value, # Anything `json` knows, and NumPy scalars and arrays
+    path,  # File to write
+    value,  # Anything `json` knows, and NumPy scalars and arrays
 ):
     "Write `value` as JSON, atomically."
-    with atomic_path(path) as f: f.write_text(json.dumps(value, indent=1, default=_plain, ensure_ascii=False)+'\n', encoding='utf-8')
+    with atomic_path(path) as f:
+        f.write_text(
+            json.dumps(value, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 # %% ../../nbs/core/01_files.ipynb #4b37cb53
 def read_json(
-    path, # File to read
-): # The value in it
+    path,  # File to read
+):  # The value in it
     "Read JSON; a broken file is an `InputError` naming the place."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except json.JSONDecodeError as e: raise InputError(path, f'line {e.lineno}', 'JSON', e.msg) from None
-    except UnicodeDecodeError as e: raise InputError(path, f'byte {e.start}', 'UTF-8 text', 'other bytes') from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise InputError(path, f"line {e.lineno}", "JSON", e.msg) from None
+    except UnicodeDecodeError as e:
+        raise InputError(path, f"byte {e.start}", "UTF-8 text", "other bytes") from None
 
 # %% ../../nbs/core/01_files.ipynb #6413d899
 def _alive(process):
     "Whether a process of this machine lives; where the system cannot be asked, it may."
-    if os.name != 'posix': return True
-    try: os.kill(process, 0)
-    except ProcessLookupError: return False
-    except (PermissionError,OverflowError): pass
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
     return True
+
 
 def _left(path, age):
     "Whether a temporary file is of a dead process of this machine, or old."
-    machine,_,process = _mark().partition('-')
-    mark = re.search(rf'\.{machine}-(\d+)\.[^.]+\.tmp$', path.name)
-    try: return bool(mark and not _alive(int(mark[1]))) or time.time()-path.stat().st_mtime > age
-    except FileNotFoundError: return False # just renamed
+    machine, _, process = _mark().partition("-")
+    mark = re.search(rf"\.{machine}-(\d+)\.[^.]+\.tmp$", path.name)
+    try:
+        return bool(mark and not _alive(int(mark[1]))) or time.time() - path.stat().st_mtime > age
+    except FileNotFoundError:
+        return False  # just renamed
 
 # %% ../../nbs/core/01_files.ipynb #203e2aa0
 def sweep_temporary(
-    folder, # Folder, with all that is in it; links are not followed
-    age:float=86400., # Seconds after which a temporary file goes, whosever it is
-)->list: # Files that were removed
+    folder,  # Folder, with all that is in it; links are not followed
+    age: float = 86400.0,  # Seconds after which a temporary file goes, whosever it is
+) -> list:  # Files that were removed
     "Remove temporary files that a killed process has left."
-    found = [Path(d)/n for d,_,names in os.walk(folder) for n in names if n.startswith('.') and n.endswith('.tmp')]
+    found = [
+        Path(d) / n
+        for d, _, names in os.walk(folder)
+        for n in names
+        if n.startswith(".") and n.endswith(".tmp")
+    ]
     left = [f for f in found if _left(f, age)]
-    for f in left: f.unlink(missing_ok=True)
+    for f in left:
+        f.unlink(missing_ok=True)
     return left
 
 # %% ../../nbs/core/01_files.ipynb #2c801a84
 def _npy_dtype(z, key):
     "Type of array `key` of an open `.npz` from its header alone."
-    with z.zip.open(key if key in z.zip.namelist() else f'{key}.npy') as f:
+    with z.zip.open(key if key in z.zip.namelist() else f"{key}.npy") as f:
         version = np.lib.format.read_magic(f)
-        read = np.lib.format.read_array_header_1_0 if version == (1,0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         return read(f)[2]
 
 # %% ../../nbs/core/01_files.ipynb #1acada45
 def _read_npz(path, skip_objects):
     with np.load(path, allow_pickle=False) as z:
         kinds = {k: _npy_dtype(z, k) for k in z.files}
-        objects = [k for k,d in kinds.items() if d.hasobject]
-        if objects and not skip_objects: raise InputError(path, f'array {objects[0]}', 'numbers', 'Python objects (a pickle), which are never loaded')
+        objects = [k for k, d in kinds.items() if d.hasobject]
+        if objects and not skip_objects:
+            raise InputError(
+                path,
+                f"array {objects[0]}",
+                "numbers",
+                "Python objects (a pickle), which are never loaded",
+            )
         return {k: z[k] for k in z.files if k not in objects}
 
 # %% ../../nbs/core/01_files.ipynb #42cb397d
-def _read_npy(path, skip_objects): return {path.stem: np.load(path, allow_pickle=False)}
+def _read_npy(path, skip_objects):
+    return {path.stem: np.load(path, allow_pickle=False)}
+
 
 def _read_safetensors(path, skip_objects):
     from safetensors.numpy import load_file
+
     return load_file(path)
+
 
 def _read_pt(path, skip_objects):
     import torch
-    value = torch.load(path, map_location='cpu', weights_only=True)
-    if torch.is_tensor(value): value = {path.stem: value}
-    return {k: v.numpy() if torch.is_tensor(v) else v for k,v in value.items()}
 
-_readers = {'.npz': _read_npz, '.npy': _read_npy, '.safetensors': _read_safetensors, '.pt': _read_pt}
+    value = torch.load(path, map_location="cpu", weights_only=True)
+    if torch.is_tensor(value):
+        value = {path.stem: value}
+    return {k: v.numpy() if torch.is_tensor(v) else v for k, v in value.items()}
+
+
+_readers = {
+    ".npz": _read_npz,
+    ".npy": _read_npy,
+    ".safetensors": _read_safetensors,
+    ".pt": _read_pt,
+}
 
 # %% ../../nbs/core/01_files.ipynb #f13eac0e
 def read_arrays(
-    path, # A `.npz`, `.npy`, `.safetensors` or `.pt` file
-    skip_objects:bool=False, # Leave out object arrays of an `.npz` instead of refusing the file
-)->dict: # Name -> array
+    path,  # A `.npz`, `.npy`, `.safetensors` or `.pt` file
+    skip_objects: bool = False,  # Leave out object arrays of an `.npz` instead of refusing the file
+) -> dict:  # Name -> array
     "Read named arrays without unpickling anything."
-    path = Path(path); kind = path.suffix.lower()
-    if not path.is_file(): raise InputError(path, 'file', 'an array file', 'nothing there')
-    if kind not in _readers: raise InputError(path, 'file type', ', '.join(_readers), kind or 'no suffix', 'pickles are never loaded: convert the file to .npz or .safetensors')
-    try: return _readers[kind](path, skip_objects)
-    except InputError: raise
-    except Exception as e: raise InputError(path, 'content', f'a whole {kind} file of plain arrays', f'{type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else "nothing"}') from None
+    path = Path(path)
+    kind = path.suffix.lower()
+    if not path.is_file():
+        raise InputError(path, "file", "an array file", "nothing there")
+    if kind not in _readers:
+        raise InputError(
+            path,
+            "file type",
+            ", ".join(_readers),
+            kind or "no suffix",
+            "pickles are never loaded: convert the file to .npz or .safetensors",
+        )
+    try:
+        return _readers[kind](path, skip_objects)
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(
+            path,
+            "content",
+            f"a whole {kind} file of plain arrays",
+            f"{type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else 'nothing'}",
+        ) from None
 
 # %% ../../nbs/core/01_files.ipynb #57e62181
 def checksum(
-    files, # Paths of files
-)->str: # 16 hexadecimal digits of SHA-256
+    files,  # Paths of files
+) -> str:  # 16 hexadecimal digits of SHA-256
     "One checksum over the names and bytes of `files`."
     total = hashlib.sha256()
     for f in sorted(map(Path, files)):
-        with open(f, 'rb') as h: total.update(f.name.encode() + hashlib.file_digest(h, 'sha256').digest())
+        with open(f, "rb") as h:
+            total.update(f.name.encode() + hashlib.file_digest(h, "sha256").digest())
     return total.hexdigest()[:16]

@@ -11,332 +11,478 @@ __all__ = ['OPTIMIZERS', 'PRESETS', 'SCHEDULES', 'adamw', 'sgd', 'rmsprop', 'cre
            'LossParameters']
 
 # %% ../../nbs/core/13_fit.ipynb #de684204
-import inspect, math
+import inspect
+import math
 from functools import partial
+
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedNo, SchedPoly, combined_cos
-from fastai.optimizer import Adam, Optimizer, RMSProp, SGD, average_grad, l2_reg, weight_decay as decay_step
+from fastai.optimizer import (
+    SGD,
+    Adam,
+    Optimizer,
+    RMSProp,
+    average_grad,
+    l2_reg,
+)
+from fastai.optimizer import (
+    weight_decay as decay_step,
+)
 from fastcore.foundation import L
+
 from .callbacks import in_fit, monitored
 from .errors import InputError, check_choice
 
 # %% ../../nbs/core/13_fit.ipynb #edcf85e8
 def adamw(
-    params, # Parameters, or a list of groups
-    lr:float=1e-3, # Learning rate
-    weight_decay:float=1e-2, # Decoupled weight decay
-    betas:tuple=(.9,.999), # Averages of the gradient and of its square
-    eps:float=1e-8, # Added to the denominator
-)->Optimizer:
+    params,  # Parameters, or a list of groups
+    lr: float = 1e-3,  # Learning rate
+    weight_decay: float = 1e-2,  # Decoupled weight decay
+    betas: tuple = (0.9, 0.999),  # Averages of the gradient and of its square
+    eps: float = 1e-8,  # Added to the denominator
+) -> Optimizer:
     "AdamW: fastai's `Adam`, Loshchilov and Hutter 2019."
     return Adam(params, lr, mom=betas[0], sqr_mom=betas[1], eps=eps, wd=weight_decay)
 
 # %% ../../nbs/core/13_fit.ipynb #c06c7fec
 def _nesterov_step(p, lr, mom, grad_avg, **kwargs):
     "Step along the gradient as it will be after this one."
-    p.data.add_(p.grad.data + mom*grad_avg, alpha=-lr)
+    p.data.add_(p.grad.data + mom * grad_avg, alpha=-lr)
 
 # %% ../../nbs/core/13_fit.ipynb #09b21aab
 def sgd(
-    params, # Parameters, or a list of groups
-    lr:float=1e-3, # Learning rate
-    weight_decay:float=0., # Weight decay
-    momentum:float=0., # Share of the last step that is kept
-    nesterov:bool=False, # Look ahead along the momentum
-    decoupled:bool=False, # Decay beside the gradient instead of in it
-)->Optimizer:
+    params,  # Parameters, or a list of groups
+    lr: float = 1e-3,  # Learning rate
+    weight_decay: float = 0.0,  # Weight decay
+    momentum: float = 0.0,  # Share of the last step that is kept
+    nesterov: bool = False,  # Look ahead along the momentum
+    decoupled: bool = False,  # Decay beside the gradient instead of in it
+) -> Optimizer:
     "Gradient descent: fastai's `SGD`, and Nesterov's momentum, which it lacks."
-    if not nesterov: return SGD(params, lr, mom=momentum, wd=weight_decay, decouple_wd=decoupled)
-    if not momentum > 0: raise InputError('sgd', 'nesterov', 'a positive momentum', repr(momentum))
-    return Optimizer(params, [decay_step if decoupled else l2_reg, average_grad, _nesterov_step], lr=lr, mom=momentum, wd=weight_decay)
+    if not nesterov:
+        return SGD(params, lr, mom=momentum, wd=weight_decay, decouple_wd=decoupled)
+    if not momentum > 0:
+        raise InputError("sgd", "nesterov", "a positive momentum", repr(momentum))
+    return Optimizer(
+        params,
+        [decay_step if decoupled else l2_reg, average_grad, _nesterov_step],
+        lr=lr,
+        mom=momentum,
+        wd=weight_decay,
+    )
 
 # %% ../../nbs/core/13_fit.ipynb #81db1f75
 def rmsprop(
-    params, # Parameters, or a list of groups
-    lr:float=1e-3, # Learning rate
-    weight_decay:float=0., # Weight decay
-    alpha:float=.99, # Average of the squared gradient
-    eps:float=1e-8, # Added to the denominator
-    decoupled:bool=False, # Decay beside the gradient instead of in it
-)->Optimizer:
+    params,  # Parameters, or a list of groups
+    lr: float = 1e-3,  # Learning rate
+    weight_decay: float = 0.0,  # Weight decay
+    alpha: float = 0.99,  # Average of the squared gradient
+    eps: float = 1e-8,  # Added to the denominator
+    decoupled: bool = False,  # Decay beside the gradient instead of in it
+) -> Optimizer:
     "RMSProp: fastai's, without momentum."
     return RMSProp(params, lr, sqr_mom=alpha, eps=eps, wd=weight_decay, decouple_wd=decoupled)
 
 # %% ../../nbs/core/13_fit.ipynb #ff25aad0
-OPTIMIZERS = {'adamw': adamw, 'sgd': sgd, 'rmsprop': rmsprop}
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "rmsprop": rmsprop}
 
 # %% ../../nbs/core/13_fit.ipynb #a183e9da
 def create_optimizer(
-    name:str='adamw', # Key of `OPTIMIZERS`
-    learning_rate:float=None, # Becomes the learner's; by default it keeps its own
-    **options # Of that optimiser: `weight_decay`, `betas`, `momentum`, …
-)->partial: # `opt_func` of a `Learner`
+    name: str = "adamw",  # Key of `OPTIMIZERS`
+    learning_rate: float = None,  # Becomes the learner's; by default it keeps its own
+    **options,  # Of that optimiser: `weight_decay`, `betas`, `momentum`, …
+) -> partial:  # `opt_func` of a `Learner`
     "An optimiser by name."
-    make = OPTIMIZERS[check_choice('optimizer', 'name', name, OPTIMIZERS)]
-    known = [o for o in inspect.signature(make).parameters if o not in ('params','lr')]
-    for option,value in options.items():
-        check_choice(f'optimizer {name}', 'option', option, known)
-        if option == 'weight_decay' and not value >= 0: raise InputError(f'optimizer {name}', option, 'a number of at least 0', repr(value))
-    if learning_rate is None: return partial(make, **options)
-    return partial(make, lr=_positive(f'optimizer {name}', 'learning_rate', learning_rate), **options)
+    make = OPTIMIZERS[check_choice("optimizer", "name", name, OPTIMIZERS)]
+    known = [o for o in inspect.signature(make).parameters if o not in ("params", "lr")]
+    for option, value in options.items():
+        check_choice(f"optimizer {name}", "option", option, known)
+        if option == "weight_decay" and not value >= 0:
+            raise InputError(f"optimizer {name}", option, "a number of at least 0", repr(value))
+    if learning_rate is None:
+        return partial(make, **options)
+    return partial(
+        make, lr=_positive(f"optimizer {name}", "learning_rate", learning_rate), **options
+    )
 
 # %% ../../nbs/core/13_fit.ipynb #908f01cd
 def _positive(what, field, value):
     "Return `value`, a positive finite number."
-    if not 0 < value < math.inf: raise InputError(what, field, 'a positive number', repr(value))
+    if not 0 < value < math.inf:
+        raise InputError(what, field, "a positive number", repr(value))
     return value
 
 # %% ../../nbs/core/13_fit.ipynb #dcab8842
 PRESETS = {
-    'default': dict(name='adamw', learning_rate=1e-3, weight_decay=1e-4),
-    'fast_convergence': dict(name='adamw', learning_rate=3e-3, weight_decay=1e-4, betas=(.9,.999)),
-    'strong_regularization': dict(name='adamw', learning_rate=1e-3, weight_decay=1e-3),
-    'sgd_baseline': dict(name='sgd', learning_rate=1e-2, weight_decay=1e-4, momentum=.9, nesterov=True),
+    "default": dict(name="adamw", learning_rate=1e-3, weight_decay=1e-4),
+    "fast_convergence": dict(
+        name="adamw", learning_rate=3e-3, weight_decay=1e-4, betas=(0.9, 0.999)
+    ),
+    "strong_regularization": dict(name="adamw", learning_rate=1e-3, weight_decay=1e-3),
+    "sgd_baseline": dict(
+        name="sgd", learning_rate=1e-2, weight_decay=1e-4, momentum=0.9, nesterov=True
+    ),
 }
 
 # %% ../../nbs/core/13_fit.ipynb #ef00f7c4
 def constant(
-    learning_rate:float, # Learning rate
-): # Function of the share of the fit
+    learning_rate: float,  # Learning rate
+):  # Function of the share of the fit
     "Always the same."
     return SchedNo(learning_rate, learning_rate)
 
 # %% ../../nbs/core/13_fit.ipynb #0cd11900
 def cosine(
-    learning_rate:float, # Largest learning rate, at the beginning
-    eta_min:float=1e-6, # Smallest, at the end
-): # Function of the share of the fit
+    learning_rate: float,  # Largest learning rate, at the beginning
+    eta_min: float = 1e-6,  # Smallest, at the end
+):  # Function of the share of the fit
     "Half a cosine, fastai's `SchedCos`."
     return SchedCos(learning_rate, min(eta_min, learning_rate))
 
 # %% ../../nbs/core/13_fit.ipynb #ec50bfd5
 def one_cycle(
-    learning_rate:float, # Largest learning rate, after the rise
-    rise:float=.25, # Length of the rise
-    div:float=25., # The rise begins at this part of the largest
-    div_final:float=1e5, # The fall ends at this part of it
-): # Function of the share of the fit
+    learning_rate: float,  # Largest learning rate, after the rise
+    rise: float = 0.25,  # Length of the rise
+    div: float = 25.0,  # The rise begins at this part of the largest
+    div_final: float = 1e5,  # The fall ends at this part of it
+):  # Function of the share of the fit
     "Up and down again, Smith 2018; fastai's `combined_cos`."
-    return combined_cos(rise, learning_rate/div, learning_rate, learning_rate/div_final)
+    return combined_cos(rise, learning_rate / div, learning_rate, learning_rate / div_final)
 
 # %% ../../nbs/core/13_fit.ipynb #5c3a9ff4
 def warm_restarts(
-    learning_rate:float, # Largest learning rate, at the beginning of each period
-    T_0:float=.1, # Length of the first period
-    T_mult:int=2, # How many times longer each period is than the one before
-    eta_min:float=1e-6, # Smallest learning rate, at the end of each period
-): # Function of the share of the fit
+    learning_rate: float,  # Largest learning rate, at the beginning of each period
+    T_0: float = 0.1,  # Length of the first period
+    T_mult: int = 2,  # How many times longer each period is than the one before
+    eta_min: float = 1e-6,  # Smallest learning rate, at the end of each period
+):  # Function of the share of the fit
     "Half a cosine, again and again; Loshchilov and Hutter 2017."
-    if not (T_0 > 0 and T_mult >= 1): raise InputError('warm_restarts', 'T_0, T_mult', 'a positive length and a factor of at least 1', f'{T_0!r}, {T_mult!r}')
+    if not (T_0 > 0 and T_mult >= 1):
+        raise InputError(
+            "warm_restarts",
+            "T_0, T_mult",
+            "a positive length and a factor of at least 1",
+            f"{T_0!r}, {T_mult!r}",
+        )
     half = cosine(learning_rate, eta_min)
+
     def curve(share):
-        since,period = share/T_0+1e-9,1. # what is added keeps a restart from falling a batch late by rounding
-        while since >= period: since,period = since-period,period*T_mult
-        return half(since/period)
+        since, period = (
+            share / T_0 + 1e-9,
+            1.0,
+        )  # what is added keeps a restart from falling a batch late by rounding
+        while since >= period:
+            since, period = since - period, period * T_mult
+        return half(since / period)
+
     return curve
 
 # %% ../../nbs/core/13_fit.ipynb #bdff13c3
 def polynomial(
-    learning_rate:float, # Largest learning rate, at the beginning
-    eta_min:float=0., # Smallest, at the end
-    power:float=2., # 1 is a straight line
-): # Function of the share of the fit
+    learning_rate: float,  # Largest learning rate, at the beginning
+    eta_min: float = 0.0,  # Smallest, at the end
+    power: float = 2.0,  # 1 is a straight line
+):  # Function of the share of the fit
     "A power of the share that is left."
     fall = SchedPoly(min(eta_min, learning_rate), learning_rate, power)
-    return lambda share: fall(1-share)
+    return lambda share: fall(1 - share)
 
 # %% ../../nbs/core/13_fit.ipynb #e75cf6a7
 def flat_cosine(
-    learning_rate:float, # Largest learning rate, from the beginning on
-    flat:float=.75, # How long it stays
-    eta_min:float=1e-6, # Smallest, at the end
-): # Function of the share of the fit
+    learning_rate: float,  # Largest learning rate, from the beginning on
+    flat: float = 0.75,  # How long it stays
+    eta_min: float = 1e-6,  # Smallest, at the end
+):  # Function of the share of the fit
     "Constant for long, then half a cosine, as in fastai's `fit_flat_cos`."
     return combined_cos(flat, learning_rate, learning_rate, min(eta_min, learning_rate))
 
 # %% ../../nbs/core/13_fit.ipynb #7930c72d
 def warmed_up(
-    curve, # A schedule
-    warmup:float, # Share of the fit that comes before it
-): # Function of the share of the fit
+    curve,  # A schedule
+    warmup: float,  # Share of the fit that comes before it
+):  # Function of the share of the fit
     "A line up to a schedule, which then has the rest of the fit."
-    if not 0 <= warmup < 1: raise InputError('schedule', 'warmup', 'less than the whole fit', repr(warmup))
-    first = curve(0.)
-    return lambda share: first*share/warmup if share < warmup else curve((share-warmup)/(1-warmup))
+    if not 0 <= warmup < 1:
+        raise InputError("schedule", "warmup", "less than the whole fit", repr(warmup))
+    first = curve(0.0)
+    return lambda share: (
+        first * share / warmup if share < warmup else curve((share - warmup) / (1 - warmup))
+    )
 
 # %% ../../nbs/core/13_fit.ipynb #02dd805e
 def warmup_cosine(
-    learning_rate:float, # Largest learning rate
-    warmup:float=.1, # Length of the way up
-    eta_min:float=1e-6, # Smallest learning rate, at the end
-): # Function of the share of the fit
+    learning_rate: float,  # Largest learning rate
+    warmup: float = 0.1,  # Length of the way up
+    eta_min: float = 1e-6,  # Smallest learning rate, at the end
+):  # Function of the share of the fit
     "A line up and half a cosine down."
     return warmed_up(cosine(learning_rate, eta_min), warmup)
 
 # %% ../../nbs/core/13_fit.ipynb #3b4d4148
 def warmup_linear(
-    learning_rate:float, # Largest learning rate
-    warmup:float=.1, # Length of the way up
-    eta_min:float=0., # Smallest learning rate, at the end
-): # Function of the share of the fit
+    learning_rate: float,  # Largest learning rate
+    warmup: float = 0.1,  # Length of the way up
+    eta_min: float = 0.0,  # Smallest learning rate, at the end
+):  # Function of the share of the fit
     "A line up and a line down, as for BERT."
-    return warmed_up(polynomial(learning_rate, eta_min, 1.), warmup)
+    return warmed_up(polynomial(learning_rate, eta_min, 1.0), warmup)
 
 # %% ../../nbs/core/13_fit.ipynb #6a905274
 def noam(
-    learning_rate:float, # Largest learning rate, at the end of the way up
-    warmup:float=.1, # Length of the way up
-): # Function of the share of the fit
+    learning_rate: float,  # Largest learning rate, at the end of the way up
+    warmup: float = 0.1,  # Length of the way up
+):  # Function of the share of the fit
     "A line up, then down with the root of the batches; Vaswani et al. 2017, equation 3."
-    if not warmup > 0: raise InputError('noam', 'warmup', 'a positive length', repr(warmup))
-    return lambda share: learning_rate*min(share/warmup, math.sqrt(warmup/share) if share else 0.)
+    if not warmup > 0:
+        raise InputError("noam", "warmup", "a positive length", repr(warmup))
+    return lambda share: (
+        learning_rate * min(share / warmup, math.sqrt(warmup / share) if share else 0.0)
+    )
 
 # %% ../../nbs/core/13_fit.ipynb #295c75a7
 def noam_rate(
-    d_model:int, # Size of a state
-    warmup_steps:int, # Batches of the way up
-    factor:float=1., # Multiplies it
-)->float: # Largest learning rate, for `noam`
+    d_model: int,  # Size of a state
+    warmup_steps: int,  # Batches of the way up
+    factor: float = 1.0,  # Multiplies it
+) -> float:  # Largest learning rate, for `noam`
     "Largest learning rate of the original transformer."
-    return factor*(d_model*warmup_steps)**-.5
+    return factor * (d_model * warmup_steps) ** -0.5
 
 # %% ../../nbs/core/13_fit.ipynb #57c38f8a
 def plateau(
-    learning_rate:float, # Largest learning rate, at the beginning
-    values=(), # The monitored value of each epoch so far
-    mode:str='min', # Whether the `min` or the `max` is best
-    factor:float=.5, # What the learning rate is multiplied by
-    patience:int=10, # Epochs without improvement that are put up with
-    min_delta:float=0., # What counts as improvement: more than this
-    eta_min:float=0., # Smallest learning rate
-): # Function of the share of the fit, constant until the next epoch
+    learning_rate: float,  # Largest learning rate, at the beginning
+    values=(),  # The monitored value of each epoch so far
+    mode: str = "min",  # Whether the `min` or the `max` is best
+    factor: float = 0.5,  # What the learning rate is multiplied by
+    patience: int = 10,  # Epochs without improvement that are put up with
+    min_delta: float = 0.0,  # What counts as improvement: more than this
+    eta_min: float = 0.0,  # Smallest learning rate
+):  # Function of the share of the fit, constant until the next epoch
     "Smaller when nothing gets better: torch's `ReduceLROnPlateau`."
-    check_choice('plateau', 'mode', mode, ('min','max'))
-    if not 0 < factor < 1: raise InputError('plateau', 'factor', 'a number between 0 and 1', repr(factor))
+    check_choice("plateau", "mode", mode, ("min", "max"))
+    if not 0 < factor < 1:
+        raise InputError("plateau", "factor", "a number between 0 and 1", repr(factor))
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
-    reduce = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, factor, patience, min_delta, 'abs', 0, min(eta_min, learning_rate), eps=0.)
-    for v in values: reduce.step(float(v))
-    return constant(optimizer.param_groups[0]['lr'])
+    reduce = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, factor, patience, min_delta, "abs", 0, min(eta_min, learning_rate), eps=0.0
+    )
+    for v in values:
+        reduce.step(float(v))
+    return constant(optimizer.param_groups[0]["lr"])
 
 # %% ../../nbs/core/13_fit.ipynb #bef95283
-SCHEDULES = {s.__name__: s for s in (constant, cosine, one_cycle, plateau, warm_restarts, warmup_cosine, warmup_linear, noam, polynomial, flat_cosine)}
+SCHEDULES = {
+    s.__name__: s
+    for s in (
+        constant,
+        cosine,
+        one_cycle,
+        plateau,
+        warm_restarts,
+        warmup_cosine,
+        warmup_linear,
+        noam,
+        polynomial,
+        flat_cosine,
+    )
+}
 
 # %% ../../nbs/core/13_fit.ipynb #92a91747
-_lengths = ('warmup','T_0','rise','flat')
+_lengths = ("warmup", "T_0", "rise", "flat")
+
 
 def _options(name):
     "Names of the options of a schedule."
-    own = [o for o in inspect.signature(SCHEDULES[name]).parameters if o not in ('learning_rate','values')]
-    return own + ['warmup']*('warmup' not in own) + ['monitor']*(name == 'plateau')
+    own = [
+        o
+        for o in inspect.signature(SCHEDULES[name]).parameters
+        if o not in ("learning_rate", "values")
+    ]
+    return own + ["warmup"] * ("warmup" not in own) + ["monitor"] * (name == "plateau")
+
 
 def _share(length, epochs, field):
     "A length as a share of `epochs`."
-    share = length/epochs if length >= 1 else length
-    if not 0 <= share <= 1+1e-9: raise InputError('schedule', field, f'at least 0 and at most the {epochs:g} epochs there are', repr(length))
+    share = length / epochs if length >= 1 else length
+    if not 0 <= share <= 1 + 1e-9:
+        raise InputError(
+            "schedule",
+            field,
+            f"at least 0 and at most the {epochs:g} epochs there are",
+            repr(length),
+        )
     return min(share, 1)
 
 # %% ../../nbs/core/13_fit.ipynb #9d60a9e7
 def schedule_curve(
-    name:str, # Key of `SCHEDULES`
-    learning_rate:float, # Largest learning rate
-    epochs:int, # Epochs of the fit, for lengths of 1 and more
-    **options # Of that schedule; `warmup` of every one
-): # Function of the share of the fit
+    name: str,  # Key of `SCHEDULES`
+    learning_rate: float,  # Largest learning rate
+    epochs: int,  # Epochs of the fit, for lengths of 1 and more
+    **options,  # Of that schedule; `warmup` of every one
+):  # Function of the share of the fit
     "A schedule by name, for a fit of so many epochs."
-    check_choice('schedule', 'name', name, SCHEDULES)
-    for option in options: check_choice(f'schedule {name}', 'option', option, [*_options(name),'values'])
-    make,before = SCHEDULES[name],0
-    if 'warmup' not in inspect.signature(make).parameters: before = _share(options.pop('warmup', 0), epochs, 'warmup')
-    options = {k: _share(v, epochs*(1-before) or 1, k) if k in _lengths else v for k,v in options.items() if k != 'monitor'} # epochs stay epochs after a warm-up
-    curve = make(_positive('schedule', 'learning_rate', learning_rate), **options)
+    check_choice("schedule", "name", name, SCHEDULES)
+    for option in options:
+        check_choice(f"schedule {name}", "option", option, [*_options(name), "values"])
+    make, before = SCHEDULES[name], 0
+    if "warmup" not in inspect.signature(make).parameters:
+        before = _share(options.pop("warmup", 0), epochs, "warmup")
+    options = {
+        k: _share(v, epochs * (1 - before) or 1, k) if k in _lengths else v
+        for k, v in options.items()
+        if k != "monitor"
+    }  # epochs stay epochs after a warm-up
+    curve = make(_positive("schedule", "learning_rate", learning_rate), **options)
     return warmed_up(curve, before) if before else curve
 
 # %% ../../nbs/core/13_fit.ipynb #fa124e05
 class Schedule(ParamScheduler):
     "Set the learning rate of each batch; outside of a fit, `lr_find` included, do nothing."
-    def __init__(self,
-        schedule_name:str, # Key of `SCHEDULES`
-        learning_rate:float, # Largest learning rate
-        options:dict, # Of that schedule
+
+    def __init__(
+        self,
+        schedule_name: str,  # Key of `SCHEDULES`
+        learning_rate: float,  # Largest learning rate
+        options: dict,  # Of that schedule
     ):
         super().__init__({})
-        self.schedule_name,self.learning_rate,self.options = schedule_name,learning_rate,options
-        self.monitor = options.get('monitor', 'valid_loss') if schedule_name == 'plateau' else ''
+        self.schedule_name, self.learning_rate, self.options = schedule_name, learning_rate, options
+        self.monitor = options.get("monitor", "valid_loss") if schedule_name == "plateau" else ""
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if not self.run: return
-        if self.monitor: monitored(self.learn, self.monitor) # a wrong name is found at once
-        self.draw(); super().before_fit()
+        if not self.run:
+            return
+        if self.monitor:
+            monitored(self.learn, self.monitor)  # a wrong name is found at once
+        self.draw()
+        super().before_fit()
+
     def before_epoch(self):
-        if self.monitor: self.draw(values=monitored(self.learn, self.monitor))
+        if self.monitor:
+            self.draw(values=monitored(self.learn, self.monitor))
+
     def draw(self, **values):
         "Make the curve for the epochs of this fit."
-        self.scheds = {'lr': schedule_curve(self.schedule_name, self.learning_rate, self.n_epoch, **self.options, **values)}
+        self.scheds = {
+            "lr": schedule_curve(
+                self.schedule_name, self.learning_rate, self.n_epoch, **self.options, **values
+            )
+        }
 
 # %% ../../nbs/core/13_fit.ipynb #6eb71c0a
 def schedule(
-    name:str, # Key of `SCHEDULES`
-    learning_rate:float, # Largest learning rate
-    **options # Of that schedule: `eta_min`, `T_0`, `patience`, …; `warmup` of every one, `monitor` of `plateau`
-)->Schedule: # A callback
+    name: str,  # Key of `SCHEDULES`
+    learning_rate: float,  # Largest learning rate
+    **options,  # Of that schedule: `eta_min`, `T_0`, `patience`, …; `warmup` of every one, `monitor` of `plateau`
+) -> Schedule:  # A callback
     "Schedule of the learning rate."
-    check_choice('schedule', 'name', name, SCHEDULES)
-    for option in options: check_choice(f'schedule {name}', 'option', option, _options(name))
-    _positive('schedule', 'learning_rate', learning_rate)
+    check_choice("schedule", "name", name, SCHEDULES)
+    for option in options:
+        check_choice(f"schedule {name}", "option", option, _options(name))
+    _positive("schedule", "learning_rate", learning_rate)
     return Schedule(name, learning_rate, options)
 
 # %% ../../nbs/core/13_fit.ipynb #7a75bae6
 class MoreTargets(Callback):
     "Give the loss a dictionary with more in it than the target of the batch."
+
     order = -20
-    def __init__(self,
-        more, # `more(*inputs) -> dict` of tensors, for instance `teacher_answers(model)`
-        target:str='target', # Name of the batch's own target, where that is a tensor
-    ): self.more,self.target,self.plain = partial(more),target,None # a snapshot leaves a partial out
+
+    def __init__(
+        self,
+        more,  # `more(*inputs) -> dict` of tensors, for instance `teacher_answers(model)`
+        target: str = "target",  # Name of the batch's own target, where that is a tensor
+    ):
+        self.more, self.target, self.plain = (
+            partial(more),
+            target,
+            None,
+        )  # a snapshot leaves a partial out
+
     def after_pred(self):
-        if not len(self.yb): return
+        if not len(self.yb):
+            return
         self.plain, (y,) = self.yb, self.yb
-        self.learn.yb = ({**(y if isinstance(y, dict) else {self.target: y}), **self.more(*self.xb)},)
+        self.learn.yb = (
+            {**(y if isinstance(y, dict) else {self.target: y}), **self.more(*self.xb)},
+        )
+
     def after_loss(self):
-        if self.plain is not None: self.learn.yb,self.plain = self.plain,None
+        if self.plain is not None:
+            self.learn.yb, self.plain = self.plain, None
 
 # %% ../../nbs/core/13_fit.ipynb #88f7e173
 def teacher_answers(
-    teacher:torch.nn.Module, # A trained model with the inputs of the student; it is set to evaluation and frozen
-    head=None, # Name of the logits, where its prediction is a dictionary
-    name:str='teacher', # Name in the target
-): # For `MoreTargets`
+    teacher: torch.nn.Module,  # A trained model with the inputs of the student; it is set to evaluation and frozen
+    head=None,  # Name of the logits, where its prediction is a dictionary
+    name: str = "teacher",  # Name in the target
+):  # For `MoreTargets`
     "Function of the inputs that returns a teacher's logits, without a gradient."
     teacher.requires_grad_(False)
+
     def answers(*inputs):
-        teacher.eval().to(next(t for x in inputs for t in (x.values() if isinstance(x, dict) else [x])).device)
-        with torch.no_grad(): found = teacher(*inputs)
+        teacher.eval().to(
+            next(t for x in inputs for t in (x.values() if isinstance(x, dict) else [x])).device
+        )
+        with torch.no_grad():
+            found = teacher(*inputs)
         return {name: found[head] if head else found}
+
     return answers
 
 # %% ../../nbs/core/13_fit.ipynb #92b0a929
 class LossParameters(Callback):
     "Let the optimiser train the parameters of the loss too."
+
     def after_create(self):
-        split,loss = self.learn.splitter,self.loss_func
+        split, loss = self.learn.splitter, self.loss_func
+
         def with_loss(model):
             groups = split(model)
-            return [*(groups if isinstance(groups[0], (list,tuple,L)) else [groups]), list(loss.parameters())]
+            return [
+                *(groups if isinstance(groups[0], (list, tuple, L)) else [groups]),
+                list(loss.parameters()),
+            ]
+
         self.learn.splitter = with_loss
+
     def before_fit(self):
-        if self.opt is None: return # `validate` before any fit
+        if self.opt is None:
+            return  # `validate` before any fit
         known = {id(p) for group in self.opt.param_lists for p in group}
         self.gradients = []
         for p in self.loss_func.parameters():
-            if id(p) not in known: raise InputError('LossParameters', 'optimiser', 'one that knows the parameters of the loss', 'an older one', 'give the callback to the Learner as it is made')
-            self.opt.state[p]['do_wd'],p.grad = False,None
-        if hasattr(self.learn, 'lr_finder'): self.before = partial(self.loss_func.load_state_dict, {k: v.clone() for k,v in self.loss_func.state_dict().items()})
+            if id(p) not in known:
+                raise InputError(
+                    "LossParameters",
+                    "optimiser",
+                    "one that knows the parameters of the loss",
+                    "an older one",
+                    "give the callback to the Learner as it is made",
+                )
+            self.opt.state[p]["do_wd"], p.grad = False, None
+        if hasattr(self.learn, "lr_finder"):
+            self.before = partial(
+                self.loss_func.load_state_dict,
+                {k: v.clone() for k, v in self.loss_func.state_dict().items()},
+            )
+
     def before_batch(self):
-        if not self.training: return
-        for p,g in zip(self.loss_func.parameters(), self.gradients):
-            if p.grad is None: p.grad = g.to(p, copy=True) # what had been accumulated before an interruption
+        if not self.training:
+            return
+        for p, g in zip(self.loss_func.parameters(), self.gradients):
+            if p.grad is None:
+                p.grad = g.to(p, copy=True)  # what had been accumulated before an interruption
+
     def after_batch(self):
-        if self.training: self.gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.loss_func.parameters()]
+        if self.training:
+            self.gradients = [
+                torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                for p in self.loss_func.parameters()
+            ]
+
     def after_fit(self):
-        if 'before' in vars(self): vars(self).pop('before')()
+        if "before" in vars(self):
+            vars(self).pop("before")()

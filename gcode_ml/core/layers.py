@@ -9,92 +9,107 @@ __all__ = ['length_mask', 'masked_mean', 'masked_max', 'reverse_padded', 'Masked
            'SinusoidalPositions']
 
 # %% ../../nbs/core/02_layers.ipynb #08af1341
-import math, torch
+import math
+
+import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/core/02_layers.ipynb #a18b33ed
 def length_mask(
-    lengths:Tensor, # Length of each item, `[B]`
-    size:int=None, # Padded length; the longest by default
-)->Tensor: # `True` where real, `[B,size]`
+    lengths: Tensor,  # Length of each item, `[B]`
+    size: int = None,  # Padded length; the longest by default
+) -> Tensor:  # `True` where real, `[B,size]`
     "Mask of the first `lengths` steps."
-    return torch.arange(size or int(lengths.max()), device=lengths.device)[None] < lengths[:,None]
+    return torch.arange(size or int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
 
 # %% ../../nbs/core/02_layers.ipynb #e7034d19
 def masked_mean(
-    h:Tensor, # States, `[B,T,D]`
-    mask:Tensor, # `True` where real, `[B,T]`
-)->Tensor: # `[B,D]`; zero for an item without a real step
+    h: Tensor,  # States, `[B,T,D]`
+    mask: Tensor,  # `True` where real, `[B,T]`
+) -> Tensor:  # `[B,D]`; zero for an item without a real step
     "Mean over the real steps."
     m = mask.unsqueeze(-1).to(h.dtype)
-    return (h*m).sum(1)/m.sum(1).clamp_min(1)
+    return (h * m).sum(1) / m.sum(1).clamp_min(1)
 
 # %% ../../nbs/core/02_layers.ipynb #e1164e59
 def masked_max(
-    h:Tensor, # States, `[B,T,D]`
-    mask:Tensor, # `True` where real, `[B,T]`
-)->Tensor: # `[B,D]`; zero for an item without a real step
+    h: Tensor,  # States, `[B,T,D]`
+    mask: Tensor,  # `True` where real, `[B,T]`
+) -> Tensor:  # `[B,D]`; zero for an item without a real step
     "Maximum over the real steps."
     top = h.masked_fill(~mask.unsqueeze(-1), torch.finfo(h.dtype).min).amax(1)
     return torch.where(mask.any(1, keepdim=True), top, torch.zeros_like(top))
 
 # %% ../../nbs/core/02_layers.ipynb #54f54c69
 def reverse_padded(
-    x:Tensor, # Sequences, `[B,T,D]`
-    mask:Tensor, # `True` where real, `[B,T]`, real steps first
-)->Tensor: # `[B,T,D]`
+    x: Tensor,  # Sequences, `[B,T,D]`
+    mask: Tensor,  # `True` where real, `[B,T]`, real steps first
+) -> Tensor:  # `[B,T,D]`
     "Turn the real steps of each item around; padding stays behind them."
     steps = torch.arange(x.shape[1], device=x.device)[None]
     length = mask.sum(1, keepdim=True)
-    index = torch.where(mask, length-1-steps, steps)
+    index = torch.where(mask, length - 1 - steps, steps)
     return x.gather(1, index.unsqueeze(-1).expand_as(x))
 
 # %% ../../nbs/core/02_layers.ipynb #abf06559
 class MaskedLSTM(nn.Module):
     "One bidirectional LSTM layer whose answer does not depend on padding."
-    def __init__(self,
-        inputs:int, # Input size
-        outputs:int, # Output size, half of it a direction
+
+    def __init__(
+        self,
+        inputs: int,  # Input size
+        outputs: int,  # Output size, half of it a direction
     ):
         super().__init__()
-        self.forwards  = nn.LSTM(inputs, outputs//2, batch_first=True)
-        self.backwards = nn.LSTM(inputs, outputs-outputs//2, batch_first=True)
+        self.forwards = nn.LSTM(inputs, outputs // 2, batch_first=True)
+        self.backwards = nn.LSTM(inputs, outputs - outputs // 2, batch_first=True)
+
     def forward(self, x, mask):
         "States `[B,T,outputs]` of `x` `[B,T,inputs]`; zero where padded."
-        ahead,back = self.forwards(x)[0], self.backwards(reverse_padded(x, mask))[0]
-        return torch.cat([ahead, reverse_padded(back, mask)], -1)*mask.unsqueeze(-1)
+        ahead, back = self.forwards(x)[0], self.backwards(reverse_padded(x, mask))[0]
+        return torch.cat([ahead, reverse_padded(back, mask)], -1) * mask.unsqueeze(-1)
 
 # %% ../../nbs/core/02_layers.ipynb #fa94fd11
 class ByteDropout(nn.Dropout):
     "Dropout from random bytes on a processor, PyTorch's own elsewhere."
+
     def forward(self, x):
         "`x` with a share of about `p` set to zero, the rest scaled to keep the mean."
-        dropped = round(256*self.p)
-        if not self.training or not dropped or x.device.type != 'cpu' or dropped > 255: return super().forward(x)
-        words = torch.empty(x.numel()//8+1, dtype=torch.int64).random_(-2**63, None)
-        keep = words.view(torch.uint8)[:x.numel()].view(x.shape) >= dropped
-        return x*keep*(256/(256-dropped))
+        dropped = round(256 * self.p)
+        if not self.training or not dropped or x.device.type != "cpu" or dropped > 255:
+            return super().forward(x)
+        words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+        return x * keep * (256 / (256 - dropped))
 
 # %% ../../nbs/core/02_layers.ipynb #b968c677
 def use_byte_dropout(
-    module:nn.Module, # Any model
-)->nn.Module: # The same, changed in place
+    module: nn.Module,  # Any model
+) -> nn.Module:  # The same, changed in place
     "Put `ByteDropout` in the place of every `nn.Dropout`, and switch off dropout of attention weights, which needs `[heads,T,T]` numbers a layer."
-    for name,child in module.named_children():
-        if type(child) is nn.Dropout: setattr(module, name, ByteDropout(child.p))
-        else: use_byte_dropout(child)
-    if isinstance(module, nn.MultiheadAttention): module.dropout = 0.
+    for name, child in module.named_children():
+        if type(child) is nn.Dropout:
+            setattr(module, name, ByteDropout(child.p))
+        else:
+            use_byte_dropout(child)
+    if isinstance(module, nn.MultiheadAttention):
+        module.dropout = 0.0
     return module
 
 # %% ../../nbs/core/02_layers.ipynb #222cf56d
 class SinusoidalPositions(nn.Module):
     "Add the sinusoidal position code of Vaswani et al. 2017, eq. in 3.5; any length, nothing to learn."
-    def __init__(self,
-        size:int, # Size of a state, even
+
+    def __init__(
+        self,
+        size: int,  # Size of a state, even
     ):
         super().__init__()
-        self.register_buffer('rate', torch.exp(torch.arange(0, size, 2)*(-math.log(1e4)/size)), persistent=False)
+        self.register_buffer(
+            "rate", torch.exp(torch.arange(0, size, 2) * (-math.log(1e4) / size)), persistent=False
+        )
+
     def forward(self, x):
         "`x` `[B,T,size]` plus the code of each step."
-        angle = torch.arange(x.shape[1], device=x.device)[:,None]*self.rate
+        angle = torch.arange(x.shape[1], device=x.device)[:, None] * self.rate
         return x + torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(x.dtype)

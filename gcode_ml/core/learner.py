@@ -9,84 +9,123 @@ __all__ = ['Learner', 'norm_and_bias', 'set_seed', 'pick_device']
 
 # %% ../../nbs/core/11_learner.ipynb #8c2e7195
 import random
-import numpy as np, torch
-from torch import nn
+
+import numpy as np
+import torch
 from fastai.callback.core import CancelEpochException, event
-from fastai.callback.progress import ProgressCallback # gives every Learner its bar and `no_bar`
 from fastai.learner import Learner as FastaiLearner
 from fastcore.basics import patch
 from fastcore.foundation import L
+from torch import nn
+
 from .errors import InputError
 
 # %% ../../nbs/core/11_learner.ipynb #998b0a33
 class Learner(FastaiLearner):
     "fastai's `Learner` that can begin with a later epoch and batch."
-    resume_from = None # `(epoch, batch, restore)`, set by a snapshot; `restore(at_epoch_start)`
-    fitting = False # `validate` and `get_preds` send the events of a fit too
+
+    resume_from = None  # `(epoch, batch, restore)`, set by a snapshot; `restore(at_epoch_start)`
+    fitting = False  # `validate` and `get_preds` send the events of a fit too
+
     def fit(self, *args, **kwargs):
         self.fitting = True
-        try: super().fit(*args, **kwargs)
-        finally: self.fitting,self.resume_from = False,None
+        try:
+            super().fit(*args, **kwargs)
+        finally:
+            self.fitting, self.resume_from = False, None
+
     def _do_fit(self):
-        first,_,restore = self.resume_from or (0,0,None)
-        if restore: restore(True)
+        first, _, restore = self.resume_from or (0, 0, None)
+        if restore:
+            restore(True)
         for epoch in range(first, self.n_epoch):
             self.epoch = epoch
-            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
             self.resume_from = None
+
     def all_batches(self):
         self.n_iter = len(self.dl)
-        _,first,restore = self.resume_from if self.resume_from and self.training else (0,0,None)
-        for i,batch in enumerate(self.dl):
-            if i < first: continue
-            if i == first and first: restore(False)
+        _, first, restore = self.resume_from if self.resume_from and self.training else (0, 0, None)
+        for i, batch in enumerate(self.dl):
+            if i < first:
+                continue
+            if i == first and first:
+                restore(False)
             self.one_batch(i, batch)
 
 # %% ../../nbs/core/11_learner.ipynb #c2f39609
 @patch
-def _call_one(self:Learner, event_name):
+def _call_one(self: Learner, event_name):
     "Call the callbacks that know the event."
-    if not hasattr(event, event_name): raise AttributeError(f'there is no event {event_name}')
-    for cb in self.cbs.sorted('order'):
-        if event_name == 'after_fit' or hasattr(type(cb), event_name) or event_name in vars(cb): cb(event_name)
+    if not hasattr(event, event_name):
+        raise AttributeError(f"there is no event {event_name}")
+    for cb in self.cbs.sorted("order"):
+        if event_name == "after_fit" or hasattr(type(cb), event_name) or event_name in vars(cb):
+            cb(event_name)
 
 # %% ../../nbs/core/11_learner.ipynb #f4ba94a1
 _norms = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 
 # %% ../../nbs/core/11_learner.ipynb #6720ba16
 def norm_and_bias(
-    model:nn.Module, # A model
-    with_bias:bool=True, # Biases too
-    overlooked:bool=True, # Also biases with another name than `bias`: of `LSTM`, `GRU`, `MultiheadAttention`
-)->list: # Parameters
+    model: nn.Module,  # A model
+    with_bias: bool = True,  # Biases too
+    overlooked: bool = True,  # Also biases with another name than `bias`: of `LSTM`, `GRU`, `MultiheadAttention`
+) -> list:  # Parameters
     "Parameters of all normalisations, and biases."
+
     def counts(module, name):
-        if isinstance(module, _norms) or type(module).__name__.endswith('Norm'): return True
-        return with_bias and (name == 'bias' or overlooked and (name.startswith('bias') or name.endswith('bias')))
-    return list({id(p): p for m in model.modules() for k,p in m.named_parameters(recurse=False) if counts(m, k)}.values())
+        if isinstance(module, _norms) or type(module).__name__.endswith("Norm"):
+            return True
+        return with_bias and (
+            name == "bias" or overlooked and (name.startswith("bias") or name.endswith("bias"))
+        )
+
+    return list(
+        {
+            id(p): p
+            for m in model.modules()
+            for k, p in m.named_parameters(recurse=False)
+            if counts(m, k)
+        }.values()
+    )
 
 # %% ../../nbs/core/11_learner.ipynb #ca340104
-Learner.decay_on = 'weights' # `fastai` lets decay what it overlooks
+Learner.decay_on = "weights"  # `fastai` lets decay what it overlooks
+
 
 @patch
-def _bn_bias_state(self:Learner, with_bias): return L(norm_and_bias(self.model, with_bias, self.decay_on != 'fastai')).map(self.opt.state)
+def _bn_bias_state(self: Learner, with_bias):
+    return L(norm_and_bias(self.model, with_bias, self.decay_on != "fastai")).map(self.opt.state)
 
 # %% ../../nbs/core/11_learner.ipynb #94cd46e2
 def set_seed(
-    seed:int, # The one number that everything random comes from
-    deterministic:bool=False, # Also ask torch for deterministic algorithms (slower on a GPU)
+    seed: int,  # The one number that everything random comes from
+    deterministic: bool = False,  # Also ask torch for deterministic algorithms (slower on a GPU)
 ):
     "Seed Python, NumPy and torch."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-    if deterministic: torch.use_deterministic_algorithms(True, warn_only=True); torch.backends.cudnn.benchmark = False
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
 
 # %% ../../nbs/core/11_learner.ipynb #06edd36d
 def pick_device(
-    name:str='auto', # `auto`, `cpu`, `cuda` or `mps`
-)->torch.device: # The device
+    name: str = "auto",  # `auto`, `cpu`, `cuda` or `mps`
+) -> torch.device:  # The device
     "The named device; `auto` takes CUDA, then Apple's MPS, then the CPU."
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if name != 'auto' and not there.get(name.split(':')[0]): raise InputError('parameter', 'device', f"auto, or {' or '.join(k for k,v in there.items() if v)} on this machine", repr(name))
-    if name != 'auto': return torch.device(name)
-    if torch.cuda.is_available(): return torch.device('cuda')
-    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+    if name != "auto" and not there.get(name.split(":")[0]):
+        raise InputError(
+            "parameter",
+            "device",
+            f"auto, or {' or '.join(k for k, v in there.items() if v)} on this machine",
+            repr(name),
+        )
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -11,318 +11,505 @@ __all__ = ['LOSSES', 'part', 'Loss', 'CrossEntropy', 'class_weights', 'Focal', '
 # %% ../../nbs/core/10_losses.ipynb #a421e990
 import inspect
 from functools import partial
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from .errors import InputError, check_choice
 
 # %% ../../nbs/core/10_losses.ipynb #147eff65
 def part(
-    value, # A tensor, or a dictionary of tensors
-    name, # Name in a dictionary; a tensor needs none
-    what:str='prediction', # What it is, for the sentence
-)->Tensor: # The tensor that a loss is about
+    value,  # A tensor, or a dictionary of tensors
+    name,  # Name in a dictionary; a tensor needs none
+    what: str = "prediction",  # What it is, for the sentence
+) -> Tensor:  # The tensor that a loss is about
     "The named part of a dictionary; a tensor is its own only part."
-    return value[check_choice('loss', what, name, value)] if isinstance(value, dict) else value
+    return value[check_choice("loss", what, name, value)] if isinstance(value, dict) else value
 
 # %% ../../nbs/core/10_losses.ipynb #37dd476e
 class Loss(nn.Module):
     "What the losses of single heads have in common."
-    def __init__(self,
-        head=None, # Name in the prediction, where it is a dictionary
-        key=None, # Name in the target; `head` by default
-        reduction:str='mean', # `mean`, or `none`: a value an item
+
+    def __init__(
+        self,
+        head=None,  # Name in the prediction, where it is a dictionary
+        key=None,  # Name in the target; `head` by default
+        reduction: str = "mean",  # `mean`, or `none`: a value an item
     ):
         super().__init__()
-        self.head,self.key = head,head if key is None else key
-        self.reduction = check_choice('loss', 'reduction', reduction, ('mean','none'))
+        self.head, self.key = head, head if key is None else key
+        self.reduction = check_choice("loss", "reduction", reduction, ("mean", "none"))
+
     def parts(self, prediction, target):
         "The two tensors that this loss compares."
-        return part(prediction, self.head), part(target, self.key, 'target')
+        return part(prediction, self.head), part(target, self.key, "target")
 
 # %% ../../nbs/core/10_losses.ipynb #cc20a324
 class CrossEntropy(Loss):
     "torch's `cross_entropy` of one head; with `reduction='mean'` divided by the weights of the labels."
-    def __init__(self,
-        weight=None, # Weight of each class, `[C]`, for instance from `class_weights`
-        label_smoothing:float=0., # Share of a label that is spread over all classes
-        ignore_index:int=-100, # Label that does not count
-        head=None, key=None, reduction:str='mean', # See `Loss`
+
+    def __init__(
+        self,
+        weight=None,  # Weight of each class, `[C]`, for instance from `class_weights`
+        label_smoothing: float = 0.0,  # Share of a label that is spread over all classes
+        ignore_index: int = -100,  # Label that does not count
+        head=None,
+        key=None,
+        reduction: str = "mean",  # See `Loss`
     ):
         super().__init__(head, key, reduction)
-        if not 0 <= label_smoothing < 1: raise InputError('loss', 'label_smoothing', 'a share from 0 to below 1', repr(label_smoothing))
-        self.label_smoothing,self.ignore_index = label_smoothing,ignore_index
-        self.register_buffer('weight', None if weight is None else torch.as_tensor(weight, dtype=torch.float32), persistent=False)
+        if not 0 <= label_smoothing < 1:
+            raise InputError(
+                "loss", "label_smoothing", "a share from 0 to below 1", repr(label_smoothing)
+            )
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.register_buffer(
+            "weight",
+            None if weight is None else torch.as_tensor(weight, dtype=torch.float32),
+            persistent=False,
+        )
+
     def forward(self, prediction, target):
-        logits,labels = self.parts(prediction, target)
+        logits, labels = self.parts(prediction, target)
         values = self.values(logits, labels)
-        return values if self.reduction == 'none' else values.sum()/self.counts(labels, values).sum().clamp_min(1e-12)
-    def activation(self, prediction): return part(prediction, self.head).softmax(-1)
-    def decodes(self, prediction): return part(prediction, self.head).argmax(-1)
+        return (
+            values
+            if self.reduction == "none"
+            else values.sum() / self.counts(labels, values).sum().clamp_min(1e-12)
+        )
+
+    def activation(self, prediction):
+        return part(prediction, self.head).softmax(-1)
+
+    def decodes(self, prediction):
+        return part(prediction, self.head).argmax(-1)
 
 # %% ../../nbs/core/10_losses.ipynb #e0a27494
 def _shaped(logits, labels):
     "Whether labels are shares; `InputError` where they are neither shares nor whole numbers, one for each row of logits."
     soft = labels.is_floating_point()
     if labels.shape != (logits.shape if soft else logits.shape[:-1]):
-        raise InputError('loss', 'target', f'labels {list(logits.shape[:-1])} or shares {list(logits.shape)}', f'{str(labels.dtype).split(".")[1]} {list(labels.shape)}')
+        raise InputError(
+            "loss",
+            "target",
+            f"labels {list(logits.shape[:-1])} or shares {list(logits.shape)}",
+            f"{str(labels.dtype).split('.')[1]} {list(labels.shape)}",
+        )
     return soft
 
 # %% ../../nbs/core/10_losses.ipynb #1d987ae0
 @patch
-def values(self:CrossEntropy,
-    logits:Tensor, # `[...,C]`
-    labels:Tensor, # `[...]` whole numbers, or shares `[...,C]`
-)->Tensor: # `[...]`, weights included
+def values(
+    self: CrossEntropy,
+    logits: Tensor,  # `[...,C]`
+    labels: Tensor,  # `[...]` whole numbers, or shares `[...,C]`
+) -> Tensor:  # `[...]`, weights included
     "Cross entropy of each item."
     rows = labels.flatten(0, -2).to(logits) if _shaped(logits, labels) else labels.flatten().long()
     weight = None if self.weight is None else self.weight.to(logits)
-    found = F.cross_entropy(logits.flatten(0, -2), rows, weight, ignore_index=self.ignore_index, reduction='none', label_smoothing=self.label_smoothing)
+    found = F.cross_entropy(
+        logits.flatten(0, -2),
+        rows,
+        weight,
+        ignore_index=self.ignore_index,
+        reduction="none",
+        label_smoothing=self.label_smoothing,
+    )
     return found.view(logits.shape[:-1])
 
 # %% ../../nbs/core/10_losses.ipynb #358baf9f
 @patch
-def counts(self:CrossEntropy,
-    labels:Tensor, # Whole numbers, or shares
-    values:Tensor, # Cross entropy of each
-)->Tensor: # Shaped like `values`
+def counts(
+    self: CrossEntropy,
+    labels: Tensor,  # Whole numbers, or shares
+    values: Tensor,  # Cross entropy of each
+) -> Tensor:  # Shaped like `values`
     "How much each item counts in the mean: the weight of its label, 0 where that is ignored, 1 where labels are shares."
-    if labels.is_floating_point(): return torch.ones_like(values)
+    if labels.is_floating_point():
+        return torch.ones_like(values)
     real = labels != self.ignore_index
-    return real.to(values) if self.weight is None else torch.where(real, self.weight.to(values)[torch.where(real, labels, 0).long()], 0)
+    return (
+        real.to(values)
+        if self.weight is None
+        else torch.where(real, self.weight.to(values)[torch.where(real, labels, 0).long()], 0)
+    )
 
 # %% ../../nbs/core/10_losses.ipynb #5d49114d
 def class_weights(
-    labels, # Labels of the training set, whole numbers
-    classes:int, # Number of classes
-)->Tensor: # `[classes]`
+    labels,  # Labels of the training set, whole numbers
+    classes: int,  # Number of classes
+) -> Tensor:  # `[classes]`
     "Inverse frequencies, normalised to a mean of 1 over the items."
     labels = torch.as_tensor(labels).flatten().long()
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:
-        raise InputError('class_weights', 'labels', f'whole numbers from 0 to {classes-1}', f'{int(labels.min())} to {int(labels.max())}' if len(labels) else 'none')
+        raise InputError(
+            "class_weights",
+            "labels",
+            f"whole numbers from 0 to {classes - 1}",
+            f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "none",
+        )
     found = torch.bincount(labels, minlength=classes).float()
-    return torch.where(found > 0, len(labels)/((found > 0).sum()*found.clamp_min(1)), 1.)
+    return torch.where(found > 0, len(labels) / ((found > 0).sum() * found.clamp_min(1)), 1.0)
 
 # %% ../../nbs/core/10_losses.ipynb #be3fb5ed
 class Focal(CrossEntropy):
     "Cross entropy that counts what is already right less."
-    def __init__(self,
-        gamma:float=2., # How much less; 0 is cross entropy
-        weight=None, # Weight of each class, the paper's alpha
-        ignore_index:int=-100, # Label that does not count
-        head=None, key=None, reduction:str='mean', # See `Loss`
+
+    def __init__(
+        self,
+        gamma: float = 2.0,  # How much less; 0 is cross entropy
+        weight=None,  # Weight of each class, the paper's alpha
+        ignore_index: int = -100,  # Label that does not count
+        head=None,
+        key=None,
+        reduction: str = "mean",  # See `Loss`
     ):
-        super().__init__(weight, 0., ignore_index, head, key, reduction)
-        if not gamma >= 0: raise InputError('loss', 'gamma', 'a number of at least 0', repr(gamma))
+        super().__init__(weight, 0.0, ignore_index, head, key, reduction)
+        if not gamma >= 0:
+            raise InputError("loss", "gamma", "a number of at least 0", repr(gamma))
         self.gamma = gamma
+
     def values(self, logits, labels):
-        if _shaped(logits, labels): raise InputError('focal', 'target', 'whole numbers', 'shares', 'mix with cross_entropy')
-        entropy = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=self.ignore_index, reduction='none').view(labels.shape)
-        return (-torch.expm1(-entropy)).clamp_min(1e-12)**self.gamma * entropy * self.counts(labels, entropy) # 1-p without cancellation; its root has no slope at 0
+        if _shaped(logits, labels):
+            raise InputError("focal", "target", "whole numbers", "shares", "mix with cross_entropy")
+        entropy = F.cross_entropy(
+            logits.flatten(0, -2),
+            labels.flatten().long(),
+            ignore_index=self.ignore_index,
+            reduction="none",
+        ).view(labels.shape)
+        return (
+            (-torch.expm1(-entropy)).clamp_min(1e-12) ** self.gamma
+            * entropy
+            * self.counts(labels, entropy)
+        )  # 1-p without cancellation; its root has no slope at 0
 
 # %% ../../nbs/core/10_losses.ipynb #1e63308f
 class SupervisedContrastive(Loss):
     "Draw embeddings of one class together."
-    def __init__(self,
-        temperature:float=.1, # tau: small values look at the nearest only
-        head=None, key=None, reduction:str='mean', # See `Loss`; an anchor without a positive has the value 0
+
+    def __init__(
+        self,
+        temperature: float = 0.1,  # tau: small values look at the nearest only
+        head=None,
+        key=None,
+        reduction: str = "mean",  # See `Loss`; an anchor without a positive has the value 0
     ):
         super().__init__(head, key, reduction)
-        if not temperature > 0: raise InputError('loss', 'temperature', 'a positive number', repr(temperature))
+        if not temperature > 0:
+            raise InputError("loss", "temperature", "a positive number", repr(temperature))
         self.temperature = temperature
+
     def forward(self, prediction, target):
         "For embeddings `[B,D]` or `[B,V,D]` and labels `[B]`."
-        z,labels = self.parts(prediction, target)
+        z, labels = self.parts(prediction, target)
         views = z.shape[1] if z.dim() == 3 else 1
-        values,skipped = self.anchors(F.normalize(z.float().flatten(0, -2), dim=-1), labels.repeat_interleave(views))
-        return values.view(-1, views).mean(1) if self.reduction == 'none' else values.sum()/(~skipped).sum().clamp_min(1)
+        values, skipped = self.anchors(
+            F.normalize(z.float().flatten(0, -2), dim=-1), labels.repeat_interleave(views)
+        )
+        return (
+            values.view(-1, views).mean(1)
+            if self.reduction == "none"
+            else values.sum() / (~skipped).sum().clamp_min(1)
+        )
 
 # %% ../../nbs/core/10_losses.ipynb #99734cfb
 @patch
-def anchors(self:SupervisedContrastive,
-    z:Tensor, # Embeddings of unit length, `[N,D]`
-    labels:Tensor, # `[N]`
-)->tuple: # Loss of each anchor, and whether it was skipped
+def anchors(
+    self: SupervisedContrastive,
+    z: Tensor,  # Embeddings of unit length, `[N,D]`
+    labels: Tensor,  # `[N]`
+) -> tuple:  # Loss of each anchor, and whether it was skipped
     "One value an anchor."
-    alike = z @ z.T/self.temperature
+    alike = z @ z.T / self.temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive = (labels[:,None] == labels) & ~itself
-    log_share = alike - alike.masked_fill(itself, torch.finfo(alike.dtype).min).logsumexp(1, keepdim=True)
+    positive = (labels[:, None] == labels) & ~itself
+    log_share = alike - alike.masked_fill(itself, torch.finfo(alike.dtype).min).logsumexp(
+        1, keepdim=True
+    )
     found = positive.sum(1)
-    return -torch.where(positive, log_share, 0).sum(1)/found.clamp_min(1), found == 0
+    return -torch.where(positive, log_share, 0).sum(1) / found.clamp_min(1), found == 0
 
 # %% ../../nbs/core/10_losses.ipynb #79adf2fc
 class Distillation(Loss):
     "Answers of a teacher beside labels."
-    def __init__(self,
-        temperature:float=4., # T: how much the answers are softened
-        alpha:float=.7, # Weight of the teacher; the labels have the rest
-        teacher:str='teacher', # Name of the teacher's logits in the target
-        label_smoothing:float=0., ignore_index:int=-100, # See `CrossEntropy`
-        head=None, key='target', reduction:str='mean', # See `Loss`
+
+    def __init__(
+        self,
+        temperature: float = 4.0,  # T: how much the answers are softened
+        alpha: float = 0.7,  # Weight of the teacher; the labels have the rest
+        teacher: str = "teacher",  # Name of the teacher's logits in the target
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,  # See `CrossEntropy`
+        head=None,
+        key="target",
+        reduction: str = "mean",  # See `Loss`
     ):
         super().__init__(head, key, reduction)
-        if not (temperature > 0 and 0 <= alpha <= 1): raise InputError('distillation', 'temperature, alpha', 'a positive number and a share', f'{temperature!r}, {alpha!r}')
-        self.temperature,self.alpha,self.teacher = temperature,alpha,teacher
-        self.hard = CrossEntropy(None, label_smoothing, ignore_index, head, key, 'none')
+        if not (temperature > 0 and 0 <= alpha <= 1):
+            raise InputError(
+                "distillation",
+                "temperature, alpha",
+                "a positive number and a share",
+                f"{temperature!r}, {alpha!r}",
+            )
+        self.temperature, self.alpha, self.teacher = temperature, alpha, teacher
+        self.hard = CrossEntropy(None, label_smoothing, ignore_index, head, key, "none")
+
     def forward(self, prediction, target):
-        student,labels = self.parts(prediction, target)
+        student, labels = self.parts(prediction, target)
         hard = self.hard(prediction, target)
         real = self.hard.counts(labels, hard)
-        values = self.alpha*self.soft(student, target)*real + (1-self.alpha)*hard
-        return values if self.reduction == 'none' else values.sum()/real.sum().clamp_min(1)
+        values = self.alpha * self.soft(student, target) * real + (1 - self.alpha) * hard
+        return values if self.reduction == "none" else values.sum() / real.sum().clamp_min(1)
 
 # %% ../../nbs/core/10_losses.ipynb #01341109
 @patch
-def soft(self:Distillation,
-    student:Tensor, # Logits `[...,C]`
-    target, # Dictionary with the teacher's logits
-)->Tensor: # `[...]`
+def soft(
+    self: Distillation,
+    student: Tensor,  # Logits `[...,C]`
+    target,  # Dictionary with the teacher's logits
+) -> Tensor:  # `[...]`
     "$T^2$ times the divergence of the student's answers from the teacher's."
-    if not isinstance(target, dict): raise InputError('distillation', 'target', f'a dictionary with {self.teacher!r}', 'a tensor', 'add the callback MoreTargets(teacher_answers(model))')
-    teacher = part(target, self.teacher, 'target').detach()
-    if teacher.shape != student.shape: raise InputError('distillation', self.teacher, f'logits {list(student.shape)} of the classes of the student', str(list(teacher.shape)))
-    s,t = ((x/self.temperature).log_softmax(-1) for x in (student, teacher))
-    return self.temperature**2*F.kl_div(s, t, reduction='none', log_target=True).sum(-1)
+    if not isinstance(target, dict):
+        raise InputError(
+            "distillation",
+            "target",
+            f"a dictionary with {self.teacher!r}",
+            "a tensor",
+            "add the callback MoreTargets(teacher_answers(model))",
+        )
+    teacher = part(target, self.teacher, "target").detach()
+    if teacher.shape != student.shape:
+        raise InputError(
+            "distillation",
+            self.teacher,
+            f"logits {list(student.shape)} of the classes of the student",
+            str(list(teacher.shape)),
+        )
+    s, t = ((x / self.temperature).log_softmax(-1) for x in (student, teacher))
+    return self.temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(-1)
 
 # %% ../../nbs/core/10_losses.ipynb #7a4f93b1
 class Regression(Loss):
     "Error of predicted values, where a value was measured."
-    def __init__(self,
-        measure:str='squared', # `squared`, `absolute`, or `huber`
-        delta:float=1., # Where `huber` turns from squared to absolute
-        head=None, key=None, reduction:str='mean', # See `Loss`
+
+    def __init__(
+        self,
+        measure: str = "squared",  # `squared`, `absolute`, or `huber`
+        delta: float = 1.0,  # Where `huber` turns from squared to absolute
+        head=None,
+        key=None,
+        reduction: str = "mean",  # See `Loss`
     ):
         super().__init__(head, key, reduction)
-        kinds = dict(squared=F.mse_loss, absolute=F.l1_loss, huber=partial(F.huber_loss, delta=delta))
-        self.error = kinds[check_choice('loss', 'measure', measure, kinds)]
+        kinds = dict(
+            squared=F.mse_loss, absolute=F.l1_loss, huber=partial(F.huber_loss, delta=delta)
+        )
+        self.error = kinds[check_choice("loss", "measure", measure, kinds)]
+
     def forward(self, prediction, target):
-        said,measured = self.parts(prediction, target)
-        if said.shape != measured.shape: raise InputError('loss', 'target', f'the shape of the prediction, {list(said.shape)}', str(list(measured.shape)))
+        said, measured = self.parts(prediction, target)
+        if said.shape != measured.shape:
+            raise InputError(
+                "loss",
+                "target",
+                f"the shape of the prediction, {list(said.shape)}",
+                str(list(measured.shape)),
+            )
         known = ~measured.isnan()
-        values = self.error(said, torch.where(known, measured.to(said), said.detach()), reduction='none')
-        return values if self.reduction == 'none' else values.sum()/known.sum().clamp_min(1)
+        values = self.error(
+            said, torch.where(known, measured.to(said), said.detach()), reduction="none"
+        )
+        return values if self.reduction == "none" else values.sum() / known.sum().clamp_min(1)
 
 # %% ../../nbs/core/10_losses.ipynb #4e498b51
 class _Composite(nn.Module):
     "A loss of `losses`, a `ModuleList`."
+
     @property
-    def reduction(self): return self._reduction
+    def reduction(self):
+        return self._reduction
+
     @reduction.setter
     def reduction(self, value):
-        self._reduction = check_choice('loss', 'reduction', value, ('mean','none'))
-        for loss in self.losses: loss.reduction = value
+        self._reduction = check_choice("loss", "reduction", value, ("mean", "none"))
+        for loss in self.losses:
+            loss.reduction = value
+
 
 def _items(values):
     "A value an item, `[B]`."
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
-def _has_gradient(value): return any(map(_has_gradient, value.values())) if isinstance(value, dict) else value.requires_grad
+
+def _has_gradient(value):
+    return (
+        any(map(_has_gradient, value.values())) if isinstance(value, dict) else value.requires_grad
+    )
 
 # %% ../../nbs/core/10_losses.ipynb #c0e5dad8
 class PhysicsInformed(_Composite):
     "A loss on data and the square of a residual."
-    def __init__(self,
-        residual, # `residual(prediction, target) -> tensor`, zero where the law holds
-        data=None, # Loss on data; squared error by default
-        data_weight:float=1., # Weight of the data; 0 does not compute that loss
-        physics_weight:float=.1, # Weight of the law; 0 does not compute the residual
-        square:bool=True, # False: the residual is a penalty already, and its mean counts
-        reduction:str='mean', # `mean`, or `none`: a value an item
+
+    def __init__(
+        self,
+        residual,  # `residual(prediction, target) -> tensor`, zero where the law holds
+        data=None,  # Loss on data; squared error by default
+        data_weight: float = 1.0,  # Weight of the data; 0 does not compute that loss
+        physics_weight: float = 0.1,  # Weight of the law; 0 does not compute the residual
+        square: bool = True,  # False: the residual is a penalty already, and its mean counts
+        reduction: str = "mean",  # `mean`, or `none`: a value an item
     ):
         super().__init__()
-        if not (data_weight >= 0 and physics_weight >= 0 and data_weight+physics_weight > 0): raise InputError('physics_informed', 'data_weight, physics_weight', 'at least 0 and not both 0', f'{data_weight!r}, {physics_weight!r}')
-        self.residual,self.data_weight,self.physics_weight,self.square = residual,data_weight,physics_weight,square
-        self.losses,self.reduction = nn.ModuleList([Regression() if data is None else data]),reduction
+        if not (data_weight >= 0 and physics_weight >= 0 and data_weight + physics_weight > 0):
+            raise InputError(
+                "physics_informed",
+                "data_weight, physics_weight",
+                "at least 0 and not both 0",
+                f"{data_weight!r}, {physics_weight!r}",
+            )
+        self.residual, self.data_weight, self.physics_weight, self.square = (
+            residual,
+            data_weight,
+            physics_weight,
+            square,
+        )
+        self.losses, self.reduction = (
+            nn.ModuleList([Regression() if data is None else data]),
+            reduction,
+        )
+
     def forward(self, prediction, target):
-        terms = [(w, f(prediction, target)) for w,f in ((self.data_weight, self.losses[0]), (self.physics_weight, self.penalty)) if w]
-        return sum(w*(_items(v) if self.reduction == 'none' else v.mean()) for w,v in terms)
+        terms = [
+            (w, f(prediction, target))
+            for w, f in ((self.data_weight, self.losses[0]), (self.physics_weight, self.penalty))
+            if w
+        ]
+        return sum(w * (_items(v) if self.reduction == "none" else v.mean()) for w, v in terms)
 
 # %% ../../nbs/core/10_losses.ipynb #08f0e516
 @patch
-def penalty(self:PhysicsInformed,
-    prediction, # Of the model
-    target, # Of the batch
-)->Tensor: # What the law is violated by, `[B,...]`
+def penalty(
+    self: PhysicsInformed,
+    prediction,  # Of the model
+    target,  # Of the batch
+) -> Tensor:  # What the law is violated by, `[B,...]`
     "The squared residual."
     residual = self.residual(prediction, target)
     if torch.is_grad_enabled() and _has_gradient(prediction) and not residual.requires_grad:
-        raise InputError('physics_informed', 'residual', 'a result with a gradient', 'one without', 'an argmax or a threshold has none: take the expectation over the softmax')
+        raise InputError(
+            "physics_informed",
+            "residual",
+            "a result with a gradient",
+            "one without",
+            "an argmax or a threshold has none: take the expectation over the softmax",
+        )
     return residual**2 if self.square else residual
 
 # %% ../../nbs/core/10_losses.ipynb #aeb91739
 class MultiTask(_Composite):
     "Weighted sum of the losses of several tasks."
-    def __init__(self,
-        losses:dict, # Name of the task, which is its head -> loss, a module with a `reduction`
-        weights:dict=None, # Name -> weight; 1 where it is not given
-        reduction:str='mean', # `mean`, or `none`: a value an item
+
+    def __init__(
+        self,
+        losses: dict,  # Name of the task, which is its head -> loss, a module with a `reduction`
+        weights: dict = None,  # Name -> weight; 1 where it is not given
+        reduction: str = "mean",  # `mean`, or `none`: a value an item
     ):
         super().__init__()
-        self.names,self.losses = list(losses),nn.ModuleList(losses.values())
-        for name in weights or {}: check_choice('multi_task', 'weights', name, self.names)
+        self.names, self.losses = list(losses), nn.ModuleList(losses.values())
+        for name in weights or {}:
+            check_choice("multi_task", "weights", name, self.names)
         self.fixed = [float((weights or {}).get(name, 1)) for name in self.names]
-        if not (all(w >= 0 for w in self.fixed) and sum(self.fixed) > 0): raise InputError('multi_task', 'weights', 'at least 0 and not all 0', str(self.fixed))
+        if not (all(w >= 0 for w in self.fixed) and sum(self.fixed) > 0):
+            raise InputError("multi_task", "weights", "at least 0 and not all 0", str(self.fixed))
         self.reduction = reduction
-    def forward(self, prediction, target): return sum(w*l for w,l in zip(self.fixed, self.values(prediction, target)) if w)
+
+    def forward(self, prediction, target):
+        return sum(w * l for w, l in zip(self.fixed, self.values(prediction, target)) if w)
 
 # %% ../../nbs/core/10_losses.ipynb #13ce45a3
 def _own(value, name, loss):
     "What a task is about: the part of its name, or all of it, also where the loss has a head of its own."
-    return value[name] if isinstance(value, dict) and name in value and getattr(loss, 'head', None) is None else value
+    return (
+        value[name]
+        if isinstance(value, dict) and name in value and getattr(loss, "head", None) is None
+        else value
+    )
 
 # %% ../../nbs/core/10_losses.ipynb #656839b0
 @patch
-def values(self:MultiTask,
-    prediction, # Dictionary of the heads
-    target, # Dictionary of the targets
-)->list: # One tensor a task
+def values(
+    self: MultiTask,
+    prediction,  # Dictionary of the heads
+    target,  # Dictionary of the targets
+) -> list:  # One tensor a task
     "The loss of each task, before its weight."
-    values = [loss(_own(prediction, name, loss), _own(target, name, loss)) for name,loss in zip(self.names, self.losses)]
-    return values if self.reduction == 'mean' else [*map(_items, values)]
+    values = [
+        loss(_own(prediction, name, loss), _own(target, name, loss))
+        for name, loss in zip(self.names, self.losses)
+    ]
+    return values if self.reduction == "mean" else [*map(_items, values)]
 
 # %% ../../nbs/core/10_losses.ipynb #9126405b
 def two_tasks(
-    losses:dict, # Two losses by the names of their heads
-    alpha:float=.5, # Weight of the first
-    beta:float=.5, # Weight of the second
-)->MultiTask:
+    losses: dict,  # Two losses by the names of their heads
+    alpha: float = 0.5,  # Weight of the first
+    beta: float = 0.5,  # Weight of the second
+) -> MultiTask:
     "Two heads and two weights."
-    if len(losses) != 2: raise InputError('two_tasks', 'losses', 'two', str(len(losses)))
-    return MultiTask(losses, dict(zip(losses, (alpha,beta))))
+    if len(losses) != 2:
+        raise InputError("two_tasks", "losses", "two", str(len(losses)))
+    return MultiTask(losses, dict(zip(losses, (alpha, beta))))
 
 # %% ../../nbs/core/10_losses.ipynb #0bd2632d
 class UncertaintyWeighted(MultiTask):
     "Sum of the losses of several tasks, weighted by what is learned of their noise."
-    def __init__(self,
-        losses:dict, # Name of the task, which is its head -> loss
-        regressions=(), # Names of those that are squared errors; the others are classifications
-        reduction:str='mean', # `mean`, or `none`: a value an item
+
+    def __init__(
+        self,
+        losses: dict,  # Name of the task, which is its head -> loss
+        regressions=(),  # Names of those that are squared errors; the others are classifications
+        reduction: str = "mean",  # `mean`, or `none`: a value an item
     ):
         super().__init__(losses, None, reduction)
-        for name in regressions: check_choice('uncertainty_weighted', 'regressions', name, self.names)
+        for name in regressions:
+            check_choice("uncertainty_weighted", "regressions", name, self.names)
         self.log_variances = nn.Parameter(torch.zeros(len(self.names)))
-        self.register_buffer('factors', torch.tensor([.5 if n in regressions else 1. for n in self.names]), persistent=False)
+        self.register_buffer(
+            "factors",
+            torch.tensor([0.5 if n in regressions else 1.0 for n in self.names]),
+            persistent=False,
+        )
+
     @property
-    def weights(self): return dict(zip(self.names, (self.factors*torch.exp(-self.log_variances)).tolist()))
+    def weights(self):
+        return dict(zip(self.names, (self.factors * torch.exp(-self.log_variances)).tolist()))
+
     def forward(self, prediction, target):
-        return sum(f*torch.exp(-s)*l + s/2 for f,s,l in zip(self.factors, self.log_variances, self.values(prediction, target)))
+        return sum(
+            f * torch.exp(-s) * l + s / 2
+            for f, s, l in zip(self.factors, self.log_variances, self.values(prediction, target))
+        )
 
 # %% ../../nbs/core/10_losses.ipynb #27df1143
 LOSSES = {
-    'cross_entropy': CrossEntropy,
-    'label_smoothing': partial(CrossEntropy, label_smoothing=.1),
-    'focal': Focal,
-    'supervised_contrastive': SupervisedContrastive,
+    "cross_entropy": CrossEntropy,
+    "label_smoothing": partial(CrossEntropy, label_smoothing=0.1),
+    "focal": Focal,
+    "supervised_contrastive": SupervisedContrastive,
 }
 
 # %% ../../nbs/core/10_losses.ipynb #e0f6b259
 def create_loss(
-    name:str, # Key of `LOSSES`
-    **options # Of that loss
-)->Loss: # Called with prediction and target
+    name: str,  # Key of `LOSSES`
+    **options,  # Of that loss
+) -> Loss:  # Called with prediction and target
     "A loss by name."
-    make = LOSSES[check_choice('loss', 'name', name, LOSSES)]
-    for option in options: check_choice(f'loss {name}', 'option', option, list(inspect.signature(make).parameters))
+    make = LOSSES[check_choice("loss", "name", name, LOSSES)]
+    for option in options:
+        check_choice(f"loss {name}", "option", option, list(inspect.signature(make).parameters))
     return make(**options)

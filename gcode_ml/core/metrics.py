@@ -10,128 +10,164 @@ __all__ = ['Interval', 'bootstrap_interval', 'vote', 'classification_scores', 't
 
 # %% ../../nbs/core/07_metrics.ipynb #b838b0e1
 from typing import NamedTuple
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from sklearn.metrics import f1_score
+
 from .errors import InputError, check_finite
 
 # %% ../../nbs/core/07_metrics.ipynb #807a0330
 class Interval(NamedTuple):
     "A number and the interval around it; bounds are NaN where one source says nothing about spread."
-    value:float # The number itself
-    low:float # Lower bound
-    high:float # Upper bound
-    def __str__(self): return f'{self.value:.3f} [{self.low:.2f}, {self.high:.2f}]'
-    def __repr__(self): return str(self)
-    def __format__(self, spec): return f'{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]' if spec else str(self)
-    def to_json(self): return {k: None if np.isnan(v) else float(v) for k,v in self._asdict().items()}
+
+    value: float  # The number itself
+    low: float  # Lower bound
+    high: float  # Upper bound
+
+    def __str__(self):
+        return f"{self.value:.3f} [{self.low:.2f}, {self.high:.2f}]"
+
+    def __repr__(self):
+        return str(self)
+
+    def __format__(self, spec):
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]" if spec else str(self)
+
+    def to_json(self):
+        return {k: None if np.isnan(v) else float(v) for k, v in self._asdict().items()}
 
 # %% ../../nbs/core/07_metrics.ipynb #46121a9b
 def _source_numbers(sources, n):
     "Number each item's source from zero."
-    if n == 0: raise InputError('values', 'items', 'at least one', '0')
-    if sources is None: return np.arange(n)
-    if len(sources) != n: raise InputError('sources', 'items', f'{n}, one for each value', str(len(sources)))
+    if n == 0:
+        raise InputError("values", "items", "at least one", "0")
+    if sources is None:
+        return np.arange(n)
+    if len(sources) != n:
+        raise InputError("sources", "items", f"{n}, one for each value", str(len(sources)))
     return np.unique(np.asarray(sources), return_inverse=True)[1].ravel()
 
 # %% ../../nbs/core/07_metrics.ipynb #846a5f5b
 def _mean_draws(values, s, n, statistic, resamples, rng):
     "Mean of each draw from the sums and counts of sources, some million picks at a time."
-    sums,counts = np.bincount(s, values),np.bincount(s)
-    steps = np.diff([*range(0, resamples, max(1, 4_000_000//n)), resamples])
-    picks = (rng.integers(0, n, (k,n)) for k in steps)
-    return np.concatenate([sums[p].sum(1)/counts[p].sum(1) for p in picks])
+    sums, counts = np.bincount(s, values), np.bincount(s)
+    steps = np.diff([*range(0, resamples, max(1, 4_000_000 // n)), resamples])
+    picks = (rng.integers(0, n, (k, n)) for k in steps)
+    return np.concatenate([sums[p].sum(1) / counts[p].sum(1) for p in picks])
 
 # %% ../../nbs/core/07_metrics.ipynb #4aee2335
 def _any_draws(values, s, n, statistic, resamples, rng):
     "`statistic` of the items of each draw."
-    rows = np.split(np.argsort(s, kind='stable'), np.bincount(s).cumsum()[:-1])
-    picks = rng.integers(0, n, (resamples,n))
+    rows = np.split(np.argsort(s, kind="stable"), np.bincount(s).cumsum()[:-1])
+    picks = rng.integers(0, n, (resamples, n))
     return np.array([statistic(values[np.concatenate([rows[i] for i in p])]) for p in picks])
 
 # %% ../../nbs/core/07_metrics.ipynb #c45eb6a0
 def bootstrap_interval(
-    values, # One value an item, `[N]`, or several, `[N,K]`
-    sources=None, # Source of each item, `[N]`; each item is a source of its own by default
-    statistic=np.mean, # Function of the drawn `values` to a number
-    resamples:int=1000, # Number of draws
-    level:float=.95, # Share of the draws between the bounds
-    seed:int=0, # Seed of the draws
-)->Interval: # The statistic of all items, and its bounds
+    values,  # One value an item, `[N]`, or several, `[N,K]`
+    sources=None,  # Source of each item, `[N]`; each item is a source of its own by default
+    statistic=np.mean,  # Function of the drawn `values` to a number
+    resamples: int = 1000,  # Number of draws
+    level: float = 0.95,  # Share of the draws between the bounds
+    seed: int = 0,  # Seed of the draws
+) -> Interval:  # The statistic of all items, and its bounds
     "Cluster bootstrap: draw sources, not items."
-    values = np.asarray(values); s = _source_numbers(sources, len(values))
-    value = float(statistic(values)); n = s.max()+1
-    if n == 1: return Interval(value, np.nan, np.nan)
+    values = np.asarray(values)
+    s = _source_numbers(sources, len(values))
+    value = float(statistic(values))
+    n = s.max() + 1
+    if n == 1:
+        return Interval(value, np.nan, np.nan)
     draw = _mean_draws if statistic is np.mean and values.ndim == 1 else _any_draws
     draws = draw(values, s, n, statistic, resamples, np.random.default_rng(seed))
-    low,high = np.quantile(draws, [(1-level)/2,(1+level)/2])
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
 
 # %% ../../nbs/core/07_metrics.ipynb #562916bd
 def vote(
-    predicted, # Label of each item, `[N]`
-    sources, # Source of each item, `[N]`
-)->tuple: # Sorted names of the sources, and the most frequent label of each
+    predicted,  # Label of each item, `[N]`
+    sources,  # Source of each item, `[N]`
+) -> tuple:  # Sorted names of the sources, and the most frequent label of each
     "Majority label of every source."
-    (names,s),(labels,l) = (np.unique(np.asarray(v), return_inverse=True) for v in (sources, predicted))
+    (names, s), (labels, l) = (
+        np.unique(np.asarray(v), return_inverse=True) for v in (sources, predicted)
+    )
     _source_numbers(sources, len(l))
-    counts = np.bincount(s*len(labels)+l, minlength=len(names)*len(labels))
-    return names,labels[counts.reshape(len(names),-1).argmax(1)]
+    counts = np.bincount(s * len(labels) + l, minlength=len(names) * len(labels))
+    return names, labels[counts.reshape(len(names), -1).argmax(1)]
 
 # %% ../../nbs/core/07_metrics.ipynb #fa5c035d
 def classification_scores(
-    predicted, # Label of each item, `[N]`
-    target, # True label of each item, `[N]`
-    sources=None, # Source of each item, `[N]`
-    **kwargs, # For `bootstrap_interval`
-)->dict: # `accuracy`, `macro_f1`; with sources also `low`, `high`, `sources` and, if it exists, `vote_accuracy`
+    predicted,  # Label of each item, `[N]`
+    target,  # True label of each item, `[N]`
+    sources=None,  # Source of each item, `[N]`
+    **kwargs,  # For `bootstrap_interval`
+) -> dict:  # `accuracy`, `macro_f1`; with sources also `low`, `high`, `sources` and, if it exists, `vote_accuracy`
     "Scores of single-label predictions."
-    predicted,target = np.asarray(predicted),np.asarray(target)
-    if predicted.shape != target.shape: raise InputError('predicted', 'items', f'shape {target.shape}, as the targets', str(predicted.shape))
-    _source_numbers(sources, len(target)); right = predicted == target
-    scores = dict(accuracy=float(right.mean()), macro_f1=float(f1_score(target, predicted, average='macro', zero_division=0)))
-    if sources is None: return scores
-    names,voted = vote(predicted, sources); _,true = vote(target, sources)
+    predicted, target = np.asarray(predicted), np.asarray(target)
+    if predicted.shape != target.shape:
+        raise InputError(
+            "predicted", "items", f"shape {target.shape}, as the targets", str(predicted.shape)
+        )
+    _source_numbers(sources, len(target))
+    right = predicted == target
+    scores = dict(
+        accuracy=float(right.mean()),
+        macro_f1=float(f1_score(target, predicted, average="macro", zero_division=0)),
+    )
+    if sources is None:
+        return scores
+    names, voted = vote(predicted, sources)
+    _, true = vote(target, sources)
     interval = bootstrap_interval(right, sources, **kwargs)
     scores.update(low=interval.low, high=interval.high, sources=len(names))
     one_target = (true[np.searchsorted(names, np.asarray(sources))] == target).all()
-    return {**scores, 'vote_accuracy':float((voted == true).mean())} if one_target else scores
+    return {**scores, "vote_accuracy": float((voted == true).mean())} if one_target else scores
 
 # %% ../../nbs/core/07_metrics.ipynb #57f7ee5b
 def _to_width(x, width, fill):
     "Rows cut or padded at the end to `width` columns."
-    x = np.asarray(x)[:,:width]
-    return np.pad(x, ((0,0),(0,width-x.shape[1])), constant_values=fill)
+    x = np.asarray(x)[:, :width]
+    return np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)
 
 # %% ../../nbs/core/07_metrics.ipynb #f838ba63
 def _same_rows(predicted, target):
     "Both as arrays `[N,·]`, or an `InputError`."
-    p,t = np.asarray(predicted),np.asarray(target)
-    if p.ndim != 2 or t.ndim != 2 or len(p) != len(t): raise InputError('predicted', 'rows', f'two token tables of as many rows, the target being {t.shape}', str(p.shape))
-    return p,t
+    p, t = np.asarray(predicted), np.asarray(target)
+    if p.ndim != 2 or t.ndim != 2 or len(p) != len(t):
+        raise InputError(
+            "predicted",
+            "rows",
+            f"two token tables of as many rows, the target being {t.shape}",
+            str(p.shape),
+        )
+    return p, t
 
 # %% ../../nbs/core/07_metrics.ipynb #27b0bf3e
 def token_accuracy(
-    predicted, # Tokens, `[N,L]` of any L
-    target, # Tokens, `[N,L]`
-    ignore:int=0, # Padding token
-    per_item:bool=False, # Return each row's own share, to be bootstrapped
-): # Share of all target positions that are right, or `[N]` shares, NaN for an empty row
+    predicted,  # Tokens, `[N,L]` of any L
+    target,  # Tokens, `[N,L]`
+    ignore: int = 0,  # Padding token
+    per_item: bool = False,  # Return each row's own share, to be bootstrapped
+):  # Share of all target positions that are right, or `[N]` shares, NaN for an empty row
     "Accuracy over the positions of the target that are not padding."
-    predicted,target = _same_rows(predicted, target)
+    predicted, target = _same_rows(predicted, target)
     real = target != ignore
     right = (_to_width(predicted, target.shape[1], ignore) == target) & real
-    if not per_item: return float(right.sum()/real.sum()) if real.any() else float('nan')
+    if not per_item:
+        return float(right.sum() / real.sum()) if real.any() else float("nan")
     return np.divide(right.sum(1), real.sum(1), out=np.full(len(target), np.nan), where=real.any(1))
 
 # %% ../../nbs/core/07_metrics.ipynb #e8d98608
 def exact_lines(
-    predicted, # Tokens, `[N,L]` of any L
-    target, # Tokens, `[N,L]`
-    ignore:int=0, # Padding token
-    per_item:bool=False, # Return `True` or `False` for each row
-): # Share of rows, or `[N]`
+    predicted,  # Tokens, `[N,L]` of any L
+    target,  # Tokens, `[N,L]`
+    ignore: int = 0,  # Padding token
+    per_item: bool = False,  # Return `True` or `False` for each row
+):  # Share of rows, or `[N]`
     "Share of rows that equal the target in every token and in length."
-    predicted,target = _same_rows(predicted, target)
+    predicted, target = _same_rows(predicted, target)
     width = max(predicted.shape[1], target.shape[1])
     equal = (_to_width(predicted, width, ignore) == _to_width(target, width, ignore)).all(1)
     return equal if per_item else float(equal.mean())
@@ -139,72 +175,110 @@ def exact_lines(
 # %% ../../nbs/core/07_metrics.ipynb #cd0c1af8
 def _levenshtein(a, a_lengths, b, b_lengths):
     "Edits between the rows of `a` and `b`, `[N]`; one step of the loop is a row of all N tables."
-    n = len(a); place = np.arange(b.shape[1]+1)
-    d = np.broadcast_to(place, (n,len(place))).copy()
+    n = len(a)
+    place = np.arange(b.shape[1] + 1)
+    d = np.broadcast_to(place, (n, len(place))).copy()
     result = np.where(a_lengths == 0, b_lengths, 0)
     for i in range(a.shape[1]):
-        c = np.concatenate([d[:,:1]+1, np.minimum(d[:,1:]+1, d[:,:-1]+(a[:,i:i+1] != b))], 1)
-        d = np.minimum.accumulate(c-place, 1)+place
-        done = a_lengths == i+1
-        result[done] = d[done,b_lengths[done]]
+        c = np.concatenate(
+            [d[:, :1] + 1, np.minimum(d[:, 1:] + 1, d[:, :-1] + (a[:, i : i + 1] != b))], 1
+        )
+        d = np.minimum.accumulate(c - place, 1) + place
+        done = a_lengths == i + 1
+        result[done] = d[done, b_lengths[done]]
     return result
 
 # %% ../../nbs/core/07_metrics.ipynb #761bedce
 def edit_distances(
-    predicted, # Tokens, `[N,L]` of any L
-    target, # Tokens, `[N,L]`
-    ignore:int=0, # Padding token, dropped from the end of a row
-)->np.ndarray: # Normalised distance of each row, `[N]`, from 0 to 1
+    predicted,  # Tokens, `[N,L]` of any L
+    target,  # Tokens, `[N,L]`
+    ignore: int = 0,  # Padding token, dropped from the end of a row
+) -> np.ndarray:  # Normalised distance of each row, `[N]`, from 0 to 1
     "Edit distance of every row of token tables."
-    predicted,target = _same_rows(predicted, target)
-    lengths = [np.where(x != ignore, np.arange(1, x.shape[1]+1), 0).max(1, initial=0) for x in (predicted,target)]
-    return _levenshtein(predicted, lengths[0], target, lengths[1])/np.maximum(np.maximum(*lengths), 1)
+    predicted, target = _same_rows(predicted, target)
+    lengths = [
+        np.where(x != ignore, np.arange(1, x.shape[1] + 1), 0).max(1, initial=0)
+        for x in (predicted, target)
+    ]
+    return _levenshtein(predicted, lengths[0], target, lengths[1]) / np.maximum(
+        np.maximum(*lengths), 1
+    )
 
 # %% ../../nbs/core/07_metrics.ipynb #ef806810
 def edit_distance(
-    a, # Sequence of anything hashable: text, tokens, words
-    b, # Another
-)->float: # From 0, equal, to 1
+    a,  # Sequence of anything hashable: text, tokens, words
+    b,  # Another
+) -> float:  # From 0, equal, to 1
     "Edit distance of two sequences, over the longer length."
     numbers = {}
-    a,b = (np.array([[numbers.setdefault(v, len(numbers)+1) for v in x]], dtype=int) for x in (list(a),list(b)))
+    a, b = (
+        np.array([[numbers.setdefault(v, len(numbers) + 1) for v in x]], dtype=int)
+        for x in (list(a), list(b))
+    )
     return float(edit_distances(a, b)[0])
 
 # %% ../../nbs/core/07_metrics.ipynb #2c881afa
 def reliability_table(
-    confidence, # Probability of the predicted label, `[N]`, 0 to 1
-    correct, # Whether it was right, `[N]`
-    bins:int=15, # Bins of equal width
-)->pd.DataFrame: # A row a bin: `low`, `high`, `count`, mean `confidence` and `accuracy`, NaN where empty
+    confidence,  # Probability of the predicted label, `[N]`, 0 to 1
+    correct,  # Whether it was right, `[N]`
+    bins: int = 15,  # Bins of equal width
+) -> (
+    pd.DataFrame
+):  # A row a bin: `low`, `high`, `count`, mean `confidence` and `accuracy`, NaN where empty
     "Confidence against accuracy."
-    confidence,correct = check_finite('calibration', 'confidence', np.asarray(confidence, float)),np.asarray(correct, float)
-    if ((confidence < 0)|(confidence > 1)).any(): raise InputError('calibration', 'confidence', 'probabilities from 0 to 1', f'{confidence.min():.3g} to {confidence.max():.3g}')
-    if confidence.shape != correct.shape: raise InputError('calibration', 'correct', f'shape {confidence.shape}, as the confidences', str(correct.shape))
-    edges = np.linspace(0, 1, bins+1); place = np.digitize(confidence, edges[1:-1], right=True)
-    count = np.bincount(place, minlength=bins); share = np.where(count == 0, np.nan, count)
-    means = {k: np.bincount(place, v, bins)/share for k,v in dict(confidence=confidence, accuracy=correct).items()}
+    confidence, correct = (
+        check_finite("calibration", "confidence", np.asarray(confidence, float)),
+        np.asarray(correct, float),
+    )
+    if ((confidence < 0) | (confidence > 1)).any():
+        raise InputError(
+            "calibration",
+            "confidence",
+            "probabilities from 0 to 1",
+            f"{confidence.min():.3g} to {confidence.max():.3g}",
+        )
+    if confidence.shape != correct.shape:
+        raise InputError(
+            "calibration",
+            "correct",
+            f"shape {confidence.shape}, as the confidences",
+            str(correct.shape),
+        )
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.digitize(confidence, edges[1:-1], right=True)
+    count = np.bincount(place, minlength=bins)
+    share = np.where(count == 0, np.nan, count)
+    means = {
+        k: np.bincount(place, v, bins) / share
+        for k, v in dict(confidence=confidence, accuracy=correct).items()
+    }
     return pd.DataFrame(dict(low=edges[:-1], high=edges[1:], count=count, **means))
 
 # %% ../../nbs/core/07_metrics.ipynb #12df8dd6
 def expected_calibration_error(
-    confidence, # Probability of the predicted label, `[N]`, 0 to 1
-    correct, # Whether it was right, `[N]`
-    bins:int=15, # Bins of equal width
-)->float: # From 0, calibrated, to 1
+    confidence,  # Probability of the predicted label, `[N]`, 0 to 1
+    correct,  # Whether it was right, `[N]`
+    bins: int = 15,  # Bins of equal width
+) -> float:  # From 0, calibrated, to 1
     "Mean gap between confidence and accuracy."
     t = reliability_table(confidence, correct, bins).dropna()
-    return float(((t.confidence-t.accuracy).abs()*t['count']).sum()/max(t['count'].sum(), 1))
+    return float(((t.confidence - t.accuracy).abs() * t["count"]).sum() / max(t["count"].sum(), 1))
 
 # %% ../../nbs/core/07_metrics.ipynb #ec54b471
 def unique_tokens(
-    predicted, # Tokens of any shape
-    vocabulary_size:int, # Tokens that exist, numbered from 0
-    ignore=(), # Tokens that do not count: padding, start, end
-)->tuple: # Number of different tokens used, and their share of those that count
+    predicted,  # Tokens of any shape
+    vocabulary_size: int,  # Tokens that exist, numbered from 0
+    ignore=(),  # Tokens that do not count: padding, start, end
+) -> tuple:  # Number of different tokens used, and their share of those that count
     "How much of the vocabulary is in use."
     predicted = np.asarray(predicted)
     if predicted.size and (predicted.min() < 0 or predicted.max() >= vocabulary_size):
-        raise InputError('predicted', 'tokens', f'numbers from 0 to {vocabulary_size-1}', f'{predicted.min()} to {predicted.max()}')
+        raise InputError(
+            "predicted",
+            "tokens",
+            f"numbers from 0 to {vocabulary_size - 1}",
+            f"{predicted.min()} to {predicted.max()}",
+        )
     counts = np.setdiff1d(np.arange(vocabulary_size), np.asarray(ignore, dtype=int))
     used = np.isin(counts, predicted).sum()
-    return int(used),float(used/max(len(counts), 1))
+    return int(used), float(used / max(len(counts), 1))

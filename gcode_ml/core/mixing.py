@@ -9,34 +9,63 @@ __all__ = ['Mixing', 'MixUp', 'CutMix', 'evaluation_mode', 'AdversarialTraining'
 
 # %% ../../nbs/core/17_mixing.ipynb #10df93c1
 from contextlib import contextmanager
+
 import torch
-from torch import nn
 from fastai.callback.core import Callback
+from torch import nn
+
 from .augment import along_steps, input_tensor
 from .errors import InputError
 
 # %% ../../nbs/core/17_mixing.ipynb #5262535e
 class Mixing(Callback):
     "What MixUp and CutMix share: partners, the weight, and the mixture of two losses. A subclass says in `mix` what becomes of the inputs."
-    order,run_valid = -8,False
-    def __init__(self,
-        alpha:float=.4, # The weight is drawn from Beta(alpha, alpha): .4 gives mostly almost whole samples, 1 all mixtures alike
-        p:float=1., # Share of the samples that get a partner
-        key:str=None, # Name of the tensor to mix, where the inputs are a dictionary
-        target:str=None, # Name of the target to mix, where they are a dictionary; all by default
-        weight:float=None, # A fixed weight of the sample itself instead of a drawn one
-        time_axis:int=1, # Axis of the tensor that the mask belongs to; -1 for spectrograms
-    ): self.alpha,self.p,self.key,self.target,self.weight,self.time_axis = alpha,p,key,target,weight,time_axis
+
+    order, run_valid = -8, False
+
+    def __init__(
+        self,
+        alpha: float = 0.4,  # The weight is drawn from Beta(alpha, alpha): .4 gives mostly almost whole samples, 1 all mixtures alike
+        p: float = 1.0,  # Share of the samples that get a partner
+        key: str = None,  # Name of the tensor to mix, where the inputs are a dictionary
+        target: str = None,  # Name of the target to mix, where they are a dictionary; all by default
+        weight: float = None,  # A fixed weight of the sample itself instead of a drawn one
+        time_axis: int = 1,  # Axis of the tensor that the mask belongs to; -1 for spectrograms
+    ):
+        self.alpha, self.p, self.key, self.target, self.weight, self.time_axis = (
+            alpha,
+            p,
+            key,
+            target,
+            weight,
+            time_axis,
+        )
+
     def before_fit(self):
         others = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, Mixing)]
-        if len(others) > 1: raise InputError('callbacks', 'mixing', 'one of them', ' and '.join(others))
+        if len(others) > 1:
+            raise InputError("callbacks", "mixing", "one of them", " and ".join(others))
+
     def before_batch(self):
-        (inputs,mask),size = self.xb,len(self.xb[1])
-        self.own = float(torch.distributions.Beta(self.alpha, self.alpha).sample()) if self.weight is None else self.weight
-        here,other = torch.arange(size, device=mask.device),torch.randperm(size, device=mask.device)
-        there = mask[:,0] # an empty sample takes no part
-        self.partner = torch.where((torch.rand(size, device=mask.device) < self.p) & there & there[other], other, here)
-        if self.own < 1: self.learn.xb = self.mix(inputs, mask, input_tensor(inputs, self.key, type(self).__name__))
+        (inputs, mask), size = self.xb, len(self.xb[1])
+        self.own = (
+            float(torch.distributions.Beta(self.alpha, self.alpha).sample())
+            if self.weight is None
+            else self.weight
+        )
+        here, other = (
+            torch.arange(size, device=mask.device),
+            torch.randperm(size, device=mask.device),
+        )
+        there = mask[:, 0]  # an empty sample takes no part
+        self.partner = torch.where(
+            (torch.rand(size, device=mask.device) < self.p) & there & there[other], other, here
+        )
+        if self.own < 1:
+            self.learn.xb = self.mix(
+                inputs, mask, input_tensor(inputs, self.key, type(self).__name__)
+            )
+
     def after_loss(self):
         self.learn.loss_grad = self.mixed(self.pred, self.loss_grad)
         self.learn.loss = self.loss_grad.clone()
@@ -46,115 +75,164 @@ from fastcore.basics import patch
 
 # %% ../../nbs/core/17_mixing.ipynb #b4d0b7c8
 @patch
-def mixed(self:Mixing,
-    pred, # What the model said
-    loss, # Its loss with the samples' own targets
-): # The mixture with the loss of the partners' targets
+def mixed(
+    self: Mixing,
+    pred,  # What the model said
+    loss,  # Its loss with the samples' own targets
+):  # The mixture with the loss of the partners' targets
     "Mix the two losses; the first one alone if its weight is 1."
-    if self.own == 1: return loss
+    if self.own == 1:
+        return loss
     (target,) = self.yb
-    if not isinstance(target, dict): other = target[self.partner]
-    else: other = {k: v[self.partner] if self.target in (None,k) else v for k,v in target.items()}
-    return self.own*loss + (1-self.own)*self.loss_func(pred, other)
+    if not isinstance(target, dict):
+        other = target[self.partner]
+    else:
+        other = {k: v[self.partner] if self.target in (None, k) else v for k, v in target.items()}
+    return self.own * loss + (1 - self.own) * self.loss_func(pred, other)
 
 # %% ../../nbs/core/17_mixing.ipynb #4838d459
 def _parts(inputs):
     "What is present, of inputs that say so."
-    return inputs.get('present') if isinstance(inputs, dict) else None
+    return inputs.get("present") if isinstance(inputs, dict) else None
+
 
 def _together(inputs, key, x, present):
     "Inputs with another tensor, and with what is present in it."
-    if not isinstance(inputs, dict): return x
+    if not isinstance(inputs, dict):
+        return x
     return {**inputs, key: x, **({} if present is None else dict(present=present))}
 
 # %% ../../nbs/core/17_mixing.ipynb #6f2e0619
 class MixUp(Mixing):
     "Mix each sample with another one of its batch; masks are united."
+
     def mix(self, inputs, mask, x):
         "Inputs and mask of the mixtures."
-        present,union = _parts(inputs),mask | mask[self.partner]
+        present, union = _parts(inputs), mask | mask[self.partner]
         where = along_steps(mask, x, self.time_axis)
-        if present is not None: where = where & present; present = present | (where & present)[self.partner]
-        y = torch.where(where, x, 0.)
-        y = torch.where(along_steps(union, x, self.time_axis), self.own*y+(1-self.own)*y[self.partner], x)
+        if present is not None:
+            where = where & present
+            present = present | (where & present)[self.partner]
+        y = torch.where(where, x, 0.0)
+        y = torch.where(
+            along_steps(union, x, self.time_axis),
+            self.own * y + (1 - self.own) * y[self.partner],
+            x,
+        )
         return _together(inputs, self.key, y, present), union
 
 # %% ../../nbs/core/17_mixing.ipynb #2ec9b787
 def _paste(t, partner, start, width):
     "Sequences `[B,T,...]` of one length with `width` steps from `start` `[B,1]` on taken from their partners; only those steps are touched."
-    out = t.clone(memory_format=torch.contiguous_format); chosen = (partner != torch.arange(len(t), device=t.device)).nonzero()
-    at = (start[chosen[:,0]]+torch.arange(width, device=t.device)); rows = out.view(len(t)*t.shape[1], *t.shape[2:])
-    rows.index_copy_(0, (at+t.shape[1]*chosen).flatten(), t.reshape(rows.shape).index_select(0, (at+t.shape[1]*partner[chosen]).flatten()))
+    out = t.clone(memory_format=torch.contiguous_format)
+    chosen = (partner != torch.arange(len(t), device=t.device)).nonzero()
+    at = start[chosen[:, 0]] + torch.arange(width, device=t.device)
+    rows = out.view(len(t) * t.shape[1], *t.shape[2:])
+    rows.index_copy_(
+        0,
+        (at + t.shape[1] * chosen).flatten(),
+        t.reshape(rows.shape).index_select(0, (at + t.shape[1] * partner[chosen]).flatten()),
+    )
     return out
 
 # %% ../../nbs/core/17_mixing.ipynb #1b01cd8f
 class CutMix(Mixing):
     "Replace a stretch of each sample by that of another one of its batch."
-    def __init__(self,
-        alpha:float=1., # The weight is drawn from Beta(alpha, alpha)
-        p:float=.5, # Share of the samples that get a partner
-        key:str=None, # Name of the tensor to mix, where the inputs are a dictionary
-        target:str=None, # Name of the target to mix, where they are a dictionary; all by default
-        weight:float=None, # A fixed weight of the sample itself instead of a drawn one
-        time_axis:int=1, # Axis of the tensor that the mask belongs to; -1 for spectrograms
-    ): super().__init__(alpha, p, key, target, weight, time_axis)
+
+    def __init__(
+        self,
+        alpha: float = 1.0,  # The weight is drawn from Beta(alpha, alpha)
+        p: float = 0.5,  # Share of the samples that get a partner
+        key: str = None,  # Name of the tensor to mix, where the inputs are a dictionary
+        target: str = None,  # Name of the target to mix, where they are a dictionary; all by default
+        weight: float = None,  # A fixed weight of the sample itself instead of a drawn one
+        time_axis: int = 1,  # Axis of the tensor that the mask belongs to; -1 for spectrograms
+    ):
+        super().__init__(alpha, p, key, target, weight, time_axis)
+
     def mix(self, inputs, mask, x):
         "Inputs with stretches pasted in; the weight becomes what they are."
-        steps,length = torch.arange(mask.shape[1], device=mask.device)[None],mask.sum(1, keepdim=True).clamp_min(1)
-        width = (length*(1-self.own)).round()
-        start = (torch.rand(len(x), 1, device=mask.device)*(length-width+1)).floor()
+        steps, length = (
+            torch.arange(mask.shape[1], device=mask.device)[None],
+            mask.sum(1, keepdim=True).clamp_min(1),
+        )
+        width = (length * (1 - self.own)).round()
+        start = (torch.rand(len(x), 1, device=mask.device) * (length - width + 1)).floor()
+
         def pasted(t):
             t = t.transpose(1, self.time_axis)
-            if mask[:,-1].all(): return _paste(t, self.partner, start.long(), int(width[0])).transpose(1, self.time_axis)
-            hit = (steps >= start) & (steps < start+width) & mask
-            return torch.where(along_steps(hit, t), t[self.partner[:,None], steps % length[self.partner]], t).transpose(1, self.time_axis)
+            if mask[:, -1].all():
+                return _paste(t, self.partner, start.long(), int(width[0])).transpose(
+                    1, self.time_axis
+                )
+            hit = (steps >= start) & (steps < start + width) & mask
+            return torch.where(
+                along_steps(hit, t), t[self.partner[:, None], steps % length[self.partner]], t
+            ).transpose(1, self.time_axis)
+
         changed = self.partner != torch.arange(len(x), device=mask.device)
-        if changed.any(): self.own = float(1-(width/length)[changed].mean())
+        if changed.any():
+            self.own = float(1 - (width / length)[changed].mean())
         present = _parts(inputs)
-        return _together(inputs, self.key, pasted(x), None if present is None else pasted(present)), mask
+        return _together(
+            inputs, self.key, pasted(x), None if present is None else pasted(present)
+        ), mask
 
 # %% ../../nbs/core/17_mixing.ipynb #37858597
 @contextmanager
 def evaluation_mode(
-    model:nn.Module, # Any model
+    model: nn.Module,  # Any model
 ):
     "Evaluation mode for a while, but for recurrent layers; afterwards each module is as it was."
     modes = [(m, m.training) for m in model.modules()]
     try:
-        for m,training in modes: m.training = training and isinstance(m, nn.RNNBase)
+        for m, training in modes:
+            m.training = training and isinstance(m, nn.RNNBase)
         yield model
     finally:
-        for m,training in modes: m.training = training
+        for m, training in modes:
+            m.training = training
 
 # %% ../../nbs/core/17_mixing.ipynb #f3482df3
 class AdversarialTraining(Callback):
     "Replace some samples of each training batch by adversarial ones, by the fast gradient sign method."
-    order,run_valid = 11,False # after mixed precision has begun
-    def __init__(self,
-        epsilon:float=.01, # Size of the change, in units of the inputs
-        share:float=.5, # Share of the samples
-        key:str=None, # Name of the tensor to change, where the inputs are a dictionary
-        time_axis:int=1, # Axis of the tensor that the mask belongs to; -1 for spectrograms
-    ): self.epsilon,self.share,self.key,self.time_axis = epsilon,share,key,time_axis
+
+    order, run_valid = 11, False  # after mixed precision has begun
+
+    def __init__(
+        self,
+        epsilon: float = 0.01,  # Size of the change, in units of the inputs
+        share: float = 0.5,  # Share of the samples
+        key: str = None,  # Name of the tensor to change, where the inputs are a dictionary
+        time_axis: int = 1,  # Axis of the tensor that the mask belongs to; -1 for spectrograms
+    ):
+        self.epsilon, self.share, self.key, self.time_axis = epsilon, share, key, time_axis
+
     def before_batch(self):
-        inputs,mask = self.xb
-        present,x = _parts(inputs),input_tensor(inputs, self.key, 'AdversarialTraining').detach()
-        chosen = along_steps((torch.rand(len(x), 1, device=x.device) < self.share) & mask, x, self.time_axis)
-        if present is not None: chosen = chosen & present
-        moved = torch.where(chosen, x+self.epsilon*self.gradient(inputs, mask, x).sign(), x)
-        self.learn.xb = _together(inputs, self.key, moved, present),mask
+        inputs, mask = self.xb
+        present, x = _parts(inputs), input_tensor(inputs, self.key, "AdversarialTraining").detach()
+        chosen = along_steps(
+            (torch.rand(len(x), 1, device=x.device) < self.share) & mask, x, self.time_axis
+        )
+        if present is not None:
+            chosen = chosen & present
+        moved = torch.where(chosen, x + self.epsilon * self.gradient(inputs, mask, x).sign(), x)
+        self.learn.xb = _together(inputs, self.key, moved, present), mask
 
 # %% ../../nbs/core/17_mixing.ipynb #ed11f774
 @patch
-def gradient(self:AdversarialTraining,
-    inputs, # Inputs of the model
-    mask, # `True` where real, `[B,T]`
-    x, # The tensor among them to differentiate by
-): # `[B,T,C]`
+def gradient(
+    self: AdversarialTraining,
+    inputs,  # Inputs of the model
+    mask,  # `True` where real, `[B,T]`
+    x,  # The tensor among them to differentiate by
+):  # `[B,T,C]`
     "Gradient of the loss, mixed if the batch is, with respect to the inputs."
     x = x.clone().requires_grad_()
-    with evaluation_mode(self.model): pred = self.model(_together(inputs, self.key, x, _parts(inputs)), mask)
+    with evaluation_mode(self.model):
+        pred = self.model(_together(inputs, self.key, x, _parts(inputs)), mask)
     loss = self.loss_func(pred, *self.yb)
     for cb in self.learn.cbs:
-        if isinstance(cb, Mixing): loss = cb.mixed(pred, loss)
+        if isinstance(cb, Mixing):
+            loss = cb.mixed(pred, loss)
     return torch.autograd.grad(loss, x)[0]

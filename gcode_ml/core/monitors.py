@@ -10,11 +10,14 @@ __all__ = ['GradientMonitor', 'peak_memory', 'gpu_use', 'Timing', 'UniqueTokens'
 # %% ../../nbs/core/16_monitors.ipynb #f9a71c7b
 import sys
 from warnings import warn
-import numpy as np, torch
-from torch.nn.utils import get_total_norm
+
+import numpy as np
+import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
+from torch.nn.utils import get_total_norm
+
 from .callbacks import Stopwatch, in_fit
 from .errors import check_choice
 from .metrics import unique_tokens
@@ -22,23 +25,37 @@ from .metrics import unique_tokens
 # %% ../../nbs/core/16_monitors.ipynb #13141c70
 class GradientMonitor(Callback):
     "Global norm of the gradient before clipping, with a warning when it is large."
-    order,run_valid = GradientClip.order-.5,False
-    def __init__(self,
-        interval:int=100, # Steps from one measurement to the next
-        alert:float=10., # Warn above this norm, and when it is no number
-        bins:int=0, # Bins of a histogram of log10 |gradient| from -8 to 2 for each parameter; 0 for none
-    ): self.interval,self.alert,self.bins = interval,alert,bins
+
+    order, run_valid = GradientClip.order - 0.5, False
+
+    def __init__(
+        self,
+        interval: int = 100,  # Steps from one measurement to the next
+        alert: float = 10.0,  # Warn above this norm, and when it is no number
+        bins: int = 0,  # Bins of a histogram of log10 |gradient| from -8 to 2 for each parameter; 0 for none
+    ):
+        self.interval, self.alert, self.bins = interval, alert, bins
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.steps_done,self.steps,self.norms,self.histograms = 0,[],[],[]
+        if self.run:
+            self.steps_done, self.steps, self.norms, self.histograms = 0, [], [], []
+
     def before_step(self):
         self.steps_done += 1
-        if (self.steps_done-1) % self.interval: return
+        if (self.steps_done - 1) % self.interval:
+            return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm(gradients).item()
-        self.steps.append(self.steps_done-1); self.norms.append(norm)
-        if self.bins: self.histograms.append(_histograms(gradients, self.bins))
-        if not norm <= self.alert: warn(f'the norm of the gradient is {norm:.3g} in epoch {self.epoch}, batch {self.iter}, above {self.alert:g}: clip it or lower the learning rate')
+        self.steps.append(self.steps_done - 1)
+        self.norms.append(norm)
+        if self.bins:
+            self.histograms.append(_histograms(gradients, self.bins))
+        if not norm <= self.alert:
+            warn(
+                f"the norm of the gradient is {norm:.3g} in epoch {self.epoch}, batch {self.iter}, above {self.alert:g}: clip it or lower the learning rate",
+                stacklevel=2,
+            )
 
 # %% ../../nbs/core/16_monitors.ipynb #ceeb33dc
 def _histograms(gradients, bins):
@@ -47,63 +64,121 @@ def _histograms(gradients, bins):
     return np.stack([torch.histc(l, bins, -8, 2).int().cpu().numpy() for l in logs])
 
 # %% ../../nbs/core/16_monitors.ipynb #8b8e3ceb
-def peak_memory()->float: # MB; `None` where the system does not tell
+def peak_memory() -> float:  # MB; `None` where the system does not tell
     "Largest resident size of this process so far."
-    try: import resource
-    except ImportError: return None # Windows
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10), 1)
+    try:
+        import resource
+    except ImportError:
+        return None  # Windows
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (2**20 if sys.platform == "darwin" else 2**10),
+        1,
+    )
 
 # %% ../../nbs/core/16_monitors.ipynb #49360ae1
-def gpu_use()->dict: # Peaks `gpu_memory_allocated` and `gpu_memory_reserved` in MB, `gpu_utilization` in percent; `None` where unknown
+def gpu_use() -> (
+    dict
+):  # Peaks `gpu_memory_allocated` and `gpu_memory_reserved` in MB, `gpu_utilization` in percent; `None` where unknown
     "What the GPU is doing; utilisation needs the package `nvidia-ml-py`."
-    names = 'gpu_memory_allocated','gpu_memory_reserved','gpu_utilization'
-    if not torch.cuda.is_available(): return dict.fromkeys(names)
-    try: busy = torch.cuda.utilization()
-    except (ImportError,RuntimeError): busy = None
-    return dict(zip(names, (round(torch.cuda.max_memory_allocated()/2**20, 1), round(torch.cuda.max_memory_reserved()/2**20, 1), busy)))
+    names = "gpu_memory_allocated", "gpu_memory_reserved", "gpu_utilization"
+    if not torch.cuda.is_available():
+        return dict.fromkeys(names)
+    try:
+        busy = torch.cuda.utilization()
+    except (ImportError, RuntimeError):
+        busy = None
+    return dict(
+        zip(
+            names,
+            (
+                round(torch.cuda.max_memory_allocated() / 2**20, 1),
+                round(torch.cuda.max_memory_reserved() / 2**20, 1),
+                busy,
+            ),
+        )
+    )
 
 # %% ../../nbs/core/16_monitors.ipynb #993b84b9
 class Timing(Callback):
     "Seconds of each epoch, percentiles of its training batches, memory and GPU use; columns of the history."
+
     order = 52
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.epoch_rows = []
-    def before_epoch(self): self.elapsed,self.batch_seconds,self.watch = 0.,[],Stopwatch()
+        if self.run:
+            self.epoch_rows = []
+
+    def before_epoch(self):
+        self.elapsed, self.batch_seconds, self.watch = 0.0, [], Stopwatch()
+
     def after_batch(self):
-        lap = self.watch.lap(); self.elapsed += lap
-        if self.training: self.batch_seconds.append(lap)
+        lap = self.watch.lap()
+        self.elapsed += lap
+        if self.training:
+            self.batch_seconds.append(lap)
+
     def after_epoch(self):
-        share = np.percentile(self.batch_seconds or [np.nan], (50,95,99)).tolist()
-        self.epoch_rows.append(dict(epoch_seconds=self.elapsed+self.watch.lap(), **dict(zip(('batch_p50','batch_p95','batch_p99'), share)), peak_memory=peak_memory(), **gpu_use()))
+        share = np.percentile(self.batch_seconds or [np.nan], (50, 95, 99)).tolist()
+        self.epoch_rows.append(
+            dict(
+                epoch_seconds=self.elapsed + self.watch.lap(),
+                **dict(zip(("batch_p50", "batch_p95", "batch_p99"), share)),
+                peak_memory=peak_memory(),
+                **gpu_use(),
+            )
+        )
 
 # %% ../../nbs/core/16_monitors.ipynb #45993484
 class UniqueTokens(Callback):
     "How much of the vocabulary the model uses on the validation set; columns of the history."
-    order,run_train = 52,False
-    def __init__(self,
-        vocabulary_size:int, # Tokens that exist, numbered from 0
-        predict='', # Key of the logits in the output, or a function of the learner that returns tokens; the output is logits where empty
-        target:float=100/170, # Warn below this share
-        ignore=(), # Tokens that do not count: padding, start, end
-    ): self.vocabulary_size,self.predict_,self.target,self.ignore = vocabulary_size,predict,target,list(ignore)
+
+    order, run_train = 52, False
+
+    def __init__(
+        self,
+        vocabulary_size: int,  # Tokens that exist, numbered from 0
+        predict="",  # Key of the logits in the output, or a function of the learner that returns tokens; the output is logits where empty
+        target: float = 100 / 170,  # Warn below this share
+        ignore=(),  # Tokens that do not count: padding, start, end
+    ):
+        self.vocabulary_size, self.predict_, self.target, self.ignore = (
+            vocabulary_size,
+            predict,
+            target,
+            list(ignore),
+        )
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.epoch_rows = []
-    def before_epoch(self): self.used = np.zeros(0, int)
-    def after_batch(self): self.used = np.union1d(self.used, self.tokens())
+        if self.run:
+            self.epoch_rows = []
+
+    def before_epoch(self):
+        self.used = np.zeros(0, int)
+
+    def after_batch(self):
+        self.used = np.union1d(self.used, self.tokens())
+
     def after_epoch(self):
-        used,share = unique_tokens(self.used, self.vocabulary_size, self.ignore)
-        of = self.vocabulary_size-len({*self.ignore} & {*range(self.vocabulary_size)})
+        used, share = unique_tokens(self.used, self.vocabulary_size, self.ignore)
+        of = self.vocabulary_size - len({*self.ignore} & {*range(self.vocabulary_size)})
         self.epoch_rows.append(dict(unique_tokens=used, unique_of=of, unique_share=share))
-        if share < self.target: warn(f'{used} of {of} tokens are predicted in epoch {self.epoch}, below {self.target:.0%}: the model says always the same')
+        if share < self.target:
+            warn(
+                f"{used} of {of} tokens are predicted in epoch {self.epoch}, below {self.target:.0%}: the model says always the same",
+                stacklevel=2,
+            )
 
 # %% ../../nbs/core/16_monitors.ipynb #59865f8a
 @patch
-def tokens(self:UniqueTokens)->np.ndarray: # Integers of any shape
+def tokens(self: UniqueTokens) -> np.ndarray:  # Integers of any shape
     "Tokens that the model predicts for this batch."
-    if callable(self.predict_): found = self.predict_(self.learn)
+    if callable(self.predict_):
+        found = self.predict_(self.learn)
     else:
-        if self.predict_: check_choice('UniqueTokens', 'predict', self.predict_, list(self.pred))
+        if self.predict_:
+            check_choice("UniqueTokens", "predict", self.predict_, list(self.pred))
         found = (self.pred[self.predict_] if self.predict_ else self.pred).argmax(-1)
     return torch.as_tensor(found).cpu().numpy()

@@ -8,101 +8,159 @@ Docs: https://example.org/gcode_ml/core/options.html.md"""
 __all__ = ['Parameter', 'described', 'check_value', 'check_parameters', 'flow_mapping']
 
 # %% ../../nbs/core/01_options.ipynb #c806b00a
-import ast, re
+import ast
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+
 import yaml
+
 from .errors import InputError
 
 # %% ../../nbs/core/01_options.ipynb #d75a8bcc
 @dataclass
 class Parameter:
     "A name, a default whose type is the parameter's type, and what is allowed."
-    name:str # Its name
-    default:object # Its default value
-    help:str = '' # What it means
-    choices:tuple = () # What it may be, if that is a list
-    low:float = None # Smallest value, if there is one
-    high:float = None # Largest value
+
+    name: str  # Its name
+    default: object  # Its default value
+    help: str = ""  # What it means
+    choices: tuple = ()  # What it may be, if that is a list
+    low: float = None  # Smallest value, if there is one
+    high: float = None  # Largest value
+
     @property
-    def type(self): return type(self.default)
+    def type(self):
+        return type(self.default)
+
     @property
     def limits(self):
         "Choices or range as text."
-        if self.choices: return f"{{{', '.join(self.choices)}}}"
-        return '' if self.low is None else f"[{self.low:g}..{'' if self.high is None else f'{self.high:g}'}]"
+        if self.choices:
+            return f"{{{', '.join(self.choices)}}}"
+        return (
+            ""
+            if self.low is None
+            else f"[{self.low:g}..{'' if self.high is None else f'{self.high:g}'}]"
+        )
 
 # %% ../../nbs/core/01_options.ipynb #48615d36
 def described(
-    name:str, # Name
-    default, # Default value
-    comment:str, # What it means, then `{one, two}` or `[least..most]`; the most may be left out
-)->Parameter: # The parameter
+    name: str,  # Name
+    default,  # Default value
+    comment: str,  # What it means, then `{one, two}` or `[least..most]`; the most may be left out
+) -> Parameter:  # The parameter
     "A parameter from a comment."
-    choices,between = re.search(r'\{([^{}]+)\}$', comment), re.search(r'\[(\S+)\.\.(\S*)\]$', comment)
-    return Parameter(name, default, re.sub(r'\s*(\{[^{}]+\}|\[\S+\.\.\S*\])$', '', comment),
-        tuple(c.strip() for c in choices[1].split(',')) if choices else (),
-        float(between[1]) if between else None, float(between[2]) if between and between[2] else None)
+    choices, between = (
+        re.search(r"\{([^{}]+)\}$", comment),
+        re.search(r"\[(\S+)\.\.(\S*)\]$", comment),
+    )
+    return Parameter(
+        name,
+        default,
+        re.sub(r"\s*(\{[^{}]+\}|\[\S+\.\.\S*\])$", "", comment),
+        tuple(c.strip() for c in choices[1].split(",")) if choices else (),
+        float(between[1]) if between else None,
+        float(between[2]) if between and between[2] else None,
+    )
 
 # %% ../../nbs/core/01_options.ipynb #ab9642be
-_bools = {'true': True, 'yes': True, 'on': True, 'false': False, 'no': False, 'off': False}
+_bools = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
 
 def _typed(p, value):
     "`value`, possibly text from the command line, as the parameter's type; `ValueError` if it is not one."
-    if isinstance(value, str) and p.type is not str: value = _bools[value.lower()] if p.type is bool and value.lower() in _bools else ast.literal_eval(value)
-    if p.type is float and type(value) is int: value = float(value)
-    if p.default is not None and type(value) is not p.type: raise ValueError(type(value).__name__)
+    if isinstance(value, str) and p.type is not str:
+        value = (
+            _bools[value.lower()]
+            if p.type is bool and value.lower() in _bools
+            else ast.literal_eval(value)
+        )
+    if p.type is float and type(value) is int:
+        value = float(value)
+    if p.default is not None and type(value) is not p.type:
+        raise ValueError(type(value).__name__)
     return value
 
 # %% ../../nbs/core/01_options.ipynb #ac2d8d59
 def check_value(
-    p:Parameter, # The parameter
-    value, # A value, or its text
-    where:str='parameter', # For the message
-): # The value in the parameter's type
+    p: Parameter,  # The parameter
+    value,  # A value, or its text
+    where: str = "parameter",  # For the message
+):  # The value in the parameter's type
     "Check type, choice and range of one value."
-    try: typed = _typed(p, value)
-    except (ValueError,SyntaxError,TypeError): raise InputError(where, p.name, f'{p.type.__name__} such as {p.default!r}', repr(value)) from None
-    if p.choices and str(typed) not in p.choices: raise InputError(where, p.name, f"one of {', '.join(p.choices)}", repr(typed))
-    fits = (p.low is None or typed >= p.low) and (p.high is None or typed <= p.high) # NaN fits nowhere
-    if not fits: raise InputError(where, p.name, f"{p.low:g} to {p.high:g}" if p.high is not None else f'at least {p.low:g}', repr(typed))
+    try:
+        typed = _typed(p, value)
+    except (ValueError, SyntaxError, TypeError):
+        raise InputError(
+            where, p.name, f"{p.type.__name__} such as {p.default!r}", repr(value)
+        ) from None
+    if p.choices and str(typed) not in p.choices:
+        raise InputError(where, p.name, f"one of {', '.join(p.choices)}", repr(typed))
+    fits = (p.low is None or typed >= p.low) and (
+        p.high is None or typed <= p.high
+    )  # NaN fits nowhere
+    if not fits:
+        raise InputError(
+            where,
+            p.name,
+            f"{p.low:g} to {p.high:g}" if p.high is not None else f"at least {p.low:g}",
+            repr(typed),
+        )
     return typed
 
 # %% ../../nbs/core/01_options.ipynb #91068045
 def _unknown(where, name, names, of):
     "The sentence about a name that does not exist; of many names it tells the first, and those that are spelled alike."
-    more = f' and {len(names)-12} more' if len(names) > 12 else ''
-    alike = ' or '.join(get_close_matches(name, names, 3))
-    return InputError(where, name, f"one of {', '.join(names[:12])}{more}", f'a name that this {of} does not have', f'perhaps {alike}' if alike else '')
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    alike = " or ".join(get_close_matches(name, names, 3))
+    return InputError(
+        where,
+        name,
+        f"one of {', '.join(names[:12])}{more}",
+        f"a name that this {of} does not have",
+        f"perhaps {alike}" if alike else "",
+    )
 
 # %% ../../nbs/core/01_options.ipynb #ea14e902
 def check_parameters(
-    parameters:dict, # Name -> `Parameter`
-    values:dict, # Name -> value
-    where:str='parameter', # For the message
-    of:str='experiment', # Whose parameters they are, for the message
-)->dict: # Every parameter with its value
+    parameters: dict,  # Name -> `Parameter`
+    values: dict,  # Name -> value
+    where: str = "parameter",  # For the message
+    of: str = "experiment",  # Whose parameters they are, for the message
+) -> dict:  # Every parameter with its value
     "Check all values; the rest take their defaults."
     for name in values:
-        if name not in parameters: raise _unknown(where, name, list(parameters), of)
-    return {k: check_value(p, values[k], where) if k in values else p.default for k,p in parameters.items()}
+        if name not in parameters:
+            raise _unknown(where, name, list(parameters), of)
+    return {
+        k: check_value(p, values[k], where) if k in values else p.default
+        for k, p in parameters.items()
+    }
 
 # %% ../../nbs/core/01_options.ipynb #531037e2
 def _numbers(value):
     "`value` with words that are numbers turned into them."
-    if isinstance(value, dict): return {k: _numbers(v) for k,v in value.items()}
-    if isinstance(value, list): return [_numbers(v) for v in value]
-    try: return float(value) if isinstance(value, str) and value[:1] in '+-.0123456789' else value
-    except ValueError: return value
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    try:
+        return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
+    except ValueError:
+        return value
 
 # %% ../../nbs/core/01_options.ipynb #2d0e08e8
 def flow_mapping(
-    text:str, # For instance `{noise: {std: 0.02}, time_warp: {}}`; the braces may be left out
-    name:str, # Name of the parameter, for the message
-    where:str='parameter', # For the message
-)->dict: # Names and values; empty for an empty text
+    text: str,  # For instance `{noise: {std: 0.02}, time_warp: {}}`; the braces may be left out
+    name: str,  # Name of the parameter, for the message
+    where: str = "parameter",  # For the message
+) -> dict:  # Names and values; empty for an empty text
     "Read a mapping from one line of text."
-    try: found = yaml.safe_load(text if text.strip()[:1] == '{' else f'{{{text}}}')
-    except yaml.YAMLError: found = None
-    if not isinstance(found, dict): raise InputError(where, name, 'a mapping such as {first: 1, second: {size: 2}}', repr(text))
+    try:
+        found = yaml.safe_load(text if text.strip()[:1] == "{" else f"{{{text}}}")
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(where, name, "a mapping such as {first: 1, second: {size: 2}}", repr(text))
     return _numbers(found)

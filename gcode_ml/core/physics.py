@@ -8,65 +8,98 @@ Docs: https://example.org/gcode_ml/core/physics.html.md"""
 __all__ = ['ramp', 'PhysicsLoss']
 
 # %% ../../nbs/core/22_physics.ipynb #01afb2cd
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+
 from .errors import InputError
 from .losses import PhysicsInformed
 
 # %% ../../nbs/core/22_physics.ipynb #f27893b1
 def ramp(
-    epochs:float, # Epochs done, a fraction within one
-    delay:float=0., # Epochs without effect
-    rise:float=0., # Epochs from there to full effect; 0 is at once
-)->float: # From 0 to 1
+    epochs: float,  # Epochs done, a fraction within one
+    delay: float = 0.0,  # Epochs without effect
+    rise: float = 0.0,  # Epochs from there to full effect; 0 is at once
+) -> float:  # From 0 to 1
     "Nothing, a line up, then all."
-    if epochs < delay: return 0.
-    return min(1., (epochs-delay)/rise) if rise else 1.
+    if epochs < delay:
+        return 0.0
+    return min(1.0, (epochs - delay) / rise) if rise else 1.0
 
 # %% ../../nbs/core/22_physics.ipynb #2435f827
 class PhysicsLoss(Callback):
     "Add the violation of a law to the training loss."
-    order,run_valid = -6,False # behind mixtures and teachers, before the loss is checked
-    def __init__(self,
-        residual, # `residual(prediction, target, inputs, mask) -> tensor`, zero where the law holds
-        weight:float=.1, # Weight of the law beside the data
-        delay:float=0., # Epochs without the law
-        rise:float=0., # Epochs from there to the full weight
-        square:bool=True, # False: the residual is a penalty already
+
+    order, run_valid = -6, False  # behind mixtures and teachers, before the loss is checked
+
+    def __init__(
+        self,
+        residual,  # `residual(prediction, target, inputs, mask) -> tensor`, zero where the law holds
+        weight: float = 0.1,  # Weight of the law beside the data
+        delay: float = 0.0,  # Epochs without the law
+        rise: float = 0.0,  # Epochs from there to the full weight
+        square: bool = True,  # False: the residual is a penalty already
     ):
-        for name,value in dict(weight=weight, delay=delay, rise=rise).items():
-            if not 0 <= value < np.inf: raise InputError('PhysicsLoss', name, 'a number of at least 0', repr(value))
-        self.weight,self.delay,self.rise = weight,delay,rise
-        self.law = PhysicsInformed(lambda prediction, batch: residual(prediction, *batch), data_weight=0., physics_weight=1., square=square)
+        for name, value in dict(weight=weight, delay=delay, rise=rise).items():
+            if not 0 <= value < np.inf:
+                raise InputError("PhysicsLoss", name, "a number of at least 0", repr(value))
+        self.weight, self.delay, self.rise = weight, delay, rise
+        self.law = PhysicsInformed(
+            lambda prediction, batch: residual(prediction, *batch),
+            data_weight=0.0,
+            physics_weight=1.0,
+            square=square,
+        )
+
     def before_fit(self):
-        if self.learn.fitting: self.epoch_rows = []
-    def before_train(self): self.sums = torch.zeros(4)
+        if self.learn.fitting:
+            self.epoch_rows = []
+
+    def before_train(self):
+        self.sums = torch.zeros(4)
 
 # %% ../../nbs/core/22_physics.ipynb #118098be
 @patch
-def penalty(self:PhysicsLoss)->torch.Tensor: # Mean over items and real steps
+def penalty(self: PhysicsLoss) -> torch.Tensor:  # Mean over items and real steps
     "How much the prediction for this batch violates the law."
     mask = self.xb[1]
     found = self.law.penalty(self.pred, (*self.yb, *self.xb))
-    if found.shape[:2] != mask.shape: return found.mean()
+    if found.shape[:2] != mask.shape:
+        return found.mean()
     found = found.flatten(2).mean(2) if found.dim() > 2 else found
-    return torch.where(mask, found, 0.).sum()/mask.sum().clamp_min(1)
+    return torch.where(mask, found, 0.0).sum() / mask.sum().clamp_min(1)
 
 # %% ../../nbs/core/22_physics.ipynb #ca5fb504
 @patch
-def after_loss(self:PhysicsLoss):
+def after_loss(self: PhysicsLoss):
     "Add the penalty with the weight of the moment; without weight it is not computed."
-    weight = self.weight*ramp(self.epoch+self.iter/self.n_iter, self.delay, self.rise)
-    if not weight: return
+    weight = self.weight * ramp(self.epoch + self.iter / self.n_iter, self.delay, self.rise)
+    if not weight:
+        return
     penalty = self.penalty()
-    self.learn.loss_grad = self.loss_grad + weight*penalty
+    self.learn.loss_grad = self.loss_grad + weight * penalty
     self.learn.loss = self.loss_grad.clone()
-    self.sums = self.sums + torch.stack([torch.ones(()), penalty.detach().float().cpu(), torch.tensor(weight), (weight*penalty/self.loss).detach().float().cpu()])
+    self.sums = self.sums + torch.stack(
+        [
+            torch.ones(()),
+            penalty.detach().float().cpu(),
+            torch.tensor(weight),
+            (weight * penalty / self.loss).detach().float().cpu(),
+        ]
+    )
+
 
 @patch
-def after_epoch(self:PhysicsLoss):
+def after_epoch(self: PhysicsLoss):
     "One row of the history."
-    if not self.learn.fitting: return
-    count,*sums = self.sums.tolist()
-    self.epoch_rows.append({f'physics_{name}': total/count if count else (np.nan if name == 'loss' else 0.) for name,total in zip(('loss','weight','share'), sums)})
+    if not self.learn.fitting:
+        return
+    count, *sums = self.sums.tolist()
+    self.epoch_rows.append(
+        {
+            f"physics_{name}": total / count if count else (np.nan if name == "loss" else 0.0)
+            for name, total in zip(("loss", "weight", "share"), sums)
+        }
+    )

@@ -8,160 +8,298 @@ Docs: https://example.org/gcode_ml/core/plots.html.md"""
 __all__ = ['plot_history', 'plot_confusion', 'plot_scores', 'plot_reliability', 'plot_lengths']
 
 # %% ../../nbs/core/09_plots.ipynb #02962468
-import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import confusion_matrix
+
 from .baselines import BASELINES
 from .errors import InputError, check_choice
 from .metrics import expected_calibration_error, reliability_table
 
 # %% ../../nbs/core/09_plots.ipynb #05b3280f
-_blue,_orange = sns.color_palette('colorblind')[0],sns.color_palette('colorblind')[1]
+_blue, _orange = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[1]
 
 # %% ../../nbs/core/09_plots.ipynb #e3165ce8
 def _axes(ax, height):
     "`ax`, or new axes six inches wide."
-    return plt.subplots(figsize=(6,height), dpi=100, layout='constrained')[1] if ax is None else ax
+    return plt.subplots(figsize=(6, height), dpi=100, layout="constrained")[1] if ax is None else ax
 
 # %% ../../nbs/core/09_plots.ipynb #144c89e1
 def _check_columns(table, needed, what):
     "Raise when `table` lacks rows or a column."
     for c in needed:
-        if c not in table: raise InputError(what, f'column {c}', f"the columns {', '.join(needed)}", ', '.join(map(str, table.columns)) or 'none')
-    if len(table) == 0: raise InputError(what, 'rows', 'at least one', '0')
+        if c not in table:
+            raise InputError(
+                what,
+                f"column {c}",
+                f"the columns {', '.join(needed)}",
+                ", ".join(map(str, table.columns)) or "none",
+            )
+    if len(table) == 0:
+        raise InputError(what, "rows", "at least one", "0")
 
 # %% ../../nbs/core/09_plots.ipynb #544d2082
 def _epochs(history, ax):
     "Epochs counted through all fits, with a line where the next fit begins."
-    if 'fit' not in history or history.fit.nunique() == 1: return history.epoch.to_numpy()
+    if "fit" not in history or history.fit.nunique() == 1:
+        return history.epoch.to_numpy()
     starts = np.flatnonzero(history.fit.ne(history.fit.shift()))
-    for i in starts[1:]: ax.axvline(i-.5, color='.8', lw=1, zorder=0)
+    for i in starts[1:]:
+        ax.axvline(i - 0.5, color=".8", lw=1, zorder=0)
     return np.arange(len(history))
 
 # %% ../../nbs/core/09_plots.ipynb #6dc67b54
 def _mark_best(ax, epoch, y, best, name):
     "A dot at the best epoch, told in the legend."
-    if not np.isfinite(y).any(): return
-    i = np.nanargmin(y) if best == 'min' else np.nanargmax(y)
-    ax.plot(epoch[i], y[i], 'o', color=_orange if name == 'training' else _blue, label=f'best {name}: {y[i]:.3g}, epoch {epoch[i]:g}')
+    if not np.isfinite(y).any():
+        return
+    i = np.nanargmin(y) if best == "min" else np.nanargmax(y)
+    ax.plot(
+        epoch[i],
+        y[i],
+        "o",
+        color=_orange if name == "training" else _blue,
+        label=f"best {name}: {y[i]:.3g}, epoch {epoch[i]:g}",
+    )
 
 # %% ../../nbs/core/09_plots.ipynb #0d7a7152
 def plot_history(
-    history:pd.DataFrame, # A row an epoch: `epoch`, `train_loss`, `valid_loss`, other metrics; `fit` where fits follow each other
-    quantity:str='loss', # Draw `train_<quantity>` and `valid_<quantity>`, or the column `<quantity>` itself
-    best:str='min', # Whether the `min` or the `max` of it is best
-    ax=None, # Axes to draw into
-): # The axes
+    history: pd.DataFrame,  # A row an epoch: `epoch`, `train_loss`, `valid_loss`, other metrics; `fit` where fits follow each other
+    quantity: str = "loss",  # Draw `train_<quantity>` and `valid_<quantity>`, or the column `<quantity>` itself
+    best: str = "min",  # Whether the `min` or the `max` of it is best
+    ax=None,  # Axes to draw into
+):  # The axes
     "One quantity over the epochs."
-    check_choice('plot_history', 'best', best, ('min','max'))
-    names = {f'train_{quantity}': 'training', f'valid_{quantity}': 'validation', quantity: 'validation'}
-    found = {c: v for c,v in names.items() if c in history}
-    _check_columns(history, ['epoch', *(found or [f'valid_{quantity}'])], 'history')
-    ax = _axes(ax, 2.8); epoch = _epochs(history, ax)
-    for c,v in found.items():
-        train = v == 'training'
-        ax.plot(epoch, history[c], color=_orange if train else _blue, ls='--' if train else '-', label=v)
+    check_choice("plot_history", "best", best, ("min", "max"))
+    names = {
+        f"train_{quantity}": "training",
+        f"valid_{quantity}": "validation",
+        quantity: "validation",
+    }
+    found = {c: v for c, v in names.items() if c in history}
+    _check_columns(history, ["epoch", *(found or [f"valid_{quantity}"])], "history")
+    ax = _axes(ax, 2.8)
+    epoch = _epochs(history, ax)
+    for c, v in found.items():
+        train = v == "training"
+        ax.plot(
+            epoch, history[c], color=_orange if train else _blue, ls="--" if train else "-", label=v
+        )
     _mark_best(ax, epoch, history[c].to_numpy(float), best, v)
-    ax.set(xlabel='epoch', ylabel=quantity.replace('_', ' '), title=f"{quantity.replace('_', ' ')} over the fit")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.legend(frameon=False); sns.despine(ax=ax)
+    ax.set(
+        xlabel="epoch",
+        ylabel=quantity.replace("_", " "),
+        title=f"{quantity.replace('_', ' ')} over the fit",
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/core/09_plots.ipynb #921eeb09
 def plot_confusion(
-    target, # True labels, `[N]`
-    predicted, # Predicted labels, `[N]`
-    labels=None, # Labels in the order of the rows; all that occur, sorted, by default
-    ax=None, # Axes to draw into
-): # The axes
+    target,  # True labels, `[N]`
+    predicted,  # Predicted labels, `[N]`
+    labels=None,  # Labels in the order of the rows; all that occur, sorted, by default
+    ax=None,  # Axes to draw into
+):  # The axes
     "Row-normalised confusion matrix, in percent."
-    target,predicted = np.asarray(target),np.asarray(predicted)
-    labels = np.unique(np.concatenate([target,predicted])) if labels is None else np.asarray(labels)
+    target, predicted = np.asarray(target), np.asarray(predicted)
+    labels = (
+        np.unique(np.concatenate([target, predicted])) if labels is None else np.asarray(labels)
+    )
     counts = confusion_matrix(target, predicted, labels=labels)
-    share = 100*counts/counts.sum(1, keepdims=True).clip(1); n = len(labels)
-    ax = _axes(ax, 5 if n <= 12 else 5.6); size = np.interp(n, [4,12,25], [10,8,6.5])
-    written = np.where(share >= (.5 if n <= 12 else 10), np.vectorize('{:.0f}'.format)(share), '')
-    sns.heatmap(share, annot=written, fmt='', cmap='Blues', vmin=0, vmax=100, square=True, linewidths=.4, linecolor='.93', ax=ax,
-        annot_kws=dict(size=size), cbar_kws=dict(label='share of the true class', shrink=.7, pad=.02, aspect=30, format=PercentFormatter(decimals=0)), xticklabels=labels, yticklabels=labels)
+    share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    n = len(labels)
+    ax = _axes(ax, 5 if n <= 12 else 5.6)
+    size = np.interp(n, [4, 12, 25], [10, 8, 6.5])
+    written = np.where(share >= (0.5 if n <= 12 else 10), np.vectorize("{:.0f}".format)(share), "")
+    sns.heatmap(
+        share,
+        annot=written,
+        fmt="",
+        cmap="Blues",
+        vmin=0,
+        vmax=100,
+        square=True,
+        linewidths=0.4,
+        linecolor=".93",
+        ax=ax,
+        annot_kws=dict(size=size),
+        cbar_kws=dict(
+            label="share of the true class",
+            shrink=0.7,
+            pad=0.02,
+            aspect=30,
+            format=PercentFormatter(decimals=0),
+        ),
+        xticklabels=labels,
+        yticklabels=labels,
+    )
     long = max(len(str(l)) for l in labels) > 2
-    ax.tick_params(labelsize=size+.5, length=0); ax.tick_params(axis='x', rotation=90 if long else 0); ax.tick_params(axis='y', rotation=0)
-    ax.set(xlabel='predicted', ylabel='true', title=f'confusion of {n} classes, {counts.sum()} items')
+    ax.tick_params(labelsize=size + 0.5, length=0)
+    ax.tick_params(axis="x", rotation=90 if long else 0)
+    ax.tick_params(axis="y", rotation=0)
+    ax.set(
+        xlabel="predicted", ylabel="true", title=f"confusion of {n} classes, {counts.sum()} items"
+    )
     return ax
 
 # %% ../../nbs/core/09_plots.ipynb #fedc718e
 def _split_style(k, n):
     "Colour and fill of split `k` of `n`."
-    colour = sns.color_palette('colorblind')[k%10]
-    return dict(color=colour, markerfacecolor=colour if k == 0 else 'white', markeredgecolor=colour, markeredgewidth=1.5)
+    colour = sns.color_palette("colorblind")[k % 10]
+    return dict(
+        color=colour,
+        markerfacecolor=colour if k == 0 else "white",
+        markeredgecolor=colour,
+        markeredgewidth=1.5,
+    )
 
 # %% ../../nbs/core/09_plots.ipynb #fcb82b9e
 def _dot(ax, row, y, k, n, model):
     "One value and its interval, moved a little up or down by its split."
-    y = y+(k-(n-1)/2)*min(.3, .7/n); style = _split_style(k, n)
-    if np.isfinite([row.low,row.high]).all(): ax.plot([row.low,row.high], [y,y], color=style['color'], lw=1.8, solid_capstyle='round')
-    ax.plot(row.value, y, marker='D' if model else 'o', ms=7 if model else 6, ls='', **style)
+    y = y + (k - (n - 1) / 2) * min(0.3, 0.7 / n)
+    style = _split_style(k, n)
+    if np.isfinite([row.low, row.high]).all():
+        ax.plot([row.low, row.high], [y, y], color=style["color"], lw=1.8, solid_capstyle="round")
+    ax.plot(row.value, y, marker="D" if model else "o", ms=7 if model else 6, ls="", **style)
 
 # %% ../../nbs/core/09_plots.ipynb #b4ba019f
 def _scores_legend(ax, splits, own):
     "Colours are splits, shapes are kinds of method; below the axes where the figure is ours."
-    marks = [Line2D([], [], marker='s', ls='', ms=7, label=str(v), **_split_style(k, len(splits))) for k,v in enumerate(splits)]
-    marks += [Line2D([], [], marker=m, ls='', color='.35', label=v) for m,v in (('D','model'),('o','baseline'))]
+    marks = [
+        Line2D([], [], marker="s", ls="", ms=7, label=str(v), **_split_style(k, len(splits)))
+        for k, v in enumerate(splits)
+    ]
+    marks += [
+        Line2D([], [], marker=m, ls="", color=".35", label=v)
+        for m, v in (("D", "model"), ("o", "baseline"))
+    ]
     where = ax.figure if own else ax
-    where.legend(handles=marks, loc='outside lower center' if own else 'best', ncols=(len(marks) if len(marks) < 4 else (len(marks)+1)//2) if own else 1, frameon=not own, fontsize=9, handletextpad=.3)
+    where.legend(
+        handles=marks,
+        loc="outside lower center" if own else "best",
+        ncols=(len(marks) if len(marks) < 4 else (len(marks) + 1) // 2) if own else 1,
+        frameon=not own,
+        fontsize=9,
+        handletextpad=0.3,
+    )
 
 # %% ../../nbs/core/09_plots.ipynb #bcaace32
 def plot_scores(
-    table:pd.DataFrame, # Columns `name`, `split`, `value`, `low`, `high`; a row a method and split
-    models=None, # Names of the models; all that are no baselines by default
-    quantity:str='accuracy', # What `value` is, for the axis
-    ax=None, # Axes to draw into
-): # The axes
+    table: pd.DataFrame,  # Columns `name`, `split`, `value`, `low`, `high`; a row a method and split
+    models=None,  # Names of the models; all that are no baselines by default
+    quantity: str = "accuracy",  # What `value` is, for the axis
+    ax=None,  # Axes to draw into
+):  # The axes
     "Dots and intervals of every method under every split."
-    _check_columns(table, ('name','split','value','low','high'), 'scores')
-    names,splits = list(table.name.unique()),list(table.split.unique())
-    models = [k for k in names if k not in (*BASELINES,'time_lookup')] if models is None else list(models)
+    _check_columns(table, ("name", "split", "value", "low", "high"), "scores")
+    names, splits = list(table.name.unique()), list(table.split.unique())
+    models = (
+        [k for k in names if k not in (*BASELINES, "time_lookup")]
+        if models is None
+        else list(models)
+    )
     own = ax is None
-    ax = _axes(ax, 1.5+(.3+.1*len(splits))*len(names))
+    ax = _axes(ax, 1.5 + (0.3 + 0.1 * len(splits)) * len(names))
     for row in table.itertuples():
-        _dot(ax, row, names.index(row.name), splits.index(row.split), len(splits), row.name in models)
-    for y,k in enumerate(names):
-        if k in models: ax.axhspan(y-.5, y+.5, color='.93', zorder=0, lw=0)
-    ax.set(ylim=(len(names)-.5,-.5), xlabel=f'{quantity} and its interval', title=f'{quantity} of models and baselines')
-    ax.set_yticks(range(len(names)), [k.replace('_', ' ') for k in names]); ax.tick_params(axis='y', length=0)
-    for label,k in zip(ax.get_yticklabels(), names): label.set_fontweight('bold' if k in models else 'normal')
-    _scores_legend(ax, splits, own); ax.grid(axis='x', color='.85', lw=.6); ax.set_axisbelow(True); sns.despine(ax=ax, left=True)
+        _dot(
+            ax, row, names.index(row.name), splits.index(row.split), len(splits), row.name in models
+        )
+    for y, k in enumerate(names):
+        if k in models:
+            ax.axhspan(y - 0.5, y + 0.5, color=".93", zorder=0, lw=0)
+    ax.set(
+        ylim=(len(names) - 0.5, -0.5),
+        xlabel=f"{quantity} and its interval",
+        title=f"{quantity} of models and baselines",
+    )
+    ax.set_yticks(range(len(names)), [k.replace("_", " ") for k in names])
+    ax.tick_params(axis="y", length=0)
+    for label, k in zip(ax.get_yticklabels(), names):
+        label.set_fontweight("bold" if k in models else "normal")
+    _scores_legend(ax, splits, own)
+    ax.grid(axis="x", color=".85", lw=0.6)
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax, left=True)
     return ax
 
 # %% ../../nbs/core/09_plots.ipynb #ad1cf4ae
 def plot_reliability(
-    confidence, # Probability of the predicted label, `[N]`, 0 to 1
-    correct, # Whether it was right, `[N]`
-    bins:int=15, # Bins of equal width
-    ax=None, # Axes to draw into
-): # The axes
+    confidence,  # Probability of the predicted label, `[N]`, 0 to 1
+    correct,  # Whether it was right, `[N]`
+    bins: int = 15,  # Bins of equal width
+    ax=None,  # Axes to draw into
+):  # The axes
     "Accuracy against confidence."
-    t = reliability_table(confidence, correct, bins).dropna(); ax = _axes(ax, 3.6)
-    ax.plot([0,1], [0,1], color='.6', ls='--', lw=1, label='calibrated')
-    ax.vlines(t.confidence, t.confidence, t.accuracy, color=_orange, lw=2, label='gap')
+    t = reliability_table(confidence, correct, bins).dropna()
+    ax = _axes(ax, 3.6)
+    ax.plot([0, 1], [0, 1], color=".6", ls="--", lw=1, label="calibrated")
+    ax.vlines(t.confidence, t.confidence, t.accuracy, color=_orange, lw=2, label="gap")
     ax.plot(t.confidence, t.accuracy, color=_blue, lw=1)
-    ax.scatter(t.confidence, t.accuracy, s=12+300*t['count']/max(t['count'].sum(), 1), color=_blue, zorder=3, label='bin, area by items')
+    ax.scatter(
+        t.confidence,
+        t.accuracy,
+        s=12 + 300 * t["count"] / max(t["count"].sum(), 1),
+        color=_blue,
+        zorder=3,
+        label="bin, area by items",
+    )
     error = expected_calibration_error(confidence, correct, bins)
-    ax.set(xlim=(0,1.02), ylim=(0,1.02), aspect='equal', xlabel='confidence', ylabel='accuracy', title=f'calibration error {error:.3f}')
-    ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1.02,1), fontsize=9); sns.despine(ax=ax)
+    ax.set(
+        xlim=(0, 1.02),
+        ylim=(0, 1.02),
+        aspect="equal",
+        xlabel="confidence",
+        ylabel="accuracy",
+        title=f"calibration error {error:.3f}",
+    )
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/core/09_plots.ipynb #a62b602f
 def plot_lengths(
-    lengths, # Length of each item, `[N]`
-    batches, # Lists of item numbers, one a batch
-    ax=None, # Axes to draw into
-): # The axes
+    lengths,  # Length of each item, `[N]`
+    batches,  # Lists of item numbers, one a batch
+    ax=None,  # Axes to draw into
+):  # The axes
     "Steps and padding of every batch."
-    lengths = np.asarray(lengths); items = [lengths[np.asarray(b, dtype=int)] for b in batches]
-    if not items or min(map(len, items)) == 0: raise InputError('batches', 'items', 'at least one batch, and an item in each', str([len(b) for b in items]))
-    real,full = np.array([b.sum() for b in items]),np.array([b.max()*len(b) for b in items]); place = np.arange(len(items)); ax = _axes(ax, 2.6)
-    ax.bar(place, real, width=.9, color=_blue, label='steps')
-    ax.bar(place, full-real, width=.9, bottom=real, color=_orange, hatch='//', edgecolor='white', lw=0, label='padding')
-    ax.set(xlabel='batch', ylabel='steps in the batch', title=f'{1-real.sum()/max(full.sum(), 1):.0%} padding')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1.01,1)); sns.despine(ax=ax)
+    lengths = np.asarray(lengths)
+    items = [lengths[np.asarray(b, dtype=int)] for b in batches]
+    if not items or min(map(len, items)) == 0:
+        raise InputError(
+            "batches",
+            "items",
+            "at least one batch, and an item in each",
+            str([len(b) for b in items]),
+        )
+    real, full = np.array([b.sum() for b in items]), np.array([b.max() * len(b) for b in items])
+    place = np.arange(len(items))
+    ax = _axes(ax, 2.6)
+    ax.bar(place, real, width=0.9, color=_blue, label="steps")
+    ax.bar(
+        place,
+        full - real,
+        width=0.9,
+        bottom=real,
+        color=_orange,
+        hatch="//",
+        edgecolor="white",
+        lw=0,
+        label="padding",
+    )
+    ax.set(
+        xlabel="batch",
+        ylabel="steps in the batch",
+        title=f"{1 - real.sum() / max(full.sum(), 1):.0%} padding",
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    sns.despine(ax=ax)
     return ax

@@ -10,38 +10,58 @@ __all__ = ['load_saved']
 # %% ../../nbs/core/24_saved.ipynb #02002f13
 import importlib
 from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
+
 from .errors import InputError
 from .files import read_json
 
 # %% ../../nbs/core/24_saved.ipynb #dd383bfc
 def _model_class(folder, name):
     "A class of one of the package's `models` pages."
-    module,_,cls = str(name).rpartition('.')
-    if not (module.startswith('gcode_ml.') and module.rsplit('.', 1)[-1] in ('models','tiny')): raise InputError(folder/'bundle.json', 'model', 'a class of a gcode_ml models page', repr(name))
-    try: found = getattr(importlib.import_module(module), cls, None)
-    except ImportError: found = None
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)): raise InputError(folder/'bundle.json', 'model', f'a model in {module}', repr(cls))
+    module, _, cls = str(name).rpartition(".")
+    if not (module.startswith("gcode_ml.") and module.rsplit(".", 1)[-1] in ("models", "tiny")):
+        raise InputError(
+            folder / "bundle.json", "model", "a class of a gcode_ml models page", repr(name)
+        )
+    try:
+        found = getattr(importlib.import_module(module), cls, None)
+    except ImportError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+        raise InputError(folder / "bundle.json", "model", f"a model in {module}", repr(cls))
     return found
 
 # %% ../../nbs/core/24_saved.ipynb #1afef94b
-def _said(error): return f'{type(error).__name__}: {(str(error) or "no reason given").splitlines()[0][:90]}'
+def _said(error):
+    return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:90]}"
 
 # %% ../../nbs/core/24_saved.ipynb #7b31eea0
 def load_saved(
-    folder, # A bundle's folder, or a run's folder that has one
-)->tuple: # The model, in evaluation mode; the description; the bundle's folder
+    folder,  # A bundle's folder, or a run's folder that has one
+) -> tuple:  # The model, in evaluation mode; the description; the bundle's folder
     "Read a model; what does not fit is refused in a sentence."
     folder = Path(folder)
-    if (folder/'bundle'/'bundle.json').exists(): folder = folder/'bundle'
-    if not (folder/'bundle.json').exists(): raise InputError(folder, 'bundle.json', 'a bundle', 'no such file')
-    about = read_json(folder/'bundle.json')
-    for k in ('model','arguments','preprocessing','facts'):
-        if not isinstance(about, dict) or k not in about: raise InputError(folder/'bundle.json', k, 'to be there', 'no such key')
-    cls = _model_class(folder, about['model'])
-    try: model = cls(**about['arguments'])
-    except Exception as e: raise InputError(folder/'bundle.json', 'arguments', f'those of {cls.__name__}', _said(e)) from None
-    try: model.load_state_dict(load_file(folder/'model.safetensors'))
-    except Exception as e: raise InputError(folder/'model.safetensors', 'weights', f"those of {about['model']}", _said(e)) from None
+    if (folder / "bundle" / "bundle.json").exists():
+        folder = folder / "bundle"
+    if not (folder / "bundle.json").exists():
+        raise InputError(folder, "bundle.json", "a bundle", "no such file")
+    about = read_json(folder / "bundle.json")
+    for k in ("model", "arguments", "preprocessing", "facts"):
+        if not isinstance(about, dict) or k not in about:
+            raise InputError(folder / "bundle.json", k, "to be there", "no such key")
+    cls = _model_class(folder, about["model"])
+    try:
+        model = cls(**about["arguments"])
+    except Exception as e:
+        raise InputError(
+            folder / "bundle.json", "arguments", f"those of {cls.__name__}", _said(e)
+        ) from None
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except Exception as e:
+        raise InputError(
+            folder / "model.safetensors", "weights", f"those of {about['model']}", _said(e)
+        ) from None
     return model.eval(), about, folder

@@ -11,508 +11,781 @@ __all__ = ['IMAGES', 'in_program', 'analytic', 'clip_bands', 'band_gain', 'band_
            'by_length']
 
 # %% ../../nbs/core/30_spectra.ipynb #2f225228
-import math, torch
+import math
 from functools import lru_cache
+
 import numpy as np
+import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+
 from .errors import InputError, check_choice
 
 # %% ../../nbs/core/30_spectra.ipynb #fbee5b0e
-def in_program()->bool: # Whether what runs is being exported or traced
+def in_program() -> bool:  # Whether what runs is being exported or traced
     "Whether nothing may depend on values or on one length."
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 # %% ../../nbs/core/30_spectra.ipynb #7b261e00
-def _plain(x): return x.device.type == 'cpu' and not in_program() and not (torch.is_grad_enabled() and x.requires_grad)
+def _plain(x):
+    return (
+        x.device.type == "cpu"
+        and not in_program()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
 
 def _pieces(f, x, samples):
     "`f` of pieces of the batch `x` with about so many samples each, joined."
-    if not _plain(x) or x.numel() <= samples: return f(x)
-    return torch.cat([f(p) for p in x.split(max(samples//x.shape[-1], 1))])
+    if not _plain(x) or x.numel() <= samples:
+        return f(x)
+    return torch.cat([f(p) for p in x.split(max(samples // x.shape[-1], 1))])
 
 # %% ../../nbs/core/30_spectra.ipynb #08498cc7
 def analytic(
-    x:Tensor, # Signals, `[...,N]`
-)->Tensor: # Complex, `[...,N]`; the real part is `x`
+    x: Tensor,  # Signals, `[...,N]`
+) -> Tensor:  # Complex, `[...,N]`; the real part is `x`
     "Signal with its Hilbert transform as imaginary part."
-    n = x.shape[-1]; k = 2*torch.arange(n, device=x.device)
-    return torch.fft.ifft(torch.fft.fft(x)*((k < n).to(x.dtype)+((k > 0)&(k <= n)).to(x.dtype)))
+    n = x.shape[-1]
+    k = 2 * torch.arange(n, device=x.device)
+    return torch.fft.ifft(
+        torch.fft.fft(x) * ((k < n).to(x.dtype) + ((k > 0) & (k <= n)).to(x.dtype))
+    )
 
 # %% ../../nbs/core/30_spectra.ipynb #aea3ac0b
 def _power(z):
     "Several times faster than `abs()**2`."
-    if not _plain(z): return z.real.square()+z.imag.square()
-    z = z.detach().numpy(); power = np.square(z.real); power += np.square(z.imag)
+    if not _plain(z):
+        return z.real.square() + z.imag.square()
+    z = z.detach().numpy()
+    power = np.square(z.real)
+    power += np.square(z.imag)
     return torch.from_numpy(power)
 
 # %% ../../nbs/core/30_spectra.ipynb #cc250d61
 def _magnitude(z):
     "`abs()`, several times faster."
-    return torch.from_numpy(np.abs(z.detach().numpy())) if _plain(z) else _power(z).clamp_min(1e-30).sqrt() # the bound keeps the gradient at zero finite
+    return (
+        torch.from_numpy(np.abs(z.detach().numpy()))
+        if _plain(z)
+        else _power(z).clamp_min(1e-30).sqrt()
+    )  # the bound keeps the gradient at zero finite
+
 
 def _log(x, floor):
     "Logarithm of `x+floor`; `x` may be overwritten."
-    if not _plain(x): return torch.log(x+floor)
-    a = x.numpy(); a += floor.numpy() if torch.is_tensor(floor) else floor
+    if not _plain(x):
+        return torch.log(x + floor)
+    a = x.numpy()
+    a += floor.numpy() if torch.is_tensor(floor) else floor
     return torch.from_numpy(np.log(a, out=a))
 
 # %% ../../nbs/core/30_spectra.ipynb #362f93f9
 def clip_bands(
-    bands, # Edges in Hz, `[K,2]`
-    rate:float, # Samples per second
-)->Tensor: # Edges within the signal's range, `[K',2]`; bands above it are left out
+    bands,  # Edges in Hz, `[K,2]`
+    rate: float,  # Samples per second
+) -> Tensor:  # Edges within the signal's range, `[K',2]`; bands above it are left out
     "Bands that a signal of `rate` has, with a warning when it lacks a part of them."
     import warnings
-    bands = torch.as_tensor(bands, dtype=torch.float64).reshape(-1, 2); half = rate/2
-    if (bands[:,0] >= bands[:,1]).any() or (bands < 0).any(): raise InputError('bands', 'edges', 'pairs with 0 <= low < high', str(bands.tolist()))
-    kept = bands[bands[:,0] < half].clamp(max=half)
-    if len(kept) == 0: raise InputError('bands', 'edges', f'one below {half:g} Hz, half the sampling rate', f'{bands[:,0].min():g} Hz and above')
-    if len(kept) < len(bands) or (kept < bands[:len(kept)]).any(): warnings.warn(f'bands end at {half:g} Hz, half the sampling rate: {len(bands)-len(kept)} left out, {int((bands[:,1] > half).sum())-(len(bands)-len(kept))} shortened')
+
+    bands = torch.as_tensor(bands, dtype=torch.float64).reshape(-1, 2)
+    half = rate / 2
+    if (bands[:, 0] >= bands[:, 1]).any() or (bands < 0).any():
+        raise InputError("bands", "edges", "pairs with 0 <= low < high", str(bands.tolist()))
+    kept = bands[bands[:, 0] < half].clamp(max=half)
+    if len(kept) == 0:
+        raise InputError(
+            "bands",
+            "edges",
+            f"one below {half:g} Hz, half the sampling rate",
+            f"{bands[:, 0].min():g} Hz and above",
+        )
+    if len(kept) < len(bands) or (kept < bands[: len(kept)]).any():
+        warnings.warn(
+            f"bands end at {half:g} Hz, half the sampling rate: {len(bands) - len(kept)} left out, {int((bands[:, 1] > half).sum()) - (len(bands) - len(kept))} shortened",
+            stacklevel=2,
+        )
     return kept
 
 # %% ../../nbs/core/30_spectra.ipynb #b047dc8b
 def band_gain(
-    n:int, # Samples of the signal
-    rate, # Samples per second: a number, or one an item, `[B]`
-    bands, # Edges in Hz, `[K,2]`
-    edge=0., # Width in Hz over which the gain falls, 0 for sharp edges; above 0 the edges have gradients
-    both:bool=False, # Also for negative frequencies, where it is 0: n numbers
-)->Tensor: # Gain of each positive frequency, `[K,n//2+1]` or `[B,K,n//2+1]`
+    n: int,  # Samples of the signal
+    rate,  # Samples per second: a number, or one an item, `[B]`
+    bands,  # Edges in Hz, `[K,2]`
+    edge=0.0,  # Width in Hz over which the gain falls, 0 for sharp edges; above 0 the edges have gradients
+    both: bool = False,  # Also for negative frequencies, where it is 0: n numbers
+) -> Tensor:  # Gain of each positive frequency, `[K,n//2+1]` or `[B,K,n//2+1]`
     "Gain of ideal (or, with `edge`, logistic) band-passes, 2 within the band."
-    rate = torch.as_tensor(rate).double()[...,None,None]; bands = torch.as_tensor(bands, device=rate.device)
-    bins = torch.arange(n if both else n//2+1, dtype=torch.float64, device=rate.device)
-    f = torch.where(bins <= n//2, bins, -n)/n*rate # edges fall on the same bins in both precisions
-    low,high = bands[:,:1],bands[:,1:]
-    if edge: return 2*torch.sigmoid((f-low)/edge)*torch.sigmoid((high-f)/edge)
-    return 2.*((f >= low)&(f < high))
+    rate = torch.as_tensor(rate).double()[..., None, None]
+    bands = torch.as_tensor(bands, device=rate.device)
+    bins = torch.arange(n if both else n // 2 + 1, dtype=torch.float64, device=rate.device)
+    f = (
+        torch.where(bins <= n // 2, bins, -n) / n * rate
+    )  # edges fall on the same bins in both precisions
+    low, high = bands[:, :1], bands[:, 1:]
+    if edge:
+        return 2 * torch.sigmoid((f - low) / edge) * torch.sigmoid((high - f) / edge)
+    return 2.0 * ((f >= low) & (f < high))
 
 # %% ../../nbs/core/30_spectra.ipynb #4367c5d8
 def band_analytic(
-    x:Tensor, # Signals, `[B,N]`
-    rate, # Samples per second: a number, or one an item, `[B]`
-    bands, # Edges in Hz, `[K,2]`
-    edge=0., # See `band_gain`
-)->Tensor: # Complex, `[B,K,N]`
+    x: Tensor,  # Signals, `[B,N]`
+    rate,  # Samples per second: a number, or one an item, `[B]`
+    bands,  # Edges in Hz, `[K,2]`
+    edge=0.0,  # See `band_gain`
+) -> Tensor:  # Complex, `[B,K,N]`
     "Analytic signal of each band."
-    both = in_program(); gain = band_gain(x.shape[-1], torch.as_tensor(rate).to(x.device), bands, edge, both).to(x.dtype)
-    if both: return torch.fft.ifft(torch.fft.fft(x[...,None,:])*gain) # of any length, even or odd
-    spectrum = torch.fft.rfft(x)[...,None,:]*gain
-    return torch.fft.ifft(spectrum, n=x.shape[-1]) # the missing negative frequencies are zero
+    both = in_program()
+    gain = band_gain(x.shape[-1], torch.as_tensor(rate).to(x.device), bands, edge, both).to(x.dtype)
+    if both:
+        return torch.fft.ifft(torch.fft.fft(x[..., None, :]) * gain)  # of any length, even or odd
+    spectrum = torch.fft.rfft(x)[..., None, :] * gain
+    return torch.fft.ifft(spectrum, n=x.shape[-1])  # the missing negative frequencies are zero
 
 # %% ../../nbs/core/30_spectra.ipynb #5e9d27fe
 @lru_cache(256)
 def _fast_length(n):
     "Smallest even product of 2, 3 and 5 from `n` on."
-    n = max(int(n), 2); n += n%2
+    n = max(int(n), 2)
+    n += n % 2
     while True:
         m = n
-        for p in (2,3,5):
-            while m%p == 0: m //= p
-        if m == 1: return n
+        for p in (2, 3, 5):
+            while m % p == 0:
+                m //= p
+        if m == 1:
+            return n
         n += 2
 
 # %% ../../nbs/core/30_spectra.ipynb #8df7018a
 def _limit(e, points):
     "Signals on fewer points, without what those cannot carry."
     n = e.shape[-1]
-    return e if points in (None,n) else torch.fft.irfft(torch.fft.rfft(e)[...,:points//2+1]*(points/n), n=points)
+    return (
+        e
+        if points in (None, n)
+        else torch.fft.irfft(torch.fft.rfft(e)[..., : points // 2 + 1] * (points / n), n=points)
+    )
 
 # %% ../../nbs/core/30_spectra.ipynb #21c31d0b
 def _short_envelope(X, n, low, high, points):
     "Envelope of one band from the bins of that band alone; `X` is the spectrum of `n` samples, edges in cycles over all of them."
-    first,last = (min(math.ceil(f), X.shape[-1]) for f in (low,high)); size = max(_fast_length(last-first+points//2+1), points) # what folds back lies above the points that are kept
-    z = torch.fft.ifft(X[...,first:last], n=size)*(2*size/n)
+    first, last = (min(math.ceil(f), X.shape[-1]) for f in (low, high))
+    size = max(
+        _fast_length(last - first + points // 2 + 1), points
+    )  # what folds back lies above the points that are kept
+    z = torch.fft.ifft(X[..., first:last], n=size) * (2 * size / n)
     return _limit(_power(z), points)
 
 # %% ../../nbs/core/30_spectra.ipynb #f9774415
 def band_envelope(
-    x:Tensor, # Signals, `[B,N]`
-    rate, # Samples per second: a number, or one an item, `[B]`
-    bands, # Edges in Hz, `[K,2]`
-    points:int=None, # Points of the envelope, even; N by default
-    edge=0., # See `band_gain`
-    whiten:bool=False, # Of the prewhitened signals, see `prewhiten`
-)->Tensor: # `[B,K,points]`
+    x: Tensor,  # Signals, `[B,N]`
+    rate,  # Samples per second: a number, or one an item, `[B]`
+    bands,  # Edges in Hz, `[K,2]`
+    points: int = None,  # Points of the envelope, even; N by default
+    edge=0.0,  # See `band_gain`
+    whiten: bool = False,  # Of the prewhitened signals, see `prewhiten`
+) -> Tensor:  # `[B,K,points]`
     "Squared magnitude of the analytic signal in each band."
-    n = x.shape[-1]; rates = torch.as_tensor(rate); one = not in_program() and (rates == rates.reshape(-1)[0]).all()
-    if points and (points%2 or points > n): raise InputError('band_envelope', 'points', f'an even number up to {n}', str(points))
+    n = x.shape[-1]
+    rates = torch.as_tensor(rate)
+    one = not in_program() and (rates == rates.reshape(-1)[0]).all()
+    if points and (points % 2 or points > n):
+        raise InputError("band_envelope", "points", f"an even number up to {n}", str(points))
     if points and one and not edge:
-        X = _white(x) if whiten else torch.fft.rfft(x); cycles = torch.as_tensor(bands, dtype=torch.float64)*n/float(rates.reshape(-1)[0])
+        X = _white(x) if whiten else torch.fft.rfft(x)
+        cycles = torch.as_tensor(bands, dtype=torch.float64) * n / float(rates.reshape(-1)[0])
         return torch.stack([_short_envelope(X, n, *c, points) for c in cycles.tolist()], -2)
     z = band_analytic(prewhiten(x) if whiten else x, rate, bands, edge)
     return _limit(_power(z), points)
 
 # %% ../../nbs/core/30_spectra.ipynb #dc2d9661
 def envelope_spectrum(
-    e:Tensor, # Envelopes, `[...,N]`
-    pad:int=4, # Length after padding, in lengths of the signal
-    bins:int=None, # Only the first bins; all by default
-    samples:int=None, # Samples of the signal, where the envelope has fewer
-)->Tensor: # Magnitudes, `[...,bins]`, pad*N//2+1 at most; the step is rate/(pad*N)
+    e: Tensor,  # Envelopes, `[...,N]`
+    pad: int = 4,  # Length after padding, in lengths of the signal
+    bins: int = None,  # Only the first bins; all by default
+    samples: int = None,  # Samples of the signal, where the envelope has fewer
+) -> Tensor:  # Magnitudes, `[...,bins]`, pad*N//2+1 at most; the step is rate/(pad*N)
     "Zero-padded magnitude spectrum of envelopes under a Hann window."
     n = e.shape[-1]
-    samples = samples or n; angle = torch.arange(n, dtype=torch.float64, device=e.device)*(2*math.pi*samples/n/(samples-1))
-    window = (.5-.5*torch.cos(angle)).to(e.dtype)
-    return _magnitude(torch.fft.rfft((e-e.mean(-1, keepdim=True))*window, n=pad*n)[...,:bins])
+    samples = samples or n
+    angle = torch.arange(n, dtype=torch.float64, device=e.device) * (
+        2 * math.pi * samples / n / (samples - 1)
+    )
+    window = (0.5 - 0.5 * torch.cos(angle)).to(e.dtype)
+    return _magnitude(
+        torch.fft.rfft((e - e.mean(-1, keepdim=True)) * window, n=pad * n)[..., :bins]
+    )
 
 # %% ../../nbs/core/30_spectra.ipynb #de5a613a
 def _white(x, floor=1e-9):
     "Spectrum of which only the phases are kept; in a program of both signs, because an inverse then has any length, even or odd."
-    x = x-x.mean(-1, keepdim=True); X = torch.fft.fft(x) if in_program() else torch.fft.rfft(x)
-    return torch.view_as_complex(torch.view_as_real(X)/(_magnitude(X)+floor)[...,None]) if _plain(X) else X/(X.abs()+floor)
+    x = x - x.mean(-1, keepdim=True)
+    X = torch.fft.fft(x) if in_program() else torch.fft.rfft(x)
+    return (
+        torch.view_as_complex(torch.view_as_real(X) / (_magnitude(X) + floor)[..., None])
+        if _plain(X)
+        else X / (X.abs() + floor)
+    )
 
 # %% ../../nbs/core/30_spectra.ipynb #c16d37db
 def prewhiten(
-    x:Tensor, # Signals, `[...,N]`
-    floor:float=1e-9, # Added to the magnitudes
-)->Tensor: # `[...,N]`
+    x: Tensor,  # Signals, `[...,N]`
+    floor: float = 1e-9,  # Added to the magnitudes
+) -> Tensor:  # `[...,N]`
     "Signal with the same phases and a flat spectrum."
     X = _white(x, floor)
     return torch.fft.ifft(X).real if in_program() else torch.fft.irfft(X, n=x.shape[-1])
 
 # %% ../../nbs/core/30_spectra.ipynb #37d489a3
 def standardise(
-    image:Tensor, # Images, `[B,...]`
-    floor:float=1e-6, # Smallest standard deviation
-)->Tensor: # Like `image`
+    image: Tensor,  # Images, `[B,...]`
+    floor: float = 1e-6,  # Smallest standard deviation
+) -> Tensor:  # Like `image`
     "Each item less its mean, over its standard deviation; a constant item becomes zero."
-    if _plain(image) and len(image): return nn.functional.group_norm(image.reshape(len(image), 1, -1), 1, eps=floor**2).reshape(image.shape) # reads the image twice, not five times
-    axes = tuple(range(1, image.ndim)); centred = image-image.mean(axes, keepdim=True)
-    return centred/centred.pow(2).mean(axes, keepdim=True).sqrt().clamp_min(floor)
+    if _plain(image) and len(image):
+        return nn.functional.group_norm(image.reshape(len(image), 1, -1), 1, eps=floor**2).reshape(
+            image.shape
+        )  # reads the image twice, not five times
+    axes = tuple(range(1, image.ndim))
+    centred = image - image.mean(axes, keepdim=True)
+    return centred / centred.pow(2).mean(axes, keepdim=True).sqrt().clamp_min(floor)
 
 # %% ../../nbs/core/30_spectra.ipynb #c763d997
 @lru_cache(16)
-def _hann(size, dtype): return torch.hann_window(size, dtype=dtype)
+def _hann(size, dtype):
+    return torch.hann_window(size, dtype=dtype)
+
 
 @lru_cache(16)
-def _ends(n, half): return torch.tensor(np.r_[half:0:-1, :half, n-half-n%half:n, n-2:n-2-half+n%half:-1]) # samples of the first and the last frame
+def _ends(n, half):
+    return torch.tensor(
+        np.r_[half:0:-1, :half, n - half - n % half : n, n - 2 : n - 2 - half + n % half : -1]
+    )  # samples of the first and the last frame
+
 
 def _frames(x, window, hop):
     "Weighted stretches of the signal, mirrored at both ends, `[B,N//hop+1,size]`."
-    size = len(window); half = size//2; count = x.shape[-1]//hop+1
-    if not _plain(x) or hop != half or count < 3: return torch.cat([x[:,1:half+1].flip(-1), x, x[:,-half-1:-1].flip(-1)], -1).unfold(-1, size, hop)*window
-    frames = x.new_empty(len(x), count, size); torch.mul(x.unfold(-1, size, hop), window, out=frames[:,1:-1])
-    torch.mul(x.index_select(1, _ends(x.shape[-1], half)).unflatten(1, (2,size)), window, out=frames[:,::count-1])
+    size = len(window)
+    half = size // 2
+    count = x.shape[-1] // hop + 1
+    if not _plain(x) or hop != half or count < 3:
+        return (
+            torch.cat([x[:, 1 : half + 1].flip(-1), x, x[:, -half - 1 : -1].flip(-1)], -1).unfold(
+                -1, size, hop
+            )
+            * window
+        )
+    frames = x.new_empty(len(x), count, size)
+    torch.mul(x.unfold(-1, size, hop), window, out=frames[:, 1:-1])
+    torch.mul(
+        x.index_select(1, _ends(x.shape[-1], half)).unflatten(1, (2, size)),
+        window,
+        out=frames[:, :: count - 1],
+    )
     return frames
+
 
 def _log2(z, floor):
     "Binary logarithm of the power of an array, plus a bound."
-    power = torch.from_numpy(np.abs(z)); torch.addcmul(torch.tensor(floor, dtype=power.dtype), power, power, out=power)
+    power = torch.from_numpy(np.abs(z))
+    torch.addcmul(torch.tensor(floor, dtype=power.dtype), power, power, out=power)
     return torch.from_numpy(np.log2(power.numpy(), out=power.numpy()))
 
 # %% ../../nbs/core/30_spectra.ipynb #703658d2
 class Stft(nn.Module):
     "Log power of the short-time Fourier transform, a standardised image an item."
-    def __init__(self,
-        n_fft:int=256, # Samples of the Hann window
-        hop:int=128, # Samples from one window to the next
-        floor:float=1e-6, # Added to the power
-        scale:bool=True, # Logarithm and standardisation; plain power otherwise
+
+    def __init__(
+        self,
+        n_fft: int = 256,  # Samples of the Hann window
+        hop: int = 128,  # Samples from one window to the next
+        floor: float = 1e-6,  # Added to the power
+        scale: bool = True,  # Logarithm and standardisation; plain power otherwise
     ):
         super().__init__()
-        self.n_fft,self.hop,self.floor,self.scale = n_fft,hop,floor,scale
-    def forward(self,
-        x:Tensor, # Signals, `[B,N]`
-    )->Tensor: # `[B,n_fft//2+1,N//hop+1]`
-        if x.shape[-1] <= self.n_fft//2: raise InputError('Stft', 'signal', f'more than {self.n_fft//2} samples', str(x.shape[-1]))
+        self.n_fft, self.hop, self.floor, self.scale = n_fft, hop, floor, scale
+
+    def forward(
+        self,
+        x: Tensor,  # Signals, `[B,N]`
+    ) -> Tensor:  # `[B,n_fft//2+1,N//hop+1]`
+        if x.shape[-1] <= self.n_fft // 2:
+            raise InputError(
+                "Stft", "signal", f"more than {self.n_fft // 2} samples", str(x.shape[-1])
+            )
         return _pieces(self.image, x, 2**19).mT
+
     def image(self, x):
         "One piece of the batch, `[b,N//hop+1,n_fft//2+1]`."
-        window = _hann(self.n_fft, x.dtype) if _plain(x) else torch.hann_window(self.n_fft, dtype=x.dtype, device=x.device)
-        if in_program(): spectrum = torch.stft(x, self.n_fft, self.hop, window=window, return_complex=True).mT
-        else: spectrum = torch.fft.rfft(_frames(x, window, self.hop))
-        if not self.scale: return _power(spectrum)
-        return standardise(_log(_power(spectrum), self.floor) if not _plain(x) else _log2(spectrum.numpy(), self.floor)) # the standard deviation takes away of which base the logarithm is
+        window = (
+            _hann(self.n_fft, x.dtype)
+            if _plain(x)
+            else torch.hann_window(self.n_fft, dtype=x.dtype, device=x.device)
+        )
+        if in_program():
+            spectrum = torch.stft(x, self.n_fft, self.hop, window=window, return_complex=True).mT
+        else:
+            spectrum = torch.fft.rfft(_frames(x, window, self.hop))
+        if not self.scale:
+            return _power(spectrum)
+        return standardise(
+            _log(_power(spectrum), self.floor)
+            if not _plain(x)
+            else _log2(spectrum.numpy(), self.floor)
+        )  # the standard deviation takes away of which base the logarithm is
 
 # %% ../../nbs/core/30_spectra.ipynb #32e14eef
 @patch
-def frequencies(self:Stft,
-    rate:float, # Samples per second
-)->Tensor: # Hz of each row
+def frequencies(
+    self: Stft,
+    rate: float,  # Samples per second
+) -> Tensor:  # Hz of each row
     "Frequency axis of the image."
-    return torch.fft.rfftfreq(self.n_fft, 1/rate)
+    return torch.fft.rfftfreq(self.n_fft, 1 / rate)
 
 # %% ../../nbs/core/30_spectra.ipynb #a06eb7ac
 class Cwt(nn.Module):
     "Magnitude of the continuous wavelet transform with Morlet wavelets."
-    def __init__(self,
-        rate:float, # Samples per second
-        scales:int=64, # Frequencies, evenly spaced on a logarithmic axis
-        low:float=20., # Lowest frequency, Hz
-        high:float=None, # Highest frequency, Hz; a quarter of the rate by default
-        w0:float=6., # Oscillations of the wavelet, radians a standard deviation
-        hop:int=1, # Keep every hop-th sample; must divide the length. 0: the largest power of two up to 16 that does
-        scale:bool=False, # Logarithm and standardisation
+
+    def __init__(
+        self,
+        rate: float,  # Samples per second
+        scales: int = 64,  # Frequencies, evenly spaced on a logarithmic axis
+        low: float = 20.0,  # Lowest frequency, Hz
+        high: float = None,  # Highest frequency, Hz; a quarter of the rate by default
+        w0: float = 6.0,  # Oscillations of the wavelet, radians a standard deviation
+        hop: int = 1,  # Keep every hop-th sample; must divide the length. 0: the largest power of two up to 16 that does
+        scale: bool = False,  # Logarithm and standardisation
     ):
         super().__init__()
-        high = high or rate/4
-        if not 0 < low < high <= rate/2: raise InputError('Cwt', 'frequencies', f'0 < low < high <= {rate/2:g} Hz, half the sampling rate', f'{low:g} and {high:g}')
-        self.rate,self.w0,self.hop,self.scale = rate,w0,hop,scale
-        self.register_buffer('frequency', torch.logspace(math.log10(low), math.log10(high), scales, dtype=torch.float64), persistent=False)
+        high = high or rate / 4
+        if not 0 < low < high <= rate / 2:
+            raise InputError(
+                "Cwt",
+                "frequencies",
+                f"0 < low < high <= {rate / 2:g} Hz, half the sampling rate",
+                f"{low:g} and {high:g}",
+            )
+        self.rate, self.w0, self.hop, self.scale = rate, w0, hop, scale
+        self.register_buffer(
+            "frequency",
+            torch.logspace(math.log10(low), math.log10(high), scales, dtype=torch.float64),
+            persistent=False,
+        )
 
 # %% ../../nbs/core/30_spectra.ipynb #0b43be5c
 @patch
-def gain(self:Cwt,
-    n:int, # Samples of the signal
-    like:Tensor=None, # Signal whose precision and device it should have
-)->Tensor: # `[scales,n//2+1]`
+def gain(
+    self: Cwt,
+    n: int,  # Samples of the signal
+    like: Tensor = None,  # Signal whose precision and device it should have
+) -> Tensor:  # `[scales,n//2+1]`
     "Gain of each wavelet on positive frequencies."
-    w = 2*math.pi*self.rate*torch.fft.rfftfreq(n, dtype=torch.float64, device=self.frequency.device)
-    h = 2*torch.exp(-(self.w0*(w/(2*math.pi*self.frequency.double()[:,None])-1))**2/2); h[:,0] = 0
+    w = (
+        2
+        * math.pi
+        * self.rate
+        * torch.fft.rfftfreq(n, dtype=torch.float64, device=self.frequency.device)
+    )
+    h = 2 * torch.exp(
+        -((self.w0 * (w / (2 * math.pi * self.frequency.double()[:, None]) - 1)) ** 2) / 2
+    )
+    h[:, 0] = 0
     return h if like is None else h.to(like)
 
 # %% ../../nbs/core/30_spectra.ipynb #102b741f
 def _wavelets(spectrum, gain, n, scales=8):
     "Magnitudes at all samples, `[B,len(gain),n]`, from spectra of positive frequencies."
-    images = torch.empty(len(spectrum), len(gain), n, dtype=gain.dtype); band = spectrum.new_zeros(scales, n)
-    for signal,image in zip(spectrum, images):
-        for g,rows in zip(gain.split(scales), image.split(scales)):
-            torch.mul(g, signal, out=band[:len(g),:len(signal)]); np.abs(torch.fft.ifft(band[:len(g)]).numpy(), out=rows.numpy())
+    images = torch.empty(len(spectrum), len(gain), n, dtype=gain.dtype)
+    band = spectrum.new_zeros(scales, n)
+    for signal, image in zip(spectrum, images):
+        for g, rows in zip(gain.split(scales), image.split(scales)):
+            torch.mul(g, signal, out=band[: len(g), : len(signal)])
+            np.abs(torch.fft.ifft(band[: len(g)]).numpy(), out=rows.numpy())
     return images
 
 # %% ../../nbs/core/30_spectra.ipynb #f5581912
 @patch
-def forward(self:Cwt,
-    x:Tensor, # Signals, `[B,N]`
-)->Tensor: # Magnitudes, `[B,scales,N/hop]`
+def forward(
+    self: Cwt,
+    x: Tensor,  # Signals, `[B,N]`
+) -> Tensor:  # Magnitudes, `[B,scales,N/hop]`
     n = x.shape[-1]
-    if n%(self.hop or 1): raise InputError('Cwt', 'hop', f'a divisor of {n}, the length of the signal', str(self.hop))
-    if getattr(self, '_n', None) != (n, x.dtype, x.device): self._n,self._gain = (n, x.dtype, x.device),self.gain(n, x)
-    return _pieces(self.image, x, 2**21//len(self.frequency)) if self.scale or self.hop != 1 or not _plain(x) else _wavelets(torch.fft.rfft(x), self._gain, n)
+    if n % (self.hop or 1):
+        raise InputError("Cwt", "hop", f"a divisor of {n}, the length of the signal", str(self.hop))
+    if getattr(self, "_n", None) != (n, x.dtype, x.device):
+        self._n, self._gain = (n, x.dtype, x.device), self.gain(n, x)
+    return (
+        _pieces(self.image, x, 2**21 // len(self.frequency))
+        if self.scale or self.hop != 1 or not _plain(x)
+        else _wavelets(torch.fft.rfft(x), self._gain, n)
+    )
+
 
 @patch
-def image(self:Cwt, x):
+def image(self: Cwt, x):
     "One piece of the batch."
-    n = x.shape[-1]; hop = self.hop or math.gcd(n, 16)
-    spectrum = torch.fft.rfft(x)[:,None]*self._gain
-    if hop > 1: # every hop-th sample of a signal has its spectrum folded hop times
-        spectrum = nn.functional.pad(spectrum, (0, n-spectrum.shape[-1])).unflatten(-1, (hop,-1)).mean(-2)
+    n = x.shape[-1]
+    hop = self.hop or math.gcd(n, 16)
+    spectrum = torch.fft.rfft(x)[:, None] * self._gain
+    if hop > 1:  # every hop-th sample of a signal has its spectrum folded hop times
+        spectrum = (
+            nn.functional.pad(spectrum, (0, n - spectrum.shape[-1]))
+            .unflatten(-1, (hop, -1))
+            .mean(-2)
+        )
         w = torch.fft.ifft(spectrum)
-    else: w = torch.fft.ifft(spectrum, n=n)
+    else:
+        w = torch.fft.ifft(spectrum, n=n)
     w = _magnitude(w)
-    return standardise(_log(w, 1e-3*w.mean((1,2), keepdim=True))) if self.scale else w
+    return standardise(_log(w, 1e-3 * w.mean((1, 2), keepdim=True))) if self.scale else w
 
 # %% ../../nbs/core/30_spectra.ipynb #1503def3
 @patch
-def frequencies(self:Cwt,
-    rate:float=None, # Samples per second, those of the layer
-)->Tensor: # Hz of each row
+def frequencies(
+    self: Cwt,
+    rate: float = None,  # Samples per second, those of the layer
+) -> Tensor:  # Hz of each row
     "Frequency axis of the image."
-    if rate not in (None,self.rate): raise InputError('Cwt', 'rate', f'{self.rate:g} Hz, for which the layer is made', f'{rate:g} Hz')
+    if rate not in (None, self.rate):
+        raise InputError(
+            "Cwt", "rate", f"{self.rate:g} Hz, for which the layer is made", f"{rate:g} Hz"
+        )
     return self.frequency
 
 # %% ../../nbs/core/30_spectra.ipynb #761e6bc8
 def _check_wigner(n, half, hop, limit):
-    if half is not None: return half
-    bins = 2**math.ceil(math.log2(max(n, 2)))//2+1; columns = -(-n//hop)
-    if bins*columns*8 > limit: raise InputError('Wigner-Ville', 'signal', f'at most {limit/1e9:g} GB of memory', f'{n:,} samples: {bins:,} x {columns:,} numbers, {bins*columns*8/1e9:.0f} GB', 'give `half`, the half length of a window (pseudo Wigner-Ville), or a shorter signal')
-    return (n-1)//2
+    if half is not None:
+        return half
+    bins = 2 ** math.ceil(math.log2(max(n, 2))) // 2 + 1
+    columns = -(-n // hop)
+    if bins * columns * 8 > limit:
+        raise InputError(
+            "Wigner-Ville",
+            "signal",
+            f"at most {limit / 1e9:g} GB of memory",
+            f"{n:,} samples: {bins:,} x {columns:,} numbers, {bins * columns * 8 / 1e9:.0f} GB",
+            "give `half`, the half length of a window (pseudo Wigner-Ville), or a shorter signal",
+        )
+    return (n - 1) // 2
 
 # %% ../../nbs/core/30_spectra.ipynb #5dd65a06
 def _half_sum(product, size):
     "Real part of the transform of a Hermitian sequence of which only the half m >= 0 is given."
-    return torch.fft.hfft(nn.functional.pad(product, (0, size//2+1-product.shape[-1])), n=size)
+    return torch.fft.hfft(
+        nn.functional.pad(product, (0, size // 2 + 1 - product.shape[-1])), n=size
+    )
 
 # %% ../../nbs/core/30_spectra.ipynb #92b35649
 def _wigner(x, half, hop, window):
     "One piece of the batch."
-    n = x.shape[-1]; size = 2**math.ceil(math.log2(2*half+1))
-    if in_program(): return _wigner_program(x, half, hop, window, size)
-    z = nn.functional.pad(analytic(x), (half,half))
-    later,earlier = z.unfold(-1, half+1, 1)[:,half:half+n:hop],z.unfold(-1, half+1, 1)[:,:n:hop].flip(-1) # z[n+m], z[n-m], m = 0 .. half
-    return _half_sum(later*earlier.conj()*window, size).transpose(-1, -2)
+    n = x.shape[-1]
+    size = 2 ** math.ceil(math.log2(2 * half + 1))
+    if in_program():
+        return _wigner_program(x, half, hop, window, size)
+    z = nn.functional.pad(analytic(x), (half, half))
+    later, earlier = (
+        z.unfold(-1, half + 1, 1)[:, half : half + n : hop],
+        z.unfold(-1, half + 1, 1)[:, :n:hop].flip(-1),
+    )  # z[n+m], z[n-m], m = 0 .. half
+    return _half_sum(later * earlier.conj() * window, size).transpose(-1, -2)
+
 
 def _wigner_program(x, half, hop, window, size):
     "The same in real numbers and as one product, which every format of programs has."
-    m = torch.arange(half+1, device=x.device); place = half+hop*torch.arange((x.shape[-1]+hop-1)//hop, device=x.device)[:,None]
-    z = analytic(x.double()); re,im = (nn.functional.pad(p, (half,half)).to(x) for p in (z.real, z.imag))
-    (a,b),(c,d) = ((re[:,i],im[:,i]) for i in (place+m, place-m))
-    angle = m.double()[:,None]*torch.arange(size, device=x.device)*(2*math.pi/size); weight = window*torch.where(m > 0, 2., 1.).to(x)
-    return (((a*c+b*d)*weight)@angle.cos().to(x)+((b*c-a*d)*weight)@angle.sin().to(x)).mT
+    m = torch.arange(half + 1, device=x.device)
+    place = half + hop * torch.arange((x.shape[-1] + hop - 1) // hop, device=x.device)[:, None]
+    z = analytic(x.double())
+    re, im = (nn.functional.pad(p, (half, half)).to(x) for p in (z.real, z.imag))
+    (a, b), (c, d) = ((re[:, i], im[:, i]) for i in (place + m, place - m))
+    angle = m.double()[:, None] * torch.arange(size, device=x.device) * (2 * math.pi / size)
+    weight = window * torch.where(m > 0, 2.0, 1.0).to(x)
+    return (
+        ((a * c + b * d) * weight) @ angle.cos().to(x)
+        + ((b * c - a * d) * weight) @ angle.sin().to(x)
+    ).mT
 
 # %% ../../nbs/core/30_spectra.ipynb #f41c985e
 def wigner_ville(
-    x:Tensor, # Signals, `[B,N]`
-    half:int=127, # Half length of the Hamming window over the distance; None for the whole distribution
-    hop:int=16, # Samples from one column to the next
-    limit:float=1e9, # Bytes an item that the whole distribution may take
-)->Tensor: # `[B,K,N/hop]`, K a power of two, bin k at k*rate/(2K); it can be negative
+    x: Tensor,  # Signals, `[B,N]`
+    half: int = 127,  # Half length of the Hamming window over the distance; None for the whole distribution
+    hop: int = 16,  # Samples from one column to the next
+    limit: float = 1e9,  # Bytes an item that the whole distribution may take
+) -> Tensor:  # `[B,K,N/hop]`, K a power of two, bin k at k*rate/(2K); it can be negative
     "Pseudo Wigner-Ville distribution."
-    whole = half is None; half = _check_wigner(x.shape[-1], half, hop, limit)
-    window = torch.ones(half+1, dtype=x.dtype) if whole else (.54+.46*torch.cos(torch.arange(half+1, dtype=torch.float64)*(math.pi/max(half, 1)))).to(x.dtype) # half of a Hamming window
-    return _pieces(lambda x: _wigner(x, half, hop, window.to(x.device)), x, 2**21//(half+1)*hop)
+    whole = half is None
+    half = _check_wigner(x.shape[-1], half, hop, limit)
+    window = (
+        torch.ones(half + 1, dtype=x.dtype)
+        if whole
+        else (
+            0.54
+            + 0.46
+            * torch.cos(torch.arange(half + 1, dtype=torch.float64) * (math.pi / max(half, 1)))
+        ).to(x.dtype)
+    )  # half of a Hamming window
+    return _pieces(
+        lambda x: _wigner(x, half, hop, window.to(x.device)), x, 2**21 // (half + 1) * hop
+    )
 
 # %% ../../nbs/core/30_spectra.ipynb #253e47bd
 class PseudoWigner(nn.Module):
     "`wigner_ville` as a layer, a standardised image an item."
-    def __init__(self,
-        half:int=127, # Half length of the window
-        hop:int=16, # Samples from one column to the next
+
+    def __init__(
+        self,
+        half: int = 127,  # Half length of the window
+        hop: int = 16,  # Samples from one column to the next
     ):
-        super().__init__(); self.half,self.hop = half,hop
-    def frequencies(self, rate:float): size = 2**math.ceil(math.log2(2*self.half+1)); return torch.arange(size)*rate/(2*size)
-    def forward(self,
-        x:Tensor, # Signals, `[B,N]`
-    )->Tensor: # `[B,K,N/hop]`
+        super().__init__()
+        self.half, self.hop = half, hop
+
+    def frequencies(self, rate: float):
+        size = 2 ** math.ceil(math.log2(2 * self.half + 1))
+        return torch.arange(size) * rate / (2 * size)
+
+    def forward(
+        self,
+        x: Tensor,  # Signals, `[B,N]`
+    ) -> Tensor:  # `[B,K,N/hop]`
         w = wigner_ville(x, self.half, self.hop)
-        return standardise(w.sign()*torch.log1p(w.abs()/w.abs().mean((1,2), keepdim=True).clamp_min(1e-12)))
+        return standardise(
+            w.sign() * torch.log1p(w.abs() / w.abs().mean((1, 2), keepdim=True).clamp_min(1e-12))
+        )
 
 # %% ../../nbs/core/30_spectra.ipynb #d3e8022d
 def at_frequencies(
-    spectrum:Tensor, # Spectra, `[B,...,F]`
-    step, # Hz from one bin to the next: a number, or one an item, `[B]`
-    frequency:Tensor, # Hz, `[B,P]` or `[P]`
-)->Tensor: # `[B,...,P]`; zero beyond the last bin
+    spectrum: Tensor,  # Spectra, `[B,...,F]`
+    step,  # Hz from one bin to the next: a number, or one an item, `[B]`
+    frequency: Tensor,  # Hz, `[B,P]` or `[P]`
+) -> Tensor:  # `[B,...,P]`; zero beyond the last bin
     "Spectra at any frequencies, by linear interpolation."
-    bins = spectrum.shape[-1]; step = torch.as_tensor(step, device=spectrum.device, dtype=spectrum.dtype)
-    place = (frequency.to(spectrum)/step[...,None]).expand(spectrum.shape[0], -1)
-    left = place.floor().clamp(0, bins-2); share = place-left
-    inside = (place >= 0)&(place <= bins-1)
-    shape = [spectrum.shape[0], *[1]*(spectrum.ndim-2), -1]; full = (*spectrum.shape[:-1], place.shape[-1])
-    index,share,inside = left.long().reshape(shape).expand(full),share.reshape(shape),inside.reshape(shape)
-    return (spectrum.gather(-1, index)*(1-share)+spectrum.gather(-1, index+1)*share)*inside
+    bins = spectrum.shape[-1]
+    step = torch.as_tensor(step, device=spectrum.device, dtype=spectrum.dtype)
+    place = (frequency.to(spectrum) / step[..., None]).expand(spectrum.shape[0], -1)
+    left = place.floor().clamp(0, bins - 2)
+    share = place - left
+    inside = (place >= 0) & (place <= bins - 1)
+    shape = [spectrum.shape[0], *[1] * (spectrum.ndim - 2), -1]
+    full = (*spectrum.shape[:-1], place.shape[-1])
+    index, share, inside = (
+        left.long().reshape(shape).expand(full),
+        share.reshape(shape),
+        inside.reshape(shape),
+    )
+    return (
+        spectrum.gather(-1, index) * (1 - share) + spectrum.gather(-1, index + 1) * share
+    ) * inside
 
 # %% ../../nbs/core/30_spectra.ipynb #57742edd
 def to_orders(
-    spectrum:Tensor, # Spectra, `[B,...,F]`
-    step, # Hz from one bin to the next: a number, or one an item, `[B]`
-    shaft:Tensor, # Turns per second, `[B]`
-    orders:Tensor, # Orders to read, `[P]` or `[B,P]`
-)->Tensor: # `[B,...,P]`
+    spectrum: Tensor,  # Spectra, `[B,...,F]`
+    step,  # Hz from one bin to the next: a number, or one an item, `[B]`
+    shaft: Tensor,  # Turns per second, `[B]`
+    orders: Tensor,  # Orders to read, `[P]` or `[B,P]`
+) -> Tensor:  # `[B,...,P]`
     "Spectra on an axis of shaft orders."
-    return at_frequencies(spectrum, step, shaft[:,None]*orders.to(shaft))
+    return at_frequencies(spectrum, step, shaft[:, None] * orders.to(shaft))
 
 # %% ../../nbs/core/30_spectra.ipynb #c013e6f9
 def angular_resample(
-    x:Tensor, # Signals, `[B,N]`
-    rate:float, # Samples per second
-    shaft:Tensor, # Turns per second at each sample, `[B,N]`, or constant, `[B]`
-    per_turn:int, # Samples a turn of the result
-    turns:int=None, # Turns of the result; as many whole turns as every item has by default
-)->Tensor: # `[B,turns*per_turn]`
+    x: Tensor,  # Signals, `[B,N]`
+    rate: float,  # Samples per second
+    shaft: Tensor,  # Turns per second at each sample, `[B,N]`, or constant, `[B]`
+    per_turn: int,  # Samples a turn of the result
+    turns: int = None,  # Turns of the result; as many whole turns as every item has by default
+) -> Tensor:  # `[B,turns*per_turn]`
     "Signals at equal steps of the shaft's angle, by linear interpolation."
-    shaft = shaft.to(x) if shaft.ndim == 2 else shaft.to(x)[:,None].expand_as(x)
-    angle = nn.functional.pad(torch.cumsum((shaft[:,1:]+shaft[:,:-1])/2, 1)/rate, (1,0))
-    have = int(angle[:,-1].min()+1e-6); turns = turns or have
-    if not 0 < turns <= have: raise InputError('angular_resample', 'turns', f'1 to {have}, the turns of the shortest item', str(turns))
-    want = torch.arange(turns*per_turn, device=x.device, dtype=x.dtype).div(per_turn).expand(len(x), -1).contiguous()
-    right = torch.searchsorted(angle.contiguous(), want).clamp(1, x.shape[1]-1)
-    a,b = angle.gather(1, right-1),angle.gather(1, right)
-    share = (want-a)/(b-a).clamp_min(1e-12)
-    return x.gather(1, right-1)*(1-share)+x.gather(1, right)*share
+    shaft = shaft.to(x) if shaft.ndim == 2 else shaft.to(x)[:, None].expand_as(x)
+    angle = nn.functional.pad(torch.cumsum((shaft[:, 1:] + shaft[:, :-1]) / 2, 1) / rate, (1, 0))
+    have = int(angle[:, -1].min() + 1e-6)
+    turns = turns or have
+    if not 0 < turns <= have:
+        raise InputError(
+            "angular_resample", "turns", f"1 to {have}, the turns of the shortest item", str(turns)
+        )
+    want = (
+        torch.arange(turns * per_turn, device=x.device, dtype=x.dtype)
+        .div(per_turn)
+        .expand(len(x), -1)
+        .contiguous()
+    )
+    right = torch.searchsorted(angle.contiguous(), want).clamp(1, x.shape[1] - 1)
+    a, b = angle.gather(1, right - 1), angle.gather(1, right)
+    share = (want - a) / (b - a).clamp_min(1e-12)
+    return x.gather(1, right - 1) * (1 - share) + x.gather(1, right) * share
 
 # %% ../../nbs/core/30_spectra.ipynb #c320d7cd
 def soft_peaks(
-    spectrum:Tensor, # Spectra, `[B,K,F]`, positive
-    step, # Hz from one bin to the next: a number, or one an item, `[B]`
-    frequency:Tensor, # Centres in Hz, `[B,P]`
-    width:Tensor, # Half widths of the peak in Hz, `[B,P]`
-    around:Tensor, # Half widths of the surroundings in Hz, `[B,P]`
-    sharpness:float=8., # Of the soft maximum of the logarithms
-    points:tuple=(17,65), # Points of the peak and of the surroundings
-)->Tensor: # `[B,K,P]`; zero for centres beyond the spectrum
+    spectrum: Tensor,  # Spectra, `[B,K,F]`, positive
+    step,  # Hz from one bin to the next: a number, or one an item, `[B]`
+    frequency: Tensor,  # Centres in Hz, `[B,P]`
+    width: Tensor,  # Half widths of the peak in Hz, `[B,P]`
+    around: Tensor,  # Half widths of the surroundings in Hz, `[B,P]`
+    sharpness: float = 8.0,  # Of the soft maximum of the logarithms
+    points: tuple = (17, 65),  # Points of the peak and of the surroundings
+) -> Tensor:  # `[B,K,P]`; zero for centres beyond the spectrum
     "Soft maximum of log spectra near each centre, over the log median around it."
-    places = torch.cat([frequency[...,None]+half[...,None]*torch.linspace(-1, 1, count).to(frequency) for half,count in zip((width,around), points)], -1)
-    near,far = at_frequencies(spectrum, step, places.flatten(1).abs()).unflatten(-1, (-1,sum(points))).clamp_min(1e-12).log().split(points, -1)
-    peak = torch.logsumexp(sharpness*near, -1)/sharpness-math.log(points[0])/sharpness
-    last = (spectrum.shape[-1]-1)*torch.as_tensor(step, device=frequency.device)[...,None]
-    median = far.topk(points[1]-(points[1]-1)//2).values[...,-1] if in_program() else far.median(-1).values # ONNX has no median
-    return (peak-median)*(frequency+around <= last)[:,None]
+    places = torch.cat(
+        [
+            frequency[..., None] + half[..., None] * torch.linspace(-1, 1, count).to(frequency)
+            for half, count in zip((width, around), points)
+        ],
+        -1,
+    )
+    near, far = (
+        at_frequencies(spectrum, step, places.flatten(1).abs())
+        .unflatten(-1, (-1, sum(points)))
+        .clamp_min(1e-12)
+        .log()
+        .split(points, -1)
+    )
+    peak = torch.logsumexp(sharpness * near, -1) / sharpness - math.log(points[0]) / sharpness
+    last = (spectrum.shape[-1] - 1) * torch.as_tensor(step, device=frequency.device)[..., None]
+    median = (
+        far.topk(points[1] - (points[1] - 1) // 2).values[..., -1]
+        if in_program()
+        else far.median(-1).values
+    )  # ONNX has no median
+    return (peak - median) * (frequency + around <= last)[:, None]
 
 # %% ../../nbs/core/30_spectra.ipynb #a7022c87
 class Envelopes(nn.Module):
     "Envelope spectra of several bands; the base of the layers below."
-    def __init__(self,
-        bands, # Edges in Hz, `[K,2]`
-        whiten:bool=True, # Cepstrum prewhitening first
-        points:int=None, # Points of the envelope, see `band_envelope`
-        learn:bool=False, # Edges are parameters, soft over `edge` Hz
-        edge:float=50., # Softness of learnt edges
+
+    def __init__(
+        self,
+        bands,  # Edges in Hz, `[K,2]`
+        whiten: bool = True,  # Cepstrum prewhitening first
+        points: int = None,  # Points of the envelope, see `band_envelope`
+        learn: bool = False,  # Edges are parameters, soft over `edge` Hz
+        edge: float = 50.0,  # Softness of learnt edges
     ):
-        super().__init__(); bands = torch.as_tensor(bands, dtype=torch.float32)
-        self.whiten,self.points,self.edge = whiten,points,edge if learn else 0
+        super().__init__()
+        bands = torch.as_tensor(bands, dtype=torch.float32)
+        self.whiten, self.points, self.edge = whiten, points, edge if learn else 0
         self.bands = nn.Parameter(bands) if learn else bands
+
     def spectra(self, x, rate):
-        x = prewhiten(x)*x.shape[-1]**.5 if self.whiten else x-x.mean(-1, keepdim=True)
+        x = prewhiten(x) * x.shape[-1] ** 0.5 if self.whiten else x - x.mean(-1, keepdim=True)
         e = band_envelope(x, rate, self.bands, self.points, self.edge)
-        return envelope_spectrum(e, samples=x.shape[-1])*(x.shape[-1]/e.shape[-1]), torch.as_tensor(rate, device=x.device)/(4*x.shape[-1])
+        return envelope_spectrum(e, samples=x.shape[-1]) * (
+            x.shape[-1] / e.shape[-1]
+        ), torch.as_tensor(rate, device=x.device) / (4 * x.shape[-1])
 
 # %% ../../nbs/core/30_spectra.ipynb #a0467fde
 class LineScores(Envelopes):
     "How far given orders stand out of each band's envelope spectrum."
-    def forward(self,
-        x:Tensor, # Signals, `[B,N]`
-        rate, # Samples per second: a number, or one an item, `[B]`
-        shaft:Tensor, # Turns per second, `[B]`
-        orders:Tensor, # Orders, `[B,P]` or `[P]`
-        sharpness:float=8., # Of the soft maximum
-    )->Tensor: # `[B,K,P]`
-        E,step = self.spectra(x, rate); f = (shaft[:,None]*orders).to(x); resolution = (4*step).expand(len(x))[:,None]
-        return soft_peaks(E, step, f, torch.maximum(.012*f, .75*resolution), (8*resolution).clamp_min(25).expand_as(f), sharpness)
+
+    def forward(
+        self,
+        x: Tensor,  # Signals, `[B,N]`
+        rate,  # Samples per second: a number, or one an item, `[B]`
+        shaft: Tensor,  # Turns per second, `[B]`
+        orders: Tensor,  # Orders, `[B,P]` or `[P]`
+        sharpness: float = 8.0,  # Of the soft maximum
+    ) -> Tensor:  # `[B,K,P]`
+        E, step = self.spectra(x, rate)
+        f = (shaft[:, None] * orders).to(x)
+        resolution = (4 * step).expand(len(x))[:, None]
+        return soft_peaks(
+            E,
+            step,
+            f,
+            torch.maximum(0.012 * f, 0.75 * resolution),
+            (8 * resolution).clamp_min(25).expand_as(f),
+            sharpness,
+        )
 
 # %% ../../nbs/core/30_spectra.ipynb #9d1917ec
 class OrderSpectrum(Envelopes):
     "Logarithm of each band's envelope spectrum on an axis of orders, zero at its median."
-    def __init__(self,
-        bands, # Edges in Hz, `[K,2]`
-        top:float=25., # Last order
-        step:float=.05, # Orders from one point to the next; the largest value within half of it is taken
-        samples:int=7, # Points read for one point of the axis
-        **kwargs # Of `Envelopes`
+
+    def __init__(
+        self,
+        bands,  # Edges in Hz, `[K,2]`
+        top: float = 25.0,  # Last order
+        step: float = 0.05,  # Orders from one point to the next; the largest value within half of it is taken
+        samples: int = 7,  # Points read for one point of the axis
+        **kwargs,  # Of `Envelopes`
     ):
-        super().__init__(bands, **kwargs); self.samples = samples
-        self.register_buffer('axis', torch.arange(step, top+step/2, step), persistent=False)
-        self.register_buffer('within', torch.linspace(-step/2, step/2, samples), persistent=False)
-    def forward(self,
-        x:Tensor, # Signals, `[B,N]`
-        rate, # Samples per second: a number, or one an item, `[B]`
-        shaft:Tensor, # Turns per second, `[B]`
-        unit=1., # Order that the axis counts in: a number, or one an item, `[B]`
-    )->Tensor: # `[B,K,P]`; zero beyond the spectrum
-        E,step = self.spectra(x, rate); f = (shaft*unit)[:,None]*(self.axis[:,None]+self.within).flatten()
-        y = at_frequencies(E, step, f.to(x)).unflatten(-1, (-1,self.samples)).amax(-1)
+        super().__init__(bands, **kwargs)
+        self.samples = samples
+        self.register_buffer("axis", torch.arange(step, top + step / 2, step), persistent=False)
+        self.register_buffer(
+            "within", torch.linspace(-step / 2, step / 2, samples), persistent=False
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # Signals, `[B,N]`
+        rate,  # Samples per second: a number, or one an item, `[B]`
+        shaft: Tensor,  # Turns per second, `[B]`
+        unit=1.0,  # Order that the axis counts in: a number, or one an item, `[B]`
+    ) -> Tensor:  # `[B,K,P]`; zero beyond the spectrum
+        E, step = self.spectra(x, rate)
+        f = (shaft * unit)[:, None] * (self.axis[:, None] + self.within).flatten()
+        y = at_frequencies(E, step, f.to(x)).unflatten(-1, (-1, self.samples)).amax(-1)
         floor = y.median(-1, keepdim=True).values.clamp_min(1e-9)
-        return torch.where(y > 0, (y.clamp_min(1e-9)/floor).log(), 0.)
+        return torch.where(y > 0, (y.clamp_min(1e-9) / floor).log(), 0.0)
 
 # %% ../../nbs/core/30_spectra.ipynb #2fe550c4
-IMAGES = ('stft','cwt','wigner')
+IMAGES = ("stft", "cwt", "wigner")
 
 # %% ../../nbs/core/30_spectra.ipynb #8fe20407
 def create_image(
-    name:str, # One of `IMAGES`
-    rate:float, # Samples per second
-    **options # Of the layer
-)->nn.Module: # From `[B,N]` to a standardised image `[B,F,T]`
+    name: str,  # One of `IMAGES`
+    rate: float,  # Samples per second
+    **options,  # Of the layer
+) -> nn.Module:  # From `[B,N]` to a standardised image `[B,F,T]`
     "A time-frequency transform by name."
-    check_choice('image', 'transform', name, IMAGES)
-    if name == 'cwt': return Cwt(rate, **dict(hop=0, scale=True) | options)
+    check_choice("image", "transform", name, IMAGES)
+    if name == "cwt":
+        return Cwt(rate, **dict(hop=0, scale=True) | options)
     return dict(stft=Stft, wigner=PseudoWigner)[name](**options)
 
 # %% ../../nbs/core/30_spectra.ipynb #80e08135
 class ImageStack(nn.Module):
     "Time-frequency images as channels of one image."
-    def __init__(self,
-        names, # Some of `IMAGES`
-        rate:float, # Samples per second
-        shape:tuple=(64,64), # Rows and columns
+
+    def __init__(
+        self,
+        names,  # Some of `IMAGES`
+        rate: float,  # Samples per second
+        shape: tuple = (64, 64),  # Rows and columns
     ):
-        super().__init__(); self.shape = shape
+        super().__init__()
+        self.shape = shape
         self.images = nn.ModuleList(create_image(n, rate) for n in names)
-    def forward(self,
-        x:Tensor, # Signals, `[B,N]`
-    )->Tensor: # `[B,len(names),*shape]`
-        return torch.stack([nn.functional.adaptive_avg_pool2d(image(x), self.shape) for image in self.images], 1)
+
+    def forward(
+        self,
+        x: Tensor,  # Signals, `[B,N]`
+    ) -> Tensor:  # `[B,len(names),*shape]`
+        return torch.stack(
+            [nn.functional.adaptive_avg_pool2d(image(x), self.shape) for image in self.images], 1
+        )
 
 # %% ../../nbs/core/30_spectra.ipynb #e0bb8d60
 def by_length(
-    f, # Takes tensors cut in time, `[b,t,...]`, gives a tensor `[b,...]` of one shape for every length
-    mask:Tensor, # `True` where real, `[B,T]`, real steps first
-    *tensors:Tensor, # `[B,T,...]`, cut in time; others with a row an item are passed whole
-)->Tensor: # What `f` gives, joined in the order of the batch, `[B,...]`
+    f,  # Takes tensors cut in time, `[b,t,...]`, gives a tensor `[b,...]` of one shape for every length
+    mask: Tensor,  # `True` where real, `[B,T]`, real steps first
+    *tensors: Tensor,  # `[B,T,...]`, cut in time; others with a row an item are passed whole
+) -> Tensor:  # What `f` gives, joined in the order of the batch, `[B,...]`
     "Call `f` once for each length in the batch, on items without padding."
-    if in_program() or mask.all(): return f(*tensors)
-    lengths = mask.sum(1); parts,rows = [],[]
+    if in_program() or mask.all():
+        return f(*tensors)
+    lengths = mask.sum(1)
+    parts, rows = [], []
     for n in lengths.unique().tolist():
-        rows.append((lengths == n).nonzero()[:,0]); parts.append(f(*(x[rows[-1],:n] if x.shape[1:2] == mask.shape[1:] else x[rows[-1]] for x in tensors)))
+        rows.append((lengths == n).nonzero()[:, 0])
+        parts.append(
+            f(
+                *(
+                    x[rows[-1], :n] if x.shape[1:2] == mask.shape[1:] else x[rows[-1]]
+                    for x in tensors
+                )
+            )
+        )
     return torch.cat(parts)[torch.cat(rows).argsort()]

@@ -9,173 +9,273 @@ __all__ = ['check_mixed_precision', 'MixedPrecision', 'has_compiler', 'Compile',
            'Accumulation', 'Deterministic', 'random_stretch', 'ProgressiveLength']
 
 # %% ../../nbs/core/18_speed.ipynb #5ad6e2e6
-import importlib.util, os, shutil
+import importlib.util
+import os
+import shutil
 from functools import partial
 from warnings import warn
-import numpy as np, torch
-from torch.amp import GradScaler
-from torch.utils.checkpoint import checkpoint
+
+import numpy as np
+import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from fastcore.foundation import L
+from torch.amp import GradScaler
+from torch.utils.checkpoint import checkpoint
+
 from .errors import InputError, check_choice
 from .learner import pick_device
 
 # %% ../../nbs/core/18_speed.ipynb #0594579c
 def check_mixed_precision(
-    device:str='auto', # `auto`, `cpu`, `cuda` or `mps`
-)->dict: # The device, and whether it computes in `bf16`, `fp16` and `tf32`
+    device: str = "auto",  # `auto`, `cpu`, `cuda` or `mps`
+) -> dict:  # The device, and whether it computes in `bf16`, `fp16` and `tf32`
     "What the machine has in hardware and is used here; a processor that merely emulates bfloat16 is slower with it."
     kind = pick_device(device).type
     has = dict(device=kind, bf16=False, fp16=False, tf32=False)
-    if kind == 'cpu': has['bf16'] = any(v is True for k,v in getattr(torch.cpu, 'get_capabilities', dict)().items() if 'bf16' in k)
-    if kind == 'cuda': has.update(bf16=torch.cuda.is_bf16_supported(including_emulation=False), fp16=True, tf32=torch.cuda.get_device_capability()[0] >= 8)
+    if kind == "cpu":
+        has["bf16"] = any(
+            v is True
+            for k, v in getattr(torch.cpu, "get_capabilities", dict)().items()
+            if "bf16" in k
+        )
+    if kind == "cuda":
+        has.update(
+            bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+            fp16=True,
+            tf32=torch.cuda.get_device_capability()[0] >= 8,
+        )
     return has
 
 # %% ../../nbs/core/18_speed.ipynb #56ab133b
 class MixedPrecision(FastaiMixedPrecision):
     "fastai's mixed precision, on processors too; a warning and no effect where the device does not have it."
-    def __init__(self,
-        dtype:str='bf16', # `bf16` or `fp16`
-        **kwargs # For `GradScaler`, which `fp16` uses: `init_scale`, `growth_interval`, …
+
+    def __init__(
+        self,
+        dtype: str = "bf16",  # `bf16` or `fp16`
+        **kwargs,  # For `GradScaler`, which `fp16` uses: `init_scale`, `growth_interval`, …
     ):
-        super().__init__(check_choice('MixedPrecision', 'dtype', dtype, ('bf16','fp16')), **kwargs)
-        self.dtype_,self.scaler_state = dtype,{}
+        super().__init__(check_choice("MixedPrecision", "dtype", dtype, ("bf16", "fp16")), **kwargs)
+        self.dtype_, self.scaler_state = dtype, {}
+
     def before_fit(self):
         kind = self.dls.device.type
         self.run = check_mixed_precision(kind)[self.dtype_]
-        if not self.run: return warn(f'this {kind} does not compute in {self.dtype_}: the fit goes on in float32')
-        self.autocast,self.scales,self.scaler_state = torch.autocast(kind, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[self.dtype_]),L(),{}
-        self.learn.scaler = GradScaler(kind, enabled=self.dtype_ == 'fp16', **self.kwargs)
+        if not self.run:
+            return warn(
+                f"this {kind} does not compute in {self.dtype_}: the fit goes on in float32",
+                stacklevel=2,
+            )
+        self.autocast, self.scales, self.scaler_state = (
+            torch.autocast(kind, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[self.dtype_]),
+            L(),
+            {},
+        )
+        self.learn.scaler = GradScaler(kind, enabled=self.dtype_ == "fp16", **self.kwargs)
+
     def before_train(self):
-        if self.scaler_state: self.learn.scaler.load_state_dict(self.scaler_state) # a snapshot has put it there
+        if self.scaler_state:
+            self.learn.scaler.load_state_dict(self.scaler_state)  # a snapshot has put it there
+
     def after_batch(self):
-        if self.training: self.scaler_state = self.learn.scaler.state_dict()
+        if self.training:
+            self.scaler_state = self.learn.scaler.state_dict()
 
 # %% ../../nbs/core/18_speed.ipynb #620ad89b
 def has_compiler(
-    device:str='auto', # Device of the fit
-)->bool: # Whether `torch.compile` can work
+    device: str = "auto",  # Device of the fit
+) -> bool:  # Whether `torch.compile` can work
     "Whether the machine has what makes code for the device: a C++ compiler, or Triton for CUDA."
-    if pick_device(device).type == 'cuda': return importlib.util.find_spec('triton') is not None
-    return any(shutil.which(c) for c in (os.environ.get('CXX'),'g++','clang++','cl') if c)
+    if pick_device(device).type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c)
 
 # %% ../../nbs/core/18_speed.ipynb #ba8450eb
 class Compile(Callback):
     "Compile the model in place before the fit; a warning and no effect where there is no compiler."
-    def __init__(self,
-        backend:str='inductor', # `eager` and `aot_eager` trace the model and need no compiler
-        dynamic:bool=True, # One program for all lengths
-        **kwargs # For `torch.compile`
-    ): self.backend,self.kwargs,self.resumable = backend,dict(kwargs, dynamic=dynamic),'autotune' not in str(kwargs.get('mode'))
+
+    def __init__(
+        self,
+        backend: str = "inductor",  # `eager` and `aot_eager` trace the model and need no compiler
+        dynamic: bool = True,  # One program for all lengths
+        **kwargs,  # For `torch.compile`
+    ):
+        self.backend, self.kwargs, self.resumable = (
+            backend,
+            dict(kwargs, dynamic=dynamic),
+            "autotune" not in str(kwargs.get("mode")),
+        )
+
     def before_fit(self):
-        if getattr(self.learn.model, '_compiled_call_impl', None) is not None: return
-        if self.backend == 'inductor' and not has_compiler(self.dls.device.type): return warn('there is no compiler on this machine: the model runs as it is')
+        if getattr(self.learn.model, "_compiled_call_impl", None) is not None:
+            return
+        if self.backend == "inductor" and not has_compiler(self.dls.device.type):
+            return warn(
+                "there is no compiler on this machine: the model runs as it is", stacklevel=2
+            )
         self.learn.model.compile(backend=self.backend, **self.kwargs)
 
 # %% ../../nbs/core/18_speed.ipynb #fbddf4fb
 def repeated_modules(
-    model, # A model
-)->list: # Their names
+    model,  # A model
+) -> list:  # Their names
     "The members of every `ModuleList`, the outermost where they are nested."
-    lists = [n for n,m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
-    outer = [n for n in lists if not any(n.startswith(o+'.') for o in lists)]
-    return [f'{n}.{k}' if n else k for n in outer for k,_ in model.get_submodule(n).named_children()]
+    lists = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    outer = [n for n in lists if not any(n.startswith(o + ".") for o in lists)]
+    return [
+        f"{n}.{k}" if n else k for n in outer for k, _ in model.get_submodule(n).named_children()
+    ]
 
 # %% ../../nbs/core/18_speed.ipynb #d2a460dd
 def _checkpointed(forward, *args, **kwargs):
     "Call `forward` and keep its inputs only; random numbers are drawn again as they were."
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+    return (
+        checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if torch.is_grad_enabled()
+        else forward(*args, **kwargs)
+    )
 
 # %% ../../nbs/core/18_speed.ipynb #8dda3284
 class GradientCheckpointing(Callback):
     "Trade time for memory in some modules, during the fit."
-    def __init__(self,
-        names=(), # Submodules such as `encoder.layers.0`; those that repeat by default
-    ): self.names = list(names)
+
+    def __init__(
+        self,
+        names=(),  # Submodules such as `encoder.layers.0`; those that repeat by default
+    ):
+        self.names = list(names)
+
     def modules(self):
         "The modules in question."
         names = self.names or repeated_modules(self.model)
-        if not names: raise InputError('GradientCheckpointing', 'names', 'names of submodules', 'none, and a model without a list of modules')
-        for n in names: check_choice('GradientCheckpointing', 'names', n, [k for k,_ in self.model.named_modules()])
+        if not names:
+            raise InputError(
+                "GradientCheckpointing",
+                "names",
+                "names of submodules",
+                "none, and a model without a list of modules",
+            )
+        for n in names:
+            check_choice(
+                "GradientCheckpointing", "names", n, [k for k, _ in self.model.named_modules()]
+            )
         return [self.model.get_submodule(n) for n in names]
+
     def before_fit(self):
         for m in self.modules():
-            if 'forward' not in vars(m): m.forward = partial(_checkpointed, m.forward)
+            if "forward" not in vars(m):
+                m.forward = partial(_checkpointed, m.forward)
+
     def after_fit(self):
-        for m in self.modules(): vars(m).pop('forward', None)
+        for m in self.modules():
+            vars(m).pop("forward", None)
 
 # %% ../../nbs/core/18_speed.ipynb #6adcac93
 class Accumulation(GradientAccumulation):
     "One step for every `items` items: equal to a batch of that size where the loss is a mean over items."
-    def __init__(self,
-        items:int=64, # Items a step, a multiple of the batch size
-    ): super().__init__(items); self.count = 0
+
+    def __init__(
+        self,
+        items: int = 64,  # Items a step, a multiple of the batch size
+    ):
+        super().__init__(items)
+        self.count = 0
+
     @property
-    def resumable(self): return self.count == 0
+    def resumable(self):
+        return self.count == 0
+
     def before_step(self):
         size = find_bs(self.learn.yb)
-        self.learn.loss_grad *= self.n_acc/size # as it was, for the records
+        self.learn.loss_grad *= self.n_acc / size  # as it was, for the records
         self.count += size
-        if self.count < self.n_acc and self.iter+1 < self.n_iter: raise CancelBatchException()
+        if self.count < self.n_acc and self.iter + 1 < self.n_iter:
+            raise CancelBatchException()
         if self.count != self.n_acc:
             for p in self.parameters():
-                if p.grad is not None: p.grad.mul_(self.n_acc/self.count)
+                if p.grad is not None:
+                    p.grad.mul_(self.n_acc / self.count)
         self.count = 0
 
 # %% ../../nbs/core/18_speed.ipynb #fbc17d18
 class Deterministic(Callback):
     "Deterministic algorithms during the fit, with a warning where there is none."
+
     order = -20
+
     def before_fit(self):
-        self.previous = torch.are_deterministic_algorithms_enabled(),torch.is_deterministic_algorithms_warn_only_enabled(),torch.backends.cudnn.benchmark
-        torch.use_deterministic_algorithms(True, warn_only=True); torch.backends.cudnn.benchmark = False
-        if self.dls.device.type == 'cuda' and 'CUBLAS_WORKSPACE_CONFIG' not in os.environ: warn('set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts: without it matrix products on this GPU are not deterministic')
+        self.previous = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        if self.dls.device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+            warn(
+                "set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts: without it matrix products on this GPU are not deterministic",
+                stacklevel=2,
+            )
+
     def after_fit(self):
-        enabled,warn_only,torch.backends.cudnn.benchmark = self.previous
+        enabled, warn_only, torch.backends.cudnn.benchmark = self.previous
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 # %% ../../nbs/core/18_speed.ipynb #1e98a228
 def random_stretch(
-    mask:torch.Tensor, # `True` where real, `[B,T]`, real steps first
-    length:int, # Longest stretch
-)->tuple: # Steps to take, `[B,S]`, and the mask of the stretch, `[B,S]`; S is `length`, or T where that is shorter
+    mask: torch.Tensor,  # `True` where real, `[B,T]`, real steps first
+    length: int,  # Longest stretch
+) -> tuple:  # Steps to take, `[B,S]`, and the mask of the stretch, `[B,S]`; S is `length`, or T where that is shorter
     "A random stretch of each sequence; a sequence that is short enough is taken whole."
-    steps,size = mask.sum(1),min(length, mask.shape[1])
-    room = (steps-length).clamp_min(0)+1
-    start = (torch.rand(len(steps)).to(mask.device)*room).long().minimum(room-1)
+    steps, size = mask.sum(1), min(length, mask.shape[1])
+    room = (steps - length).clamp_min(0) + 1
+    start = (torch.rand(len(steps)).to(mask.device) * room).long().minimum(room - 1)
     place = torch.arange(size, device=mask.device)[None]
-    return (start[:,None]+place).clamp_max(mask.shape[1]-1), place < steps[:,None]
+    return (start[:, None] + place).clamp_max(mask.shape[1] - 1), place < steps[:, None]
 
 # %% ../../nbs/core/18_speed.ipynb #6c10f5aa
 class ProgressiveLength(Callback):
     "Train on random stretches whose length grows from stage to stage."
-    order,run_valid = -2,False
-    def __init__(self,
-        schedule, # Pairs (length in steps, epochs); the last length goes on to the end
-        keys=(), # Entries with a time axis where inputs or targets are dictionaries; `targets` for a target tensor `[B,T,…]`
+
+    order, run_valid = -2, False
+
+    def __init__(
+        self,
+        schedule,  # Pairs (length in steps, epochs); the last length goes on to the end
+        keys=(),  # Entries with a time axis where inputs or targets are dictionaries; `targets` for a target tensor `[B,T,…]`
     ):
-        self.schedule,self.keys = [tuple(map(int, s)) for s in schedule],list(keys)
-        if not self.schedule or min(map(min, self.schedule)) < 1: raise InputError('ProgressiveLength', 'schedule', 'pairs of length and epochs from 1', repr(schedule))
+        self.schedule, self.keys = [tuple(map(int, s)) for s in schedule], list(keys)
+        if not self.schedule or min(map(min, self.schedule)) < 1:
+            raise InputError(
+                "ProgressiveLength", "schedule", "pairs of length and epochs from 1", repr(schedule)
+            )
+
     def length(self):
         "Length in this epoch."
-        stage = np.searchsorted(np.cumsum([n for _,n in self.schedule]), self.epoch, 'right')
-        return self.schedule[min(stage, len(self.schedule)-1)][0]
+        stage = np.searchsorted(np.cumsum([n for _, n in self.schedule]), self.epoch, "right")
+        return self.schedule[min(stage, len(self.schedule) - 1)][0]
+
     def before_batch(self):
-        inputs,mask = self.xb
-        if isinstance(inputs, dict) and not {*self.keys} & {*inputs}: raise InputError('ProgressiveLength', 'keys', f"some of {', '.join(inputs)}", repr(self.keys))
-        steps,short = random_stretch(mask, self.length())
-        self.learn.xb = self._cut(inputs, 'inputs', steps, short),short
-        self.learn.yb = tuple(self._cut(y, 'targets', steps, short) for y in self.yb)
+        inputs, mask = self.xb
+        if isinstance(inputs, dict) and not {*self.keys} & {*inputs}:
+            raise InputError(
+                "ProgressiveLength", "keys", f"some of {', '.join(inputs)}", repr(self.keys)
+            )
+        steps, short = random_stretch(mask, self.length())
+        self.learn.xb = self._cut(inputs, "inputs", steps, short), short
+        self.learn.yb = tuple(self._cut(y, "targets", steps, short) for y in self.yb)
 
 # %% ../../nbs/core/18_speed.ipynb #e9bb4112
 @patch
-def _cut(self:ProgressiveLength, value, name, steps, mask):
+def _cut(self: ProgressiveLength, value, name, steps, mask):
     "`value` at `steps`, zero behind its end, where it has a time axis."
-    if isinstance(value, dict): return {k: self._cut(v, k, steps, mask) for k,v in value.items()}
-    if name not in self.keys and name != 'inputs': return value
-    taken = value[torch.arange(len(steps), device=steps.device)[:,None],steps]
-    return taken.masked_fill(~mask.reshape(*mask.shape, *[1]*(taken.dim()-2)), 0)
+    if isinstance(value, dict):
+        return {k: self._cut(v, k, steps, mask) for k, v in value.items()}
+    if name not in self.keys and name != "inputs":
+        return value
+    taken = value[torch.arange(len(steps), device=steps.device)[:, None], steps]
+    return taken.masked_fill(~mask.reshape(*mask.shape, *[1] * (taken.dim() - 2)), 0)

@@ -9,117 +9,166 @@ __all__ = ['check_disjoint', 'group_kfold', 'group_holdout', 'leave_one_group_ou
 
 # %% ../../nbs/core/05_split.ipynb #98d3dc3e
 import warnings
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
+
 from .errors import InputError
 
 # %% ../../nbs/core/05_split.ipynb #24227cb8
-def _as_sources(sources, field='sources'):
+def _as_sources(sources, field="sources"):
     "Names as a one-dimensional array without gaps."
     sources = np.asarray(sources)
-    if sources.ndim != 1 or len(sources) == 0: raise InputError('split', field, 'one name an item', f'an array of shape {sources.shape}')
+    if sources.ndim != 1 or len(sources) == 0:
+        raise InputError("split", field, "one name an item", f"an array of shape {sources.shape}")
     missing = pd.isna(sources)
-    if missing.any(): raise InputError('split', field, 'a name for every item', f'none at item {int(missing.argmax())} ({int(missing.sum())} in all)')
+    if missing.any():
+        raise InputError(
+            "split",
+            field,
+            "a name for every item",
+            f"none at item {int(missing.argmax())} ({int(missing.sum())} in all)",
+        )
     return sources
+
 
 def _check_labels(labels, sources, folds=1):
     "Labels as numbers; all zero when there are none."
-    if labels is None: return np.zeros(len(sources), int)
-    if len(labels) != len(sources): raise InputError('split', 'labels', f'{len(sources)}, one an item', str(len(labels)))
-    labels = np.unique(_as_sources(labels, 'labels'), return_inverse=True)[1]
+    if labels is None:
+        return np.zeros(len(sources), int)
+    if len(labels) != len(sources):
+        raise InputError("split", "labels", f"{len(sources)}, one an item", str(len(labels)))
+    labels = np.unique(_as_sources(labels, "labels"), return_inverse=True)[1]
     most = np.bincount(labels).max()
-    if most < folds: raise InputError('split', 'labels', f'a class with at least {folds} items', f'{most} at most', 'use fewer folds or leave the labels out')
+    if most < folds:
+        raise InputError(
+            "split",
+            "labels",
+            f"a class with at least {folds} items",
+            f"{most} at most",
+            "use fewer folds or leave the labels out",
+        )
     return labels
 
 # %% ../../nbs/core/05_split.ipynb #f9900842
 def check_disjoint(
-    sources, # Source of each item, `[N]`
-    train, # Items to learn from
-    test, # Items to measure on
-    file='split', # Where the split comes from, for the message
+    sources,  # Source of each item, `[N]`
+    train,  # Items to learn from
+    test,  # Items to measure on
+    file="split",  # Where the split comes from, for the message
 ):
     "Raise `InputError` when a source stands on both sides, or a side is empty."
     sources = _as_sources(sources)
-    for side,items in dict(train=train, test=test).items():
-        if len(items) == 0: raise InputError(file, side, 'at least one item', 'none')
+    for side, items in dict(train=train, test=test).items():
+        if len(items) == 0:
+            raise InputError(file, side, "at least one item", "none")
     both = np.intersect1d(sources[np.asarray(train)], sources[np.asarray(test)])
-    if len(both): raise InputError(file, 'sources', 'each on one side', f'{both[0]} on both sides ({len(both)} in all)')
+    if len(both):
+        raise InputError(
+            file, "sources", "each on one side", f"{both[0]} on both sides ({len(both)} in all)"
+        )
 
 # %% ../../nbs/core/05_split.ipynb #afde2e6c
 def group_kfold(
-    sources, # Source of each item, `[N]`
-    labels=None, # Class of each item, `[N]`, to be spread over the folds
-    folds:int=5, # Number of folds, at most the number of sources
-    seed:int=0, # Which shuffle
-)->list: # A pair (train, test) of item numbers for each fold
+    sources,  # Source of each item, `[N]`
+    labels=None,  # Class of each item, `[N]`, to be spread over the folds
+    folds: int = 5,  # Number of folds, at most the number of sources
+    seed: int = 0,  # Which shuffle
+) -> list:  # A pair (train, test) of item numbers for each fold
     "Folds that keep every source whole."
-    sources = _as_sources(sources); labels = _check_labels(labels, sources, folds)
+    sources = _as_sources(sources)
+    labels = _check_labels(labels, sources, folds)
     n = len(np.unique(sources))
-    if not 2 <= folds <= n: raise InputError('split', 'folds', f'2 to {n}, the number of sources', str(folds))
+    if not 2 <= folds <= n:
+        raise InputError("split", "folds", f"2 to {n}, the number of sources", str(folds))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'The least populated class', UserWarning)
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         return list(splitter.split(np.zeros(len(sources)), labels, sources))
 
 # %% ../../nbs/core/05_split.ipynb #e8c91d73
 def _even_positions(label, seed):
     "Positions in 0..1, evenly spaced within each label, in random order and with a random start."
-    random,position = np.random.default_rng(seed),np.empty(len(label))
+    random, position = np.random.default_rng(seed), np.empty(len(label))
     for c in np.unique(label):
         n = (label == c).sum()
-        position[label == c] = (random.permutation(n)+random.random())/n
+        position[label == c] = (random.permutation(n) + random.random()) / n
     return position
 
 # %% ../../nbs/core/05_split.ipynb #53df502c
 def group_holdout(
-    sources, # Source of each item, `[N]`
-    labels=None, # Class of each item, `[N]`; a source counts by its most frequent one
-    share:float=.2, # Share of the sources on the test side
-    seed:int=0, # Which shuffle
-)->tuple: # (train, test) item numbers
+    sources,  # Source of each item, `[N]`
+    labels=None,  # Class of each item, `[N]`; a source counts by its most frequent one
+    share: float = 0.2,  # Share of the sources on the test side
+    seed: int = 0,  # Which shuffle
+) -> tuple:  # (train, test) item numbers
     "One split that keeps every source whole."
-    sources = _as_sources(sources); labels = _check_labels(labels, sources)
-    names,number = np.unique(sources, return_inverse=True)
-    if len(names) < 2 or not 0 < share < 1: raise InputError('split', 'holdout', 'two or more sources and a share between 0 and 1', f'{len(names)} and {share}')
+    sources = _as_sources(sources)
+    labels = _check_labels(labels, sources)
+    names, number = np.unique(sources, return_inverse=True)
+    if len(names) < 2 or not 0 < share < 1:
+        raise InputError(
+            "split",
+            "holdout",
+            "two or more sources and a share between 0 and 1",
+            f"{len(names)} and {share}",
+        )
     label = pd.crosstab(number, labels).to_numpy().argmax(1)
-    held = np.argsort(_even_positions(label, seed), kind='stable')[:np.clip(round(share*len(names)), 1, len(names)-1)]
+    held = np.argsort(_even_positions(label, seed), kind="stable")[
+        : np.clip(round(share * len(names)), 1, len(names) - 1)
+    ]
     on_test = np.isin(number, held)
-    return np.flatnonzero(~on_test),np.flatnonzero(on_test)
+    return np.flatnonzero(~on_test), np.flatnonzero(on_test)
 
 # %% ../../nbs/core/05_split.ipynb #d8d8e94e
 def leave_one_group_out(
-    sources, # Source of each item, `[N]`
-)->list: # (name, train, test) for each source, in the order of names
+    sources,  # Source of each item, `[N]`
+) -> list:  # (name, train, test) for each source, in the order of names
     "One split a source, which is the whole test side."
-    sources = _as_sources(sources); names = np.unique(sources)
-    if len(names) < 2: raise InputError('split', 'sources', 'two or more', f'{names[0]} alone')
-    return [(name,*split) for name,split in zip(names, LeaveOneGroupOut().split(sources, groups=sources))]
+    sources = _as_sources(sources)
+    names = np.unique(sources)
+    if len(names) < 2:
+        raise InputError("split", "sources", "two or more", f"{names[0]} alone")
+    return [
+        (name, *split)
+        for name, split in zip(names, LeaveOneGroupOut().split(sources, groups=sources))
+    ]
 
 # %% ../../nbs/core/05_split.ipynb #b6c84d7b
 def random_split(
-    n:int, # Number of items
-    share:float=.2, # Share of the items on the test side
-    seed:int=0, # Which shuffle
-)->tuple: # (train, test) item numbers
+    n: int,  # Number of items
+    share: float = 0.2,  # Share of the items on the test side
+    seed: int = 0,  # Which shuffle
+) -> tuple:  # (train, test) item numbers
     "The leaky split: it ignores sources, so its score is no evidence. Only for showing the size of the leak."
-    if n < 2 or not 0 < share < 1: raise InputError('split', 'random split', 'two or more items and a share between 0 and 1', f'{n} and {share}')
+    if n < 2 or not 0 < share < 1:
+        raise InputError(
+            "split",
+            "random split",
+            "two or more items and a share between 0 and 1",
+            f"{n} and {share}",
+        )
     order = np.random.default_rng(seed).permutation(n)
-    held = int(np.clip(round(share*n), 1, n-1))
-    return np.sort(order[held:]),np.sort(order[:held])
+    held = int(np.clip(round(share * n), 1, n - 1))
+    return np.sort(order[held:]), np.sort(order[:held])
 
 # %% ../../nbs/core/05_split.ipynb #406553a8
 def join_sources(
-    sources, # Source of each item, `[N]`
-    pairs, # (source, source, …) that belong together; what follows the two names is ignored
-)->np.ndarray: # Group of each item, `[N]`: the first name of those joined
+    sources,  # Source of each item, `[N]`
+    pairs,  # (source, source, …) that belong together; what follows the two names is ignored
+) -> np.ndarray:  # Group of each item, `[N]`: the first name of those joined
     "Give sources that share rows one common name."
-    names,number = np.unique(_as_sources(sources), return_inverse=True)
-    position = {name: i for i,name in enumerate(names.tolist())}
+    names, number = np.unique(_as_sources(sources), return_inverse=True)
+    position = {name: i for i, name in enumerate(names.tolist())}
     for name in (name for pair in pairs for name in pair[:2]):
-        if name not in position: raise InputError('pairs', 'source', 'one of the sources', repr(name))
-    a,b = np.array([[position[p[0]],position[p[1]]] for p in pairs], int).reshape(-1, 2).T
-    _,group = connected_components(coo_array((np.ones(len(a)), (a,b)), shape=(len(names),)*2), directed=False)
+        if name not in position:
+            raise InputError("pairs", "source", "one of the sources", repr(name))
+    a, b = np.array([[position[p[0]], position[p[1]]] for p in pairs], int).reshape(-1, 2).T
+    _, group = connected_components(
+        coo_array((np.ones(len(a)), (a, b)), shape=(len(names),) * 2), directed=False
+    )
     first = np.unique(group, return_index=True)[1]
     return names[first[group[number]]]

@@ -8,22 +8,27 @@ Docs: https://example.org/gcode_ml/core/tiny.html.md"""
 __all__ = ['TinySequences', 'TinyClassifier', 'tiny_learner']
 
 # %% ../../nbs/core/14_tiny.ipynb #65c34968
-import numpy as np, torch
-from torch import nn
+import numpy as np
+import torch
 from fastai.losses import CrossEntropyLossFlat
+from torch import nn
+
 from .batch import dataloaders
-from .learner import Learner, set_seed
 from .layers import masked_mean
+from .learner import Learner, set_seed
 from .windows import RowTable, Windows
 
 # %% ../../nbs/core/14_tiny.ipynb #7503b4a2
 class TinySequences:
     "Noisy oscillations of three frequencies, 20 to 40 steps long, `sources` of them."
+
     classes = 3
-    def __init__(self,
-        sources:int=64, # Number of sequences, each a source of its own
-        channels:int=2, # Sine and cosine, then noise channels
-        seed:int=0, # Seed of frequencies, phases, lengths and noise
+
+    def __init__(
+        self,
+        sources: int = 64,  # Number of sequences, each a source of its own
+        channels: int = 2,  # Sine and cosine, then noise channels
+        seed: int = 0,  # Seed of frequencies, phases, lengths and noise
     ):
         rng = np.random.default_rng(seed)
         self.targets = torch.from_numpy(rng.permutation(np.arange(sources) % self.classes))
@@ -31,44 +36,61 @@ class TinySequences:
         table = RowTable(arrays)
         self.windows = Windows(table, np.arange(sources), np.zeros(sources, int), table.lengths)
         self.lengths = self.windows.lengths
-    def __len__(self): return len(self.targets)
-    def batch(self, index): return *self.windows.batch(index), self.targets[torch.as_tensor(index)]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def batch(self, index):
+        return *self.windows.batch(index), self.targets[torch.as_tensor(index)]
 
 # %% ../../nbs/core/14_tiny.ipynb #6b66588b
 def _oscillation(rng, label, channels):
     "One sequence `[T,channels]` of class `label`."
     steps = np.arange(rng.integers(20, 41))
-    angle = 2*np.pi*(.05*(label+1)*rng.uniform(.9, 1.1)*steps + rng.uniform())
-    clean = np.stack([np.sin(angle), np.cos(angle)] + [0*angle]*(channels-2), 1)[:,:channels]
-    return clean + .3*rng.standard_normal(clean.shape)
+    angle = 2 * np.pi * (0.05 * (label + 1) * rng.uniform(0.9, 1.1) * steps + rng.uniform())
+    clean = np.stack([np.sin(angle), np.cos(angle)] + [0 * angle] * (channels - 2), 1)[:, :channels]
+    return clean + 0.3 * rng.standard_normal(clean.shape)
 
 # %% ../../nbs/core/14_tiny.ipynb #5733ac0f
 class TinyClassifier(nn.Module):
     "Two convolutions and a mean over the real steps: about 1,000 parameters."
-    def __init__(self,
-        channels:int=2, # Input channels
-        classes:int=3, # Output classes
-        width:int=16, # Hidden size
-        dropout:float=0., # Dropout before the head
+
+    def __init__(
+        self,
+        channels: int = 2,  # Input channels
+        classes: int = 3,  # Output classes
+        width: int = 16,  # Hidden size
+        dropout: float = 0.0,  # Dropout before the head
     ):
         super().__init__()
         self.convs = nn.ModuleList([nn.Conv1d(i, width, 5, padding=2) for i in (channels, width)])
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, classes))
+
     def forward(self, x, mask):
         "Logits `[B,classes]` of sequences `[B,T,channels]`."
-        for conv in self.convs: x = torch.relu(conv((x*mask.unsqueeze(-1)).transpose(1,2))).transpose(1,2)
+        for conv in self.convs:
+            x = torch.relu(conv((x * mask.unsqueeze(-1)).transpose(1, 2))).transpose(1, 2)
         return self.head(masked_mean(x, mask))
 
 # %% ../../nbs/core/14_tiny.ipynb #417fb06b
 def tiny_learner(
-    cbs=None, # Callbacks to show
-    loss_func=None, # Cross entropy by default
-    model=None, # `TinyClassifier` by default
-    seed:int=0, # Seed of weights, order and data
-    batch_size:int=16, # Items a batch
-    **kwargs # For `Learner`
-)->Learner: # Trains in a second
+    cbs=None,  # Callbacks to show
+    loss_func=None,  # Cross entropy by default
+    model=None,  # `TinyClassifier` by default
+    seed: int = 0,  # Seed of weights, order and data
+    batch_size: int = 16,  # Items a batch
+    **kwargs,  # For `Learner`
+) -> Learner:  # Trains in a second
     "A learner on `TinySequences`."
     set_seed(seed)
-    dls = dataloaders(TinySequences(96, seed=seed), TinySequences(48, seed=seed+1000), batch_size, seed=seed)
-    return Learner(dls, model or TinyClassifier(), loss_func=loss_func or CrossEntropyLossFlat(), cbs=cbs, lr=1e-2, **kwargs)
+    dls = dataloaders(
+        TinySequences(96, seed=seed), TinySequences(48, seed=seed + 1000), batch_size, seed=seed
+    )
+    return Learner(
+        dls,
+        model or TinyClassifier(),
+        loss_func=loss_func or CrossEntropyLossFlat(),
+        cbs=cbs,
+        lr=1e-2,
+        **kwargs,
+    )

@@ -9,117 +9,264 @@ __all__ = ['TRAINING', 'TrainingOptions', 'training_options', 'fit', 'training_v
 
 # %% ../../nbs/core/20_training.ipynb #8b920ed8
 import inspect
-from pathlib import Path
 from dataclasses import replace
-import numpy as np, torch
+from pathlib import Path
+
+import numpy as np
+import torch
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
-from .augment import AUGMENTATIONS, PATCH_PRESETS, Augment, RandomPolicy, SpecAugment, create_augmentations, oversampled_indices
+
+from gcode_ml.core.augment import (
+    AUGMENTATIONS,
+    PATCH_PRESETS,
+    Augment,
+    RandomPolicy,
+    SpecAugment,
+    create_augmentations,
+    oversampled_indices,
+)
 from .averaging import EMA, SWA
-from .callbacks import Checkpoints, EarlyStopping, FiniteLoss, TextLog, TrainingMetrics, load_checkpoint
+from gcode_ml.core.callbacks import (
+    Checkpoints,
+    EarlyStopping,
+    FiniteLoss,
+    TextLog,
+    TrainingMetrics,
+    load_checkpoint,
+)
 from .curriculum import Curriculum, ScheduledSampling
 from .errors import InputError, check_choice
-from .fit import PRESETS, LossParameters, MoreTargets, create_optimizer, schedule, teacher_answers
+from gcode_ml.core.fit import (
+    PRESETS,
+    LossParameters,
+    MoreTargets,
+    create_optimizer,
+    schedule,
+    teacher_answers,
+)
 from .learner import Learner
 from .losses import Distillation, class_weights, create_loss
 from .mixing import AdversarialTraining, CutMix, MixUp
 from .monitors import GradientMonitor, Timing, UniqueTokens
-from .options import Parameter, check_parameters, described, flow_mapping
+from .options import check_parameters, described, flow_mapping
 from .saved import load_saved
-from .speed import Accumulation, Compile, Deterministic, GradientCheckpointing, MixedPrecision, ProgressiveLength
+from gcode_ml.core.speed import (
+    Accumulation,
+    Compile,
+    Deterministic,
+    GradientCheckpointing,
+    MixedPrecision,
+    ProgressiveLength,
+)
 
 # %% ../../nbs/core/20_training.ipynb #7a3a88c3
-TRAINING = {} # Name -> `Parameter`
+TRAINING = {}  # Name -> `Parameter`
 
 # %% ../../nbs/core/20_training.ipynb #4db72a0b
 def _describe(*rows):
     "Add options: name, default, comment."
-    TRAINING.update({name: described(name, default, comment) for name,default,comment in rows})
+    TRAINING.update({name: described(name, default, comment) for name, default, comment in rows})
 
 # %% ../../nbs/core/20_training.ipynb #65d7b408
 _describe(
-    ('max_epochs', 10, 'Epochs of each fit [1..100000]'),
-    ('batch_size', 32, 'Items a batch [1..1000000]'),
-    ('optimizer', 'adamw', 'Optimiser {adamw, sgd, rmsprop}'),
-    ('preset', 'none', 'Optimiser, learning rate, weight decay and momentum by one name, where these are left at their defaults {none, default, fast_convergence, strong_regularization, sgd_baseline}'),
-    ('learning_rate', 1e-3, 'Largest learning rate [1e-9..100]'),
-    ('weight_decay', 1e-2, 'Weight decay [0..1]'),
-    ('decay_on', 'weights', 'What decays: weights without any bias or norm; the same and those biases of recurrent and attention layers that fastai overlooks; everything {weights, fastai, all}'),
-    ('momentum', .9, 'Share of the last step that is kept; the first beta of adamw [0..0.9999]'),
-    ('optimizer_options', '', 'Options of that optimiser alone, such as betas: [0.9, 0.99], eps: 1e-5, or nesterov: true'),
-    ('schedule', 'one_cycle', 'Schedule of the learning rate {constant, cosine, one_cycle, plateau, warm_restarts, warmup_cosine, warmup_linear, noam, polynomial, flat_cosine}'),
-    ('warmup', 0., 'Line up before any schedule: below 1 a share of the fit, from 1 on epochs; 0: as the schedule has it [0..100000]'),
-    ('schedule_patience', 5, 'Epochs without improvement before plateau lowers the learning rate [0..100000]'),
-    ('schedule_options', '', 'Options of that schedule alone, such as eta_min: 1e-5, or T_0: 5, T_mult: 2'))
+    ("max_epochs", 10, "Epochs of each fit [1..100000]"),
+    ("batch_size", 32, "Items a batch [1..1000000]"),
+    ("optimizer", "adamw", "Optimiser {adamw, sgd, rmsprop}"),
+    (
+        "preset",
+        "none",
+        "Optimiser, learning rate, weight decay and momentum by one name, where these are left at their defaults {none, default, fast_convergence, strong_regularization, sgd_baseline}",
+    ),
+    ("learning_rate", 1e-3, "Largest learning rate [1e-9..100]"),
+    ("weight_decay", 1e-2, "Weight decay [0..1]"),
+    (
+        "decay_on",
+        "weights",
+        "What decays: weights without any bias or norm; the same and those biases of recurrent and attention layers that fastai overlooks; everything {weights, fastai, all}",
+    ),
+    ("momentum", 0.9, "Share of the last step that is kept; the first beta of adamw [0..0.9999]"),
+    (
+        "optimizer_options",
+        "",
+        "Options of that optimiser alone, such as betas: [0.9, 0.99], eps: 1e-5, or nesterov: true",
+    ),
+    (
+        "schedule",
+        "one_cycle",
+        "Schedule of the learning rate {constant, cosine, one_cycle, plateau, warm_restarts, warmup_cosine, warmup_linear, noam, polynomial, flat_cosine}",
+    ),
+    (
+        "warmup",
+        0.0,
+        "Line up before any schedule: below 1 a share of the fit, from 1 on epochs; 0: as the schedule has it [0..100000]",
+    ),
+    (
+        "schedule_patience",
+        5,
+        "Epochs without improvement before plateau lowers the learning rate [0..100000]",
+    ),
+    (
+        "schedule_options",
+        "",
+        "Options of that schedule alone, such as eta_min: 1e-5, or T_0: 5, T_mult: 2",
+    ),
+)
 
 # %% ../../nbs/core/20_training.ipynb #584f0087
 _describe(
-    ('loss', 'cross_entropy', 'Loss of class labels {cross_entropy, focal, label_smoothing}'),
-    ('label_smoothing', .1, 'Share of a label that is spread over all classes, of loss=label_smoothing [0..0.99]'),
-    ('focal_gamma', 2., 'How much less an item counts that is already right, of loss=focal [0..20]'),
-    ('class_weights', False, 'Rare classes count more'),
-    ('teacher', '', 'Folder of a bundle or a run whose model is the teacher'),
-    ('temperature', 4., 'How much the answers of a teacher are softened [0.01..1000]'),
-    ('alpha', .7, 'Weight of the teacher; the labels have the rest [0..1]'))
+    ("loss", "cross_entropy", "Loss of class labels {cross_entropy, focal, label_smoothing}"),
+    (
+        "label_smoothing",
+        0.1,
+        "Share of a label that is spread over all classes, of loss=label_smoothing [0..0.99]",
+    ),
+    (
+        "focal_gamma",
+        2.0,
+        "How much less an item counts that is already right, of loss=focal [0..20]",
+    ),
+    ("class_weights", False, "Rare classes count more"),
+    ("teacher", "", "Folder of a bundle or a run whose model is the teacher"),
+    ("temperature", 4.0, "How much the answers of a teacher are softened [0.01..1000]"),
+    ("alpha", 0.7, "Weight of the teacher; the labels have the rest [0..1]"),
+)
 
 # %% ../../nbs/core/20_training.ipynb #d41a00e1
 _describe(
-    ('monitor', 'valid_loss', 'Loss or metric that early stopping, plateau and the best weights go by'),
-    ('monitor_mode', 'auto', 'Whether small or large values of it are good; auto: small ones of losses and errors {auto, min, max}'),
-    ('early_stop', 0, 'Epochs without improvement before the fit stops; 0: never [0..100000]'),
-    ('min_delta', 0., 'What counts as improvement: more than this [0..]'),
-    ('save_best', '', 'Loss or metric whose best epoch keeps its weights in the run folder; empty: none'),
-    ('restore_best', False, 'End the fit with the best weights instead of the last'),
-    ('checkpoint_every', 0, 'Keep the weights after every so many epochs; 0: do not [0..100000]'),
-    ('keep_last', 0, 'How many of those to keep; 0: all [0..100000]'),
-    ('train_metrics', False, 'Metrics on the training batches too'),
-    ('text_log', False, 'Also a log of the epochs as text in the run folder'),
-    ('gradient_alert', 0., 'Watch the norm of the gradient and warn above this; 0: do not [0..]'),
-    ('timing', False, 'Seconds of epochs and batches and use of the GPU in the history'),
-    ('unique_tokens', 0., 'Watch which tokens are predicted and warn below this share of them; 0: do not [0..1]'),
-    ('checkpoint_folder', '', 'Folder of weights and logs; an experiment sets it'))
+    (
+        "monitor",
+        "valid_loss",
+        "Loss or metric that early stopping, plateau and the best weights go by",
+    ),
+    (
+        "monitor_mode",
+        "auto",
+        "Whether small or large values of it are good; auto: small ones of losses and errors {auto, min, max}",
+    ),
+    ("early_stop", 0, "Epochs without improvement before the fit stops; 0: never [0..100000]"),
+    ("min_delta", 0.0, "What counts as improvement: more than this [0..]"),
+    (
+        "save_best",
+        "",
+        "Loss or metric whose best epoch keeps its weights in the run folder; empty: none",
+    ),
+    ("restore_best", False, "End the fit with the best weights instead of the last"),
+    ("checkpoint_every", 0, "Keep the weights after every so many epochs; 0: do not [0..100000]"),
+    ("keep_last", 0, "How many of those to keep; 0: all [0..100000]"),
+    ("train_metrics", False, "Metrics on the training batches too"),
+    ("text_log", False, "Also a log of the epochs as text in the run folder"),
+    ("gradient_alert", 0.0, "Watch the norm of the gradient and warn above this; 0: do not [0..]"),
+    ("timing", False, "Seconds of epochs and batches and use of the GPU in the history"),
+    (
+        "unique_tokens",
+        0.0,
+        "Watch which tokens are predicted and warn below this share of them; 0: do not [0..1]",
+    ),
+    ("checkpoint_folder", "", "Folder of weights and logs; an experiment sets it"),
+)
 
 # %% ../../nbs/core/20_training.ipynb #8a7e5f08
 _describe(
-    ('clip', 1., 'Largest norm of the gradient; 0: any [0..]'),
-    ('accumulate', 1, 'Batches a step; 1: no accumulation [1..100000]'),
-    ('precision', 'fp32', 'Numbers that layers compute in, where the device can {fp32, fp16, bf16}'),
-    ('compile_model', False, 'Compile the model'),
-    ('gradient_checkpointing', False, 'Compute repeated layers twice instead of keeping their states'),
-    ('deterministic', False, 'Deterministic algorithms'),
-    ('averaging', 'none', 'Averages of the weights: ema along the fit, swa of the last epochs {none, ema, swa}'),
-    ('ema_decay', .999, 'Share of the old average a step, of averaging=ema [0..0.999999]'),
-    ('swa_start', .75, 'Share of the epochs after which averaging=swa begins [0..1]'),
-    ('processes', 1, 'Processes that share each batch, on this machine [1..1024]'))
+    ("clip", 1.0, "Largest norm of the gradient; 0: any [0..]"),
+    ("accumulate", 1, "Batches a step; 1: no accumulation [1..100000]"),
+    (
+        "precision",
+        "fp32",
+        "Numbers that layers compute in, where the device can {fp32, fp16, bf16}",
+    ),
+    ("compile_model", False, "Compile the model"),
+    (
+        "gradient_checkpointing",
+        False,
+        "Compute repeated layers twice instead of keeping their states",
+    ),
+    ("deterministic", False, "Deterministic algorithms"),
+    (
+        "averaging",
+        "none",
+        "Averages of the weights: ema along the fit, swa of the last epochs {none, ema, swa}",
+    ),
+    ("ema_decay", 0.999, "Share of the old average a step, of averaging=ema [0..0.999999]"),
+    ("swa_start", 0.75, "Share of the epochs after which averaging=swa begins [0..1]"),
+    ("processes", 1, "Processes that share each batch, on this machine [1..1024]"),
+)
 
 # %% ../../nbs/core/20_training.ipynb #7ee5cec8
 _describe(
-    ('augment', '', 'Augmentations, such as {noise: {std: 0.02}, time_warp: {}}; or light, medium, heavy'),
-    ('augment_share', 1., 'Share of the samples that each augmentation changes, unless it says p itself [0..1]'),
-    ('augment_policy', 0, 'How many of the augmentations each sample gets, drawn anew; 0: all [0..1000]'),
-    ('spec_augment', False, 'Blank frequency bands and stretches of time'),
-    ('mixing', 'none', 'Mixtures of two samples {none, mixup, cutmix}'),
-    ('mixing_alpha', .4, 'Their weights are drawn from Beta(alpha, alpha) [0.001..1000]'),
-    ('adversarial', 0., 'Size of a change against the model, of half of the samples; 0: none [0..]'),
-    ('oversample', 1, 'How often an item of a rare class occurs in an epoch [1..1000]'),
-    ('oversample_threshold', .01, 'Rare is what has a smaller share of all labels [0..1]'),
-    ('progressive', '', 'Lengths in steps and the epochs of each, such as 32:2, 64:3; the last goes on'),
-    ('curriculum', 0., 'Begin with this share of the items, easy ones first; 0: all from the beginning [0..1]'),
-    ('curriculum_until', .5, 'When all take part: below 1 a share of the fit, from 1 on epochs [0..100000]'),
-    ('scheduled_sampling', 'none', 'How the chance of the right token falls that a decoder is fed {none, linear, exponential, inverse_sigmoid}'))
+    (
+        "augment",
+        "",
+        "Augmentations, such as {noise: {std: 0.02}, time_warp: {}}; or light, medium, heavy",
+    ),
+    (
+        "augment_share",
+        1.0,
+        "Share of the samples that each augmentation changes, unless it says p itself [0..1]",
+    ),
+    (
+        "augment_policy",
+        0,
+        "How many of the augmentations each sample gets, drawn anew; 0: all [0..1000]",
+    ),
+    ("spec_augment", False, "Blank frequency bands and stretches of time"),
+    ("mixing", "none", "Mixtures of two samples {none, mixup, cutmix}"),
+    ("mixing_alpha", 0.4, "Their weights are drawn from Beta(alpha, alpha) [0.001..1000]"),
+    (
+        "adversarial",
+        0.0,
+        "Size of a change against the model, of half of the samples; 0: none [0..]",
+    ),
+    ("oversample", 1, "How often an item of a rare class occurs in an epoch [1..1000]"),
+    ("oversample_threshold", 0.01, "Rare is what has a smaller share of all labels [0..1]"),
+    (
+        "progressive",
+        "",
+        "Lengths in steps and the epochs of each, such as 32:2, 64:3; the last goes on",
+    ),
+    (
+        "curriculum",
+        0.0,
+        "Begin with this share of the items, easy ones first; 0: all from the beginning [0..1]",
+    ),
+    (
+        "curriculum_until",
+        0.5,
+        "When all take part: below 1 a share of the fit, from 1 on epochs [0..100000]",
+    ),
+    (
+        "scheduled_sampling",
+        "none",
+        "How the chance of the right token falls that a decoder is fed {none, linear, exponential, inverse_sigmoid}",
+    ),
+)
 
 # %% ../../nbs/core/20_training.ipynb #d8f2a57c
 class TrainingOptions:
     "Values of all options, as attributes; of `loss`, which is a method, in `values`."
-    def __init__(self,
-        values:dict, # Option -> value, all of them
-        defaults:dict, # Option -> default value
-        optimizer:dict=None, # Options of the optimiser that a preset brings
-    ): self.values,self.defaults,self.preset_options,self.heads,self.used = values,defaults,optimizer or {},[],set()
+
+    def __init__(
+        self,
+        values: dict,  # Option -> value, all of them
+        defaults: dict,  # Option -> default value
+        optimizer: dict = None,  # Options of the optimiser that a preset brings
+    ):
+        self.values, self.defaults, self.preset_options, self.heads, self.used = (
+            values,
+            defaults,
+            optimizer or {},
+            [],
+            set(),
+        )
+
     def __getattr__(self, name):
-        if name == 'values' or name not in self.values: raise AttributeError(name)
+        if name == "values" or name not in self.values:
+            raise AttributeError(name)
         return self.values[name]
-    def __repr__(self): return f"TrainingOptions({', '.join(f'{k}={v!r}' for k,v in self.values.items() if v != TRAINING[k].default)})"
+
+    def __repr__(self):
+        return f"TrainingOptions({', '.join(f'{k}={v!r}' for k, v in self.values.items() if v != TRAINING[k].default)})"
+
     def changed(self, *names):
         "Those of `names` that are not as the domain has them."
         return [n for n in names if self.values[n] != self.defaults[n]]
@@ -127,240 +274,442 @@ class TrainingOptions:
 # %% ../../nbs/core/20_training.ipynb #de858bf2
 def _with_preset(values, defaults):
     "Values with those of the preset where they are the defaults, and what else it says of its optimiser."
-    if values['preset'] == 'none': return values, {}
-    preset = dict(PRESETS[values['preset']])
-    known = {k: preset.pop(p) for k,p in dict(optimizer='name', learning_rate='learning_rate', weight_decay='weight_decay', momentum='momentum').items() if p in preset}
-    values = {k: known[k] if k in known and v == defaults[k] else v for k,v in values.items()}
-    return values, preset if values['optimizer'] == known['optimizer'] else {}
+    if values["preset"] == "none":
+        return values, {}
+    preset = dict(PRESETS[values["preset"]])
+    known = {
+        k: preset.pop(p)
+        for k, p in dict(
+            optimizer="name",
+            learning_rate="learning_rate",
+            weight_decay="weight_decay",
+            momentum="momentum",
+        ).items()
+        if p in preset
+    }
+    values = {k: known[k] if k in known and v == defaults[k] else v for k, v in values.items()}
+    return values, preset if values["optimizer"] == known["optimizer"] else {}
 
 # %% ../../nbs/core/20_training.ipynb #71b54c35
 def _check_settings(what):
     "Settings of augmentations are of the type of their defaults; `InputError` otherwise."
-    for name,settings in what.items():
-        if not isinstance(settings, (dict,type(None))): raise InputError('parameter', 'augment', f'settings of {name} such as {{p: 0.5}}', repr(settings))
-        known = inspect.signature(AUGMENTATIONS[check_choice('parameter', 'augment', name, AUGMENTATIONS)]).parameters
-        for k,v in (settings or {}).items():
-            wanted = known[check_choice(f'augmentation {name}', 'option', k, known)].default
-            if isinstance(wanted, (int,float)) and not (isinstance(v, (int,float)) and v == v): raise InputError(f'augmentation {name}', k, f'a number such as {wanted}', repr(v))
+    for name, settings in what.items():
+        if not isinstance(settings, (dict, type(None))):
+            raise InputError(
+                "parameter", "augment", f"settings of {name} such as {{p: 0.5}}", repr(settings)
+            )
+        known = inspect.signature(
+            AUGMENTATIONS[check_choice("parameter", "augment", name, AUGMENTATIONS)]
+        ).parameters
+        for k, v in (settings or {}).items():
+            wanted = known[check_choice(f"augmentation {name}", "option", k, known)].default
+            if isinstance(wanted, (int, float)) and not (isinstance(v, (int, float)) and v == v):
+                raise InputError(f"augmentation {name}", k, f"a number such as {wanted}", repr(v))
     return what
 
 # %% ../../nbs/core/20_training.ipynb #55befdba
 @patch
-def opt_func(self:TrainingOptions)->object: # `opt_func` of a `Learner`
+def opt_func(self: TrainingOptions) -> object:  # `opt_func` of a `Learner`
     "The optimiser of these options."
-    own = dict(adamw=dict(betas=(self.momentum, .999)), sgd=dict(momentum=self.momentum), rmsprop={})[self.optimizer]
-    return create_optimizer(self.optimizer, weight_decay=self.weight_decay, **{**own, **self.preset_options, **flow_mapping(self.optimizer_options, 'optimizer_options')})
+    own = dict(
+        adamw=dict(betas=(self.momentum, 0.999)), sgd=dict(momentum=self.momentum), rmsprop={}
+    )[self.optimizer]
+    return create_optimizer(
+        self.optimizer,
+        weight_decay=self.weight_decay,
+        **{
+            **own,
+            **self.preset_options,
+            **flow_mapping(self.optimizer_options, "optimizer_options"),
+        },
+    )
 
 # %% ../../nbs/core/20_training.ipynb #1bccd4ae
 @patch
-def rate_schedule(self:TrainingOptions)->object: # A callback
+def rate_schedule(self: TrainingOptions) -> object:  # A callback
     "The schedule of the learning rate of these options."
     own = dict(warmup=self.warmup) if self.warmup else {}
-    if self.schedule == 'plateau': own |= dict(patience=self.schedule_patience, monitor=self.monitor, mode=self.mode(self.monitor), min_delta=self.min_delta)
-    return schedule(self.schedule, self.learning_rate, **{**own, **flow_mapping(self.schedule_options, 'schedule_options')})
+    if self.schedule == "plateau":
+        own |= dict(
+            patience=self.schedule_patience,
+            monitor=self.monitor,
+            mode=self.mode(self.monitor),
+            min_delta=self.min_delta,
+        )
+    return schedule(
+        self.schedule,
+        self.learning_rate,
+        **{**own, **flow_mapping(self.schedule_options, "schedule_options")},
+    )
+
 
 @patch
-def mode(self:TrainingOptions, monitor):
+def mode(self: TrainingOptions, monitor):
     "Whether the smallest or the largest value of `monitor` is best."
-    if self.monitor_mode != 'auto': return self.monitor_mode
-    return 'min' if any(word in monitor.lower() for word in ('loss','error','mae','mse','perplexity','deviation','distance')) else 'max'
+    if self.monitor_mode != "auto":
+        return self.monitor_mode
+    return (
+        "min"
+        if any(
+            word in monitor.lower()
+            for word in ("loss", "error", "mae", "mse", "perplexity", "deviation", "distance")
+        )
+        else "max"
+    )
 
 # %% ../../nbs/core/20_training.ipynb #93581915
 @patch
-def augmentations(self:TrainingOptions,
-    time_axis:int=1, # Axis of the inputs that the mask belongs to, for `spec_augment`
-)->list: # Augmentations of `core.augment`
+def augmentations(
+    self: TrainingOptions,
+    time_axis: int = 1,  # Axis of the inputs that the mask belongs to, for `spec_augment`
+) -> list:  # Augmentations of `core.augment`
     "The augmentations of these options."
     text = self.augment.strip()
-    what = {'patch_augmentation': dict(preset=text)} if text in PATCH_PRESETS else _check_settings(flow_mapping(text, 'augment'))
-    if self.augment_share < 1: what = {k: dict(p=self.augment_share) | (v or {}) for k,v in what.items()}
-    found = create_augmentations(what) + [SpecAugment(time_axis=time_axis, p=self.augment_share)]*self.spec_augment
+    what = (
+        {"patch_augmentation": dict(preset=text)}
+        if text in PATCH_PRESETS
+        else _check_settings(flow_mapping(text, "augment"))
+    )
+    if self.augment_share < 1:
+        what = {k: dict(p=self.augment_share) | (v or {}) for k, v in what.items()}
+    found = (
+        create_augmentations(what)
+        + [SpecAugment(time_axis=time_axis, p=self.augment_share)] * self.spec_augment
+    )
     return [RandomPolicy(found, self.augment_policy)] if self.augment_policy else found
 
 # %% ../../nbs/core/20_training.ipynb #7aa86896
 @patch
-def lengths(self:TrainingOptions)->list: # Pairs (steps, epochs)
+def lengths(self: TrainingOptions) -> list:  # Pairs (steps, epochs)
     "Lengths of the stages of these options."
-    try: found = [tuple(int(n) for n in stage.split(':')) for stage in self.progressive.split(',') if stage.strip()]
-    except ValueError: found = [()]
-    if any(len(s) != 2 or min(s) < 1 for s in found): raise InputError('parameter', 'progressive', 'lengths and epochs such as 32:2, 64:3', repr(self.progressive))
+    try:
+        found = [
+            tuple(int(n) for n in stage.split(":"))
+            for stage in self.progressive.split(",")
+            if stage.strip()
+        ]
+    except ValueError:
+        found = [()]
+    if any(len(s) != 2 or min(s) < 1 for s in found):
+        raise InputError(
+            "parameter",
+            "progressive",
+            "lengths and epochs such as 32:2, 64:3",
+            repr(self.progressive),
+        )
     return found
 
 # %% ../../nbs/core/20_training.ipynb #a478c58a
 def training_options(
-    given:dict=None, # Option -> value, or its text
-    **defaults # The domain's own defaults
-)->TrainingOptions: # All options
+    given: dict = None,  # Option -> value, or its text
+    **defaults,  # The domain's own defaults
+) -> TrainingOptions:  # All options
     "Check names, types, choices and ranges of options."
-    own = check_parameters(TRAINING, defaults, 'default', 'fit')
-    values = check_parameters({k: replace(p, default=own[k]) for k,p in TRAINING.items()}, given or {}, of='fit')
-    values,preset = _with_preset(values, own)
+    own = check_parameters(TRAINING, defaults, "default", "fit")
+    values = check_parameters(
+        {k: replace(p, default=own[k]) for k, p in TRAINING.items()}, given or {}, of="fit"
+    )
+    values, preset = _with_preset(values, own)
     options = TrainingOptions(values, own, preset)
-    options.opt_func(); options.rate_schedule(); options.augmentations(); options.lengths() # what does not fit is found now
+    options.opt_func()
+    options.rate_schedule()
+    options.augmentations()
+    options.lengths()  # what does not fit is found now
     return options
 
 # %% ../../nbs/core/20_training.ipynb #7a8e52ad
 @patch
-def loss(self:TrainingOptions,
-    labels=None, # Labels of the training set, for class weights
-    classes:int=None, # Number of classes; as many as the labels have by default
-    head=None, # Name in the prediction, where it is a dictionary
-    key=None, # Name in the target; `head` by default
-    ignore_index:int=-100, # Label that does not count
-)->torch.nn.Module: # Called with prediction and target
+def loss(
+    self: TrainingOptions,
+    labels=None,  # Labels of the training set, for class weights
+    classes: int = None,  # Number of classes; as many as the labels have by default
+    head=None,  # Name in the prediction, where it is a dictionary
+    key=None,  # Name in the target; `head` by default
+    ignore_index: int = -100,  # Label that does not count
+) -> torch.nn.Module:  # Called with prediction and target
     "The loss of class labels of these options; of several heads one each."
-    self.used.add('loss')
-    kind,own = self.values['loss'],dict(head=head, key=key, ignore_index=ignore_index)
+    self.used.add("loss")
+    kind, own = self.values["loss"], dict(head=head, key=key, ignore_index=ignore_index)
     if self.teacher:
-        if self.changed('class_weights') or kind == 'focal': raise InputError('parameter', 'teacher', 'cross_entropy or label_smoothing without class weights beside it', 'focal' if kind == 'focal' else 'class_weights')
+        if self.changed("class_weights") or kind == "focal":
+            raise InputError(
+                "parameter",
+                "teacher",
+                "cross_entropy or label_smoothing without class weights beside it",
+                "focal" if kind == "focal" else "class_weights",
+            )
         self.heads.append(head)
-        return Distillation(self.temperature, self.alpha, _answer(head), self.label_smoothing if kind == 'label_smoothing' else 0., **(own | dict(key=key or head or 'target')))
-    if self.class_weights: own['weight'] = self._weights(labels, classes, ignore_index)
-    if kind == 'focal': own['gamma'] = self.focal_gamma
-    if kind == 'label_smoothing': own['label_smoothing'] = self.label_smoothing
+        return Distillation(
+            self.temperature,
+            self.alpha,
+            _answer(head),
+            self.label_smoothing if kind == "label_smoothing" else 0.0,
+            **(own | dict(key=key or head or "target")),
+        )
+    if self.class_weights:
+        own["weight"] = self._weights(labels, classes, ignore_index)
+    if kind == "focal":
+        own["gamma"] = self.focal_gamma
+    if kind == "label_smoothing":
+        own["label_smoothing"] = self.label_smoothing
     return create_loss(kind, **own)
 
 # %% ../../nbs/core/20_training.ipynb #93b2cf35
-def _answer(head): return f'teacher_{head}' if head else 'teacher'
+def _answer(head):
+    return f"teacher_{head}" if head else "teacher"
+
 
 @patch
-def _weights(self:TrainingOptions, labels, classes, ignore_index):
+def _weights(self: TrainingOptions, labels, classes, ignore_index):
     "Weight of each class."
-    if labels is None: raise InputError('parameter', 'class_weights', 'a recipe with class labels', 'one without')
-    labels = torch.as_tensor(np.asarray(labels)).flatten(); labels = labels[labels != ignore_index]
-    return class_weights(labels, classes or int(labels.max())+1)
+    if labels is None:
+        raise InputError("parameter", "class_weights", "a recipe with class labels", "one without")
+    labels = torch.as_tensor(np.asarray(labels)).flatten()
+    labels = labels[labels != ignore_index]
+    return class_weights(labels, classes or int(labels.max()) + 1)
+
 
 def _teacher(folder, heads):
     "Function of the inputs that returns a teacher's answers for each head."
     model = load_saved(folder)[0]
     each = [teacher_answers(model, head, _answer(head)) for head in heads]
-    def answers(*inputs): return {k: v for answer in each for k,v in answer(*inputs).items()}
+
+    def answers(*inputs):
+        return {k: v for answer in each for k, v in answer(*inputs).items()}
+
     return answers
 
 # %% ../../nbs/core/20_training.ipynb #ff0c6b64
 @patch
-def _steps(self:TrainingOptions):
+def _steps(self: TrainingOptions):
     "Callbacks about how a step is made."
     found = [FiniteLoss()]
-    if self.clip: found.append(GradientClip(self.clip))
-    if self.accumulate > 1: found.append(Accumulation(self.accumulate*self.batch_size))
-    if self.precision != 'fp32': found.append(MixedPrecision(self.precision))
-    if self.compile_model: found.append(Compile())
-    if self.gradient_checkpointing: found.append(GradientCheckpointing())
-    if self.deterministic: found.append(Deterministic())
-    if self.averaging == 'ema': found.append(EMA(self.ema_decay))
-    if self.averaging == 'swa': found.append(SWA(self.swa_start))
+    if self.clip:
+        found.append(GradientClip(self.clip))
+    if self.accumulate > 1:
+        found.append(Accumulation(self.accumulate * self.batch_size))
+    if self.precision != "fp32":
+        found.append(MixedPrecision(self.precision))
+    if self.compile_model:
+        found.append(Compile())
+    if self.gradient_checkpointing:
+        found.append(GradientCheckpointing())
+    if self.deterministic:
+        found.append(Deterministic())
+    if self.averaging == "ema":
+        found.append(EMA(self.ema_decay))
+    if self.averaging == "swa":
+        found.append(SWA(self.swa_start))
     return found
 
 # %% ../../nbs/core/20_training.ipynb #7a0fbfb3
 @patch
-def _inputs(self:TrainingOptions, key, keys, time_axis):
+def _inputs(self: TrainingOptions, key, keys, time_axis):
     "Callbacks about what the training batches go through."
     found = []
-    if augmentations := self.augmentations(time_axis): found.append(Augment(augmentations, key))
-    if self.mixing != 'none': found.append(dict(mixup=MixUp, cutmix=CutMix)[self.mixing](self.mixing_alpha, key=key, time_axis=time_axis))
-    if self.adversarial: found.append(AdversarialTraining(self.adversarial, key=key, time_axis=time_axis))
-    if self.progressive.strip(): found.append(ProgressiveLength(self.lengths(), keys or ([key] if key else [])))
+    if augmentations := self.augmentations(time_axis):
+        found.append(Augment(augmentations, key))
+    if self.mixing != "none":
+        found.append(
+            dict(mixup=MixUp, cutmix=CutMix)[self.mixing](
+                self.mixing_alpha, key=key, time_axis=time_axis
+            )
+        )
+    if self.adversarial:
+        found.append(AdversarialTraining(self.adversarial, key=key, time_axis=time_axis))
+    if self.progressive.strip():
+        found.append(ProgressiveLength(self.lengths(), keys or ([key] if key else [])))
     return found
 
+
 @patch
-def _teaching(self:TrainingOptions, decoder, difficulty):
+def _teaching(self: TrainingOptions, decoder, difficulty):
     "Callbacks about what is learnt first, and from whom."
-    if self.scheduled_sampling != 'none' and decoder is None: raise InputError('parameter', 'scheduled_sampling', 'a recipe with a decoder of tokens', 'one without')
-    found = [Curriculum('length' if difficulty is None else difficulty, start=self.curriculum, until=self.curriculum_until)] if self.curriculum else []
-    if self.scheduled_sampling != 'none': found.append(ScheduledSampling(self.scheduled_sampling, **decoder))
+    if self.scheduled_sampling != "none" and decoder is None:
+        raise InputError(
+            "parameter", "scheduled_sampling", "a recipe with a decoder of tokens", "one without"
+        )
+    found = (
+        [
+            Curriculum(
+                "length" if difficulty is None else difficulty,
+                start=self.curriculum,
+                until=self.curriculum_until,
+            )
+        ]
+        if self.curriculum
+        else []
+    )
+    if self.scheduled_sampling != "none":
+        found.append(ScheduledSampling(self.scheduled_sampling, **decoder))
     if self.teacher:
-        if not self.heads: raise InputError('parameter', 'teacher', 'a recipe whose loss can learn from one', 'a loss of another kind')
-        if self.mixing != 'none': raise InputError('parameter', 'mixing', 'none beside a teacher', self.mixing)
+        if not self.heads:
+            raise InputError(
+                "parameter",
+                "teacher",
+                "a recipe whose loss can learn from one",
+                "a loss of another kind",
+            )
+        if self.mixing != "none":
+            raise InputError("parameter", "mixing", "none beside a teacher", self.mixing)
         found.append(MoreTargets(_teacher(self.teacher, self.heads)))
     return found
 
 # %% ../../nbs/core/20_training.ipynb #e6b0d1d6
 @patch
-def _records(self:TrainingOptions, tokens, folder):
+def _records(self: TrainingOptions, tokens, folder):
     "Callbacks about what is recorded and kept, and about the end."
-    if self.unique_tokens and tokens is None: raise InputError('parameter', 'unique_tokens', 'a recipe that predicts tokens', 'one that does not')
-    best = self.save_best or (self.monitor if self.restore_best or self.checkpoint_every else '')
-    if (best or self.text_log) and not folder: raise InputError('parameter', 'checkpoint_folder', 'a folder for weights and logs', 'none')
-    found = [TrainingMetrics()]*self.train_metrics + [Timing()]*self.timing
-    if self.gradient_alert: found.append(GradientMonitor(alert=self.gradient_alert))
-    if self.unique_tokens: found.append(UniqueTokens(**{**tokens, 'target': self.unique_tokens}))
-    if self.early_stop: found.append(EarlyStopping(self.monitor, self.early_stop, self.min_delta, self.mode(self.monitor)))
-    if self.text_log: found.append(TextLog(Path(folder)/'train_log.txt'))
-    if best: found.append(Checkpoints(folder, best, self.mode(best), self.checkpoint_every, self.keep_last))
+    if self.unique_tokens and tokens is None:
+        raise InputError(
+            "parameter", "unique_tokens", "a recipe that predicts tokens", "one that does not"
+        )
+    best = self.save_best or (self.monitor if self.restore_best or self.checkpoint_every else "")
+    if (best or self.text_log) and not folder:
+        raise InputError("parameter", "checkpoint_folder", "a folder for weights and logs", "none")
+    found = [TrainingMetrics()] * self.train_metrics + [Timing()] * self.timing
+    if self.gradient_alert:
+        found.append(GradientMonitor(alert=self.gradient_alert))
+    if self.unique_tokens:
+        found.append(UniqueTokens(**{**tokens, "target": self.unique_tokens}))
+    if self.early_stop:
+        found.append(
+            EarlyStopping(self.monitor, self.early_stop, self.min_delta, self.mode(self.monitor))
+        )
+    if self.text_log:
+        found.append(TextLog(Path(folder) / "train_log.txt"))
+    if best:
+        found.append(
+            Checkpoints(folder, best, self.mode(best), self.checkpoint_every, self.keep_last)
+        )
     return found
 
 # %% ../../nbs/core/20_training.ipynb #c611d777
 @patch
-def callbacks(self:TrainingOptions,
-    folder=None, # Folder of weights and logs; `checkpoint_folder` by default
-    fit:str='', # Name of this fit, a folder in it
-    key=None, # Name of the tensor to change, where the inputs are a dictionary
-    keys=(), # Entries of inputs and targets with a time axis, for `progressive`; `key` by default
-    tokens:dict=None, # Arguments of `UniqueTokens`: `vocabulary_size`, `predict`, `ignore`
-    decoder:dict=None, # Arguments of `ScheduledSampling`: `predict`, `key`, `special`
-    difficulty=None, # One number a training item, small is easy, for `curriculum`; its length by default
-    time_axis:int=1, # Axis of the inputs that the mask belongs to
-)->list: # Callbacks
+def callbacks(
+    self: TrainingOptions,
+    folder=None,  # Folder of weights and logs; `checkpoint_folder` by default
+    fit: str = "",  # Name of this fit, a folder in it
+    key=None,  # Name of the tensor to change, where the inputs are a dictionary
+    keys=(),  # Entries of inputs and targets with a time axis, for `progressive`; `key` by default
+    tokens: dict = None,  # Arguments of `UniqueTokens`: `vocabulary_size`, `predict`, `ignore`
+    decoder: dict = None,  # Arguments of `ScheduledSampling`: `predict`, `key`, `special`
+    difficulty=None,  # One number a training item, small is easy, for `curriculum`; its length by default
+    time_axis: int = 1,  # Axis of the inputs that the mask belongs to
+) -> list:  # Callbacks
     "All callbacks that these options ask for."
     folder = folder or self.checkpoint_folder
-    return [*self._steps(), *self._inputs(key, keys, time_axis), *self._teaching(decoder, difficulty), *self._records(tokens, Path(folder)/fit if folder else None)]
+    return [
+        *self._steps(),
+        *self._inputs(key, keys, time_axis),
+        *self._teaching(decoder, difficulty),
+        *self._records(tokens, Path(folder) / fit if folder else None),
+    ]
 
 # %% ../../nbs/core/20_training.ipynb #3690a36a
 @patch
-def oversampled(self:TrainingOptions,
-    labels, # Class of each item of the data set, `[N]`, or several `[N,L]`
-    indices, # Items of the training set
-    ignore=None, # A label that does not count, such as padding
-)->np.ndarray: # Items of an epoch
+def oversampled(
+    self: TrainingOptions,
+    labels,  # Class of each item of the data set, `[N]`, or several `[N,L]`
+    indices,  # Items of the training set
+    ignore=None,  # A label that does not count, such as padding
+) -> np.ndarray:  # Items of an epoch
     "The training set with items of rare classes repeated."
-    self.used.add('oversample')
+    self.used.add("oversample")
     indices = np.asarray(indices)
-    if self.oversample == 1: return indices
-    return indices[oversampled_indices(np.asarray(labels)[indices], self.oversample, self.oversample_threshold, ignore)]
+    if self.oversample == 1:
+        return indices
+    return indices[
+        oversampled_indices(
+            np.asarray(labels)[indices], self.oversample, self.oversample_threshold, ignore
+        )
+    ]
 
 # %% ../../nbs/core/20_training.ipynb #429caf0b
 @patch
-def _check_used(self:TrainingOptions):
+def _check_used(self: TrainingOptions):
     "Raise where an option was given that the recipe does not look at."
-    groups = dict(loss=('loss','label_smoothing','focal_gamma','class_weights','teacher','temperature','alpha'), oversample=('oversample','oversample_threshold'))
-    for asked,names in groups.items():
-        if asked not in self.used and (changed := self.changed(*names)): raise InputError('parameter', changed[0], 'an option that this recipe follows', repr(self.values[changed[0]]))
+    groups = dict(
+        loss=(
+            "loss",
+            "label_smoothing",
+            "focal_gamma",
+            "class_weights",
+            "teacher",
+            "temperature",
+            "alpha",
+        ),
+        oversample=("oversample", "oversample_threshold"),
+    )
+    for asked, names in groups.items():
+        if asked not in self.used and (changed := self.changed(*names)):
+            raise InputError(
+                "parameter",
+                changed[0],
+                "an option that this recipe follows",
+                repr(self.values[changed[0]]),
+            )
 
 # %% ../../nbs/core/20_training.ipynb #bf21c940
 @patch
-def learner(self:TrainingOptions,
-    dls, # Loaders
-    model, # Model
-    loss_func, # Loss, for instance `self.loss(...)`
-    cbs=(), # More callbacks
-    folder=None, fit:str='', key=None, keys=(), tokens:dict=None, decoder:dict=None, difficulty=None, time_axis:int=1, # See `callbacks`
-    **kwargs # For `Learner`
-)->Learner: # With these options in `options`
+def learner(
+    self: TrainingOptions,
+    dls,  # Loaders
+    model,  # Model
+    loss_func,  # Loss, for instance `self.loss(...)`
+    cbs=(),  # More callbacks
+    folder=None,
+    fit: str = "",
+    key=None,
+    keys=(),
+    tokens: dict = None,
+    decoder: dict = None,
+    difficulty=None,
+    time_axis: int = 1,  # See `callbacks`
+    **kwargs,  # For `Learner`
+) -> Learner:  # With these options in `options`
     "A learner that is fitted by `fit`."
     self._check_used()
     own = self.callbacks(folder, fit, key, keys, tokens, decoder, difficulty, time_axis)
-    if isinstance(loss_func, torch.nn.Module) and any(True for _ in loss_func.parameters()): own.append(LossParameters())
-    learn = Learner(dls, model, loss_func=loss_func, opt_func=self.opt_func(), lr=self.learning_rate, wd=self.weight_decay, wd_bn_bias=self.decay_on == 'all', cbs=[*own, *cbs], **kwargs)
-    learn.options,learn.decay_on = self,self.decay_on
+    if isinstance(loss_func, torch.nn.Module) and any(True for _ in loss_func.parameters()):
+        own.append(LossParameters())
+    learn = Learner(
+        dls,
+        model,
+        loss_func=loss_func,
+        opt_func=self.opt_func(),
+        lr=self.learning_rate,
+        wd=self.weight_decay,
+        wd_bn_bias=self.decay_on == "all",
+        cbs=[*own, *cbs],
+        **kwargs,
+    )
+    learn.options, learn.decay_on = self, self.decay_on
     return learn
 
 # %% ../../nbs/core/20_training.ipynb #fe270bff
 def fit(
-    learn, # From `TrainingOptions.learner`
-    cbs=(), # More callbacks of this fit
+    learn,  # From `TrainingOptions.learner`
+    cbs=(),  # More callbacks of this fit
 ):
     "Fit as the learner's options say."
     options = learn.options
     learn.fit(options.max_epochs, cbs=[options.rate_schedule(), *cbs])
-    if options.restore_best: load_checkpoint(learn.model, learn.checkpoints.folder/'best.safetensors')
+    if options.restore_best:
+        load_checkpoint(learn.model, learn.checkpoints.folder / "best.safetensors")
 
 # %% ../../nbs/core/20_training.ipynb #4052a61d
 def training_values(
-    names:dict, # `globals()` of a notebook
-)->dict: # Option -> value
+    names: dict,  # `globals()` of a notebook
+) -> dict:  # Option -> value
     "Those options that a notebook has values for."
     found = {k: names[k] for k in TRAINING if k in names}
-    for k,v in found.items():
-        if not isinstance(v, (bool,int,float,str)): raise InputError('parameter', k, 'a value', type(v).__name__, 'give what the notebook imports or defines another name')
+    for k, v in found.items():
+        if not isinstance(v, (bool, int, float, str)):
+            raise InputError(
+                "parameter",
+                k,
+                "a value",
+                type(v).__name__,
+                "give what the notebook imports or defines another name",
+            )
     return found

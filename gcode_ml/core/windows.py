@@ -8,70 +8,103 @@ Docs: https://example.org/gcode_ml/core/windows.html.md"""
 __all__ = ['RowTable', 'window_starts', 'Windows']
 
 # %% ../../nbs/core/03_windows.ipynb #b48c18f0
-import numpy as np, torch
+import numpy as np
+import torch
 from fastcore.basics import patch
-from torch import Tensor
+
 from .errors import InputError
 from .layers import length_mask
 
 # %% ../../nbs/core/03_windows.ipynb #bbbdf1b4
 class RowTable:
     "Recordings of different lengths in one tensor `[rows,C]`."
-    def __init__(self,
-        arrays:list, # One float array `[T,C]` a recording; NaN where a channel is missing
-        names:list=None, # One name a recording, for messages
+
+    def __init__(
+        self,
+        arrays: list,  # One float array `[T,C]` a recording; NaN where a channel is missing
+        names: list = None,  # One name a recording, for messages
     ):
         self.names = list(names) if names is not None else [str(i) for i in range(len(arrays))]
-        for name,a in zip(self.names, arrays):
-            if len(a) == 0: raise InputError(name, 'rows', 'at least one', '0')
-            if a.shape[1] != arrays[0].shape[1]: raise InputError(name, 'channels', str(arrays[0].shape[1]), str(a.shape[1]))
-        self.values = torch.from_numpy(np.concatenate(arrays).astype('float32', copy=False))
+        for name, a in zip(self.names, arrays):
+            if len(a) == 0:
+                raise InputError(name, "rows", "at least one", "0")
+            if a.shape[1] != arrays[0].shape[1]:
+                raise InputError(name, "channels", str(arrays[0].shape[1]), str(a.shape[1]))
+        self.values = torch.from_numpy(np.concatenate(arrays).astype("float32", copy=False))
         self.lengths = np.array([len(a) for a in arrays])
         self.offsets = np.concatenate([[0], self.lengths.cumsum()[:-1]])
-    def __len__(self): return len(self.lengths)
-    def __getitem__(self, i): return self.values[self.offsets[i]:self.offsets[i]+self.lengths[i]]
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        return self.values[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
 # %% ../../nbs/core/03_windows.ipynb #c82e7f92
 def window_starts(
-    lengths, # Rows of each recording
-    size:int, # Rows a window
-    stride:int, # Rows from one start to the next
-    partial:bool=False, # Keep one short window of a recording that has fewer than `size` rows
-)->tuple: # (recording, start, stop) of each window, integer arrays
+    lengths,  # Rows of each recording
+    size: int,  # Rows a window
+    stride: int,  # Rows from one start to the next
+    partial: bool = False,  # Keep one short window of a recording that has fewer than `size` rows
+) -> tuple:  # (recording, start, stop) of each window, integer arrays
     "Windows of `size` rows at every `stride`; the last one ends with the recording."
     parts = []
-    for i,n in enumerate(lengths):
-        if n < size and not partial: continue
-        last = max(n-size, 0)
-        starts = np.unique(np.append(np.arange(0, last+1, stride), last))
-        parts.append(np.stack([np.full(len(starts), i), starts, np.minimum(starts+size, n)]))
-    if not parts: raise InputError('recordings', 'length', f'a recording of at least {size} rows', f'{max(lengths, default=0)} at most', 'choose shorter windows')
+    for i, n in enumerate(lengths):
+        if n < size and not partial:
+            continue
+        last = max(n - size, 0)
+        starts = np.unique(np.append(np.arange(0, last + 1, stride), last))
+        parts.append(np.stack([np.full(len(starts), i), starts, np.minimum(starts + size, n)]))
+    if not parts:
+        raise InputError(
+            "recordings",
+            "length",
+            f"a recording of at least {size} rows",
+            f"{max(lengths, default=0)} at most",
+            "choose shorter windows",
+        )
     return tuple(np.concatenate(parts, 1))
 
 # %% ../../nbs/core/03_windows.ipynb #37e7424c
 class Windows:
     "Windows over a `RowTable`, gathered by the batch."
-    def __init__(self,
-        table:RowTable, # The rows
-        recording, # Recording of each window, `[N]`
-        start, # First row, `[N]`
-        stop, # Row after the last, `[N]`
+
+    def __init__(
+        self,
+        table: RowTable,  # The rows
+        recording,  # Recording of each window, `[N]`
+        start,  # First row, `[N]`
+        stop,  # Row after the last, `[N]`
     ):
-        self.table,self.recording,self.start,self.stop = table,np.asarray(recording),np.asarray(start),np.asarray(stop)
-        self.lengths = self.stop-self.start
-        self._first = torch.from_numpy(table.offsets[self.recording]+self.start)
+        self.table, self.recording, self.start, self.stop = (
+            table,
+            np.asarray(recording),
+            np.asarray(start),
+            np.asarray(stop),
+        )
+        self.lengths = self.stop - self.start
+        self._first = torch.from_numpy(table.offsets[self.recording] + self.start)
         self._lengths = torch.from_numpy(self.lengths)
-    def __len__(self): return len(self.start)
-    def __getitem__(self, i): return self.table[self.recording[i]][self.start[i]:self.stop[i]]
+
+    def __len__(self):
+        return len(self.start)
+
+    def __getitem__(self, i):
+        return self.table[self.recording[i]][self.start[i] : self.stop[i]]
 
 # %% ../../nbs/core/03_windows.ipynb #5704f908
 @patch
-def batch(self:Windows,
-    index, # Which windows, `[B]`
-)->tuple: # Values `[B,T,C]`, zero where padded, and mask `[B,T]`
+def batch(
+    self: Windows,
+    index,  # Which windows, `[B]`
+) -> tuple:  # Values `[B,T,C]`, zero where padded, and mask `[B,T]`
     "Gather windows into one padded tensor."
     index = torch.as_tensor(index)
     mask = length_mask(self._lengths[index])
-    rows = (self._first[index][:,None] + torch.arange(mask.shape[1])[None]).clamp_max(len(self.table.values)-1)
-    values = self.table.values.index_select(0, rows.flatten()).view(*rows.shape, -1) # a third of the time of an index with two axes
-    return (values if mask.all() else torch.where(mask[...,None], values, 0.)), mask
+    rows = (self._first[index][:, None] + torch.arange(mask.shape[1])[None]).clamp_max(
+        len(self.table.values) - 1
+    )
+    values = self.table.values.index_select(0, rows.flatten()).view(
+        *rows.shape, -1
+    )  # a third of the time of an index with two axes
+    return (values if mask.all() else torch.where(mask[..., None], values, 0.0)), mask

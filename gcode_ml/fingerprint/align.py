@@ -11,11 +11,14 @@ __all__ = ['ProgramLibrary', 'build_library', 'trailing_features', 'GaussianEmis
 # %% ../../nbs/fingerprint/35_align.ipynb #f6aa0614
 from collections import deque
 from dataclasses import dataclass, field
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 from scipy.special import logsumexp, ndtr
+
 from ..core.errors import InputError
 from .data import Recording, programs
 
@@ -23,345 +26,523 @@ from .data import Recording, programs
 @dataclass
 class ProgramLibrary:
     "Programs as states of equal duration; the states of all programs stand in one row, `[N]`."
-    names:list # Programs, `[P]`
-    step:float # Seconds a state
-    lengths:np.ndarray # States of each program, `[P]`
-    lines:np.ndarray # Line numbers that occur, `[L]`
-    line_votes:csr_matrix = field(repr=False) # Share of the runs that are on a line, `[N,L]`
-    texts:np.ndarray # Texts that occur, `[M]`
-    text_votes:csr_matrix = field(repr=False) # The same for texts, `[N,M]`
-    def __len__(self): return int(self.lengths.sum())
+
+    names: list  # Programs, `[P]`
+    step: float  # Seconds a state
+    lengths: np.ndarray  # States of each program, `[P]`
+    lines: np.ndarray  # Line numbers that occur, `[L]`
+    line_votes: csr_matrix = field(repr=False)  # Share of the runs that are on a line, `[N,L]`
+    texts: np.ndarray  # Texts that occur, `[M]`
+    text_votes: csr_matrix = field(repr=False)  # The same for texts, `[N,M]`
+
+    def __len__(self):
+        return int(self.lengths.sum())
+
     @property
-    def first(self): return np.cumsum(self.lengths)-self.lengths
+    def first(self):
+        return np.cumsum(self.lengths) - self.lengths
+
     @property
-    def program(self): return np.repeat(np.arange(len(self.names)), self.lengths)
+    def program(self):
+        return np.repeat(np.arange(len(self.names)), self.lengths)
+
     @property
-    def seconds(self): return self.step*(np.arange(len(self))-np.repeat(self.first, self.lengths))
+    def seconds(self):
+        return self.step * (np.arange(len(self)) - np.repeat(self.first, self.lengths))
 
 # %% ../../nbs/fingerprint/35_align.ipynb #57d6ccbc
 def _nearest(time, at):
     "Nearest row of the sorted `time` for each of `at`."
-    right = np.searchsorted(time, at).clip(1, max(len(time)-1, 1)); left = right-1
-    return np.where(at-time[left] <= time[right.clip(max=len(time)-1)]-at, left, right).clip(0, len(time)-1)
+    right = np.searchsorted(time, at).clip(1, max(len(time) - 1, 1))
+    left = right - 1
+    return np.where(at - time[left] <= time[right.clip(max=len(time) - 1)] - at, left, right).clip(
+        0, len(time) - 1
+    )
+
 
 def _votes(found, states):
     "Distinct answers, and the share of the votes each of them gets in each state; `found` are (states, answers) of each run."
-    answers,code = np.unique(np.concatenate([a for _,a in found]).astype(str), return_inverse=True)
-    state = np.concatenate([s for s,_ in found])
+    answers, code = np.unique(
+        np.concatenate([a for _, a in found]).astype(str), return_inverse=True
+    )
+    state = np.concatenate([s for s, _ in found])
     votes = csr_matrix((np.ones(len(state)), (state, code)), shape=(states, len(answers)))
-    return answers, csr_matrix(votes.multiply(1/votes.sum(1)))
+    return answers, csr_matrix(votes.multiply(1 / votes.sum(1)))
 
 # %% ../../nbs/fingerprint/35_align.ipynb #c9dc5ebd
 def build_library(
-    recordings:list, # Training runs
-    step:float=.25, # Seconds a state
-)->ProgramLibrary: # One program each set of operations that run the same lines
+    recordings: list,  # Training runs
+    step: float = 0.25,  # Seconds a state
+) -> ProgramLibrary:  # One program each set of operations that run the same lines
     "The programs of the training runs, with the median duration of their runs."
-    if not recordings: raise InputError('library', 'recordings', 'at least one run', '0')
-    of = programs(recordings); names = sorted(set(of.values()))
+    if not recordings:
+        raise InputError("library", "recordings", "at least one run", "0")
+    of = programs(recordings)
+    names = sorted(set(of.values()))
     runs = {n: [r for r in recordings if of[r.operation] == n] for n in names}
-    lengths = np.array([int(np.median([r.time[-1] for r in runs[n]])/step)+1 for n in names])
+    lengths = np.array([int(np.median([r.time[-1] for r in runs[n]]) / step) + 1 for n in names])
     found = []
-    for n,first,length in zip(names, np.cumsum(lengths)-lengths, lengths):
+    for n, first, length in zip(names, np.cumsum(lengths) - lengths, lengths):
         for r in runs[n]:
-            row = _nearest(r.time, step*np.arange(length))
-            found.append((first+np.arange(length), r.lines[row], r.texts[row]))
-    lines,line_votes = _votes([f[:2] for f in found], lengths.sum())
-    texts,text_votes = _votes([(s,t) for s,_,t in found], lengths.sum())
+            row = _nearest(r.time, step * np.arange(length))
+            found.append((first + np.arange(length), r.lines[row], r.texts[row]))
+    lines, line_votes = _votes([f[:2] for f in found], lengths.sum())
+    texts, text_votes = _votes([(s, t) for s, _, t in found], lengths.sum())
     return ProgramLibrary(names, step, lengths, lines.astype(int), line_votes, texts, text_votes)
 
 # %% ../../nbs/fingerprint/35_align.ipynb #67d90003
 @patch
-def states(self:ProgramLibrary,
-    recording:Recording, # A run of one of the programs
-    program:str, # Its name
-)->np.ndarray: # State of each row, `[T]`
+def states(
+    self: ProgramLibrary,
+    recording: Recording,  # A run of one of the programs
+    program: str,  # Its name
+) -> np.ndarray:  # State of each row, `[T]`
     "State of every row by its elapsed time."
-    if program not in self.names: raise InputError(recording.name, 'program', f"one of {', '.join(self.names)}", repr(program), 'no training run shows it')
+    if program not in self.names:
+        raise InputError(
+            recording.name,
+            "program",
+            f"one of {', '.join(self.names)}",
+            repr(program),
+            "no training run shows it",
+        )
     p = self.names.index(program)
-    return self.first[p] + np.rint(recording.time/self.step).astype(int).clip(0, self.lengths[p]-1)
+    return self.first[p] + np.rint(recording.time / self.step).astype(int).clip(
+        0, self.lengths[p] - 1
+    )
 
 # %% ../../nbs/fingerprint/35_align.ipynb #0ea243e9
 def trailing_features(
-    sensors:np.ndarray, # Standardised rows, `[T,C]`, NaN where missing
-    width:int=6, # Rows looked back at, this one included
-)->np.ndarray: # `[T,3C]` float32: mean, standard deviation, change from the older to the newer half
+    sensors: np.ndarray,  # Standardised rows, `[T,C]`, NaN where missing
+    width: int = 6,  # Rows looked back at, this one included
+) -> (
+    np.ndarray
+):  # `[T,3C]` float32: mean, standard deviation, change from the older to the newer half
     "Statistics of the last rows."
-    there = np.isfinite(sensors); x = np.where(there, sensors, 0.).astype(float)
-    def window(v, size): total = np.cumsum(np.r_['0', np.zeros((1,v.shape[1])), v], axis=0); t = np.arange(1, len(v)+1); return total[t]-total[(t-size).clip(0)]
-    n,half = window(there, width),max(width//2, 1)
-    with np.errstate(invalid='ignore', divide='ignore'):
-        mean = window(x, width)/n; spread = np.sqrt((window(x*x, width)/n-mean**2).clip(0))
-        new,old = window(x, half)/window(there, half),(window(x, width)-window(x, half))/(n-window(there, half))
-    change = np.where(there, np.where(np.isfinite(old), new-old, 0.), np.nan)
-    return np.concatenate([mean, spread, change], 1).astype('float32')
+    there = np.isfinite(sensors)
+    x = np.where(there, sensors, 0.0).astype(float)
+
+    def window(v, size):
+        total = np.cumsum(np.r_["0", np.zeros((1, v.shape[1])), v], axis=0)
+        t = np.arange(1, len(v) + 1)
+        return total[t] - total[(t - size).clip(0)]
+
+    n, half = window(there, width), max(width // 2, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = window(x, width) / n
+        spread = np.sqrt((window(x * x, width) / n - mean**2).clip(0))
+        new, old = (
+            window(x, half) / window(there, half),
+            (window(x, width) - window(x, half)) / (n - window(there, half)),
+        )
+    change = np.where(there, np.where(np.isfinite(old), new - old, 0.0), np.nan)
+    return np.concatenate([mean, spread, change], 1).astype("float32")
 
 # %% ../../nbs/fingerprint/35_align.ipynb #a09e8b83
 class GaussianEmission:
     "Normal distribution of every feature in every state."
-    def __init__(self,
-        library:ProgramLibrary, # The states
-        smooth:float=1.5, # Width of the smoothing of means, states
-        prior:float=30., # Rows that the spread of all states counts for in the spread of one
-        most:float=3., # A feature more than this many spreads away tells no more
-    ): self.library,self.smooth,self.prior,self.most,self.temperature,self.offset = library,smooth,prior,most,1.,0.
+
+    def __init__(
+        self,
+        library: ProgramLibrary,  # The states
+        smooth: float = 1.5,  # Width of the smoothing of means, states
+        prior: float = 30.0,  # Rows that the spread of all states counts for in the spread of one
+        most: float = 3.0,  # A feature more than this many spreads away tells no more
+    ):
+        self.library, self.smooth, self.prior, self.most, self.temperature, self.offset = (
+            library,
+            smooth,
+            prior,
+            most,
+            1.0,
+            0.0,
+        )
 
 # %% ../../nbs/fingerprint/35_align.ipynb #0edf0c62
 @patch
-def fit(self:GaussianEmission,
-    features:list, # `[T,F]` of each training run
-    states:list, # State of each row, `[T]` each
-): # Itself
+def fit(
+    self: GaussianEmission,
+    features: list,  # `[T,F]` of each training run
+    states: list,  # State of each row, `[T]` each
+):  # Itself
     "Means and variances of the states."
-    x,s = np.concatenate(features).astype(float),np.concatenate(states); there = np.isfinite(x); x = np.where(there, x, 0.)
-    sums = [self._smoothed(self._by_state(v, s)) for v in (there, x, x*x)]
-    count,middle,spread = there.sum(0).clip(1), x.sum(0)/there.sum(0).clip(1), None
-    spread = ((x*x).sum(0)/count-middle**2).clip(1e-4)
-    n = sums[0]; known = n > 1e-3; mean = np.where(known, sums[1]/n.clip(1e-9), middle)
-    inside = (there*(x-mean[s])**2).sum(0)/count
-    variance = ((sums[2]-n*mean**2).clip(0)+self.prior*inside)/(n+self.prior)*(1+1/n.clip(1)) # the mean is uncertain too
-    self.mean,self.variance = mean.astype('float32'),np.where(known, variance, spread).clip(1e-4).astype('float32')
-    self.middle,self.spread = middle.astype('float32'),spread.astype('float32')
+    x, s = np.concatenate(features).astype(float), np.concatenate(states)
+    there = np.isfinite(x)
+    x = np.where(there, x, 0.0)
+    sums = [self._smoothed(self._by_state(v, s)) for v in (there, x, x * x)]
+    count, middle, spread = there.sum(0).clip(1), x.sum(0) / there.sum(0).clip(1), None
+    spread = ((x * x).sum(0) / count - middle**2).clip(1e-4)
+    n = sums[0]
+    known = n > 1e-3
+    mean = np.where(known, sums[1] / n.clip(1e-9), middle)
+    inside = (there * (x - mean[s]) ** 2).sum(0) / count
+    variance = (
+        ((sums[2] - n * mean**2).clip(0) + self.prior * inside)
+        / (n + self.prior)
+        * (1 + 1 / n.clip(1))
+    )  # the mean is uncertain too
+    self.mean, self.variance = (
+        mean.astype("float32"),
+        np.where(known, variance, spread).clip(1e-4).astype("float32"),
+    )
+    self.middle, self.spread = middle.astype("float32"), spread.astype("float32")
     return self
 
 # %% ../../nbs/fingerprint/35_align.ipynb #56de6678
 @patch
-def _by_state(self:GaussianEmission, values, states):
+def _by_state(self: GaussianEmission, values, states):
     "Sums of rows by state, `[N,F]`."
-    return csr_matrix((np.ones(len(states)), (states, np.arange(len(states)))), shape=(len(self.library), len(states))) @ values
+    return (
+        csr_matrix(
+            (np.ones(len(states)), (states, np.arange(len(states)))),
+            shape=(len(self.library), len(states)),
+        )
+        @ values
+    )
+
 
 @patch
-def _smoothed(self:GaussianEmission, sums):
+def _smoothed(self: GaussianEmission, sums):
     "Sums smoothed along the states of each program."
     parts = np.split(np.asarray(sums, float), np.cumsum(self.library.lengths)[:-1])
-    return np.concatenate([gaussian_filter1d(p, self.smooth, axis=0, mode='nearest') if self.smooth else p for p in parts])
+    return np.concatenate(
+        [
+            gaussian_filter1d(p, self.smooth, axis=0, mode="nearest") if self.smooth else p
+            for p in parts
+        ]
+    )
 
 # %% ../../nbs/fingerprint/35_align.ipynb #d5971fa7
 @patch
-def log_probabilities(self:GaussianEmission,
-    features:np.ndarray, # `[T,F]`, NaN where missing
-)->tuple: # `[T,N]` and `[T]` float32
+def log_probabilities(
+    self: GaussianEmission,
+    features: np.ndarray,  # `[T,F]`, NaN where missing
+) -> tuple:  # `[T,N]` and `[T]` float32
     "Log-probabilities of all states, and of the background."
-    there = np.isfinite(features).astype('float32'); x = np.where(there > 0, features, 0.).astype('float32')
-    limit = self.most*np.sqrt(self.spread); x = np.clip(x, self.middle-limit, self.middle+limit)*there
-    precision = 1/self.variance; constant = -.5*np.log(self.variance)-.5*precision*self.mean**2
-    state = there@constant.T + x@(precision*self.mean).T - .5*(x*x)@precision.T
-    background = (there*(-.5*np.log(self.spread)-.5*(x-self.middle)**2/self.spread)).sum(1)
+    there = np.isfinite(features).astype("float32")
+    x = np.where(there > 0, features, 0.0).astype("float32")
+    limit = self.most * np.sqrt(self.spread)
+    x = np.clip(x, self.middle - limit, self.middle + limit) * there
+    precision = 1 / self.variance
+    constant = -0.5 * np.log(self.variance) - 0.5 * precision * self.mean**2
+    state = there @ constant.T + x @ (precision * self.mean).T - 0.5 * (x * x) @ precision.T
+    background = (
+        there * (-0.5 * np.log(self.spread) - 0.5 * (x - self.middle) ** 2 / self.spread)
+    ).sum(1)
     seen = there.sum(1).clip(1)
-    return state/self.temperature, background/self.temperature + self.offset*(seen > 0)
+    return state / self.temperature, background / self.temperature + self.offset * (seen > 0)
 
 # %% ../../nbs/fingerprint/35_align.ipynb #9ed25d53
 @patch
-def calibrate(self:GaussianEmission,
-    features:list, # `[T,F]` of runs that `fit` has not seen
-    states:list, # True state of each row
-    width:int=6, # Rows that share their features
-    margin:float=2., # Standard deviations between pieces
-    piece:int=60, # Rows of a piece
-): # Itself
+def calibrate(
+    self: GaussianEmission,
+    features: list,  # `[T,F]` of runs that `fit` has not seen
+    states: list,  # True state of each row
+    width: int = 6,  # Rows that share their features
+    margin: float = 2.0,  # Standard deviations between pieces
+    piece: int = 60,  # Rows of a piece
+):  # Itself
     "Temperature and background."
-    self.temperature,self.offset = 1.,0.
-    found = [self.log_probabilities(f) for f in features]; at = [np.arange(len(s)) for s in states]
-    def score(heat): return np.mean([np.mean(l[a,s]/heat-logsumexp(l/heat, axis=1)) for (l,_),s,a in zip(found, states, at)])
-    heat = max(2.**np.arange(0, 9), key=score)*width
-    lead = [np.mean(p)/heat for (l,b),s,a in zip(found, states, at) for p in np.array_split(l[a,s]-b, max(len(s)//piece, 1))]
-    self.temperature,self.offset = heat, float(np.mean(lead)-margin*np.std(lead))
+    self.temperature, self.offset = 1.0, 0.0
+    found = [self.log_probabilities(f) for f in features]
+    at = [np.arange(len(s)) for s in states]
+
+    def score(heat):
+        return np.mean(
+            [
+                np.mean(l[a, s] / heat - logsumexp(l / heat, axis=1))
+                for (l, _), s, a in zip(found, states, at)
+            ]
+        )
+
+    heat = max(2.0 ** np.arange(0, 9), key=score) * width
+    lead = [
+        np.mean(p) / heat
+        for (l, b), s, a in zip(found, states, at)
+        for p in np.array_split(l[a, s] - b, max(len(s) // piece, 1))
+    ]
+    self.temperature, self.offset = heat, float(np.mean(lead) - margin * np.std(lead))
     return self
 
 # %% ../../nbs/fingerprint/35_align.ipynb #87d242ef
 def fit_emission(
-    library:ProgramLibrary, # The states
-    features:list, # `[T,F]` of each training run
-    states:list, # State of each row
-    **kwargs # For `GaussianEmission`
-)->GaussianEmission: # Fitted on all runs, calibrated on every third, left out once
+    library: ProgramLibrary,  # The states
+    features: list,  # `[T,F]` of each training run
+    states: list,  # State of each row
+    **kwargs,  # For `GaussianEmission`
+) -> GaussianEmission:  # Fitted on all runs, calibrated on every third, left out once
     "An emission model that knows how far it can be trusted."
     out = np.arange(len(features)) % 3 == 2
-    if not out.any() or out.all(): raise InputError('emission', 'runs', 'at least three training runs', str(len(features)))
-    pick = lambda values, mask: [v for v,m in zip(values, mask) if m]
-    part = GaussianEmission(library, **kwargs).fit(pick(features, ~out), pick(states, ~out)).calibrate(pick(features, out), pick(states, out))
+    if not out.any() or out.all():
+        raise InputError("emission", "runs", "at least three training runs", str(len(features)))
+
+    def pick(values, mask):
+        return [v for v, m in zip(values, mask) if m]
+
+    part = (
+        GaussianEmission(library, **kwargs)
+        .fit(pick(features, ~out), pick(states, ~out))
+        .calibrate(pick(features, out), pick(states, out))
+    )
     whole = GaussianEmission(library, **kwargs).fit(features, states)
-    whole.temperature,whole.offset = part.temperature,part.offset
+    whole.temperature, whole.offset = part.temperature, part.offset
     return whole
 
 # %% ../../nbs/fingerprint/35_align.ipynb #e8bf848b
 class NeuralEmission:
     "Scaled likelihoods from a classifier of states."
-    def __init__(self,
-        predict, # `[T,F]` -> log-probabilities `[T,N]`
-        prior, # How often each state occurs in training, `[N]`
-        temperature:float=1., # Log-probabilities are divided by it
-        offset:float=0., # Log-probability of the background
-    ): self.predict,self.prior,self.temperature,self.offset = predict,np.log(np.asarray(prior, float).clip(1e-9)/np.sum(prior)),temperature,offset
+
+    def __init__(
+        self,
+        predict,  # `[T,F]` -> log-probabilities `[T,N]`
+        prior,  # How often each state occurs in training, `[N]`
+        temperature: float = 1.0,  # Log-probabilities are divided by it
+        offset: float = 0.0,  # Log-probability of the background
+    ):
+        self.predict, self.prior, self.temperature, self.offset = (
+            predict,
+            np.log(np.asarray(prior, float).clip(1e-9) / np.sum(prior)),
+            temperature,
+            offset,
+        )
+
     def log_probabilities(self, features):
         "Log-probabilities of all states `[T,N]`, and of the background `[T]`."
-        logp = (np.asarray(self.predict(features))-self.prior)/self.temperature
+        logp = (np.asarray(self.predict(features)) - self.prior) / self.temperature
         return logp, np.full(len(logp), self.offset)
 
 # %% ../../nbs/fingerprint/35_align.ipynb #b95b39c9
 class ProgramChains:
     "Left-to-right chains, one a program and rate, and the state of no program."
-    def __init__(self,
-        lengths, # States of each program, `[P]`
-        step:float=.25, # Seconds a state
-        rates=(1.,), # Paces, relative to training
-        spread:float=.2, # Standard deviation of the advance, as a share of it
-        none:float=.05, # Probability that a recording begins outside all programs
-        leave:float=1e-4, # Of leaving a program, a row
-        enter:float=1e-2, # Of entering one, a row
-        known_start:bool=False, # Whether the first row is the program's first
+
+    def __init__(
+        self,
+        lengths,  # States of each program, `[P]`
+        step: float = 0.25,  # Seconds a state
+        rates=(1.0,),  # Paces, relative to training
+        spread: float = 0.2,  # Standard deviation of the advance, as a share of it
+        none: float = 0.05,  # Probability that a recording begins outside all programs
+        leave: float = 1e-4,  # Of leaving a program, a row
+        enter: float = 1e-2,  # Of entering one, a row
+        known_start: bool = False,  # Whether the first row is the program's first
     ):
-        self.step,self.rates,self.spread,self.none,self.leave,self.enter = step,np.asarray(rates, float),spread,none,leave,enter
-        self.lengths = np.repeat(np.asarray(lengths, int), len(self.rates)); self.rate = np.tile(self.rates, len(lengths))
-        chains,most = len(self.lengths),int(self.lengths.max())
-        self.inside = np.arange(most) < self.lengths[:,None]
-        first = np.cumsum(lengths)-lengths
-        self.flat = np.where(self.inside, np.repeat(first, len(self.rates))[:,None]+np.arange(most), 0)
-        weight = (np.arange(most) == 0)*self.inside if known_start else self.inside/1.
-        self.entry = weight/weight.sum(1, keepdims=True)/chains
+        self.step, self.rates, self.spread, self.none, self.leave, self.enter = (
+            step,
+            np.asarray(rates, float),
+            spread,
+            none,
+            leave,
+            enter,
+        )
+        self.lengths = np.repeat(np.asarray(lengths, int), len(self.rates))
+        self.rate = np.tile(self.rates, len(lengths))
+        chains, most = len(self.lengths), int(self.lengths.max())
+        self.inside = np.arange(most) < self.lengths[:, None]
+        first = np.cumsum(lengths) - lengths
+        self.flat = np.where(
+            self.inside, np.repeat(first, len(self.rates))[:, None] + np.arange(most), 0
+        )
+        weight = (np.arange(most) == 0) * self.inside if known_start else self.inside / 1.0
+        self.entry = weight / weight.sum(1, keepdims=True) / chains
 
 # %% ../../nbs/fingerprint/35_align.ipynb #6192ad8a
 @patch
-def kernel(self:ProgramChains,
-    seconds:float, # Between two rows
-)->np.ndarray: # Probability of an advance by 0, 1, … states, `[chains,K]`
+def kernel(
+    self: ProgramChains,
+    seconds: float,  # Between two rows
+) -> np.ndarray:  # Probability of an advance by 0, 1, … states, `[chains,K]`
     "How far the place moves; a rounded normal distribution without its negative part."
-    if not np.isfinite(seconds) or seconds < 0: raise InputError('clock', 'time between rows', 'seconds, not negative', str(seconds), 'the clock jumps')
-    mean = self.rate*seconds/self.step; spread = np.maximum(self.spread*mean, .3)
-    edge = np.arange(min(int((mean+4*spread).max())+2, self.inside.shape[1])+1)-.5
-    edge[0],edge[-1] = -np.inf,np.inf
-    return np.diff(ndtr((edge-mean[:,None])/spread[:,None]), axis=1)
+    if not np.isfinite(seconds) or seconds < 0:
+        raise InputError(
+            "clock", "time between rows", "seconds, not negative", str(seconds), "the clock jumps"
+        )
+    mean = self.rate * seconds / self.step
+    spread = np.maximum(self.spread * mean, 0.3)
+    edge = np.arange(min(int((mean + 4 * spread).max()) + 2, self.inside.shape[1]) + 1) - 0.5
+    edge[0], edge[-1] = -np.inf, np.inf
+    return np.diff(ndtr((edge - mean[:, None]) / spread[:, None]), axis=1)
 
 # %% ../../nbs/fingerprint/35_align.ipynb #cbf68a4f
 @patch
-def _ahead(self:ProgramChains, a, kernel):
+def _ahead(self: ProgramChains, a, kernel):
     "Probabilities `[chains,S]` after an advance; what passes the end stays in the last state."
-    wide = np.zeros((len(a), a.shape[1]+kernel.shape[1]-1))
-    for k in range(kernel.shape[1]): wide[:,k:k+a.shape[1]] += kernel[:,k,None]*a
-    tail = self.lengths[:,None]-1+np.arange(kernel.shape[1]); past = np.take_along_axis(wide, tail, 1).sum(1)
-    np.put_along_axis(wide, tail, 0., 1); wide[np.arange(len(a)),self.lengths-1] = past
-    return wide[:,:a.shape[1]]
+    wide = np.zeros((len(a), a.shape[1] + kernel.shape[1] - 1))
+    for k in range(kernel.shape[1]):
+        wide[:, k : k + a.shape[1]] += kernel[:, k, None] * a
+    tail = self.lengths[:, None] - 1 + np.arange(kernel.shape[1])
+    past = np.take_along_axis(wide, tail, 1).sum(1)
+    np.put_along_axis(wide, tail, 0.0, 1)
+    wide[np.arange(len(a)), self.lengths - 1] = past
+    return wide[:, : a.shape[1]]
+
 
 @patch
-def _back(self:ProgramChains, b, kernel):
+def _back(self: ProgramChains, b, kernel):
     "Expected value of `b` `[chains,S]` after an advance from each state."
-    place = np.minimum(np.arange(b.shape[1]+kernel.shape[1]-1), self.lengths[:,None]-1)
+    place = np.minimum(np.arange(b.shape[1] + kernel.shape[1] - 1), self.lengths[:, None] - 1)
     wide = np.take_along_axis(b, place, 1)
-    return self.inside*sum(kernel[:,k,None]*wide[:,k:k+b.shape[1]] for k in range(kernel.shape[1]))
+    return self.inside * sum(
+        kernel[:, k, None] * wide[:, k : k + b.shape[1]] for k in range(kernel.shape[1])
+    )
+
 
 @patch
-def _forward(self:ProgramChains, a, none, kernel):
+def _forward(self: ProgramChains, a, none, kernel):
     "State probabilities one row later, before its sensors are seen."
-    return (1-self.leave)*self._ahead(a, kernel)+self.enter*none*self.entry, (1-self.enter)*none+self.leave*a.sum()
+    return (1 - self.leave) * self._ahead(a, kernel) + self.enter * none * self.entry, (
+        1 - self.enter
+    ) * none + self.leave * a.sum()
+
 
 @patch
-def _seen(self:ProgramChains, logp, background):
+def _seen(self: ProgramChains, logp, background):
     "Probabilities of one row's sensors in the chains `[chains,S]` and in no program, divided by the largest, and its logarithm."
     top = max(float(logp.max()), float(background))
-    return np.exp(logp[self.flat]-top)*self.inside, float(np.exp(background-top)), top
+    return np.exp(logp[self.flat] - top) * self.inside, float(np.exp(background - top)), top
 
 # %% ../../nbs/fingerprint/35_align.ipynb #babf1e10
 @dataclass
 class Alignment:
     "Posterior of the place in the library, row by row."
-    posterior:np.ndarray # `[T,N]` float32, rates summed
-    none:np.ndarray # Probability of no program, `[T]`
-    rates:np.ndarray # Probability of each rate, `[T,R]`
-    log_likelihood:float # Of the sensors
+
+    posterior: np.ndarray  # `[T,N]` float32, rates summed
+    none: np.ndarray  # Probability of no program, `[T]`
+    rates: np.ndarray  # Probability of each rate, `[T,R]`
+    log_likelihood: float  # Of the sensors
 
 # %% ../../nbs/fingerprint/35_align.ipynb #c4061cb1
 @patch
-def _gather(self:ProgramChains, a):
+def _gather(self: ProgramChains, a):
     "Chains `[chains,S]` as library states `[N]`, and as rates `[R]`."
-    programs = len(self.lengths)//len(self.rates)
+    programs = len(self.lengths) // len(self.rates)
     summed = a.reshape(programs, len(self.rates), -1).sum(1)
-    return summed[self.inside[::len(self.rates)]], a.sum(1).reshape(programs, -1).sum(0)
+    return summed[self.inside[:: len(self.rates)]], a.sum(1).reshape(programs, -1).sum(0)
+
 
 def _normalised(a, none):
     "Both divided by their sum, and the sum."
-    total = a.sum()+none
-    return a/total, none/total, total
+    total = a.sum() + none
+    return a / total, none / total, total
+
 
 @patch
-def _filter(self:ProgramChains, logp, background, gaps):
+def _filter(self: ProgramChains, logp, background, gaps):
     "Forward pass: a list of (states, none, seen, seen without a program, kernel), and the log-likelihood."
-    a,none,steps,likelihood = self.entry*(1-self.none), self.none, [], 0.
+    a, none, steps, likelihood = self.entry * (1 - self.none), self.none, [], 0.0
     for t in range(len(logp)):
-        kernel = self.kernel(gaps[t-1]) if t else None
-        if t: a,none = self._forward(a, none, kernel)
-        e,b,top = self._seen(logp[t], background[t])
-        a,none,total = _normalised(a*e, none*b)
-        likelihood += np.log(total)+top; steps.append((a,none,e,b,kernel))
+        kernel = self.kernel(gaps[t - 1]) if t else None
+        if t:
+            a, none = self._forward(a, none, kernel)
+        e, b, top = self._seen(logp[t], background[t])
+        a, none, total = _normalised(a * e, none * b)
+        likelihood += np.log(total) + top
+        steps.append((a, none, e, b, kernel))
     return steps, likelihood
 
+
 @patch
-def _smooth(self:ProgramChains, steps):
+def _smooth(self: ProgramChains, steps):
     "Backward pass over the steps of `_filter`, newest first: posterior of each."
-    beta,rest = np.ones_like(steps[-1][0]),1.
-    for t in range(len(steps)-1, -1, -1):
-        a,none,e,b,kernel = steps[t]
-        yield _normalised(a*beta, none*rest)[:2]
-        if t == 0: return
-        beta,none_next = e*beta, b*rest
-        beta,rest = (1-self.leave)*self._back(beta, kernel)+self.leave*none_next*self.inside, (1-self.enter)*none_next+self.enter*(self.entry*beta).sum()
-        top = max(beta.max(), rest); beta,rest = beta/top, rest/top
+    beta, rest = np.ones_like(steps[-1][0]), 1.0
+    for t in range(len(steps) - 1, -1, -1):
+        a, none, e, b, kernel = steps[t]
+        yield _normalised(a * beta, none * rest)[:2]
+        if t == 0:
+            return
+        beta, none_next = e * beta, b * rest
+        beta, rest = (
+            (1 - self.leave) * self._back(beta, kernel) + self.leave * none_next * self.inside,
+            (1 - self.enter) * none_next + self.enter * (self.entry * beta).sum(),
+        )
+        top = max(beta.max(), rest)
+        beta, rest = beta / top, rest / top
 
 # %% ../../nbs/fingerprint/35_align.ipynb #2cdaa3b9
 @patch
-def smooth(self:ProgramChains,
-    logp:np.ndarray, # Emission, `[T,N]`
-    background:np.ndarray, # Emission of no program, `[T]`
-    time:np.ndarray, # Seconds, `[T]`
-)->Alignment: # From all rows
+def smooth(
+    self: ProgramChains,
+    logp: np.ndarray,  # Emission, `[T,N]`
+    background: np.ndarray,  # Emission of no program, `[T]`
+    time: np.ndarray,  # Seconds, `[T]`
+) -> Alignment:  # From all rows
     "Forward-backward."
-    if not len(logp): raise InputError('recording', 'rows', 'at least one', '0')
-    steps,likelihood = self._filter(logp, background, np.diff(time))
-    parts = [(*self._gather(a), none) for a,none in self._smooth(steps)][::-1]
-    return Alignment(np.array([p for p,_,_ in parts], 'float32'), np.array([n for *_,n in parts]), np.array([r for _,r,_ in parts]), float(likelihood))
+    if not len(logp):
+        raise InputError("recording", "rows", "at least one", "0")
+    steps, likelihood = self._filter(logp, background, np.diff(time))
+    parts = [(*self._gather(a), none) for a, none in self._smooth(steps)][::-1]
+    return Alignment(
+        np.array([p for p, _, _ in parts], "float32"),
+        np.array([n for *_, n in parts]),
+        np.array([r for _, r, _ in parts]),
+        float(likelihood),
+    )
 
 # %% ../../nbs/fingerprint/35_align.ipynb #ff8c64e6
 @patch
-def best_path(self:ProgramChains,
-    logp:np.ndarray, # Emission, `[T,N]`
-    background:np.ndarray, # Emission of no program, `[T]`
-    time:np.ndarray, # Seconds, `[T]`
-)->tuple: # Library state of each row, -1 for none, `[T]`, and the path's log-probability
+def best_path(
+    self: ProgramChains,
+    logp: np.ndarray,  # Emission, `[T,N]`
+    background: np.ndarray,  # Emission of no program, `[T]`
+    time: np.ndarray,  # Seconds, `[T]`
+) -> tuple:  # Library state of each row, -1 for none, `[T]`, and the path's log-probability
     "Viterbi."
-    with np.errstate(divide='ignore'):
-        log_entry = np.log(self.entry); score,none = log_entry+np.log1p(-self.none)+self._logs(logp[0]), np.log(self.none)+background[0]
+    with np.errstate(divide="ignore"):
+        log_entry = np.log(self.entry)
+        score, none = (
+            log_entry + np.log1p(-self.none) + self._logs(logp[0]),
+            np.log(self.none) + background[0],
+        )
         went = []
-        for t,gap in enumerate(np.diff(time), 1):
-            score,none,move = self._best_step(score, none, np.log(self.kernel(gap)), log_entry)
-            score,none = score+self._logs(logp[t]), none+background[t]; went.append(move)
+        for t, gap in enumerate(np.diff(time), 1):
+            score, none, move = self._best_step(score, none, np.log(self.kernel(gap)), log_entry)
+            score, none = score + self._logs(logp[t]), none + background[t]
+            went.append(move)
     return self._trace(score, none, went)
 
 # %% ../../nbs/fingerprint/35_align.ipynb #f834647b
 @patch
-def _logs(self:ProgramChains, logp): return np.where(self.inside, logp[self.flat], -np.inf)
+def _logs(self: ProgramChains, logp):
+    return np.where(self.inside, logp[self.flat], -np.inf)
+
 
 @patch
-def _best_step(self:ProgramChains, score, none, kernel, log_entry):
+def _best_step(self: ProgramChains, score, none, kernel, log_entry):
     "Best scores one row later; for each state the state before it (flat, -1 for none), for none the same."
-    chains,size = score.shape; place = np.arange(size); best = np.full(score.shape, -np.inf); source = np.zeros(score.shape, int)
+    chains, size = score.shape
+    place = np.arange(size)
+    best = np.full(score.shape, -np.inf)
+    source = np.zeros(score.shape, int)
     for k in range(min(kernel.shape[1], size)):
-        new = np.full(score.shape, -np.inf); new[:,k:] = score[:,:size-k]+kernel[:,k,None]
-        source = np.where(new > best, place-k, source); best = np.maximum(new, best)
-    rest = np.logaddexp.accumulate(kernel[:,::-1], axis=1)[:,::-1] # of an advance by at least k
-    for k in range(min(kernel.shape[1], size)): # the last state takes all that passes it
-        at = self.lengths-1-k; row = np.flatnonzero(at >= 0)
-        new = score[row,at[row]]+rest[row,k]; last = self.lengths[row]-1
-        better = new > best[row,last]; row,last,new = row[better],last[better],new[better]
-        best[row,last],source[row,last] = new,at[row]
-    source = source+size*np.arange(chains)[:,None]
-    best,entered = best+np.log1p(-self.leave), none+np.log(self.enter)+log_entry
-    left = score.max()+np.log(self.leave); stayed = none+np.log1p(-self.enter)
-    return np.maximum(best, entered), max(left, stayed), (np.where(entered > best, -1, source), int(score.argmax()) if left > stayed else -1)
+        new = np.full(score.shape, -np.inf)
+        new[:, k:] = score[:, : size - k] + kernel[:, k, None]
+        source = np.where(new > best, place - k, source)
+        best = np.maximum(new, best)
+    rest = np.logaddexp.accumulate(kernel[:, ::-1], axis=1)[:, ::-1]  # of an advance by at least k
+    for k in range(min(kernel.shape[1], size)):  # the last state takes all that passes it
+        at = self.lengths - 1 - k
+        row = np.flatnonzero(at >= 0)
+        new = score[row, at[row]] + rest[row, k]
+        last = self.lengths[row] - 1
+        better = new > best[row, last]
+        row, last, new = row[better], last[better], new[better]
+        best[row, last], source[row, last] = new, at[row]
+    source = source + size * np.arange(chains)[:, None]
+    best, entered = best + np.log1p(-self.leave), none + np.log(self.enter) + log_entry
+    left = score.max() + np.log(self.leave)
+    stayed = none + np.log1p(-self.enter)
+    return (
+        np.maximum(best, entered),
+        max(left, stayed),
+        (np.where(entered > best, -1, source), int(score.argmax()) if left > stayed else -1),
+    )
+
 
 @patch
-def _trace(self:ProgramChains, score, none, went):
+def _trace(self: ProgramChains, score, none, went):
     "Path from the last row back to the first."
-    at = int(score.argmax()) if score.max() > none else -1; path = [at]
-    for source,from_none in went[::-1]:
+    at = int(score.argmax()) if score.max() > none else -1
+    path = [at]
+    for source, from_none in went[::-1]:
         at = int(source.flat[at]) if at >= 0 else from_none
         path.append(at)
     path = np.array(path[::-1])
@@ -369,93 +550,139 @@ def _trace(self:ProgramChains, score, none, went):
 
 # %% ../../nbs/fingerprint/35_align.ipynb #1480942f
 @patch
-def describe(self:ProgramLibrary,
-    posterior:np.ndarray, # `[T,N]`
-    none:np.ndarray, # `[T]`
-)->pd.DataFrame: # One row a row: program, its probability, seconds, line, text, its probability, none
+def describe(
+    self: ProgramLibrary,
+    posterior: np.ndarray,  # `[T,N]`
+    none: np.ndarray,  # `[T]`
+) -> (
+    pd.DataFrame
+):  # One row a row: program, its probability, seconds, line, text, its probability, none
     "Program, line, text and elapsed time of every row."
     posterior = np.asarray(posterior, float)
-    share = np.add.reduceat(posterior, self.first, axis=1); best = share.argmax(1)
-    own = posterior*(self.program == best[:,None])
-    seconds = own@self.seconds/own.sum(1).clip(1e-12)
-    line,text = own@self.line_votes,posterior@self.text_votes
-    return pd.DataFrame(dict(program=np.array(self.names, object)[best], program_probability=share.max(1), seconds=seconds, line=self.lines[line.argmax(1)],
-        text=self.texts[text.argmax(1)], text_probability=text.max(1), none=none))
+    share = np.add.reduceat(posterior, self.first, axis=1)
+    best = share.argmax(1)
+    own = posterior * (self.program == best[:, None])
+    seconds = own @ self.seconds / own.sum(1).clip(1e-12)
+    line, text = own @ self.line_votes, posterior @ self.text_votes
+    return pd.DataFrame(
+        dict(
+            program=np.array(self.names, object)[best],
+            program_probability=share.max(1),
+            seconds=seconds,
+            line=self.lines[line.argmax(1)],
+            text=self.texts[text.argmax(1)],
+            text_probability=text.max(1),
+            none=none,
+        )
+    )
 
 # %% ../../nbs/fingerprint/35_align.ipynb #aaf20326
 @patch
-def clock(self:ProgramLibrary,
-    time, # Seconds since the known start, `[T]`
-    spread:float=.15, # Standard deviation at the start, seconds
-    drift:float=.003, # and its growth, seconds a second
-)->np.ndarray: # Log-probabilities `[T,N]`, to be added to an emission
+def clock(
+    self: ProgramLibrary,
+    time,  # Seconds since the known start, `[T]`
+    spread: float = 0.15,  # Standard deviation at the start, seconds
+    drift: float = 0.003,  # and its growth, seconds a second
+) -> np.ndarray:  # Log-probabilities `[T,N]`, to be added to an emission
     "What the time since a known start says about the place."
-    time = np.asarray(time, float)[:,None]; end = np.repeat(self.step*(self.lengths-1), self.lengths)
-    width = spread+drift*time
-    return -.5*((np.minimum(time, end)-self.seconds)/width)**2
+    time = np.asarray(time, float)[:, None]
+    end = np.repeat(self.step * (self.lengths - 1), self.lengths)
+    width = spread + drift * time
+    return -0.5 * ((np.minimum(time, end) - self.seconds) / width) ** 2
 
 # %% ../../nbs/fingerprint/35_align.ipynb #66ea08e4
 @patch
-def match(self:ProgramLibrary,
-    logp:np.ndarray, # Emission, `[T,N]`
-    time:np.ndarray, # Seconds, `[T]`
-    row:int=None, # Which row's state is asked for; the middle one by default
-)->np.ndarray: # Score of each state of that row, `[N]`
+def match(
+    self: ProgramLibrary,
+    logp: np.ndarray,  # Emission, `[T,N]`
+    time: np.ndarray,  # Seconds, `[T]`
+    row: int = None,  # Which row's state is asked for; the middle one by default
+) -> np.ndarray:  # Score of each state of that row, `[N]`
     "Log-likelihood of a piece of a recording for each state of one of its rows."
-    row = len(logp)//2 if row is None else row; first,place = np.repeat(self.first, self.lengths),np.arange(len(self))
-    last = first+np.repeat(self.lengths, self.lengths)-1; score = np.zeros(len(self))
-    for e,shift in zip(logp, np.rint((time-time[row])/self.step).astype(int)): score += e[(place+shift).clip(first, last)]
+    row = len(logp) // 2 if row is None else row
+    first, place = np.repeat(self.first, self.lengths), np.arange(len(self))
+    last = first + np.repeat(self.lengths, self.lengths) - 1
+    score = np.zeros(len(self))
+    for e, shift in zip(logp, np.rint((time - time[row]) / self.step).astype(int)):
+        score += e[(place + shift).clip(first, last)]
     return score
 
 # %% ../../nbs/fingerprint/35_align.ipynb #01821971
 def posterior(
-    score, # Log-probabilities, `[...,N]`
-    temperature:float=1., # They are divided by it
-)->np.ndarray: # `[...,N]`, its sum is 1
+    score,  # Log-probabilities, `[...,N]`
+    temperature: float = 1.0,  # They are divided by it
+) -> np.ndarray:  # `[...,N]`, its sum is 1
     "Probabilities of log-probabilities."
-    score = np.asarray(score, float)/temperature
-    return np.exp(score-logsumexp(score, axis=-1, keepdims=True))
+    score = np.asarray(score, float) / temperature
+    return np.exp(score - logsumexp(score, axis=-1, keepdims=True))
 
 # %% ../../nbs/fingerprint/35_align.ipynb #d4ab422f
 class StreamAligner:
     "Alignment row by row, in constant memory."
-    def __init__(self,
-        library:ProgramLibrary, # Known programs
-        emission, # With `log_probabilities`
-        chains:ProgramChains, # The prior
-        width:int=6, # Of the features
-        lag:int=8, # Rows of the future that an answer may wait for
-        features=trailing_features, # `features(rows [<=width,C], width)` -> `[rows,F]`
-        timed:bool=False, # Whether the first row is the program's first, and the clock a witness
+
+    def __init__(
+        self,
+        library: ProgramLibrary,  # Known programs
+        emission,  # With `log_probabilities`
+        chains: ProgramChains,  # The prior
+        width: int = 6,  # Of the features
+        lag: int = 8,  # Rows of the future that an answer may wait for
+        features=trailing_features,  # `features(rows [<=width,C], width)` -> `[rows,F]`
+        timed: bool = False,  # Whether the first row is the program's first, and the clock a witness
     ):
-        self.library,self.emission,self.chains,self.width,self.lag,self.features,self.timed = library,emission,chains,width,lag,features,timed
-        self.rows,self.steps,self.last,self.begin = deque(maxlen=width),deque(maxlen=lag+1),None,None
+        (
+            self.library,
+            self.emission,
+            self.chains,
+            self.width,
+            self.lag,
+            self.features,
+            self.timed,
+        ) = library, emission, chains, width, lag, features, timed
+        self.rows, self.steps, self.last, self.begin = (
+            deque(maxlen=width),
+            deque(maxlen=lag + 1),
+            None,
+            None,
+        )
 
 # %% ../../nbs/fingerprint/35_align.ipynb #d836aa30
 @patch
-def step(self:StreamAligner,
-    row:np.ndarray, # Standardised sensors, `[C]`, NaN where a board is silent
-    seconds:float, # Clock
-): # `(posterior [N], none)` of the row `lag` rows ago; None while there is none
+def step(
+    self: StreamAligner,
+    row: np.ndarray,  # Standardised sensors, `[C]`, NaN where a board is silent
+    seconds: float,  # Clock
+):  # `(posterior [N], none)` of the row `lag` rows ago; None while there is none
     "One row further."
-    kernel = None if self.last is None else self.chains.kernel(seconds-self.last)
-    self.begin = seconds if self.begin is None else self.begin; self.last = seconds; self.rows.append(row)
-    logp,background = self.emission.log_probabilities(self.features(np.array(self.rows), self.width)[-1:])
-    if self.timed: logp = logp+self.library.clock([seconds-self.begin])
-    a,none = (self.chains.entry*(1-self.chains.none),self.chains.none) if kernel is None else self.chains._forward(*self.steps[-1][:2], kernel)
-    e,b,_ = self.chains._seen(logp[0], background[0])
-    self.steps.append((*_normalised(a*e, none*b)[:2], e, b, kernel))
+    kernel = None if self.last is None else self.chains.kernel(seconds - self.last)
+    self.begin = seconds if self.begin is None else self.begin
+    self.last = seconds
+    self.rows.append(row)
+    logp, background = self.emission.log_probabilities(
+        self.features(np.array(self.rows), self.width)[-1:]
+    )
+    if self.timed:
+        logp = logp + self.library.clock([seconds - self.begin])
+    a, none = (
+        (self.chains.entry * (1 - self.chains.none), self.chains.none)
+        if kernel is None
+        else self.chains._forward(*self.steps[-1][:2], kernel)
+    )
+    e, b, _ = self.chains._seen(logp[0], background[0])
+    self.steps.append((*_normalised(a * e, none * b)[:2], e, b, kernel))
     return self._oldest() if len(self.steps) > self.lag else None
 
-@patch
-def _oldest(self:StreamAligner):
-    "Posterior of the oldest step that is kept."
-    *_,(a,none) = self.chains._smooth(list(self.steps))
-    return self.chains._gather(a)[0], none
 
 @patch
-def finish(self:StreamAligner)->list: # `(posterior, none)` of the rows that still wait
+def _oldest(self: StreamAligner):
+    "Posterior of the oldest step that is kept."
+    *_, (a, none) = self.chains._smooth(list(self.steps))
+    return self.chains._gather(a)[0], none
+
+
+@patch
+def finish(self: StreamAligner) -> list:  # `(posterior, none)` of the rows that still wait
     "The answers that wait when a recording ends."
     late = list(self.chains._smooth(list(self.steps)))[::-1] if self.steps else []
     late = late[1:] if len(self.steps) > self.lag else late
-    return [(self.chains._gather(a)[0], none) for a,none in late]
+    return [(self.chains._gather(a)[0], none) for a, none in late]

@@ -8,123 +8,206 @@ Docs: https://example.org/gcode_ml/fingerprint/anomaly.html.md"""
 __all__ = ['DETECTORS', 'shared_channels', 'anomaly_features', 'AnomalyDetector', 'anomaly_table']
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #8f780b80
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import IsolationForest
+
 from ..core.errors import InputError, check_choice
 from .align import trailing_features
-from .verify import ProgramSignals, Rows, _best_lag, _gaps, _in_sizes, _sensors, _sizes, fit_response
+from gcode_ml.fingerprint.verify import (
+    ProgramSignals,
+    Rows,
+    _best_lag,
+    _gaps,
+    _in_sizes,
+    _sensors,
+    _sizes,
+    fit_response,
+)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #a955b467
-DETECTORS = 'mean_distance','mahalanobis','isolation_forest','program'
+DETECTORS = "mean_distance", "mahalanobis", "isolation_forest", "program"
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #0dda8158
 def shared_channels(
-    runs:list, # `Rows`
-)->list: # Channels that all of them have
+    runs: list,  # `Rows`
+) -> list:  # Channels that all of them have
     "Channels of every run, sorted."
     names = set.intersection(*(set(r.channels) for r in runs))
-    if not names: raise InputError('runs', 'channels', 'one that all runs have', 'none')
+    if not names:
+        raise InputError("runs", "channels", "one that all runs have", "none")
     return sorted(names)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #fb049b0e
 def anomaly_features(
-    rows:Rows, # Of a run
-    channels:list, # Which
-    size:np.ndarray, # Of each channel's changes
-    centred:bool=True, # Relative to the mean over the last seconds
-    width:int=6, # Rows looked back at
-)->np.ndarray: # `[T,3C]`
+    rows: Rows,  # Of a run
+    channels: list,  # Which
+    size: np.ndarray,  # Of each channel's changes
+    centred: bool = True,  # Relative to the mean over the last seconds
+    width: int = 6,  # Rows looked back at
+) -> np.ndarray:  # `[T,3C]`
     "Mean, spread and change over the last rows."
-    x = _sensors(rows, channels) if centred else rows.values[:,[rows.channels.index(c) for c in channels]]
-    return np.nan_to_num(trailing_features(_in_sizes(x, size) if centred else x/size, width))
+    x = (
+        _sensors(rows, channels)
+        if centred
+        else rows.values[:, [rows.channels.index(c) for c in channels]]
+    )
+    return np.nan_to_num(trailing_features(_in_sizes(x, size) if centred else x / size, width))
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #6faf2fc9
 class AnomalyDetector:
     "How strange each row is, by name."
-    def __init__(self,
-        name:str, # One of `DETECTORS`
-        centred:bool=True, # See `anomaly_features`
-        width:int=8, # Rows over which a score is averaged
-        start:float=1.5, # How far the start of a program may be off, seconds
-        seed:int=0, # Of the forest
-    ): self.name,self.centred,self.width,self.start,self.seed = check_choice('anomaly', 'detector', name, DETECTORS),centred,width,start,seed
-    def fit(self,
-        runs:list, # Pairs (`Rows`, `ProgramSignals`) of healthy runs
-        keep=None, # Mask of the rows that may be learnt from, one a run; all when `None`
-        channels=None, # Channels to use; those that all runs have when `None`
+
+    def __init__(
+        self,
+        name: str,  # One of `DETECTORS`
+        centred: bool = True,  # See `anomaly_features`
+        width: int = 8,  # Rows over which a score is averaged
+        start: float = 1.5,  # How far the start of a program may be off, seconds
+        seed: int = 0,  # Of the forest
+    ):
+        self.name, self.centred, self.width, self.start, self.seed = (
+            check_choice("anomaly", "detector", name, DETECTORS),
+            centred,
+            width,
+            start,
+            seed,
+        )
+
+    def fit(
+        self,
+        runs: list,  # Pairs (`Rows`, `ProgramSignals`) of healthy runs
+        keep=None,  # Mask of the rows that may be learnt from, one a run; all when `None`
+        channels=None,  # Channels to use; those that all runs have when `None`
     ):
         "Learn what healthy rows look like."
-        self.channels = channels or shared_channels([r for r,_ in runs])
-        if self.name == 'program': return self._fit_program(runs, keep)
-        raw = np.concatenate([_sensors(r, self.channels) for r,_ in runs]); self.size = np.where(_sizes(raw) > 0, _sizes(raw), 1.)
-        x = [anomaly_features(r, self.channels, self.size, self.centred) for r,_ in runs]
-        x = np.concatenate([a if keep is None else a[k] for a,k in zip(x, keep or x)])
-        self.model = IsolationForest(n_estimators=200, random_state=self.seed).fit(x) if self.name == 'isolation_forest' else LedoitWolf().fit(x)
+        self.channels = channels or shared_channels([r for r, _ in runs])
+        if self.name == "program":
+            return self._fit_program(runs, keep)
+        raw = np.concatenate([_sensors(r, self.channels) for r, _ in runs])
+        self.size = np.where(_sizes(raw) > 0, _sizes(raw), 1.0)
+        x = [anomaly_features(r, self.channels, self.size, self.centred) for r, _ in runs]
+        x = np.concatenate([a if keep is None else a[k] for a, k in zip(x, keep or x)])
+        self.model = (
+            IsolationForest(n_estimators=200, random_state=self.seed).fit(x)
+            if self.name == "isolation_forest"
+            else LedoitWolf().fit(x)
+        )
         return self
-    def score(self,
-        rows:Rows, # Of a run
-        signals:ProgramSignals=None, # Of its program, for `program`
-    )->np.ndarray: # `[T]`
+
+    def score(
+        self,
+        rows: Rows,  # Of a run
+        signals: ProgramSignals = None,  # Of its program, for `program`
+    ) -> np.ndarray:  # `[T]`
         "How strange each row is, averaged over the last rows."
-        if self.name == 'program': return np.log(self.model.mahalanobis(self.residuals(rows, signals)))
+        if self.name == "program":
+            return np.log(self.model.mahalanobis(self.residuals(rows, signals)))
         x = anomaly_features(rows, self.channels, self.size, self.centred)
-        if self.name == 'isolation_forest': return _trailing(-self.model.score_samples(x), self.width)
-        if self.name == 'mahalanobis': return _trailing(np.log(self.model.mahalanobis(x)), self.width)
-        return _trailing(np.sqrt((((x-self.model.location_)**2)/np.diag(self.model.covariance_)).mean(1)), self.width)
+        if self.name == "isolation_forest":
+            return _trailing(-self.model.score_samples(x), self.width)
+        if self.name == "mahalanobis":
+            return _trailing(np.log(self.model.mahalanobis(x)), self.width)
+        return _trailing(
+            np.sqrt((((x - self.model.location_) ** 2) / np.diag(self.model.covariance_)).mean(1)),
+            self.width,
+        )
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #92dff677
 def _trailing(v, width):
     "Mean over the last `width` rows."
-    v = np.nan_to_num(v); total = np.cumsum(np.concatenate([[0], v])); t = np.arange(1, len(v)+1)
-    return (total[t]-total[(t-width).clip(0)])/np.minimum(t, width)
+    v = np.nan_to_num(v)
+    total = np.cumsum(np.concatenate([[0], v]))
+    t = np.arange(1, len(v) + 1)
+    return (total[t] - total[(t - width).clip(0)]) / np.minimum(t, width)
+
 
 def _masked(runs, keep, channels):
     "Runs with those channels, whose other rows are missing."
-    take = lambda r: r.values[:,[r.channels.index(c) for c in channels]]
-    return [(Rows(r.name, r.time, take(r) if keep is None else np.where(keep[i][:,None], take(r), np.nan), channels), s) for i,(r,s) in enumerate(runs)]
+
+    def take(r):
+        return r.values[:, [r.channels.index(c) for c in channels]]
+
+    return [
+        (
+            Rows(
+                r.name,
+                r.time,
+                take(r) if keep is None else np.where(keep[i][:, None], take(r), np.nan),
+                channels,
+            ),
+            s,
+        )
+        for i, (r, s) in enumerate(runs)
+    ]
+
 
 @patch
-def _fit_program(self:AnomalyDetector, runs, keep):
+def _fit_program(self: AnomalyDetector, runs, keep):
     "The response, and how its residuals scatter once they are averaged over `width` rows."
     self.response = fit_response(_masked(runs, keep, self.channels), start=self.start)
     left = [self.residuals(*r) for r in runs]
-    self.model = LedoitWolf(assume_centered=True).fit(np.concatenate([r if keep is None else r[keep[i]] for i,r in enumerate(left)]))
+    self.model = LedoitWolf(assume_centered=True).fit(
+        np.concatenate([r if keep is None else r[keep[i]] for i, r in enumerate(left)])
+    )
     return self
 
+
 @patch
-def residuals(self:AnomalyDetector, rows, signals):
+def residuals(self: AnomalyDetector, rows, signals):
     "What the sensors show beyond the program, averaged over the last rows, `[T,C]`."
     x = _in_sizes(_sensors(rows, self.response.channels), self.response.scale)
     lag = _best_lag(rows, signals, x, self.response.weights, self.response.covariance, self.start)
-    left = np.nan_to_num(x-signals._averages(rows.time+lag, _gaps(rows))@self.response.weights)
+    left = np.nan_to_num(
+        x - signals._averages(rows.time + lag, _gaps(rows)) @ self.response.weights
+    )
     return np.stack([_trailing(c, self.width) for c in left.T], 1)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #e48a1c22
 def anomaly_table(
-    train:list, # Pairs (`Rows`, `ProgramSignals`) of healthy runs
-    healthy:list, # The same, held out
-    strange:dict, # Name -> the same: damaged runs, or controls
-    detectors=DETECTORS, # Which
-    keep=None, # Rows of `train` that are learnt from: for the leaky split
-    only=None, # Rows of `healthy` that are scored: for the leaky split
-    seed:int=0, # Of the forest and the interval
-    **options # For `AnomalyDetector`
-)->pd.DataFrame: # name, strange, value, low, high, runs
+    train: list,  # Pairs (`Rows`, `ProgramSignals`) of healthy runs
+    healthy: list,  # The same, held out
+    strange: dict,  # Name -> the same: damaged runs, or controls
+    detectors=DETECTORS,  # Which
+    keep=None,  # Rows of `train` that are learnt from: for the leaky split
+    only=None,  # Rows of `healthy` that are scored: for the leaky split
+    seed: int = 0,  # Of the forest and the interval
+    **options,  # For `AnomalyDetector`
+) -> pd.DataFrame:  # name, strange, value, low, high, runs
     "Area under the ROC curve of rows, for each detector and each kind of strange runs."
-    channels = shared_channels([r for part in (train, healthy, *strange.values()) for r,_ in part]); found = []
+    channels = shared_channels([r for part in (train, healthy, *strange.values()) for r, _ in part])
+    found = []
     for name in detectors:
         d = AnomalyDetector(name, seed=seed, **options).fit(train, keep, channels)
-        calm = [d.score(*r) for r in healthy]; calm = calm if only is None else [c[o] for c,o in zip(calm, only)]
-        for kind,runs in strange.items():
-            found.append(dict(name=name, strange=kind, **_auroc_by_run(calm, [d.score(*r) for r in runs], seed), runs=len(runs)))
+        calm = [d.score(*r) for r in healthy]
+        calm = calm if only is None else [c[o] for c, o in zip(calm, only)]
+        for kind, runs in strange.items():
+            found.append(
+                dict(
+                    name=name,
+                    strange=kind,
+                    **_auroc_by_run(calm, [d.score(*r) for r in runs], seed),
+                    runs=len(runs),
+                )
+            )
     return pd.DataFrame(found)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #cb4a4212
 def _auroc_by_run(calm, wild, seed, draws=200):
     "Area and its 95 % interval, drawn over whole runs."
-    def area(a, b): a,b = np.sort(np.concatenate(a)),np.concatenate(b); return float((np.searchsorted(a, b, 'left')+np.searchsorted(a, b, 'right')).mean()/2/len(a))
-    random = np.random.default_rng(seed); pick = lambda runs: [runs[i] for i in random.integers(0, len(runs), len(runs))]
-    low,high = np.percentile([area(pick(calm), pick(wild)) for _ in range(draws)], [2.5,97.5])
+
+    def area(a, b):
+        a, b = np.sort(np.concatenate(a)), np.concatenate(b)
+        return float(
+            (np.searchsorted(a, b, "left") + np.searchsorted(a, b, "right")).mean() / 2 / len(a)
+        )
+
+    random = np.random.default_rng(seed)
+
+    def pick(runs):
+        return [runs[i] for i in random.integers(0, len(runs), len(runs))]
+
+    low, high = np.percentile([area(pick(calm), pick(wild)) for _ in range(draws)], [2.5, 97.5])
     return dict(value=area(calm, wild), low=float(low), high=float(high))

@@ -8,131 +8,205 @@ Docs: https://example.org/gcode_ml/fingerprint/clocks.html.md"""
 __all__ = ['ClockTable', 'clock_table', 'sensor_lags', 'on_sensor_clock', 'line_lags', 'line_bound']
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #706d5dbf
-import numpy as np
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 from fastcore.basics import patch
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
+
 from ..core.errors import InputError
 from .data import Recording, align_channels, modality, programs, select_channels
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #90a2b821
 def _near(times, at, reach):
     "Pairs (query, row) of sorted `times` within `reach` of each of `at`; the nearest row where there is none."
-    a,b = np.searchsorted(times, at-reach), np.searchsorted(times, at+reach)
-    right = np.searchsorted(times, at).clip(1, max(len(times)-1, 1)); left = right-1
-    nearest = np.where(at-times[left] <= times[right.clip(max=len(times)-1)]-at, left, right).clip(0, len(times)-1)
-    a,b = np.where(b > a, a, nearest), np.where(b > a, b, nearest+1); n = b-a
+    a, b = np.searchsorted(times, at - reach), np.searchsorted(times, at + reach)
+    right = np.searchsorted(times, at).clip(1, max(len(times) - 1, 1))
+    left = right - 1
+    nearest = np.where(
+        at - times[left] <= times[right.clip(max=len(times) - 1)] - at, left, right
+    ).clip(0, len(times) - 1)
+    a, b = np.where(b > a, a, nearest), np.where(b > a, b, nearest + 1)
+    n = b - a
     query = np.repeat(np.arange(len(at)), n)
-    return query, np.arange(n.sum())-np.repeat(np.cumsum(n)-n, n)+np.repeat(a, n)
+    return query, np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + np.repeat(a, n)
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #94723a37
 @dataclass
 class ClockTable:
     "Lines by class and seconds since the start: rows of all training runs vote, the nearer the more."
-    operations:list # Classes
-    texts:np.ndarray # Distinct texts, `[M]`
-    rows:list = field(repr=False) # Of each class: sorted times and numbers of texts
-    width:float=.02 # Standard deviation of the weights, seconds
+
+    operations: list  # Classes
+    texts: np.ndarray  # Distinct texts, `[M]`
+    rows: list = field(repr=False)  # Of each class: sorted times and numbers of texts
+    width: float = 0.02  # Standard deviation of the weights, seconds
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #42ec90d1
 def clock_table(
-    recordings:list, # Training runs
-    width:float=.02, # Standard deviation of the weights, seconds
-)->ClockTable: # One set of rows a class
+    recordings: list,  # Training runs
+    width: float = 0.02,  # Standard deviation of the weights, seconds
+) -> ClockTable:  # One set of rows a class
     "The table of the training runs."
-    if not recordings: raise InputError('clock table', 'recordings', 'at least one run', '0')
-    texts,code = np.unique(np.concatenate([r.texts for r in recordings]).astype(str), return_inverse=True)
-    time,operation = np.concatenate([r.time for r in recordings]),np.repeat([r.operation for r in recordings], [len(r) for r in recordings])
-    names = sorted(set(operation)); rows = []
+    if not recordings:
+        raise InputError("clock table", "recordings", "at least one run", "0")
+    texts, code = np.unique(
+        np.concatenate([r.texts for r in recordings]).astype(str), return_inverse=True
+    )
+    time, operation = (
+        np.concatenate([r.time for r in recordings]),
+        np.repeat([r.operation for r in recordings], [len(r) for r in recordings]),
+    )
+    names = sorted(set(operation))
+    rows = []
     for n in names:
-        i = np.flatnonzero(operation == n); i = i[np.argsort(time[i], kind='stable')]; rows.append((time[i], code[i]))
+        i = np.flatnonzero(operation == n)
+        i = i[np.argsort(time[i], kind="stable")]
+        rows.append((time[i], code[i]))
     return ClockTable(names, texts, rows, width)
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #e4a8be97
 @patch
-def votes(self:ClockTable,
-    time, # Seconds since the start, `[T]`
-    weights, # Probability of each class, `[T,K]` or `[K]`
-)->csr_matrix: # Probability of each text, `[T,M]`
+def votes(
+    self: ClockTable,
+    time,  # Seconds since the start, `[T]`
+    weights,  # Probability of each class, `[T,K]` or `[K]`
+) -> csr_matrix:  # Probability of each text, `[T,M]`
     "What was executed at those seconds."
-    time = np.asarray(time, float); weights = np.broadcast_to(np.asarray(weights, float), (len(time),len(self.operations))); found = 0
-    for (t,code),weight in zip(self.rows, weights.T):
-        query,row = _near(t, time, 3*self.width); near = np.exp(-.5*((t[row]-time[query])/self.width).clip(-20, 20)**2)+1e-12
+    time = np.asarray(time, float)
+    weights = np.broadcast_to(np.asarray(weights, float), (len(time), len(self.operations)))
+    found = 0
+    for (t, code), weight in zip(self.rows, weights.T):
+        query, row = _near(t, time, 3 * self.width)
+        near = np.exp(-0.5 * ((t[row] - time[query]) / self.width).clip(-20, 20) ** 2) + 1e-12
         near /= np.bincount(query, near, len(time))[query]
-        found = found+csr_matrix((near*weight[query], (query, code[row])), shape=(len(time), len(self.texts)))
+        found = found + csr_matrix(
+            (near * weight[query], (query, code[row])), shape=(len(time), len(self.texts))
+        )
     return found
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #935eb368
 def _on_grid(recording, channels, grid, slow):
     "Channels on the grid `[G,C]`, band-limited, of unit variance, zero where there is nothing."
-    x = align_channels(recording, channels); here = ~np.isnan(x).any(0); inside = (grid >= 0) & (grid <= recording.time[-1])
-    y = np.zeros((len(grid), len(channels)), 'float32')
-    z = np.stack([np.interp(grid[inside], recording.time, x[:,c]) for c in np.flatnonzero(here)], 1)
-    z = gaussian_filter1d(z, slow/10, axis=0)-gaussian_filter1d(z, slow, axis=0); spread = z.std(0)
-    y[np.ix_(inside, here)] = np.where(spread > 1e-6, np.clip(z/spread.clip(1e-6), -4, 4), 0)
+    x = align_channels(recording, channels)
+    here = ~np.isnan(x).any(0)
+    inside = (grid >= 0) & (grid <= recording.time[-1])
+    y = np.zeros((len(grid), len(channels)), "float32")
+    z = np.stack(
+        [np.interp(grid[inside], recording.time, x[:, c]) for c in np.flatnonzero(here)], 1
+    )
+    z = gaussian_filter1d(z, slow / 10, axis=0) - gaussian_filter1d(z, slow, axis=0)
+    spread = z.std(0)
+    y[np.ix_(inside, here)] = np.where(spread > 1e-6, np.clip(z / spread.clip(1e-6), -4, 4), 0)
     return y
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #b97a7b56
 def sensor_lags(
-    recordings:list, # Runs of one program
-    longest:float=8., # Largest shift, seconds
-    step:float=.05, # Seconds between shifts
-    rounds:int=3, # How often the mean is made anew
-    kinds=('acceleration','rotation','magnetic'), # Modalities that are compared
-)->tuple: # Lag of each run, seconds, median 0, and the largest correlation with the mean of the others
+    recordings: list,  # Runs of one program
+    longest: float = 8.0,  # Largest shift, seconds
+    step: float = 0.05,  # Seconds between shifts
+    rounds: int = 3,  # How often the mean is made anew
+    kinds=("acceleration", "rotation", "magnetic"),  # Modalities that are compared
+) -> (
+    tuple
+):  # Lag of each run, seconds, median 0, and the largest correlation with the mean of the others
     "Shifts of the sensors' clock from run to run."
-    if len(recordings) < 3: raise InputError('sensor lags', 'recordings', 'at least three runs of one program', str(len(recordings)))
-    channels = select_channels(recordings, kinds); grid = np.arange(-longest, max(r.time[-1] for r in recordings)+longest, step)
-    size = next_fast_len(2*len(grid)); waves = np.stack([rfft(_on_grid(r, channels, grid, 4/step), size, axis=0) for r in recordings])
-    frequency = np.arange(waves.shape[1])[:,None]; reach = int(longest/step); power = (abs(waves)**2).sum((1,2))
-    shift,best = np.zeros(len(recordings)),np.zeros(len(recordings))
+    if len(recordings) < 3:
+        raise InputError(
+            "sensor lags", "recordings", "at least three runs of one program", str(len(recordings))
+        )
+    channels = select_channels(recordings, kinds)
+    grid = np.arange(-longest, max(r.time[-1] for r in recordings) + longest, step)
+    size = next_fast_len(2 * len(grid))
+    waves = np.stack(
+        [rfft(_on_grid(r, channels, grid, 4 / step), size, axis=0) for r in recordings]
+    )
+    frequency = np.arange(waves.shape[1])[:, None]
+    reach = int(longest / step)
+    power = (abs(waves) ** 2).sum((1, 2))
+    shift, best = np.zeros(len(recordings)), np.zeros(len(recordings))
     for _ in range(rounds):
-        moved = waves*np.exp(-2j*np.pi*frequency*np.rint(shift/step)[:,None,None]/size).astype('complex64'); total = moved.sum(0)
+        moved = waves * np.exp(
+            -2j * np.pi * frequency * np.rint(shift / step)[:, None, None] / size
+        ).astype("complex64")
+        total = moved.sum(0)
         for i in range(len(recordings)):
-            others = total-moved[i]; c = irfft((others*waves[i].conj()).sum(1), size); c = np.r_[c[-reach:], c[:reach+1]]
-            shift[i],best[i] = (c.argmax()-reach)*step, c.max()*waves.shape[1]/np.sqrt(power[i]*(abs(others)**2).sum())
-        shift = shift-np.median(shift)
+            others = total - moved[i]
+            c = irfft((others * waves[i].conj()).sum(1), size)
+            c = np.r_[c[-reach:], c[: reach + 1]]
+            shift[i], best[i] = (
+                (c.argmax() - reach) * step,
+                c.max() * waves.shape[1] / np.sqrt(power[i] * (abs(others) ** 2).sum()),
+            )
+        shift = shift - np.median(shift)
     return -shift, best
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #c5a71e3c
 def on_sensor_clock(
-    recordings:list, # Training runs, of any programs
-    kinds=('acceleration','rotation','magnetic'), # Modalities that are compared
-    step:float=.1, # Seconds between shifts
-)->list: # The runs with shifted times; those of a program with fewer than three runs as they are
+    recordings: list,  # Training runs, of any programs
+    kinds=("acceleration", "rotation", "magnetic"),  # Modalities that are compared
+    step: float = 0.1,  # Seconds between shifts
+) -> list:  # The runs with shifted times; those of a program with fewer than three runs as they are
     "Runs with the rows of each program on the common clock of their sensors."
-    of,lag = programs(recordings),{}
+    of, lag = programs(recordings), {}
     for p in set(of.values()):
         runs = [r for r in recordings if of[r.operation] == p]
-        if len(runs) > 2 and any(modality(c) in kinds for r in runs for c in r.channels): lag |= dict(zip([r.name for r in runs], sensor_lags(runs, step=step, kinds=kinds)[0]))
-    return [replace(r, time=r.time-lag.get(r.name, 0.)) for r in recordings]
+        if len(runs) > 2 and any(modality(c) in kinds for r in runs for c in r.channels):
+            lag |= dict(zip([r.name for r in runs], sensor_lags(runs, step=step, kinds=kinds)[0]))
+    return [replace(r, time=r.time - lag.get(r.name, 0.0)) for r in recordings]
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #56d21607
 def line_lags(
-    recordings:list, # Runs of one program
-    longest:float=4., # Largest shift, seconds
-    step:float=.05, # Seconds between shifts
-)->np.ndarray: # Lag of each run, seconds, median 0
+    recordings: list,  # Runs of one program
+    longest: float = 4.0,  # Largest shift, seconds
+    step: float = 0.05,  # Seconds between shifts
+) -> np.ndarray:  # Lag of each run, seconds, median 0
     "Shifts of the labels' clock from run to run: least mean distance in lines from the median of the runs."
-    grid = np.arange(0, np.median([r.time[-1] for r in recordings]), step); shifts = np.arange(-longest, longest+step/2, step); lag = np.zeros(len(recordings))
+    grid = np.arange(0, np.median([r.time[-1] for r in recordings]), step)
+    shifts = np.arange(-longest, longest + step / 2, step)
+    lag = np.zeros(len(recordings))
     for _ in range(3):
-        middle = np.median([np.interp(grid+l, r.time, r.lines) for r,l in zip(recordings, lag)], 0)
-        lag = np.array([shifts[np.argmin([np.abs(np.interp(r.time-s, grid, middle)-r.lines).clip(max=20).mean() for s in shifts])] for r in recordings])
-        lag = lag-np.median(lag)
+        middle = np.median(
+            [np.interp(grid + l, r.time, r.lines) for r, l in zip(recordings, lag)], 0
+        )
+        lag = np.array(
+            [
+                shifts[
+                    np.argmin(
+                        [
+                            np.abs(np.interp(r.time - s, grid, middle) - r.lines)
+                            .clip(max=20)
+                            .mean()
+                            for s in shifts
+                        ]
+                    )
+                ]
+                for r in recordings
+            ]
+        )
+        lag = lag - np.median(lag)
     return lag
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #1f5ca687
 def line_bound(
-    train:list, # Training runs of one program
-    test:list, # Test runs of it
-    lags:dict, # Sensor lag of each run, by name
-    blur=(.05,.2,.5,1.), # Standard deviations of the votes, seconds
-)->list: # Whether the guess is right, for each row of each test run, `[T]` each
+    train: list,  # Training runs of one program
+    test: list,  # Test runs of it
+    lags: dict,  # Sensor lag of each run, by name
+    blur=(0.05, 0.2, 0.5, 1.0),  # Standard deviations of the votes, seconds
+) -> list:  # Whether the guess is right, for each row of each test run, `[T]` each
     "What a perfect alignment of the sensors' clock gives."
-    shifted = [Recording(r.name, 'all', r.time-lags[r.name], r.lines, r.texts, [], None, None) for r in train]
+    shifted = [
+        Recording(r.name, "all", r.time - lags[r.name], r.lines, r.texts, [], None, None)
+        for r in train
+    ]
+
     def right(width):
         table = clock_table(shifted, width)
-        return [table.texts[np.asarray(table.votes(r.time-lags[r.name], [1.]).argmax(1)).ravel()] == r.texts for r in test]
+        return [
+            table.texts[np.asarray(table.votes(r.time - lags[r.name], [1.0]).argmax(1)).ravel()]
+            == r.texts
+            for r in test
+        ]
+
     return max((right(w) for w in blur), key=lambda found: np.concatenate(found).mean())

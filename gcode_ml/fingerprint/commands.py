@@ -10,96 +10,177 @@ __all__ = ['check_healthy', 'healthy_runs', 'missing_boards', 'library_answer', 
 # %% ../../nbs/fingerprint/60_commands.ipynb #b44c3e2c
 import re
 from pathlib import Path
+
 from ..core.errors import InputError
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #001389f3
-_word = re.compile(r'([XYZF])\s*(-?\d*\.?\d+)')
+_word = re.compile(r"([XYZF])\s*(-?\d*\.?\d+)")
 
-def _words(line): return {(k, round(float(v), 4)) for k,v in _word.findall(re.sub(r'\([^)]*\)|;.*', '', line.upper()))}
+
+def _words(line):
+    return {
+        (k, round(float(v), 4))
+        for k, v in _word.findall(re.sub(r"\([^)]*\)|;.*", "", line.upper()))
+    }
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #05ac509c
 def check_healthy(
-    recording, # `Recording` said to be healthy
-    program:str, # Text of the claimed program
+    recording,  # `Recording` said to be healthy
+    program: str,  # Text of the claimed program
 ):
     "Refuse a run that shows a line which the program does not hold."
-    where,feeds = {},set()
-    for i,l in enumerate(program.splitlines()):
-        for w in _words(l): feeds.add(w[1]) if w[0] == 'F' else where.setdefault(w, set()).add(i)
+    where, feeds = {}, set()
+    for i, l in enumerate(program.splitlines()):
+        for w in _words(l):
+            feeds.add(w[1]) if w[0] == "F" else where.setdefault(w, set()).add(i)
     for text in dict.fromkeys(recording.texts):
-        words = _words(text) if 'G53' not in text else set(); place = [where.get(w, set()) for w in words if w[0] != 'F']
-        if (place and not set.intersection(*place)) or any(feeds and all(abs(f-w[1]) > .01*f for f in feeds) for w in words if w[0] == 'F'):
-            raise InputError(recording.name, 'healthy run', 'a run of the claimed program', f'the line {text!r}, which that program does not hold', 'name a folder of runs of this very program with --healthy')
+        words = _words(text) if "G53" not in text else set()
+        place = [where.get(w, set()) for w in words if w[0] != "F"]
+        if (place and not set.intersection(*place)) or any(
+            feeds and all(abs(f - w[1]) > 0.01 * f for f in feeds) for w in words if w[0] == "F"
+        ):
+            raise InputError(
+                recording.name,
+                "healthy run",
+                "a run of the claimed program",
+                f"the line {text!r}, which that program does not hold",
+                "name a folder of runs of this very program with --healthy",
+            )
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #51b740f3
 def healthy_runs(
-    folder, # Folder of recordings of the program
-    signals, # `ProgramSignals` of the claimed program
-    but:str='', # Name of the run that is judged
-    program:str='', # Text of the program, with which the lines of the runs are compared
-)->list: # Pairs (`Rows`, `ProgramSignals`)
+    folder,  # Folder of recordings of the program
+    signals,  # `ProgramSignals` of the claimed program
+    but: str = "",  # Name of the run that is judged
+    program: str = "",  # Text of the program, with which the lines of the runs are compared
+) -> list:  # Pairs (`Rows`, `ProgramSignals`)
     "Healthy runs to learn from, the judged one left out."
     from gcode_ml.fingerprint.data import read_recordings
-    from gcode_ml.fingerprint.verify import verification_rows
+
     found = [r for r in read_recordings(folder) if r.name != but]
-    if not found: raise InputError(folder, 'recordings', f'a run of the program beside {but}', 'none', 'a program with no run cannot be learnt')
-    for r in found if program else (): check_healthy(r, program)
+    if not found:
+        raise InputError(
+            folder,
+            "recordings",
+            f"a run of the program beside {but}",
+            "none",
+            "a program with no run cannot be learnt",
+        )
+    for r in found if program else ():
+        check_healthy(r, program)
     return [(verification_rows(r), signals) for r in found]
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #803d7d5d
 def missing_boards(
-    rows, # `Rows` of the judged run
-    response, # `MachineResponse` of the healthy runs
-)->list: # Boards
+    rows,  # `Rows` of the judged run
+    response,  # `MachineResponse` of the healthy runs
+) -> list:  # Boards
     "Boards that all healthy runs' channels tell of and the judged run lacks."
-    board = lambda names: {c.lstrip('~').split('.')[0] for c in names if '.' in c}
-    return sorted(board(response.channels)-board(rows.channels))
+
+    def board(names):
+        return {c.lstrip("~").split(".")[0] for c in names if "." in c}
+
+    return sorted(board(response.channels) - board(rows.channels))
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #d2afca78
 def library_answer(
-    recording, # `Recording` that is judged, from the start of the program on
-    program:str, # Text of the claimed program
-    folder, # Folder of recordings of two or more programs, the claimed one among them
-)->tuple: # Whether it fits the claimed program best, and a sentence
+    recording,  # `Recording` that is judged, from the start of the program on
+    program: str,  # Text of the claimed program
+    folder,  # Folder of recordings of two or more programs, the claimed one among them
+) -> tuple:  # Whether it fits the claimed program best, and a sentence
     "The claimed program beside the others of a library; the judged recording itself is left out."
     from gcode_ml.fingerprint.align import build_library
     from gcode_ml.fingerprint.clocks import on_sensor_clock
     from gcode_ml.fingerprint.data import align_channels, programs, read_recordings
     from gcode_ml.fingerprint.templates import program_templates
-    found = on_sensor_clock([r for r in read_recordings(folder) if r.name != recording.name]); library = build_library(found); of = programs(found)
-    own = [n for n in library.names if _is_run(next(r for r in found if of[r.operation] == of.get(n, n)), program)]
-    if not own: raise InputError(folder, 'library', 'a run of the claimed program', f"runs of {', '.join(library.names)}", 'a program with no run cannot be compared')
-    templates = program_templates(library, found); margin = templates.margins(align_channels(recording, templates.channels), recording.time); best = library.names[margin.argmax()]
-    if margin.max() <= 0: raise InputError(recording.name, 'sensors', 'some that move and that the library has', 'none', 'without them no program fits better than another')
-    sentence = f'of {len(library.names)} programs of the library the sensors fit {best} best (by {margin.max():.0f} before the next)'
-    return best in own, sentence if best in own else f'{sentence}, and not {own[0]}'
+
+    found = on_sensor_clock([r for r in read_recordings(folder) if r.name != recording.name])
+    library = build_library(found)
+    of = programs(found)
+    own = [
+        n
+        for n in library.names
+        if _is_run(next(r for r in found if of[r.operation] == of.get(n, n)), program)
+    ]
+    if not own:
+        raise InputError(
+            folder,
+            "library",
+            "a run of the claimed program",
+            f"runs of {', '.join(library.names)}",
+            "a program with no run cannot be compared",
+        )
+    templates = program_templates(library, found)
+    margin = templates.margins(align_channels(recording, templates.channels), recording.time)
+    best = library.names[margin.argmax()]
+    if margin.max() <= 0:
+        raise InputError(
+            recording.name,
+            "sensors",
+            "some that move and that the library has",
+            "none",
+            "without them no program fits better than another",
+        )
+    sentence = f"of {len(library.names)} programs of the library the sensors fit {best} best (by {margin.max():.0f} before the next)"
+    return best in own, sentence if best in own else f"{sentence}, and not {own[0]}"
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #6b9c9028
 def _is_run(recording, program):
     "Whether the lines of a recording are lines of the program."
-    try: check_healthy(recording, program)
-    except InputError: return False
+    try:
+        check_healthy(recording, program)
+    except InputError:
+        return False
     return True
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #a00c8220
 def verify_command(a):
     "`gcode_ml verify`: exit code 0 where the recording matches the program, 1 where it does not, 2 for bad input."
     import sys
+
     from gcode_ml.fingerprint.data import check_sections, read_recording
-    from gcode_ml.fingerprint.verify import calibrate, fit_response, program_signals, self_check, trace, verification_rows, verify
-    if not Path(a.program).is_file(): raise InputError(a.program, 'file', 'a G-code file', 'nothing there')
-    if a.start < 0: raise InputError('verify', '--start', 'seconds, not negative', f'{a.start:g}')
-    check_sections(a.run); recording = read_recording(a.run); rows = verification_rows(recording)
-    program = Path(a.program).read_text(encoding='utf-8', errors='replace'); signals = program_signals(program, Path(a.program).name, margin=a.start+12)
+    from gcode_ml.fingerprint.verify import (
+        calibrate,
+        fit_response,
+        program_signals,
+        self_check,
+        verify,
+    )
+
+    if not Path(a.program).is_file():
+        raise InputError(a.program, "file", "a G-code file", "nothing there")
+    if a.start < 0:
+        raise InputError("verify", "--start", "seconds, not negative", f"{a.start:g}")
+    check_sections(a.run)
+    recording = read_recording(a.run)
+    rows = verification_rows(recording)
+    program = Path(a.program).read_text(encoding="utf-8", errors="replace")
+    signals = program_signals(program, Path(a.program).name, margin=a.start + 12)
     if a.healthy:
-        runs = healthy_runs(a.healthy, signals, Path(a.run).stem.removesuffix('_aligned'), program); response,limits = fit_response(runs, start=a.start),calibrate(runs, start=a.start)
-        if gone := missing_boards(rows, response): print(f"gcode_ml: {a.run}: the boards {', '.join(gone)} of the healthy runs are missing; verified with the {len(set(rows.channels) & set(response.channels))} channels that are left", file=sys.stderr)
-        said = verify(rows, signals, response, limits, a.start); match,sentence = said.match,said.sentence
+        runs = healthy_runs(a.healthy, signals, Path(a.run).stem.removesuffix("_aligned"), program)
+        response, limits = fit_response(runs, start=a.start), calibrate(runs, start=a.start)
+        if gone := missing_boards(rows, response):
+            print(
+                f"gcode_ml: {a.run}: the boards {', '.join(gone)} of the healthy runs are missing; verified with the {len(set(rows.channels) & set(response.channels))} channels that are left",
+                file=sys.stderr,
+            )
+        said = verify(rows, signals, response, limits, a.start)
+        match, sentence = said.match, said.sentence
     elif not a.library:
-        above,share = self_check(rows, signals, a.start); match = bool(above > 3 and share == 0)
+        above, share = self_check(rows, signals, a.start)
+        match = bool(above > 3 and share == 0)
         sentence = f"the program explains the sensors {'better' if match else 'no better'} in its place than moved round ({above:.1f} standard deviations above); without --healthy only another program is found, not a small edit, and that best with --library"
-    if a.library: best,why = library_answer(recording, program, a.library); match,sentence = (match and best, f'{sentence}; {why}') if a.healthy else (best, why)
-    if a.output: _write_trace(a.output, rows, signals, response if a.healthy else fit_response([(rows, signals)], start=a.start), a.start)
+    if a.library:
+        best, why = library_answer(recording, program, a.library)
+        match, sentence = (match and best, f"{sentence}; {why}") if a.healthy else (best, why)
+    if a.output:
+        _write_trace(
+            a.output,
+            rows,
+            signals,
+            response if a.healthy else fit_response([(rows, signals)], start=a.start),
+            a.start,
+        )
     print(f"{'match' if match else 'mismatch'}  {sentence}")
     return 0 if match else 1
 
@@ -108,15 +189,33 @@ def _write_trace(path, rows, signals, response, start):
     "The statistics of every row as CSV."
     from gcode_ml.core.files import atomic_path
     from gcode_ml.fingerprint.verify import trace
-    with atomic_path(path) as f: trace(rows, signals, response, start=start).round(4).to_csv(f, index=False)
-    print(f'rows  {path}')
+
+    with atomic_path(path) as f:
+        trace(rows, signals, response, start=start).round(4).to_csv(f, index=False)
+    print(f"rows  {path}")
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #ab045621
 def add_commands(
-    command, # `command(name, function, help, *words)` makes a command
+    command,  # `command(name, function, help, *words)` makes a command
 ):
     "The commands of this domain."
-    sub = command('verify', verify_command, 'does a recording match the program it claims? 0 yes, 1 no, 2 bad input', 'run', group='fingerprint')
-    sub.add_argument('--program', required=True, help='the G-code file that it claims to run'); sub.add_argument('--healthy', default='', help='folder of recordings of that program known to be good')
-    sub.add_argument('--library', default='', help='folder of recordings of all known programs: does it fit the claimed one best?')
-    sub.add_argument('--start', type=float, default=1.5, help='how far the start may be off, seconds'); sub.add_argument('-o', '--output', default='', help='CSV file for the statistics of every row')
+    sub = command(
+        "verify",
+        verify_command,
+        "does a recording match the program it claims? 0 yes, 1 no, 2 bad input",
+        "run",
+        group="fingerprint",
+    )
+    sub.add_argument("--program", required=True, help="the G-code file that it claims to run")
+    sub.add_argument(
+        "--healthy", default="", help="folder of recordings of that program known to be good"
+    )
+    sub.add_argument(
+        "--library",
+        default="",
+        help="folder of recordings of all known programs: does it fit the claimed one best?",
+    )
+    sub.add_argument(
+        "--start", type=float, default=1.5, help="how far the start may be off, seconds"
+    )
+    sub.add_argument("-o", "--output", default="", help="CSV file for the statistics of every row")

@@ -12,72 +12,122 @@ __all__ = ['CONTROLLER', 'MODALITIES', 'modality', 'Recording', 'elapsed_seconds
            'fit_scale', 'LineWindows', 'programs', 'check']
 
 # %% ../../nbs/fingerprint/00_data.ipynb #49e689c5
-import json, warnings
+import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 from sklearn.preprocessing import RobustScaler
+
 from ..core.errors import InputError, check_finite, fault_sentences
 from ..core.files import atomic_path, checksum, read_arrays
 from ..core.windows import RowTable, Windows, window_starts
 
 # %% ../../nbs/fingerprint/00_data.ipynb #36edaebe
-CONTROLLER = ('t_console','stat','line','posx','posy','posz','mpox','mpoy','mpoz','vel','feed','unit','dist','plane','coor','momo',
-              'raw_json','gcode_line','gcode_string')
+CONTROLLER = (
+    "t_console",
+    "stat",
+    "line",
+    "posx",
+    "posy",
+    "posz",
+    "mpox",
+    "mpoy",
+    "mpoz",
+    "vel",
+    "feed",
+    "unit",
+    "dist",
+    "plane",
+    "coor",
+    "momo",
+    "raw_json",
+    "gcode_line",
+    "gcode_string",
+)
 
 # %% ../../nbs/fingerprint/00_data.ipynb #a74a5459
-MODALITIES = {'current': ('spindle','x_motor','y_motor','z_motor'), 'acceleration': ('Ax','Ay','Az'), 'rotation': ('Gx','Gy','Gz'),
-              'magnetic': ('Mx','My','Mz'), 'environment': ('Pressure','Temperature','Proximity'), 'light': ('ColorR','ColorG','ColorB','ColorA'), 'sound': ('RMS',)}
+MODALITIES = {
+    "current": ("spindle", "x_motor", "y_motor", "z_motor"),
+    "acceleration": ("Ax", "Ay", "Az"),
+    "rotation": ("Gx", "Gy", "Gz"),
+    "magnetic": ("Mx", "My", "Mz"),
+    "environment": ("Pressure", "Temperature", "Proximity"),
+    "light": ("ColorR", "ColorG", "ColorB", "ColorA"),
+    "sound": ("RMS",),
+}
 
 # %% ../../nbs/fingerprint/00_data.ipynb #ead2af22
 def modality(
-    channel:str, # Column such as `x_motor` or `frame_l2.Mx`
-)->str: # Key of `MODALITIES`, or `other`
+    channel: str,  # Column such as `x_motor` or `frame_l2.Mx`
+) -> str:  # Key of `MODALITIES`, or `other`
     "What a channel measures, by the part of its name after the board."
-    name = channel.rsplit('.', 1)[-1]
-    return next((m for m,names in MODALITIES.items() if name in names), 'other')
+    name = channel.rsplit(".", 1)[-1]
+    return next((m for m, names in MODALITIES.items() if name in names), "other")
 
 # %% ../../nbs/fingerprint/00_data.ipynb #69a25eb5
 @dataclass
 class Recording:
     "One run of a program: `T` rows of sensors and the line of G-code at each."
-    name:str # Run id, for instance `face_003`
-    operation:str # Class: the program and the day it was recorded on
-    time:np.ndarray # Seconds since the program's first row, `[T]`
-    lines:np.ndarray # Line number in the program, `[T]`
-    texts:np.ndarray # Text of that line, `[T]`
-    channels:list # Names of the sensor channels
-    sensors:np.ndarray # `[T,C]` float32
-    controller:pd.DataFrame = field(repr=False) # The controller's columns, `T` rows: answers, not inputs
-    def __len__(self): return len(self.time)
+
+    name: str  # Run id, for instance `face_003`
+    operation: str  # Class: the program and the day it was recorded on
+    time: np.ndarray  # Seconds since the program's first row, `[T]`
+    lines: np.ndarray  # Line number in the program, `[T]`
+    texts: np.ndarray  # Text of that line, `[T]`
+    channels: list  # Names of the sensor channels
+    sensors: np.ndarray  # `[T,C]` float32
+    controller: pd.DataFrame = field(
+        repr=False
+    )  # The controller's columns, `T` rows: answers, not inputs
+
+    def __len__(self):
+        return len(self.time)
 
 # %% ../../nbs/fingerprint/00_data.ipynb #5fdda372
 def _parts(text, count):
     "The numbers between the colons of a clock's text; NaN where there are not so many."
-    words = text.split(':')
-    try: return [float(w) for w in words] if len(words) == count else [np.nan]*count
-    except ValueError: return [np.nan]*count
+    words = text.split(":")
+    try:
+        return [float(w) for w in words] if len(words) == count else [np.nan] * count
+    except ValueError:
+        return [np.nan] * count
 
 # %% ../../nbs/fingerprint/00_data.ipynb #b8c957c7
 def elapsed_seconds(
-    clock, # Texts `HH:MM:SS.mmm` or `MM:SS.f`, `[T]`
-    file='t_console', # For the message
-)->np.ndarray: # Seconds since the first, `[T]`
+    clock,  # Texts `HH:MM:SS.mmm` or `MM:SS.f`, `[T]`
+    file="t_console",  # For the message
+) -> np.ndarray:  # Seconds since the first, `[T]`
     "Seconds since the first row; a clock that goes round is carried on."
-    texts = [str(c) for c in clock]; parts = texts[0].count(':')+1 if texts else 1
-    seconds = np.array([_parts(t, parts) for t in texts]).reshape(-1, parts) @ 60.**np.arange(parts)[::-1]
-    if not np.isfinite(seconds).all(): raise InputError(file, 't_console', 'HH:MM:SS.mmm or MM:SS.f', repr(texts[int(np.argmin(np.isfinite(seconds)))]))
-    around = 60.**parts*(24/60 if parts == 3 else 1)
-    turns = np.concatenate([[0], np.cumsum(np.diff(seconds) < -around/2)])
-    return seconds - seconds[0] + turns*around
+    texts = [str(c) for c in clock]
+    parts = texts[0].count(":") + 1 if texts else 1
+    seconds = (
+        np.array([_parts(t, parts) for t in texts]).reshape(-1, parts)
+        @ 60.0 ** np.arange(parts)[::-1]
+    )
+    if not np.isfinite(seconds).all():
+        raise InputError(
+            file,
+            "t_console",
+            "HH:MM:SS.mmm or MM:SS.f",
+            repr(texts[int(np.argmin(np.isfinite(seconds)))]),
+        )
+    around = 60.0**parts * (24 / 60 if parts == 3 else 1)
+    turns = np.concatenate([[0], np.cumsum(np.diff(seconds) < -around / 2)])
+    return seconds - seconds[0] + turns * around
 
 # %% ../../nbs/fingerprint/00_data.ipynb #b7884afb
 def program_start(
-    lines, # Line numbers, `[T]`
-)->int: # First row of the program
+    lines,  # Line numbers, `[T]`
+) -> int:  # First row of the program
     "Row after the last backward jump of the line number."
     back = np.flatnonzero(np.diff(lines) < 0)
-    return int(back[-1])+1 if len(back) else 0
+    return int(back[-1]) + 1 if len(back) else 0
 
 # %% ../../nbs/fingerprint/00_data.ipynb #defa0f56
 class FrozenSensors(InputError):
@@ -85,343 +135,556 @@ class FrozenSensors(InputError):
 
 # %% ../../nbs/fingerprint/00_data.ipynb #a313014c
 def frozen_tail(
-    sensors:np.ndarray, # `[T,C]`
-    least:int=8, # Shorter repetitions are left alone
-)->int: # Number of rows at the end in which no channel moves any more
+    sensors: np.ndarray,  # `[T,C]`
+    least: int = 8,  # Shorter repetitions are left alone
+) -> int:  # Number of rows at the end in which no channel moves any more
     "Length of the frozen end of a recording."
     moves = np.flatnonzero((np.diff(sensors, axis=0) != 0).any(1))
-    tail = len(sensors) - (moves[-1]+2 if len(moves) else 0)
+    tail = len(sensors) - (moves[-1] + 2 if len(moves) else 0)
     return tail if tail >= least else 0
 
 # %% ../../nbs/fingerprint/00_data.ipynb #cc1ea614
 def _numbers(table, channels, file):
     "Sensor columns as float32, every one finite."
     table = table[channels]
-    for c,kind in table.dtypes.items():
-        if not pd.api.types.is_numeric_dtype(kind): raise InputError(file, f'column {c}', 'numbers', f'{kind}')
-    x = table.to_numpy('float32')
-    for i in np.flatnonzero(~np.isfinite(x).all(0)): check_finite(file, f'column {channels[i]}', x[:,i])
+    for c, kind in table.dtypes.items():
+        if not pd.api.types.is_numeric_dtype(kind):
+            raise InputError(file, f"column {c}", "numbers", f"{kind}")
+    x = table.to_numpy("float32")
+    for i in np.flatnonzero(~np.isfinite(x).all(0)):
+        check_finite(file, f"column {channels[i]}", x[:, i])
     return x
 
 # %% ../../nbs/fingerprint/00_data.ipynb #29a8997a
 def recording_from_table(
-    table:pd.DataFrame, # Columns as in the files
-    name:str, # Run id `<class>_<number>`
-    file='', # File, for messages
-)->Recording: # From the program's first row on
+    table: pd.DataFrame,  # Columns as in the files
+    name: str,  # Run id `<class>_<number>`
+    file="",  # File, for messages
+) -> Recording:  # From the program's first row on
     "Check a table and turn it into a `Recording`."
     file = file or name
-    for c in ('gcode_string','gcode_line','t_console'):
-        if c not in table: raise InputError(file, f'column {c}', 'the label and clock columns gcode_string, gcode_line and t_console', 'no such column')
+    for c in ("gcode_string", "gcode_line", "t_console"):
+        if c not in table:
+            raise InputError(
+                file,
+                f"column {c}",
+                "the label and clock columns gcode_string, gcode_line and t_console",
+                "no such column",
+            )
     table = table[table.gcode_line.notna() & table.gcode_string.notna()]
-    if not len(table): raise InputError(file, 'rows', 'at least one row with a label', '0')
-    table = table.iloc[program_start(table.gcode_line.to_numpy(float)):].reset_index(drop=True)
+    if not len(table):
+        raise InputError(file, "rows", "at least one row with a label", "0")
+    table = table.iloc[program_start(table.gcode_line.to_numpy(float)) :].reset_index(drop=True)
     channels = sensor_channels(table.columns)
-    if not channels: raise InputError(file, 'columns', 'sensor channels beside the controller\'s', 'none')
+    if not channels:
+        raise InputError(file, "columns", "sensor channels beside the controller's", "none")
     sensors = _numbers(table, channels, file)
-    live = len(sensors)-frozen_tail(sensors)
-    if live == 0: raise FrozenSensors(file, 'sensors', 'values that change', f'the same values in all {len(sensors)} rows of the program', 'the run cannot be used')
-    table,sensors = table[:live],sensors[:live]
-    return Recording(name, name.rsplit('_', 1)[0], elapsed_seconds(table.t_console, file), table.gcode_line.to_numpy(int), table.gcode_string.to_numpy(str).astype(object),
-                     channels, sensors, table[[c for c in CONTROLLER if c in table and c != 'raw_json']])
+    live = len(sensors) - frozen_tail(sensors)
+    if live == 0:
+        raise FrozenSensors(
+            file,
+            "sensors",
+            "values that change",
+            f"the same values in all {len(sensors)} rows of the program",
+            "the run cannot be used",
+        )
+    table, sensors = table[:live], sensors[:live]
+    return Recording(
+        name,
+        name.rsplit("_", 1)[0],
+        elapsed_seconds(table.t_console, file),
+        table.gcode_line.to_numpy(int),
+        table.gcode_string.to_numpy(str).astype(object),
+        channels,
+        sensors,
+        table[[c for c in CONTROLLER if c in table and c != "raw_json"]],
+    )
 
 # %% ../../nbs/fingerprint/00_data.ipynb #faf8a69b
 def sensor_channels(
-    columns, # Column names of a file
-)->list: # Names of the sensor channels
+    columns,  # Column names of a file
+) -> list:  # Names of the sensor channels
     "Columns that are neither the controller's nor the `_A` twins, which repeat the currents digit by digit."
-    return [c for c in columns if c not in CONTROLLER and not c.endswith('_A')]
+    return [c for c in columns if c not in CONTROLLER and not c.endswith("_A")]
 
 # %% ../../nbs/fingerprint/00_data.ipynb #3184aead
 def read_recording(
-    path, # A `.parquet` or `.csv` file
-)->Recording: # The run
+    path,  # A `.parquet` or `.csv` file
+) -> Recording:  # The run
     "Read one recording."
     path = Path(path)
-    if not path.is_file(): raise InputError(path, 'file', 'a recording', 'nothing there')
-    try: table = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path, low_memory=False)
-    except Exception as e: raise InputError(path, 'content', f'a whole {path.suffix} table', f'{type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else ""}') from None
-    return recording_from_table(table, path.stem.removesuffix('_aligned'), path)
+    if not path.is_file():
+        raise InputError(path, "file", "a recording", "nothing there")
+    try:
+        table = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pd.read_csv(path, low_memory=False)
+        )
+    except Exception as e:
+        raise InputError(
+            path,
+            "content",
+            f"a whole {path.suffix} table",
+            f"{type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else ''}",
+        ) from None
+    return recording_from_table(table, path.stem.removesuffix("_aligned"), path)
 
 # %% ../../nbs/fingerprint/00_data.ipynb #bbd0166f
 def recording_files(
-    folder, # Folder of recordings, searched with its sub-folders
-)->list: # Paths, sorted by run id
+    folder,  # Folder of recordings, searched with its sub-folders
+) -> list:  # Paths, sorted by run id
     "Files of a folder of recordings; a run id that occurs twice is an error."
     folder = Path(folder)
-    if not folder.is_dir(): raise InputError(folder, 'folder', 'a folder of recordings', 'a file' if folder.exists() else 'nothing there', 'name one with -p data=DIR or set GCODE_ML_DATA')
-    files = sorted([*folder.rglob('*.parquet'), *folder.rglob('*_aligned.csv')], key=lambda f: f.stem.removesuffix('_aligned'))
-    if not files: raise InputError(folder, 'files', 'recordings *.parquet or *_aligned.csv', 'none')
-    for a,b in zip(files, files[1:]):
-        if a.stem.removesuffix('_aligned') == b.stem.removesuffix('_aligned'): raise InputError(folder, f"run {a.stem.removesuffix('_aligned')}", 'one file a run', f'{a.relative_to(folder)} and {b.relative_to(folder)}')
+    if not folder.is_dir():
+        raise InputError(
+            folder,
+            "folder",
+            "a folder of recordings",
+            "a file" if folder.exists() else "nothing there",
+            "name one with -p data=DIR or set GCODE_ML_DATA",
+        )
+    files = sorted(
+        [*folder.rglob("*.parquet"), *folder.rglob("*_aligned.csv")],
+        key=lambda f: f.stem.removesuffix("_aligned"),
+    )
+    if not files:
+        raise InputError(folder, "files", "recordings *.parquet or *_aligned.csv", "none")
+    for a, b in zip(files, files[1:]):
+        if a.stem.removesuffix("_aligned") == b.stem.removesuffix("_aligned"):
+            raise InputError(
+                folder,
+                f"run {a.stem.removesuffix('_aligned')}",
+                "one file a run",
+                f"{a.relative_to(folder)} and {b.relative_to(folder)}",
+            )
     return files
 
 # %% ../../nbs/fingerprint/00_data.ipynb #b160feb5
 def read_recordings(
-    folder, # Folder of recordings
-    progress=None, # For instance `tqdm`; called with the list of files
-    cache='', # Folder of a copy in one parquet file: made at the first use, and anew when a file has changed
-)->list: # `Recording`s by run id
+    folder,  # Folder of recordings
+    progress=None,  # For instance `tqdm`; called with the list of files
+    cache="",  # Folder of a copy in one parquet file: made at the first use, and anew when a file has changed
+) -> list:  # `Recording`s by run id
     "Read every recording of a folder; those without live sensors are left out with a warning."
-    if cache: return _cached(folder, progress, Path(cache))
-    files,recordings = recording_files(folder),[]
-    for f in (progress(files) if progress else files):
-        try: recordings.append(read_recording(f))
-        except FrozenSensors as e: warnings.warn(f'left out: {e}')
-    if not recordings: raise InputError(folder, 'recordings', 'one with live sensors', 'none')
+    if cache:
+        return _cached(folder, progress, Path(cache))
+    files, recordings = recording_files(folder), []
+    for f in progress(files) if progress else files:
+        try:
+            recordings.append(read_recording(f))
+        except FrozenSensors as e:
+            warnings.warn(f"left out: {e}", stacklevel=2)
+    if not recordings:
+        raise InputError(folder, "recordings", "one with live sensors", "none")
     return recordings
 
 # %% ../../nbs/fingerprint/00_data.ipynb #dd0b6394
-_version = 1 # of the checks and of the copy: a change in them must not find what the old ones have made
+_version = (
+    1  # of the checks and of the copy: a change in them must not find what the old ones have made
+)
 
-def _lists(offsets, values): return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
+
+def _lists(offsets, values):
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
+
 
 def _controllers(recordings):
     "The controller's columns of all recordings, with the first one's types where they hold all values: rows without a label have made whole numbers of one file floats."
     frame = pd.concat([r.controller for r in recordings], ignore_index=True)
-    for c,kind in recordings[0].controller.dtypes.items():
-        if frame[c].dtype != kind and frame[c].notna().all() and (frame[c].astype(kind) == frame[c]).all(): frame[c] = frame[c].astype(kind)
+    for c, kind in recordings[0].controller.dtypes.items():
+        if (
+            frame[c].dtype != kind
+            and frame[c].notna().all()
+            and (frame[c].astype(kind) == frame[c]).all()
+        ):
+            frame[c] = frame[c].astype(kind)
     return frame
 
 # %% ../../nbs/fingerprint/00_data.ipynb #f9832631
 def write_recordings(
-    path, # Parquet file
-    recordings:list, # `Recording`s
-    facts=None, # Kept with them, as JSON
+    path,  # Parquet file
+    recordings: list,  # `Recording`s
+    facts=None,  # Kept with them, as JSON
 ):
     "Write recordings into one parquet file, a row a recording."
-    edges = lambda sizes: np.cumsum([0,*sizes])
-    rows,cells = edges(map(len, recordings)),edges(r.sensors.size for r in recordings)
+
+    def edges(sizes):
+        return np.cumsum([0, *sizes])
+
+    rows, cells = edges(map(len, recordings)), edges(r.sensors.size for r in recordings)
     frame = pa.Table.from_pandas(_controllers(recordings), preserve_index=False)
-    columns = dict(name=[r.name for r in recordings], operation=[r.operation for r in recordings], channels=[list(r.channels) for r in recordings],
-        controller=[list(r.controller.columns) for r in recordings], time=_lists(rows, np.concatenate([r.time for r in recordings])),
-        sensors=_lists(cells, np.concatenate([r.sensors.ravel('F') for r in recordings]))) | {f'controller.{c}': _lists(rows, frame[c].combine_chunks()) for c in frame.column_names}
-    table = pa.table(columns).replace_schema_metadata({'facts': json.dumps(facts or {})})
-    with atomic_path(path) as f: pq.write_table(table, f, compression='lz4', use_dictionary=['controller.t_console','controller.gcode_string'], write_statistics=False, row_group_size=len(recordings))
+    columns = dict(
+        name=[r.name for r in recordings],
+        operation=[r.operation for r in recordings],
+        channels=[list(r.channels) for r in recordings],
+        controller=[list(r.controller.columns) for r in recordings],
+        time=_lists(rows, np.concatenate([r.time for r in recordings])),
+        sensors=_lists(cells, np.concatenate([r.sensors.ravel("F") for r in recordings])),
+    ) | {f"controller.{c}": _lists(rows, frame[c].combine_chunks()) for c in frame.column_names}
+    table = pa.table(columns).replace_schema_metadata({"facts": json.dumps(facts or {})})
+    with atomic_path(path) as f:
+        pq.write_table(
+            table,
+            f,
+            compression="lz4",
+            use_dictionary=["controller.t_console", "controller.gcode_string"],
+            write_statistics=False,
+            row_group_size=len(recordings),
+        )
 
 # %% ../../nbs/fingerprint/00_data.ipynb #ce6041b9
 def stored_recordings(
-    path, # Written by `write_recordings`
-)->tuple: # `Recording`s, and the facts
+    path,  # Written by `write_recordings`
+) -> tuple:  # `Recording`s, and the facts
     "Read all recordings of one parquet file; their arrays are read-only."
-    file = pq.ParquetFile(path, memory_map=True, pre_buffer=False); table = file.read(use_threads=False).combine_chunks()
-    lists = {c: table[c].chunk(0) for c in table.column_names if c not in ('name','operation','channels','controller')}
-    values = {c: a.values.to_numpy() for c,a in lists.items() if c in ('time','sensors')}; rows,cells = (lists[c].offsets.to_pylist() for c in values)
-    frame = pa.table({c.removeprefix('controller.'): a.values for c,a in lists.items() if c not in values}).to_pandas()
-    texts,lines = frame.gcode_string.to_numpy(object),frame.gcode_line.to_numpy(int); found = []
-    about = (table[c].to_pylist() for c in ('name','operation','channels','controller'))
-    for name,operation,channels,columns,a,b,c,d in zip(*about, rows, rows[1:], cells, cells[1:]):
-        controller = frame[a:b] if len(columns) == frame.shape[1] else frame[columns][a:b]; controller.index = pd.RangeIndex(b-a)
-        found.append(Recording(name, operation, values['time'][a:b], lines[a:b], texts[a:b], channels, values['sensors'][c:d].reshape(len(channels), b-a).T, controller))
-    return found, json.loads(table.schema.metadata[b'facts'])
+    file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+    table = file.read(use_threads=False).combine_chunks()
+    lists = {
+        c: table[c].chunk(0)
+        for c in table.column_names
+        if c not in ("name", "operation", "channels", "controller")
+    }
+    values = {c: a.values.to_numpy() for c, a in lists.items() if c in ("time", "sensors")}
+    rows, cells = (lists[c].offsets.to_pylist() for c in values)
+    frame = pa.table(
+        {c.removeprefix("controller."): a.values for c, a in lists.items() if c not in values}
+    ).to_pandas()
+    texts, lines = frame.gcode_string.to_numpy(object), frame.gcode_line.to_numpy(int)
+    found = []
+    about = (table[c].to_pylist() for c in ("name", "operation", "channels", "controller"))
+    for name, operation, channels, columns, a, b, c, d in zip(
+        *about, rows, rows[1:], cells, cells[1:]
+    ):
+        controller = frame[a:b] if len(columns) == frame.shape[1] else frame[columns][a:b]
+        controller.index = pd.RangeIndex(b - a)
+        found.append(
+            Recording(
+                name,
+                operation,
+                values["time"][a:b],
+                lines[a:b],
+                texts[a:b],
+                channels,
+                values["sensors"][c:d].reshape(len(channels), b - a).T,
+                controller,
+            )
+        )
+    return found, json.loads(table.schema.metadata[b"facts"])
 
 # %% ../../nbs/fingerprint/00_data.ipynb #da4aae4e
 def _cached(folder, progress, cache):
     "Recordings of a folder from their copy; what was said when it was made is said again."
-    if cache.resolve().is_relative_to(Path(folder).resolve()): raise InputError(cache, 'cache', 'a folder outside of the recordings', 'one inside')
-    path = cache/f'recordings-{checksum(recording_files(folder))}-{_version}.parquet'
-    try: recordings,facts = stored_recordings(path)
-    except (OSError, pa.ArrowInvalid): # none, or a broken one
-        with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); recordings = read_recordings(folder, progress)
-        facts = dict(doubts=[str(w.message) for w in said]); write_recordings(path, recordings, facts)
-    for d in facts['doubts']: warnings.warn(d)
+    if cache.resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError(cache, "cache", "a folder outside of the recordings", "one inside")
+    path = cache / f"recordings-{checksum(recording_files(folder))}-{_version}.parquet"
+    try:
+        recordings, facts = stored_recordings(path)
+    except (OSError, pa.ArrowInvalid):  # none, or a broken one
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            recordings = read_recordings(folder, progress)
+        facts = dict(doubts=[str(w.message) for w in said])
+        write_recordings(path, recordings, facts)
+    for d in facts["doubts"]:
+        warnings.warn(d, stacklevel=2)
     return recordings
 
 # %% ../../nbs/fingerprint/00_data.ipynb #28b32ad8
 def program_sections(
-    lines, # Line numbers, `[T]`
-    least:int=20, # Rows that make a program
-)->list: # (first row, row after the last) of each program
+    lines,  # Line numbers, `[T]`
+    least: int = 20,  # Rows that make a program
+) -> list:  # (first row, row after the last) of each program
     "Programs in one file: what lies between backward jumps of the line number."
-    back = np.flatnonzero(np.diff(lines) < 0)+1; edges = [0,*back.tolist(),len(lines)]
-    return [(a, b) for a,b in zip(edges, edges[1:]) if b-a >= least]
+    back = np.flatnonzero(np.diff(lines) < 0) + 1
+    edges = [0, *back.tolist(), len(lines)]
+    return [(a, b) for a, b in zip(edges, edges[1:]) if b - a >= least]
 
 # %% ../../nbs/fingerprint/00_data.ipynb #2ed3df7a
 def check_sections(
-    path, # A `.parquet` or `.csv` file
+    path,  # A `.parquet` or `.csv` file
 ):
     "Refuse a recording that holds two programs, or whose clock jumps."
     path = Path(path)
-    if not path.is_file(): raise InputError(path, 'file', 'a recording', 'nothing there')
-    table = pd.read_parquet(path, columns=['gcode_line','t_console']) if path.suffix == '.parquet' else pd.read_csv(path, usecols=['gcode_line','t_console'], low_memory=False)
-    table = table[table.gcode_line.notna()]; sections = program_sections(table.gcode_line.to_numpy(float))
-    if len(sections) > 1: raise InputError(path, 'gcode_line', 'one program', f"two programs or more: {', '.join(f'rows {a} to {b-1}' for a,b in sections[:3])}", 'a run of its own is read from the last one; cut the file')
+    if not path.is_file():
+        raise InputError(path, "file", "a recording", "nothing there")
+    table = (
+        pd.read_parquet(path, columns=["gcode_line", "t_console"])
+        if path.suffix == ".parquet"
+        else pd.read_csv(path, usecols=["gcode_line", "t_console"], low_memory=False)
+    )
+    table = table[table.gcode_line.notna()]
+    sections = program_sections(table.gcode_line.to_numpy(float))
+    if len(sections) > 1:
+        raise InputError(
+            path,
+            "gcode_line",
+            "one program",
+            f"two programs or more: {', '.join(f'rows {a} to {b - 1}' for a, b in sections[:3])}",
+            "a run of its own is read from the last one; cut the file",
+        )
     check_times(elapsed_seconds(table.t_console, path), path)
 
 # %% ../../nbs/fingerprint/00_data.ipynb #c0f79768
 def check_times(
-    time:np.ndarray, # Seconds, `[T]`
-    file, # For the message
-    longest:float=30., # Seconds between two rows
+    time: np.ndarray,  # Seconds, `[T]`
+    file,  # For the message
+    longest: float = 30.0,  # Seconds between two rows
 ):
     "Refuse a clock that goes back or leaps."
     gaps = np.diff(time)
-    if len(bad := np.flatnonzero((gaps < 0) | (gaps > longest))): raise InputError(file, f't_console in row {bad[0]+1}', f'a clock that goes on by less than {longest:g} s a row', f'a step of {gaps[bad[0]]:.1f} s', 'the clock jumps')
+    if len(bad := np.flatnonzero((gaps < 0) | (gaps > longest))):
+        raise InputError(
+            file,
+            f"t_console in row {bad[0] + 1}",
+            f"a clock that goes on by less than {longest:g} s a row",
+            f"a step of {gaps[bad[0]]:.1f} s",
+            "the clock jumps",
+        )
 
 # %% ../../nbs/fingerprint/00_data.ipynb #15ef4592
 @dataclass
 class Sequences:
     "Prepared windows of one NPZ file."
-    sensors:np.ndarray # `[N,T,C]` float32
-    tokens:np.ndarray # `[N,L]` integers, 0 is padding
-    parts:np.ndarray|None # `[N,L,4]` parts of each token, where the file has them
-    operation:np.ndarray|None # `[N]` class numbers, where the file has them
-    layout:str # `documented` or `written`
+
+    sensors: np.ndarray  # `[N,T,C]` float32
+    tokens: np.ndarray  # `[N,L]` integers, 0 is padding
+    parts: np.ndarray | None  # `[N,L,4]` parts of each token, where the file has them
+    operation: np.ndarray | None  # `[N]` class numbers, where the file has them
+    layout: str  # `documented` or `written`
 
 # %% ../../nbs/fingerprint/00_data.ipynb #7eb8d6c2
-_LAYOUTS = {'documented': ('sensor_data','gcode_tokens'), 'written': ('continuous','tokens')}
+_LAYOUTS = {"documented": ("sensor_data", "gcode_tokens"), "written": ("continuous", "tokens")}
 
 # %% ../../nbs/fingerprint/00_data.ipynb #ca1367e1
 def read_sequences(
-    path, # `.npz` file of either layout
-)->Sequences: # Its numeric arrays
+    path,  # `.npz` file of either layout
+) -> Sequences:  # Its numeric arrays
     "Read prepared windows; object arrays are left alone."
     arrays = read_arrays(path, skip_objects=True)
-    layout = next((k for k,names in _LAYOUTS.items() if set(names) <= set(arrays)), None)
-    if layout is None: raise InputError(path, 'arrays', 'sensor_data and gcode_tokens, or continuous and tokens', ', '.join(arrays) or 'none')
-    sensors,tokens = (arrays[k] for k in _LAYOUTS[layout])
-    if sensors.ndim != 3 or len(sensors) != len(tokens): raise InputError(path, _LAYOUTS[layout][0], f'[{len(tokens)},T,C]', str(list(sensors.shape)))
-    return Sequences(check_finite(path, _LAYOUTS[layout][0], sensors.astype('float32'), 'window'), tokens.astype('int64'),
-                     arrays.get('decomposed_targets'), arrays.get('operation_type'), layout)
+    layout = next((k for k, names in _LAYOUTS.items() if set(names) <= set(arrays)), None)
+    if layout is None:
+        raise InputError(
+            path,
+            "arrays",
+            "sensor_data and gcode_tokens, or continuous and tokens",
+            ", ".join(arrays) or "none",
+        )
+    sensors, tokens = (arrays[k] for k in _LAYOUTS[layout])
+    if sensors.ndim != 3 or len(sensors) != len(tokens):
+        raise InputError(
+            path, _LAYOUTS[layout][0], f"[{len(tokens)},T,C]", str(list(sensors.shape))
+        )
+    return Sequences(
+        check_finite(path, _LAYOUTS[layout][0], sensors.astype("float32"), "window"),
+        tokens.astype("int64"),
+        arrays.get("decomposed_targets"),
+        arrays.get("operation_type"),
+        layout,
+    )
 
 # %% ../../nbs/fingerprint/00_data.ipynb #679080f5
 def select_channels(
-    recordings:list, # Recordings that the schema is made from
-    modalities='all', # `all` or names of modalities
-    shared:bool=False, # Only channels that every recording has
-    controller=(), # Controller columns to read as well: answers, for controls only
-)->list: # Channel names, by modality
+    recordings: list,  # Recordings that the schema is made from
+    modalities="all",  # `all` or names of modalities
+    shared: bool = False,  # Only channels that every recording has
+    controller=(),  # Controller columns to read as well: answers, for controls only
+) -> list:  # Channel names, by modality
     "Schema: which channels a model reads, in which order."
-    names = sorted(set().union(*(r.channels for r in recordings)), key=lambda c: (list(MODALITIES).index(modality(c)) if modality(c) != 'other' else 99, c))
-    if shared: names = [c for c in names if all(c in r.channels for r in recordings)]
-    if modalities != 'all': names = [c for c in names if modality(c) in modalities]
+    names = sorted(
+        set().union(*(r.channels for r in recordings)),
+        key=lambda c: (list(MODALITIES).index(modality(c)) if modality(c) != "other" else 99, c),
+    )
+    if shared:
+        names = [c for c in names if all(c in r.channels for r in recordings)]
+    if modalities != "all":
+        names = [c for c in names if modality(c) in modalities]
     for c in controller:
-        if c not in CONTROLLER[1:-3]: raise InputError('controller', 'column', f"one of {', '.join(CONTROLLER[1:-3])}", repr(c))
-    if not names and not controller: raise InputError('modalities', 'names', f"at least one channel; modalities are {', '.join(MODALITIES)}", repr(modalities))
+        if c not in CONTROLLER[1:-3]:
+            raise InputError(
+                "controller", "column", f"one of {', '.join(CONTROLLER[1:-3])}", repr(c)
+            )
+    if not names and not controller:
+        raise InputError(
+            "modalities",
+            "names",
+            f"at least one channel; modalities are {', '.join(MODALITIES)}",
+            repr(modalities),
+        )
     return names + list(controller)
 
 # %% ../../nbs/fingerprint/00_data.ipynb #906c9748
 def align_channels(
-    recording:Recording, # One run
-    channels:list, # Schema
-)->np.ndarray: # `[T,C]` float32, NaN where the recording lacks a channel
+    recording: Recording,  # One run
+    channels: list,  # Schema
+) -> np.ndarray:  # `[T,C]` float32, NaN where the recording lacks a channel
     "Sensors of a recording in the order of the schema."
-    table = np.full((len(recording), len(channels)), np.nan, 'float32')
-    at = {c: i for i,c in enumerate(recording.channels)}
-    here = [(j,at[c]) for j,c in enumerate(channels) if c in at]
-    if here: table[:,[j for j,_ in here]] = recording.sensors[:,[i for _,i in here]]
-    for j,c in enumerate(channels):
-        if c in CONTROLLER: table[:,j] = recording.controller[c].to_numpy('float32')
+    table = np.full((len(recording), len(channels)), np.nan, "float32")
+    at = {c: i for i, c in enumerate(recording.channels)}
+    here = [(j, at[c]) for j, c in enumerate(channels) if c in at]
+    if here:
+        table[:, [j for j, _ in here]] = recording.sensors[:, [i for _, i in here]]
+    for j, c in enumerate(channels):
+        if c in CONTROLLER:
+            table[:, j] = recording.controller[c].to_numpy("float32")
     return table
 
 # %% ../../nbs/fingerprint/00_data.ipynb #22ce74f5
 @dataclass
 class ChannelScale:
     "Median and spread of each channel over the training rows; a channel is clipped at `limit` spreads."
-    channels:list # Names
-    center:list # Medians
-    scale:list # Interquartile ranges / 1.349, the standard deviation of a normal distribution
-    limit:float = 8. # Single implausible samples end here
+
+    channels: list  # Names
+    center: list  # Medians
+    scale: list  # Interquartile ranges / 1.349, the standard deviation of a normal distribution
+    limit: float = 8.0  # Single implausible samples end here
 
 # %% ../../nbs/fingerprint/00_data.ipynb #e9175b1c
 def fit_scale(
-    arrays, # Aligned arrays `[T,C]` of the training recordings
-    channels:list, # Schema
-)->ChannelScale: # scikit-learn's `RobustScaler`, as numbers
+    arrays,  # Aligned arrays `[T,C]` of the training recordings
+    channels: list,  # Schema
+) -> ChannelScale:  # scikit-learn's `RobustScaler`, as numbers
     "Robust scale of each channel; one that never moves gets spread 1."
     scaler = RobustScaler(unit_variance=True).fit(np.concatenate(list(arrays)))
-    return ChannelScale(list(channels), [0. if np.isnan(c) else float(c) for c in scaler.center_], [float(s) if np.isfinite(s) and s > 1e-6 else 1. for s in scaler.scale_])
+    return ChannelScale(
+        list(channels),
+        [0.0 if np.isnan(c) else float(c) for c in scaler.center_],
+        [float(s) if np.isfinite(s) and s > 1e-6 else 1.0 for s in scaler.scale_],
+    )
 
 # %% ../../nbs/fingerprint/00_data.ipynb #3ac6e149
 from fastcore.basics import patch
 
 # %% ../../nbs/fingerprint/00_data.ipynb #7516ba68
 @patch
-def apply(self:ChannelScale,
-    x:np.ndarray, # `[T,C]`
-)->np.ndarray: # Standardised, NaN stays NaN
+def apply(
+    self: ChannelScale,
+    x: np.ndarray,  # `[T,C]`
+) -> np.ndarray:  # Standardised, NaN stays NaN
     "Standardise and clip."
-    return np.clip((x-np.float32(self.center))/np.float32(self.scale), -self.limit, self.limit).astype('float32')
+    return np.clip(
+        (x - np.float32(self.center)) / np.float32(self.scale), -self.limit, self.limit
+    ).astype("float32")
 
 # %% ../../nbs/fingerprint/00_data.ipynb #b504770e
 class LineWindows:
     "Windows of recordings, with the line of G-code at the middle row and the operation."
-    def __init__(self,
-        arrays:list, # Standardised `[T,C]` of each recording, NaN where missing
-        recordings:list, # The recordings
-        tokenizer, # From `fingerprint.tokens`
-        operations:list, # Names of the classes
-        size:int=64, # Rows a window
-        stride:int=16, # Rows between starts
-        numbers=None, # `NumberScale`: the line's numbers are targets too
+
+    def __init__(
+        self,
+        arrays: list,  # Standardised `[T,C]` of each recording, NaN where missing
+        recordings: list,  # The recordings
+        tokenizer,  # From `fingerprint.tokens`
+        operations: list,  # Names of the classes
+        size: int = 64,  # Rows a window
+        stride: int = 16,  # Rows between starts
+        numbers=None,  # `NumberScale`: the line's numbers are targets too
     ):
-        self.recordings,self.tokenizer,self.operations,self.scale = recordings,tokenizer,list(operations),numbers
+        self.recordings, self.tokenizer, self.operations, self.scale = (
+            recordings,
+            tokenizer,
+            list(operations),
+            numbers,
+        )
         table = RowTable(arrays, [r.name for r in recordings])
         self.windows = Windows(table, *window_starts(table.lengths, size, stride, partial=True))
-        self.recording,self.lengths = self.windows.recording,self.windows.lengths
-        self.middle = (self.windows.start+self.windows.stop)//2
+        self.recording, self.lengths = self.windows.recording, self.windows.lengths
+        self.middle = (self.windows.start + self.windows.stop) // 2
         self.sources = np.array([r.name for r in recordings])[self.recording]
         self._targets()
-    def __len__(self): return len(self.windows)
+
+    def __len__(self):
+        return len(self.windows)
 
 # %% ../../nbs/fingerprint/00_data.ipynb #7e6521f2
 @patch
-def _targets(self:LineWindows):
+def _targets(self: LineWindows):
     "Text, time, tokens and operation of each window."
     rows = list(zip(self.recording, self.middle))
-    self.texts = np.array([self.recordings[i].texts[j] for i,j in rows], dtype=object)
-    self.times = np.array([self.recordings[i].time[j] for i,j in rows])
+    self.texts = np.array([self.recordings[i].texts[j] for i, j in rows], dtype=object)
+    self.times = np.array([self.recordings[i].time[j] for i, j in rows])
     self.tokens = torch.from_numpy(self.tokenizer.encode_batch(self.texts))
     names = [self.recordings[i].operation for i in self.recording]
-    for n in set(names)-set(self.operations): raise InputError('recordings', 'operation', f"one of {', '.join(self.operations)}", repr(n))
+    for n in set(names) - set(self.operations):
+        raise InputError("recordings", "operation", f"one of {', '.join(self.operations)}", repr(n))
     self.labels = torch.tensor([self.operations.index(n) for n in names])
-    if self.scale: self.numbers = torch.from_numpy(self.scale.standardise(self.texts))
+    if self.scale:
+        self.numbers = torch.from_numpy(self.scale.standardise(self.texts))
 
 # %% ../../nbs/fingerprint/00_data.ipynb #01add409
 @patch
-def batch(self:LineWindows,
-    index, # Which windows, `[B]`
-)->tuple: # `(inputs, mask, targets)`
+def batch(
+    self: LineWindows,
+    index,  # Which windows, `[B]`
+) -> tuple:  # `(inputs, mask, targets)`
     "Sensors, what is present, and the tokens before each token; targets are the tokens, the operation, and the sensors again, to be reconstructed."
-    values,mask = self.windows.batch(index)
+    values, mask = self.windows.batch(index)
     present = ~values.isnan()
     tokens = self.tokens[torch.as_tensor(index)]
-    before = torch.cat([torch.full((len(tokens),1), self.tokenizer.vocab['BOS']), tokens[:,:-1]], 1)
-    inputs = dict(sensors=values.nan_to_num(0.), present=present & mask[...,None], tokens=before)
+    before = torch.cat(
+        [torch.full((len(tokens), 1), self.tokenizer.vocab["BOS"]), tokens[:, :-1]], 1
+    )
+    inputs = dict(sensors=values.nan_to_num(0.0), present=present & mask[..., None], tokens=before)
     more = dict(numbers=self.numbers[torch.as_tensor(index)]) if self.scale else {}
-    return inputs, mask, dict(tokens=tokens, operation=self.labels[torch.as_tensor(index)], sensors=inputs['sensors'], present=inputs['present'], **more)
+    return (
+        inputs,
+        mask,
+        dict(
+            tokens=tokens,
+            operation=self.labels[torch.as_tensor(index)],
+            sensors=inputs["sensors"],
+            present=inputs["present"],
+            **more,
+        ),
+    )
 
 # %% ../../nbs/fingerprint/00_data.ipynb #7560fe97
 def programs(
-    recordings:list, # Recordings
-)->dict: # Operation -> name of its program: the first operation, by name, that runs it
+    recordings: list,  # Recordings
+) -> dict:  # Operation -> name of its program: the first operation, by name, that runs it
     "Operations whose common line numbers carry the same text run the same program."
     lines = {}
-    for r in recordings: lines.setdefault(r.operation, {}).update(zip(r.lines, r.texts))
+    for r in recordings:
+        lines.setdefault(r.operation, {}).update(zip(r.lines, r.texts))
     found = {}
-    for name in sorted(lines, key=lambda n: (n.startswith('damage'), n)):
-        found[name] = next((p for p in found.values() if _same_program(lines[name], lines[p])), name)
+    for name in sorted(lines, key=lambda n: (n.startswith("damage"), n)):
+        found[name] = next(
+            (p for p in found.values() if _same_program(lines[name], lines[p])), name
+        )
     return found
+
 
 def _same_program(a, b):
     "At least ten common line numbers, and 99 % of them with the same text."
     common = a.keys() & b.keys()
-    return len(common) >= 10 and np.mean([a[i] == b[i] for i in common]) >= .99
+    return len(common) >= 10 and np.mean([a[i] == b[i] for i in common]) >= 0.99
 
 # %% ../../nbs/fingerprint/00_data.ipynb #64f136e8
 def check(
-    path, # Folder of recordings or an NPZ file
-    progress=None, # For instance `tqdm`
-)->list: # One sentence a fault; empty when all is well
+    path,  # Folder of recordings or an NPZ file
+    progress=None,  # For instance `tqdm`
+) -> list:  # One sentence a fault; empty when all is well
     "Read everything and collect what is wrong."
     path = Path(path)
-    if path.suffix == '.npz': return fault_sentences([lambda: read_sequences(path)])
-    try: files = recording_files(path)
-    except InputError as e: return [str(e)]
-    return fault_sentences([lambda f=f,look=look: look(f) for f in (progress(files) if progress else files) for look in (read_recording, _check_rows)])
+    if path.suffix == ".npz":
+        return fault_sentences([lambda: read_sequences(path)])
+    try:
+        files = recording_files(path)
+    except InputError as e:
+        return [str(e)]
+    return fault_sentences(
+        [
+            lambda f=f, look=look: look(f)
+            for f in (progress(files) if progress else files)
+            for look in (read_recording, _check_rows)
+        ]
+    )
+
 
 def _check_rows(f):
     "The sections and the clock of a file that can be read."
-    try: read_recording(f)
-    except InputError: return
+    try:
+        read_recording(f)
+    except InputError:
+        return
     check_sections(f)

@@ -12,9 +12,12 @@ __all__ = ['next_token_scores', 'filtered', 'greedy', 'sample', 'beam', 'LineGra
 import re
 from collections import Counter
 from functools import lru_cache
-import numpy as np, torch
+
+import numpy as np
+import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from ..core.errors import InputError, check_choice
 from .models import GCodeFingerprinter, token_scores
 from .tokens import BOS, EOS, PAD, Tokenizer
@@ -22,299 +25,447 @@ from ..gcode.reader import parse_gcode
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #43df71b0
 def next_token_scores(
-    model:GCodeFingerprinter, # In evaluation mode
-    inputs:dict, # `sensors` and `present`, `[B,T,C]`
-    mask:Tensor, # `[B,T]`
-    temperatures:dict=None, # Head -> temperature, for instance `dict(param_val=.5)`; 1 otherwise
-): # `scores(tokens [N,L] with BOS first, rows [N])` -> log-probabilities `[N,V]`
+    model: GCodeFingerprinter,  # In evaluation mode
+    inputs: dict,  # `sensors` and `present`, `[B,T,C]`
+    mask: Tensor,  # `[B,T]`
+    temperatures: dict = None,  # Head -> temperature, for instance `dict(param_val=.5)`; 1 otherwise
+):  # `scores(tokens [N,L] with BOS first, rows [N])` -> log-probabilities `[N,V]`
     "Read the sensors once and score continuations of their lines."
-    with torch.no_grad(): memory,_ = model.backbone(inputs, mask)
+    with torch.no_grad():
+        memory, _ = model.backbone(inputs, mask)
     heat = temperatures or {}
+
     @torch.no_grad()
     def scores(tokens, rows):
         logits = model.decoder(tokens, memory[rows], mask[rows])
-        return token_scores({k: v[:,-1]/heat.get(k, 1.) for k,v in logits.items()}, model.decoder.parts).log_softmax(-1)
+        return token_scores(
+            {k: v[:, -1] / heat.get(k, 1.0) for k, v in logits.items()}, model.decoder.parts
+        ).log_softmax(-1)
+
     return scores
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #6f1edb2d
 def _step(scores, tokens, rows, i, length, grammar):
     "Log-probabilities of token `i` of the lines `tokens` `[N,1+length]`, renormalised over what is legal."
-    logp = scores(tokens[:,:i+1], rows)
-    if grammar is None: return logp
-    legal = torch.as_tensor(grammar.legal(tokens[:,1:i+1].tolist(), length-i)).to(logp.device)
+    logp = scores(tokens[:, : i + 1], rows)
+    if grammar is None:
+        return logp
+    legal = torch.as_tensor(grammar.legal(tokens[:, 1 : i + 1].tolist(), length - i)).to(
+        logp.device
+    )
     return logp.masked_fill(~legal, -torch.inf).log_softmax(-1)
+
 
 def _empty(lines, length, rows):
     "Lines that hold BOS only."
-    tokens = torch.full((lines, length+1), PAD, dtype=torch.long, device=rows.device); tokens[:,0] = BOS
+    tokens = torch.full((lines, length + 1), PAD, dtype=torch.long, device=rows.device)
+    tokens[:, 0] = BOS
     return tokens
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #352afa41
 def filtered(
-    logp:Tensor, # Log-probabilities, `[...,V]`
-    temperature:float=1., # Above 1 flatter, below 1 sharper
-    top_k:int=0, # Tokens kept; all when 0
-    top_p:float=1., # Probability kept
-)->Tensor: # Log-probabilities that are drawn from
+    logp: Tensor,  # Log-probabilities, `[...,V]`
+    temperature: float = 1.0,  # Above 1 flatter, below 1 sharper
+    top_k: int = 0,  # Tokens kept; all when 0
+    top_p: float = 1.0,  # Probability kept
+) -> Tensor:  # Log-probabilities that are drawn from
     "What sampling draws from: temperature first, then top-k, then the nucleus."
-    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0: raise InputError('sampling', 'parameters', 'temperature > 0, top_k >= 0, 0 < top_p <= 1', f'{temperature}, {top_k}, {top_p}')
-    logp = (logp/temperature).log_softmax(-1)
-    if 0 < top_k < logp.shape[-1]: logp = logp.masked_fill(logp < logp.topk(top_k)[0][...,-1:], -torch.inf).log_softmax(-1)
-    if top_p == 1: return logp
-    ranked,order = logp.sort(-1, descending=True)
-    before = ranked.exp().cumsum(-1)-ranked.exp()
+    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise InputError(
+            "sampling",
+            "parameters",
+            "temperature > 0, top_k >= 0, 0 < top_p <= 1",
+            f"{temperature}, {top_k}, {top_p}",
+        )
+    logp = (logp / temperature).log_softmax(-1)
+    if 0 < top_k < logp.shape[-1]:
+        logp = logp.masked_fill(logp < logp.topk(top_k)[0][..., -1:], -torch.inf).log_softmax(-1)
+    if top_p == 1:
+        return logp
+    ranked, order = logp.sort(-1, descending=True)
+    before = ranked.exp().cumsum(-1) - ranked.exp()
     drop = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, order, before >= top_p)
     return logp.masked_fill(drop, -torch.inf).log_softmax(-1)
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #e5ba6f8d
 def _one_by_one(scores, batch, length, choose, grammar, device):
     "Lines written token by token; `choose(logp)` -> tokens."
-    rows = torch.arange(batch, device=device); tokens = _empty(batch, length, rows); total = torch.zeros(batch, device=device)
+    rows = torch.arange(batch, device=device)
+    tokens = _empty(batch, length, rows)
+    total = torch.zeros(batch, device=device)
     going = rows
     for i in range(length):
         logp = _step(scores, tokens[going], going, i, length, grammar)
         chosen = choose(logp)
-        tokens[going,i+1] = chosen; total[going] += logp.gather(1, chosen[:,None])[:,0]
+        tokens[going, i + 1] = chosen
+        total[going] += logp.gather(1, chosen[:, None])[:, 0]
         going = going[chosen != EOS]
-        if not len(going): break
-    return tokens[:,1:], total
+        if not len(going):
+            break
+    return tokens[:, 1:], total
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #e5b7cc6b
 def greedy(
-    scores, # From `next_token_scores`
-    batch:int, # Lines to write
-    length:int, # Longest line in tokens, EOS included
-    grammar=None, # `LineGrammar`: only what it allows
-    device='cpu', # Where the scores are
-)->tuple: # Tokens `[B,length]`, zero after EOS, and their log-probability `[B]`
+    scores,  # From `next_token_scores`
+    batch: int,  # Lines to write
+    length: int,  # Longest line in tokens, EOS included
+    grammar=None,  # `LineGrammar`: only what it allows
+    device="cpu",  # Where the scores are
+) -> tuple:  # Tokens `[B,length]`, zero after EOS, and their log-probability `[B]`
     "The best token at every step."
     return _one_by_one(scores, batch, length, lambda logp: logp.argmax(-1), grammar, device)
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #74067f74
 def sample(
-    scores, # From `next_token_scores`
-    batch:int, # Lines to write
-    length:int, # Longest line in tokens, EOS included
-    temperature:float=1., top_k:int=0, top_p:float=1., # See `filtered`
-    seed:int=0, # Of the draws
-    grammar=None, # `LineGrammar`
-    device='cpu', # Where the scores are
-)->tuple: # Tokens `[B,length]` and the log-probability that the model gives them `[B]`
+    scores,  # From `next_token_scores`
+    batch: int,  # Lines to write
+    length: int,  # Longest line in tokens, EOS included
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,  # See `filtered`
+    seed: int = 0,  # Of the draws
+    grammar=None,  # `LineGrammar`
+    device="cpu",  # Where the scores are
+) -> tuple:  # Tokens `[B,length]` and the log-probability that the model gives them `[B]`
     "Lines drawn token by token; the same seed draws the same lines."
     random = torch.Generator().manual_seed(seed)
-    def choose(logp): return torch.multinomial(filtered(logp, temperature, top_k, top_p).exp().cpu(), 1, generator=random)[:,0].to(logp.device)
+
+    def choose(logp):
+        return torch.multinomial(
+            filtered(logp, temperature, top_k, top_p).exp().cpu(), 1, generator=random
+        )[:, 0].to(logp.device)
+
     return _one_by_one(scores, batch, length, choose, grammar, device)
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #dacca91b
 def beam(
-    scores, # From `next_token_scores`
-    batch:int, # Lines to write
-    length:int, # Longest line in tokens, EOS included
-    width:int=4, # Lines kept
-    length_penalty:float=0., # 0 ranks by probability, 1 by the mean of the tokens
-    grammar=None, # `LineGrammar`
-    device='cpu', # Where the scores are
-)->tuple: # Tokens `[B,width,length]`, best first, and log-probabilities `[B,width]`, minus infinity where there is no such line
+    scores,  # From `next_token_scores`
+    batch: int,  # Lines to write
+    length: int,  # Longest line in tokens, EOS included
+    width: int = 4,  # Lines kept
+    length_penalty: float = 0.0,  # 0 ranks by probability, 1 by the mean of the tokens
+    grammar=None,  # `LineGrammar`
+    device="cpu",  # Where the scores are
+) -> tuple:  # Tokens `[B,width,length]`, best first, and log-probabilities `[B,width]`, minus infinity where there is no such line
     "The lines with the best scores that a search of limited width finds."
-    if width < 1: raise InputError('beam', 'width', 'at least 1', str(width))
+    if width < 1:
+        raise InputError("beam", "width", "at least 1", str(width))
     rows = torch.arange(batch, device=device).repeat_interleave(width)
-    tokens = _empty(batch*width, length, rows)
-    total = torch.full((batch,width), -torch.inf, device=device); total[:,0] = 0
+    tokens = _empty(batch * width, length, rows)
+    total = torch.full((batch, width), -torch.inf, device=device)
+    total[:, 0] = 0
     for i in range(length):
-        going = ((tokens != EOS).all(1) & total.isfinite().view(-1)).nonzero()[:,0]
-        if not len(going): break
-        tokens,total = _grow(tokens, total, going, _step(scores, tokens[going], rows[going], i, length, grammar), i)
-    used = (tokens[:,1:] != PAD).sum(1).view(batch, width).clamp_min(1)
-    order = (total/used**length_penalty).argsort(dim=1, descending=True, stable=True)
-    return tokens[:,1:].view(batch, width, length).gather(1, order[...,None].expand(-1, -1, length)), total.gather(1, order)
+        going = ((tokens != EOS).all(1) & total.isfinite().view(-1)).nonzero()[:, 0]
+        if not len(going):
+            break
+        tokens, total = _grow(
+            tokens, total, going, _step(scores, tokens[going], rows[going], i, length, grammar), i
+        )
+    used = (tokens[:, 1:] != PAD).sum(1).view(batch, width).clamp_min(1)
+    order = (total / used**length_penalty).argsort(dim=1, descending=True, stable=True)
+    return tokens[:, 1:].view(batch, width, length).gather(
+        1, order[..., None].expand(-1, -1, length)
+    ), total.gather(1, order)
+
 
 def _grow(tokens, total, going, logp, i):
     "The best continuations of all beams; a finished one goes on with PAD at no cost."
-    (batch,width),size = total.shape,logp.shape[1]
-    more = logp.new_full((len(tokens),size), -torch.inf); more[:,PAD] = 0
+    (batch, width), size = total.shape, logp.shape[1]
+    more = logp.new_full((len(tokens), size), -torch.inf)
+    more[:, PAD] = 0
     more[going] = logp
-    total,best = (total[...,None]+more.view(batch, width, size)).view(batch, -1).topk(width)
-    source = (best//size + width*torch.arange(batch, device=best.device)[:,None]).view(-1)
-    tokens = tokens[source].clone(); tokens[:,i+1] = (best % size).view(-1)
+    total, best = (total[..., None] + more.view(batch, width, size)).view(batch, -1).topk(width)
+    source = (best // size + width * torch.arange(batch, device=best.device)[:, None]).view(-1)
+    tokens = tokens[source].clone()
+    tokens[:, i + 1] = (best % size).view(-1)
     return tokens, total
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #f9505b0a
-_modal = {'motion': (0,1,2,3,33,38.2,73,76,80,*range(81,90)), 'plane': (17,18,19), 'distance': (90,91), 'feed mode': (93,94,95), 'units': (20,21), 'radius': (40,41,42),
-          'length': (43,49), 'return': (98,99), 'offset': (54,55,56,57,58,59), 'path': (61,64)}
-_stopping = {'stop': (0,1,2,30,60), 'tool': (6,), 'spindle': (3,4,5), 'coolant': (7,8,9)}
-_axes_taken = {'G10','G28','G30','G92'} # these read the axis words themselves, so there is no motion beside them
-_needs = {'G2': ('XYZ','RIJK'), 'G3': ('XYZ','RIJK'), 'G4': ('PS',)}
-_unsigned,_whole = frozenset('FSTDHLP'),frozenset('TDHL')
+_modal = {
+    "motion": (0, 1, 2, 3, 33, 38.2, 73, 76, 80, *range(81, 90)),
+    "plane": (17, 18, 19),
+    "distance": (90, 91),
+    "feed mode": (93, 94, 95),
+    "units": (20, 21),
+    "radius": (40, 41, 42),
+    "length": (43, 49),
+    "return": (98, 99),
+    "offset": (54, 55, 56, 57, 58, 59),
+    "path": (61, 64),
+}
+_stopping = {"stop": (0, 1, 2, 30, 60), "tool": (6,), "spindle": (3, 4, 5), "coolant": (7, 8, 9)}
+_axes_taken = {
+    "G10",
+    "G28",
+    "G30",
+    "G92",
+}  # these read the axis words themselves, so there is no motion beside them
+_needs = {"G2": ("XYZ", "RIJK"), "G3": ("XYZ", "RIJK"), "G4": ("PS",)}
+_unsigned, _whole = frozenset("FSTDHLP"), frozenset("TDHL")
+
 
 def _group(command):
     "Modal group of a command; those of no group stand alone."
-    if command in _axes_taken: return 'motion'
-    return next((g for g,codes in (_modal if command[0] == 'G' else _stopping).items() if float(command[1:]) in codes), command)
+    if command in _axes_taken:
+        return "motion"
+    return next(
+        (
+            g
+            for g, codes in (_modal if command[0] == "G" else _stopping).items()
+            if float(command[1:]) in codes
+        ),
+        command,
+    )
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #bad744ed
-_command = re.compile(r'[GM]\d+(?:\.\d+)?'); _bucket = re.compile(r'NUM_([A-Z])_(-?)(\d*)'); _literal = re.compile(r'([A-Z])([+-]?)(\d+\.?\d*|\.\d+)')
+_command = re.compile(r"[GM]\d+(?:\.\d+)?")
+_bucket = re.compile(r"NUM_([A-Z])_(-?)(\d*)")
+_literal = re.compile(r"([A-Z])([+-]?)(\d+\.?\d*|\.\d+)")
+
 
 def _kind(token):
     "What a token is to the grammar: (kind, letter or text, whether it has a sign or a dot)."
-    if _command.fullmatch(token): return 'command',token,''
-    if token in {*'+-.0123456789'}: return 'piece',token,''
-    if len(token) == 1 and token.isalpha() and token not in 'GMNO': return 'letter',token,''
-    if m := _bucket.fullmatch(token): return 'bucket',m[1],m[2]
-    if (m := _literal.fullmatch(token)) and m[1] not in 'GMNO': return 'literal',m[1],m[2]
-    return ('end' if token == 'EOS' else 'none'),token,''
+    if _command.fullmatch(token):
+        return "command", token, ""
+    if token in {*"+-.0123456789"}:
+        return "piece", token, ""
+    if len(token) == 1 and token.isalpha() and token not in "GMNO":
+        return "letter", token, ""
+    if m := _bucket.fullmatch(token):
+        return "bucket", m[1], m[2]
+    if (m := _literal.fullmatch(token)) and m[1] not in "GMNO":
+        return "literal", m[1], m[2]
+    return ("end" if token == "EOS" else "none"), token, ""
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #44e36b9f
 class LineGrammar:
     "Which token may follow, for a tokenizer of either scheme."
-    def __init__(self,
-        tokenizer:Tokenizer, # Whose vocabulary is written
-        digits:int=6, # Most digits before the dot
-        decimals:int=6, # Most digits after it
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,  # Whose vocabulary is written
+        digits: int = 6,  # Most digits before the dot
+        decimals: int = 6,  # Most digits after it
     ):
-        self.kinds,self.digits,self.decimals = [_kind(t) for t in tokenizer.tokens],digits,decimals
-        of = lambda kind: [k for k in self.kinds if k[0] == kind]
-        pieces,numbered = {k[1] for k in of('piece')} >= {*'0123456789'}, {k[1] for k in of('bucket') if not (k[2] and k[1] in _unsigned)}
-        self.valued = {k[1] for k in of('letter') if pieces or k[1] in numbered} # letters whose number can be written
-        self.can = self.valued | {k[1] for k in of('literal')}
-        if not self.can and not of('command'): raise InputError('grammar', 'vocabulary', 'a command, or a letter and its numbers', 'neither')
-        self.first = 1 if of('command') or of('literal') else 2
-        self.state,self.costs = lru_cache(1<<16)(lambda prefix: self._state(prefix)),lru_cache(1<<14)(lambda state: self._costs(state))
+        self.kinds, self.digits, self.decimals = (
+            [_kind(t) for t in tokenizer.tokens],
+            digits,
+            decimals,
+        )
+
+        def of(kind):
+            return [k for k in self.kinds if k[0] == kind]
+
+        pieces, numbered = (
+            {k[1] for k in of("piece")} >= {*"0123456789"},
+            {k[1] for k in of("bucket") if not (k[2] and k[1] in _unsigned)},
+        )
+        self.valued = {
+            k[1] for k in of("letter") if pieces or k[1] in numbered
+        }  # letters whose number can be written
+        self.can = self.valued | {k[1] for k in of("literal")}
+        if not self.can and not of("command"):
+            raise InputError(
+                "grammar", "vocabulary", "a command, or a letter and its numbers", "neither"
+            )
+        self.first = 1 if of("command") or of("literal") else 2
+        self.state, self.costs = (
+            lru_cache(1 << 16)(lambda prefix: self._state(prefix)),
+            lru_cache(1 << 14)(lambda state: self._costs(state)),
+        )
+
     start = (frozenset(), frozenset(), None)
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #85248a5b
 @patch
-def _letter(self:LineGrammar, commands, letters, letter):
+def _letter(self: LineGrammar, commands, letters, letter):
     "Whether `letter` may begin a word."
-    other = 'IJK' if letter == 'R' else 'R' if letter in 'IJK' else ''
+    other = "IJK" if letter == "R" else "R" if letter in "IJK" else ""
     return letter not in letters and not letters & set(other)
 
+
 @patch
-def _number(self:LineGrammar, number, piece):
+def _number(self: LineGrammar, number, piece):
     "State of a number after one more piece; nothing when that is no number."
-    letter,sign,whole,dot,part = number
-    if piece in '+-': return (letter,1,0,0,0) if not (sign or whole or dot or letter in _unsigned) else None
-    if piece == '.': return (letter,sign,whole,1,0) if not dot and letter not in _whole else None
-    if dot: return (letter,sign,whole,1,part+1) if part < self.decimals else None
-    return (letter,sign,whole+1,0,0) if whole < self.digits else None
+    letter, sign, whole, dot, part = number
+    if piece in "+-":
+        return (letter, 1, 0, 0, 0) if not (sign or whole or dot or letter in _unsigned) else None
+    if piece == ".":
+        return (letter, sign, whole, 1, 0) if not dot and letter not in _whole else None
+    if dot:
+        return (letter, sign, whole, 1, part + 1) if part < self.decimals else None
+    return (letter, sign, whole + 1, 0, 0) if whole < self.digits else None
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #6609c86b
 @patch
-def _command_after(self:LineGrammar, commands, letters, name):
+def _command_after(self: LineGrammar, commands, letters, name):
     "Commands with `name` among them; nothing when it may not stand here."
-    if letters or _group(name) in {_group(c) for c in commands}: return None
+    if letters or _group(name) in {_group(c) for c in commands}:
+        return None
     new = commands | {name}
-    if 'G53' in new and any(_group(c) == 'motion' and c not in ('G0','G1') for c in new): return None
+    if "G53" in new and any(_group(c) == "motion" and c not in ("G0", "G1") for c in new):
+        return None
     return new if all(self.can & set(letters) for letters in _needs.get(name, ())) else None
 
+
 @patch
-def advance(self:LineGrammar,
-    state:tuple, # Commands, letters, number
-    token:int, # Id of the next token
-): # The state after it, or None where it is not legal
+def advance(
+    self: LineGrammar,
+    state: tuple,  # Commands, letters, number
+    token: int,  # Id of the next token
+):  # The state after it, or None where it is not legal
     "One token further."
-    (kind,name,sign),(commands,letters,number) = self.kinds[token],state
-    done = number is None or number[2]+number[4] > 0
-    if kind == 'piece':
+    (kind, name, sign), (commands, letters, number) = self.kinds[token], state
+    done = number is None or number[2] + number[4] > 0
+    if kind == "piece":
         number = number and len(number) == 5 and self._number(number, name)
-        return (commands,letters,number) if number else None
-    if kind == 'bucket': return (commands,letters,None) if number == (name,0,0,0,0) and not (sign and name in _unsigned) else None
-    if not done: return None
-    if kind == 'command': return (new,letters,None) if (new := self._command_after(commands, letters, name)) else None
-    if kind not in ('letter','literal') or not self._letter(commands, letters, name) or (kind == 'letter' and name not in self.valued) or (sign == '-' and name in _unsigned): return None
-    return commands, letters | {name}, (name,0,0,0,0) if kind == 'letter' else None
+        return (commands, letters, number) if number else None
+    if kind == "bucket":
+        return (
+            (commands, letters, None)
+            if number == (name, 0, 0, 0, 0) and not (sign and name in _unsigned)
+            else None
+        )
+    if not done:
+        return None
+    if kind == "command":
+        return (
+            (new, letters, None) if (new := self._command_after(commands, letters, name)) else None
+        )
+    if (
+        kind not in ("letter", "literal")
+        or not self._letter(commands, letters, name)
+        or (kind == "letter" and name not in self.valued)
+        or (sign == "-" and name in _unsigned)
+    ):
+        return None
+    return commands, letters | {name}, (name, 0, 0, 0, 0) if kind == "letter" else None
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #0efa9fac
 @patch
-def _missing(self:LineGrammar, state):
+def _missing(self: LineGrammar, state):
     "Tokens that a legal line still needs after this state, EOS included."
-    commands,letters,number = state
+    commands, letters, number = state
     groups = [g for c in commands for g in _needs.get(c, ()) if not letters & set(g)]
-    open_number = number is not None and number[2]+number[4] == 0
-    return 1 + open_number + 2*len(set(groups)) + (0 if commands or letters else self.first)
+    open_number = number is not None and number[2] + number[4] == 0
+    return 1 + open_number + 2 * len(set(groups)) + (0 if commands or letters else self.first)
+
 
 @patch
-def _costs(self:LineGrammar, state):
+def _costs(self: LineGrammar, state):
     "Tokens needed after each token of the vocabulary, `[V]`; a large number where it is illegal."
     after = [self.advance(state, i) for i in range(len(self.kinds))]
-    costs = np.array([1<<20 if s is None else self._missing(s) for s in after])
-    if self._missing(state) == 1: costs[EOS] = 0
+    costs = np.array([1 << 20 if s is None else self._missing(s) for s in after])
+    if self._missing(state) == 1:
+        costs[EOS] = 0
     return costs
 
+
 @patch
-def _state(self:LineGrammar, prefix):
+def _state(self: LineGrammar, prefix):
     "State after the tokens `prefix`."
-    if not prefix: return self.start
+    if not prefix:
+        return self.start
     return self.advance(self.state(prefix[:-1]), prefix[-1])
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #0b9e5ad4
 @patch
-def legal(self:LineGrammar,
-    lines:list, # Token ids written so far, one list a line, without BOS
-    left:int, # Tokens that may still be written, EOS included
-)->np.ndarray: # `[N,V]`, true where a token may follow
+def legal(
+    self: LineGrammar,
+    lines: list,  # Token ids written so far, one list a line, without BOS
+    left: int,  # Tokens that may still be written, EOS included
+) -> np.ndarray:  # `[N,V]`, true where a token may follow
     "Tokens after which the line can still end in time."
-    if left <= 0 or any(not line for line in lines) and left < self._missing(self.start): raise InputError('grammar', 'length', f'room for {self._missing(self.start)} tokens', str(left))
+    if left <= 0 or any(not line for line in lines) and left < self._missing(self.start):
+        raise InputError(
+            "grammar", "length", f"room for {self._missing(self.start)} tokens", str(left)
+        )
     return np.stack([self.costs(self.state(tuple(line))) < left for line in lines])
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #f36bd846
 @patch
-def accepts(self:LineGrammar,
-    ids, # Token ids of a line; what follows EOS is passed over
-)->bool: # Whether it is a whole legal line
+def accepts(
+    self: LineGrammar,
+    ids,  # Token ids of a line; what follows EOS is passed over
+) -> bool:  # Whether it is a whole legal line
     "Whether the grammar could have written a line."
     state = self.start
     for i in ids:
-        if i == EOS: return self._missing(state) == 1
+        if i == EOS:
+            return self._missing(state) == 1
         state = self.advance(state, i)
-        if state is None: return False
+        if state is None:
+            return False
     return False
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #d2e18ff7
 def line_faults(
-    text:str, # One line
-)->list: # What is wrong with it, empty for G-code
+    text: str,  # One line
+) -> list:  # What is wrong with it, empty for G-code
     "Faults that the reader finds in one written line."
-    try: program = parse_gcode(text, 'written line')
-    except InputError as e: return [str(e)]
-    words = [(str(letter),value) for letter,value in zip(program.words.letter, program.words.value)]
-    def twice(names): return [n for n,k in Counter(names).items() if k > 1]
-    faults = [f'{n} is no word' for n in program.extended.name]
-    faults += [f'{n} twice' for n in twice(letter for letter,_ in words if letter not in 'GM')]
-    faults += [f'two commands of the group {g}' for g in twice(_group(f'{letter}{value:g}') for letter,value in words if letter in 'GM')]
-    return faults + [f'{letter} without a number' for letter,value in words if np.isnan(value)]
+    try:
+        program = parse_gcode(text, "written line")
+    except InputError as e:
+        return [str(e)]
+    words = [
+        (str(letter), value) for letter, value in zip(program.words.letter, program.words.value)
+    ]
+
+    def twice(names):
+        return [n for n, k in Counter(names).items() if k > 1]
+
+    faults = [f"{n} is no word" for n in program.extended.name]
+    faults += [f"{n} twice" for n in twice(letter for letter, _ in words if letter not in "GM")]
+    faults += [
+        f"two commands of the group {g}"
+        for g in twice(_group(f"{letter}{value:g}") for letter, value in words if letter in "GM")
+    ]
+    return faults + [f"{letter} without a number" for letter, value in words if np.isnan(value)]
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #d662552b
 def write_texts(
-    model:GCodeFingerprinter, # In evaluation mode
-    inputs:dict, # `sensors` and `present`, `[B,T,C]`
-    mask:Tensor, # `[B,T]`
-    tokenizer:Tokenizer, # Of the model
-    length:int, # Longest line in tokens, EOS included
-    method:str='greedy', # `greedy`, `beam` or `sample`
-    constrained:bool=True, # Only legal lines
-    temperatures:dict=None, # Temperature of each head
-    **options # Of the method
-)->tuple: # Texts `[B]` and log-probabilities `[B]`
+    model: GCodeFingerprinter,  # In evaluation mode
+    inputs: dict,  # `sensors` and `present`, `[B,T,C]`
+    mask: Tensor,  # `[B,T]`
+    tokenizer: Tokenizer,  # Of the model
+    length: int,  # Longest line in tokens, EOS included
+    method: str = "greedy",  # `greedy`, `beam` or `sample`
+    constrained: bool = True,  # Only legal lines
+    temperatures: dict = None,  # Temperature of each head
+    **options,  # Of the method
+) -> tuple:  # Texts `[B]` and log-probabilities `[B]`
     "Lines of G-code from windows of sensors."
-    check_choice('decoding', 'method', method, ('greedy','beam','sample'))
+    check_choice("decoding", "method", method, ("greedy", "beam", "sample"))
     scores = next_token_scores(model, inputs, mask, temperatures)
     search = dict(greedy=greedy, beam=beam, sample=sample)[method]
-    tokens,total = search(scores, len(mask), length, grammar=LineGrammar(tokenizer) if constrained else None, device=mask.device, **options)
-    if method == 'beam': tokens,total = tokens[:,0],total[:,0]
+    tokens, total = search(
+        scores,
+        len(mask),
+        length,
+        grammar=LineGrammar(tokenizer) if constrained else None,
+        device=mask.device,
+        **options,
+    )
+    if method == "beam":
+        tokens, total = tokens[:, 0], total[:, 0]
     return tokenizer.decode_batch(tokens.cpu().numpy()), total
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #d264c74d
 def write_regressed(
-    model:GCodeFingerprinter, # With a head of numbers, in evaluation mode
-    inputs:dict, # `sensors` and `present`, `[B,T,C]`
-    mask:Tensor, # `[B,T]`
-    tokenizer:Tokenizer, # Of the model
-    scale, # `NumberScale` of the training lines
-    length:int, # Longest line in tokens, EOS included
-    **options # For `write_texts`
-)->list: # Texts `[B]`
+    model: GCodeFingerprinter,  # With a head of numbers, in evaluation mode
+    inputs: dict,  # `sensors` and `present`, `[B,T,C]`
+    mask: Tensor,  # `[B,T]`
+    tokenizer: Tokenizer,  # Of the model
+    scale,  # `NumberScale` of the training lines
+    length: int,  # Longest line in tokens, EOS included
+    **options,  # For `write_texts`
+) -> list:  # Texts `[B]`
     "Lines whose words are decoded and whose numbers are regressed."
-    if model.numbers is None: raise InputError('decoding', 'numbers', 'a model fitted with numbers=regressed', 'one without')
-    texts,_ = write_texts(model, inputs, mask, tokenizer, length, **options)
-    with torch.no_grad(): said = model.read_numbers(model.backbone(inputs, mask)[0], mask)
+    if model.numbers is None:
+        raise InputError(
+            "decoding", "numbers", "a model fitted with numbers=regressed", "one without"
+        )
+    texts, _ = write_texts(model, inputs, mask, tokenizer, length, **options)
+    with torch.no_grad():
+        said = model.read_numbers(model.backbone(inputs, mask)[0], mask)
     return scale.write(texts, said.cpu().numpy())

@@ -10,61 +10,94 @@ __all__ = ['MOTION', 'SLOW', 'DEFAULTS', 'RowFeatures', 'row_features', 'StateNe
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #afd67224
 from dataclasses import dataclass
-import numpy as np, torch
-from torch import Tensor, nn
+
+import numpy as np
+import torch
 from fastcore.basics import patch
+from torch import nn
+
 from ..core.batch import dataloaders
 from ..core.errors import InputError
 from ..core.learner import Learner, pick_device, set_seed
 from ..core.split import group_holdout
 from ..core.training import training_options
-from .align import NeuralEmission, ProgramLibrary, build_library, trailing_features
+from gcode_ml.fingerprint.align import (
+    NeuralEmission,
+    ProgramLibrary,
+    build_library,
+    trailing_features,
+)
 from .clocks import on_sensor_clock
-from .data import ChannelScale, align_channels, fit_scale, modality, programs, select_channels
+from gcode_ml.fingerprint.data import (
+    ChannelScale,
+    align_channels,
+    fit_scale,
+    modality,
+    programs,
+    select_channels,
+)
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #ebc858b3
-MOTION = 'current','acceleration','rotation','magnetic','sound'
-SLOW = 'environment','light'
+MOTION = "current", "acceleration", "rotation", "magnetic", "sound"
+SLOW = "environment", "light"
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #8c234ee7
 @dataclass
 class RowFeatures:
     "From a recording to what the network reads."
-    scale:ChannelScale # Of the training runs
-    motion:list # Which channels feed the head of the states
-    width:int=6 # Rows looked back at
+
+    scale: ChannelScale  # Of the training runs
+    motion: list  # Which channels feed the head of the states
+    width: int = 6  # Rows looked back at
+
     @property
     def levels(self):
         "Which features are levels of a channel, `[F]`."
-        n = sum(self.motion); return np.repeat([True,False,False,True], [n, n, n, len(self.motion)-n])
+        n = sum(self.motion)
+        return np.repeat([True, False, False, True], [n, n, n, len(self.motion) - n])
+
     @property
     def boards(self):
         "Number of the board of each feature, `[F]`; the motor currents are one."
-        name = np.array([c.split('.')[0] if '.' in c else '' for c in self.scale.channels]); m = np.array(self.motion)
-        return np.unique(name, return_inverse=True)[1][np.r_[np.tile(np.flatnonzero(m), 3), np.flatnonzero(~m)]]
+        name = np.array([c.split(".")[0] if "." in c else "" for c in self.scale.channels])
+        m = np.array(self.motion)
+        return np.unique(name, return_inverse=True)[1][
+            np.r_[np.tile(np.flatnonzero(m), 3), np.flatnonzero(~m)]
+        ]
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #5f0edc99
 @patch
-def statistics(self:RowFeatures,
-    rows:np.ndarray, # Standardised rows, `[T,C]`, NaN where missing
-    width=None, # For `StreamAligner`, which says it
-)->np.ndarray: # `[T,F]` float32, zero where missing: statistics of motion, levels of the slow channels
+def statistics(
+    self: RowFeatures,
+    rows: np.ndarray,  # Standardised rows, `[T,C]`, NaN where missing
+    width=None,  # For `StreamAligner`, which says it
+) -> (
+    np.ndarray
+):  # `[T,F]` float32, zero where missing: statistics of motion, levels of the slow channels
     "Statistics of the last rows."
     m = np.array(self.motion)
-    return np.nan_to_num(np.concatenate([trailing_features(rows[:,m], self.width), trailing_features(rows[:,~m], self.width)[:,:(~m).sum()]], 1))
+    return np.nan_to_num(
+        np.concatenate(
+            [
+                trailing_features(rows[:, m], self.width),
+                trailing_features(rows[:, ~m], self.width)[:, : (~m).sum()],
+            ],
+            1,
+        )
+    )
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #fce49279
 @patch
-def __call__(self:RowFeatures, recording):
+def __call__(self: RowFeatures, recording):
     "Features `[T,F]` of a recording."
     return self.statistics(self.scale.apply(align_channels(recording, self.scale.channels)))
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #122a6182
 def row_features(
-    recordings:list, # Training runs
-    modalities=MOTION+SLOW, # What is read
-    width:int=6, # Rows looked back at
-)->RowFeatures: # Scaled by the training runs
+    recordings: list,  # Training runs
+    modalities=MOTION + SLOW,  # What is read
+    width: int = 6,  # Rows looked back at
+) -> RowFeatures:  # Scaled by the training runs
     "Channels and scale of the training runs."
     channels = select_channels(recordings, modalities)
     scale = fit_scale([align_channels(r, channels) for r in recordings], channels)
@@ -73,98 +106,214 @@ def row_features(
 # %% ../../nbs/fingerprint/37_emission.ipynb #a1c47eab
 class StateNetwork(nn.Module):
     "Log-probabilities of the states, and logits of the operation, from the features of a row."
-    def __init__(self,
-        levels, # Which features are levels, `[F]`
-        boards, # Board of each feature, `[F]`
-        motion:int, # How many features the head of the states reads
-        states:int, # Number of states
-        operations:int, # Number of operations
-        hidden:int=128, # Units of the first layer
-        rank:int=64, # Units before the states
-        dropout:float=.2, # Dropout
-        shift:float=.3, # Standard deviation of the random shift of levels in training
-        silence:float=.15, # Probability that a board falls silent in training
+
+    def __init__(
+        self,
+        levels,  # Which features are levels, `[F]`
+        boards,  # Board of each feature, `[F]`
+        motion: int,  # How many features the head of the states reads
+        states: int,  # Number of states
+        operations: int,  # Number of operations
+        hidden: int = 128,  # Units of the first layer
+        rank: int = 64,  # Units before the states
+        dropout: float = 0.2,  # Dropout
+        shift: float = 0.3,  # Standard deviation of the random shift of levels in training
+        silence: float = 0.15,  # Probability that a board falls silent in training
     ):
-        super().__init__(); self.motion,self.shift,self.silence = motion,shift,silence
-        self.register_buffer('levels', torch.as_tensor(np.asarray(levels)), persistent=False); self.register_buffer('boards', torch.as_tensor(np.asarray(boards)), persistent=False)
-        def trunk(n, out, size): return nn.Sequential(nn.Linear(n, size), nn.GELU(), nn.Dropout(dropout), nn.Linear(size, rank), nn.GELU(), nn.LayerNorm(rank), nn.Linear(rank, out))
-        self.state,self.operation = trunk(motion, states, hidden),trunk(len(levels), operations, hidden//2)
+        super().__init__()
+        self.motion, self.shift, self.silence = motion, shift, silence
+        self.register_buffer("levels", torch.as_tensor(np.asarray(levels)), persistent=False)
+        self.register_buffer("boards", torch.as_tensor(np.asarray(boards)), persistent=False)
+
+        def trunk(n, out, size):
+            return nn.Sequential(
+                nn.Linear(n, size),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.Linear(size, rank),
+                nn.GELU(),
+                nn.LayerNorm(rank),
+                nn.Linear(rank, out),
+            )
+
+        self.state, self.operation = (
+            trunk(motion, states, hidden),
+            trunk(len(levels), operations, hidden // 2),
+        )
+
     def disturbed(self, x):
         "Features with shifted levels and silent boards; what is missing stays zero."
-        x = x+(x != 0)*self.levels*self.shift*torch.randn_like(x)
-        heard = torch.rand(*x.shape[:-1], int(self.boards.max())+1, device=x.device) >= self.silence
-        return x*heard[...,self.boards]
+        x = x + (x != 0) * self.levels * self.shift * torch.randn_like(x)
+        heard = (
+            torch.rand(*x.shape[:-1], int(self.boards.max()) + 1, device=x.device) >= self.silence
+        )
+        return x * heard[..., self.boards]
+
     def forward(self, x, mask=None):
         "`states` `[...,N]` and `operation` `[...,K]` of features `[...,F]`."
         x = self.disturbed(x) if self.training else x
-        return dict(states=self.state(x[...,:self.motion]).log_softmax(-1), operation=self.operation(x))
+        return dict(
+            states=self.state(x[..., : self.motion]).log_softmax(-1), operation=self.operation(x)
+        )
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #6d00f289
 class StateRows:
     "Rows of recordings with their state and operation."
-    def __init__(self,
-        features:list, # `[T,F]` of each recording
-        states:list, # State of each row, `[T]` each
-        operations:list, # Number of each recording's operation
-        library:ProgramLibrary, # The states
-        spread:float=1., # Standard deviation of a target, states
+
+    def __init__(
+        self,
+        features: list,  # `[T,F]` of each recording
+        states: list,  # State of each row, `[T]` each
+        operations: list,  # Number of each recording's operation
+        library: ProgramLibrary,  # The states
+        spread: float = 1.0,  # Standard deviation of a target, states
     ):
-        self.x,state = torch.from_numpy(np.concatenate(features)),np.concatenate(states); reach = int(np.ceil(3*spread))
-        first = library.first[library.program[state]]; last = first+library.lengths[library.program[state]]-1
-        near = state[:,None]+np.arange(-reach, reach+1); weight = np.exp(-.5*(np.arange(-reach, reach+1)/spread)**2)*((near >= first[:,None]) & (near <= last[:,None]))
-        self.near,self.weight = torch.from_numpy(near.clip(first[:,None], last[:,None])),torch.from_numpy((weight/weight.sum(1, keepdims=True)).astype('float32'))
-        self.operation = torch.as_tensor(np.repeat(operations, [len(f) for f in features])); self.lengths = np.ones(len(self.x), int)
-    def __len__(self): return len(self.x)
+        self.x, state = torch.from_numpy(np.concatenate(features)), np.concatenate(states)
+        reach = int(np.ceil(3 * spread))
+        first = library.first[library.program[state]]
+        last = first + library.lengths[library.program[state]] - 1
+        near = state[:, None] + np.arange(-reach, reach + 1)
+        weight = np.exp(-0.5 * (np.arange(-reach, reach + 1) / spread) ** 2) * (
+            (near >= first[:, None]) & (near <= last[:, None])
+        )
+        self.near, self.weight = (
+            torch.from_numpy(near.clip(first[:, None], last[:, None])),
+            torch.from_numpy((weight / weight.sum(1, keepdims=True)).astype("float32")),
+        )
+        self.operation = torch.as_tensor(np.repeat(operations, [len(f) for f in features]))
+        self.lengths = np.ones(len(self.x), int)
+
+    def __len__(self):
+        return len(self.x)
+
     def batch(self, index):
         "`(inputs [B,1,F], mask [B,1], targets)`."
         i = torch.as_tensor(np.asarray(index))
-        return self.x[i,None], torch.ones(len(i), 1, dtype=bool), dict(near=self.near[i,None], weight=self.weight[i,None], operation=self.operation[i,None])
+        return (
+            self.x[i, None],
+            torch.ones(len(i), 1, dtype=bool),
+            dict(
+                near=self.near[i, None],
+                weight=self.weight[i, None],
+                operation=self.operation[i, None],
+            ),
+        )
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #4a69f5f3
 class StateLoss(nn.Module):
     "Cross entropy against the neighbouring states, and that of the operation."
-    def __init__(self,
-        operation:float=.5, # Weight of the operation
-    ): super().__init__(); self.operation = operation
+
+    def __init__(
+        self,
+        operation: float = 0.5,  # Weight of the operation
+    ):
+        super().__init__()
+        self.operation = operation
+
     def forward(self, out, targets):
-        states = -(out['states'].gather(-1, targets['near'])*targets['weight']).sum(-1).mean()
-        return states+self.operation*nn.functional.cross_entropy(out['operation'].flatten(0, -2), targets['operation'].flatten())
+        states = -(out["states"].gather(-1, targets["near"]) * targets["weight"]).sum(-1).mean()
+        return states + self.operation * nn.functional.cross_entropy(
+            out["operation"].flatten(0, -2), targets["operation"].flatten()
+        )
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #d747d356
-DEFAULTS = dict(max_epochs=6, batch_size=256, learning_rate=3e-3, weight_decay=1e-2, schedule='one_cycle')
+DEFAULTS = dict(
+    max_epochs=6, batch_size=256, learning_rate=3e-3, weight_decay=1e-2, schedule="one_cycle"
+)
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #f8ebe84e
 def emission_recipe(
-    recordings:list, # Training runs; some are set aside
-    groups=None, # Group of each; runs of a group stay together
-    modalities=MOTION+SLOW, # What is read
-    width:int=6, # Rows looked back at
-    step:float=.25, # Seconds a state
-    clocks:bool=True, # Whether the training runs are laid beside each other by their sensors; else by the labels' clock
-    hidden:int=128, rank:int=64, dropout:float=.2, shift:float=.3, silence:float=.15, # See `StateNetwork`
-    seed:int=42, # Seed of everything
-    device:str='auto', # Device
-    cbs=(), # More callbacks
-    **training # Options of `core.training`; `DEFAULTS` otherwise
-)->Learner: # For `core.training.fit`; has `library`, `features`, `operations`, the runs `inner` and `held`, and `placed`, the same by name on the clock of the states
+    recordings: list,  # Training runs; some are set aside
+    groups=None,  # Group of each; runs of a group stay together
+    modalities=MOTION + SLOW,  # What is read
+    width: int = 6,  # Rows looked back at
+    step: float = 0.25,  # Seconds a state
+    clocks: bool = True,  # Whether the training runs are laid beside each other by their sensors; else by the labels' clock
+    hidden: int = 128,
+    rank: int = 64,
+    dropout: float = 0.2,
+    shift: float = 0.3,
+    silence: float = 0.15,  # See `StateNetwork`
+    seed: int = 42,  # Seed of everything
+    device: str = "auto",  # Device
+    cbs=(),  # More callbacks
+    **training,  # Options of `core.training`; `DEFAULTS` otherwise
+) -> Learner:  # For `core.training.fit`; has `library`, `features`, `operations`, the runs `inner` and `held`, and `placed`, the same by name on the clock of the states
     "An emission network ready to fit; one eighth of the runs is set aside for its calibration."
     options = training_options(training, **DEFAULTS)
-    if len(recordings) < 4: raise InputError('emission', 'recordings', 'at least four runs', str(len(recordings)))
-    set_seed(seed); groups = np.asarray([r.name for r in recordings] if groups is None else groups); of = programs(recordings)
-    inner,held = ([recordings[i] for i in part] for part in group_holdout(groups, [r.operation for r in recordings], 1/8, seed))
-    inner,held = inner+[r for r in held if of[r.operation] not in {of[q.operation] for q in inner}],[r for r in held if of[r.operation] in {of[q.operation] for q in inner}]
-    held = [r for r in held if r.operation in {q.operation for q in inner}]; placed = _placed(inner+held, modalities) if clocks else {r.name: r for r in inner+held}
-    library,features,names = build_library([placed[r.name] for r in inner], step),row_features(inner, modalities, width),sorted({r.operation for r in inner})
-    def rows(part): return StateRows([features(r) for r in part], [library.states(placed[r.name], _program(library, r, of)) for r in part], [names.index(r.operation) for r in part], library)
-    network = StateNetwork(features.levels, features.boards, 3*sum(features.motion), len(library), len(names), hidden, rank, dropout, shift, silence)
-    learn = options.learner(dataloaders(train := rows(inner), rows(held), options.batch_size, seed=seed, workers=0, device=pick_device(device)), network, StateLoss(), cbs)
-    learn.library,learn.features,learn.operations,learn.inner,learn.held,learn.placed,learn.rows = library,features,names,inner,held,placed,train
+    if len(recordings) < 4:
+        raise InputError("emission", "recordings", "at least four runs", str(len(recordings)))
+    set_seed(seed)
+    groups = np.asarray([r.name for r in recordings] if groups is None else groups)
+    of = programs(recordings)
+    inner, held = (
+        [recordings[i] for i in part]
+        for part in group_holdout(groups, [r.operation for r in recordings], 1 / 8, seed)
+    )
+    inner, held = (
+        inner + [r for r in held if of[r.operation] not in {of[q.operation] for q in inner}],
+        [r for r in held if of[r.operation] in {of[q.operation] for q in inner}],
+    )
+    held = [r for r in held if r.operation in {q.operation for q in inner}]
+    placed = _placed(inner + held, modalities) if clocks else {r.name: r for r in inner + held}
+    library, features, names = (
+        build_library([placed[r.name] for r in inner], step),
+        row_features(inner, modalities, width),
+        sorted({r.operation for r in inner}),
+    )
+
+    def rows(part):
+        return StateRows(
+            [features(r) for r in part],
+            [library.states(placed[r.name], _program(library, r, of)) for r in part],
+            [names.index(r.operation) for r in part],
+            library,
+        )
+
+    network = StateNetwork(
+        features.levels,
+        features.boards,
+        3 * sum(features.motion),
+        len(library),
+        len(names),
+        hidden,
+        rank,
+        dropout,
+        shift,
+        silence,
+    )
+    learn = options.learner(
+        dataloaders(
+            train := rows(inner),
+            rows(held),
+            options.batch_size,
+            seed=seed,
+            workers=0,
+            device=pick_device(device),
+        ),
+        network,
+        StateLoss(),
+        cbs,
+    )
+    (
+        learn.library,
+        learn.features,
+        learn.operations,
+        learn.inner,
+        learn.held,
+        learn.placed,
+        learn.rows,
+    ) = library, features, names, inner, held, placed, train
     return learn
+
 
 def _placed(recordings, modalities):
     "Runs by name on the clock of the sensors that are read, inertial ones and magnetometers if there are any."
-    kinds = [m for m in ('acceleration','rotation','magnetic') if m in modalities] or [m for m in MOTION if m in modalities]
+    kinds = [m for m in ("acceleration", "rotation", "magnetic") if m in modalities] or [
+        m for m in MOTION if m in modalities
+    ]
     return {r.name: r for r in (on_sensor_clock(recordings, kinds) if kinds else recordings)}
+
 
 def _program(library, recording, of):
     "The library's program of a recording: it may bear the name of another operation with the same lines."
@@ -173,34 +322,59 @@ def _program(library, recording, of):
 # %% ../../nbs/fingerprint/37_emission.ipynb #7942e281
 class NetworkEmission(NeuralEmission):
     "Scaled likelihoods of a `StateNetwork`, and its log-probabilities of the operation."
-    def __init__(self,
-        network:StateNetwork, # Fitted
-        prior, # How often each state was seen, `[N]`
-        temperature:float=1., # Log-probabilities are divided by it
-        offset:float=0., # Log-probability of the background
-    ): super().__init__(lambda f: self.read(f)[0], prior, temperature, offset); self.network = network.eval()
+
+    def __init__(
+        self,
+        network: StateNetwork,  # Fitted
+        prior,  # How often each state was seen, `[N]`
+        temperature: float = 1.0,  # Log-probabilities are divided by it
+        offset: float = 0.0,  # Log-probability of the background
+    ):
+        super().__init__(lambda f: self.read(f)[0], prior, temperature, offset)
+        self.network = network.eval()
+
     @torch.no_grad()
     def read(self, features):
         "Log-probabilities of states `[T,N]` and of operations `[T,K]`."
-        out = self.network(torch.from_numpy(np.asarray(features, 'float32')).to(next(self.network.parameters()).device))
-        return out['states'].cpu().numpy(), out['operation'].log_softmax(-1).cpu().numpy()
+        out = self.network(
+            torch.from_numpy(np.asarray(features, "float32")).to(
+                next(self.network.parameters()).device
+            )
+        )
+        return out["states"].cpu().numpy(), out["operation"].log_softmax(-1).cpu().numpy()
+
     def both(self, features):
         "Scaled log-likelihoods `[T,N]`, those of the background `[T]`, and log-probabilities of operations `[T,K]`."
-        states,operation = self.read(features)
-        return (states-self.prior.astype('float32'))/self.temperature, np.full(len(states), self.offset), operation
+        states, operation = self.read(features)
+        return (
+            (states - self.prior.astype("float32")) / self.temperature,
+            np.full(len(states), self.offset),
+            operation,
+        )
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #504971c1
 def network_emission(
-    learn:Learner, # Fitted
-    margin:float=2., # Standard deviations between pieces of runs
-    piece:int=60, # Rows of a piece
-)->NetworkEmission: # With the background a margin below the true path of the runs that were set aside
+    learn: Learner,  # Fitted
+    margin: float = 2.0,  # Standard deviations between pieces of runs
+    piece: int = 60,  # Rows of a piece
+) -> (
+    NetworkEmission
+):  # With the background a margin below the true path of the runs that were set aside
     "The fitted network as an emission model."
-    seen = torch.zeros(len(learn.library)).index_add_(0, learn.rows.near.flatten(), learn.rows.weight.flatten())
-    prior = seen.numpy()+.05*float(seen.mean()); emission = NetworkEmission(learn.model.cpu(), prior)
-    of = programs(learn.inner+learn.held); lead = []
+    seen = torch.zeros(len(learn.library)).index_add_(
+        0, learn.rows.near.flatten(), learn.rows.weight.flatten()
+    )
+    prior = seen.numpy() + 0.05 * float(seen.mean())
+    emission = NetworkEmission(learn.model.cpu(), prior)
+    of = programs(learn.inner + learn.held)
+    lead = []
     for r in learn.held:
-        logp = emission.log_probabilities(learn.features(r))[0]; best = logp[np.arange(len(r)),learn.library.states(learn.placed[r.name], _program(learn.library, r, of))]
-        lead += [p.mean() for p in np.array_split(best, max(len(r)//piece, 1))]
-    if lead: emission.offset = float(np.mean(lead)-margin*np.std(lead))
+        logp = emission.log_probabilities(learn.features(r))[0]
+        best = logp[
+            np.arange(len(r)),
+            learn.library.states(learn.placed[r.name], _program(learn.library, r, of)),
+        ]
+        lead += [p.mean() for p in np.array_split(best, max(len(r) // piece, 1))]
+    if lead:
+        emission.offset = float(np.mean(lead) - margin * np.std(lead))
     return emission

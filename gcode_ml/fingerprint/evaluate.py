@@ -10,11 +10,17 @@ __all__ = ['LINE_BASELINES', 'OPERATION_BASELINES', 'SLOW', 'predict_windows', '
            'plot_exact_by_operation', 'selective_curve', 'plot_selective', 'plot_path']
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #01881731
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from fastai.torch_core import to_device
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
+
 from ..core.audit import leak_audit, source_table
 from ..core.baselines import TimeLookup, baseline
 from ..core.batch import BatchLoader, Subset
@@ -22,21 +28,22 @@ from ..core.metrics import bootstrap_interval, unique_tokens, vote
 from ..core.plots import plot_confusion, plot_scores
 from .data import align_channels, modality
 from .models import HEADS, token_scores
-from fastai.torch_core import to_device
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #48d9cb09
 def predict_windows(
-    model, # `GCodeFingerprinter`
-    dataset, # Windows with `batch(index)`
-    length:int, # Longest line in tokens
-    batch_size:int=128, # Windows at a time
-    device='cpu', # Device of the model
-    progress=None, # For instance `tqdm`
-)->dict: # `written` `[N,L]`, `forced` `[N,L]`, `head_right` and `head_real` `[N,4]`, `operation` `[N,K]` probabilities
+    model,  # `GCodeFingerprinter`
+    dataset,  # Windows with `batch(index)`
+    length: int,  # Longest line in tokens
+    batch_size: int = 128,  # Windows at a time
+    device="cpu",  # Device of the model
+    progress=None,  # For instance `tqdm`
+) -> dict:  # `written` `[N,L]`, `forced` `[N,L]`, `head_right` and `head_real` `[N,4]`, `operation` `[N,K]` probabilities
     "Free-running lines, teacher-forced tokens and operation of every window."
-    model.eval(); parts = []; dl = BatchLoader(dataset, batch_size)
-    for inputs,mask,targets in progress(dl) if progress else dl:
-        inputs,mask,targets = to_device((inputs, mask, targets), device)
+    model.eval()
+    parts = []
+    dl = BatchLoader(dataset, batch_size)
+    for inputs, mask, targets in progress(dl) if progress else dl:
+        inputs, mask, targets = to_device((inputs, mask, targets), device)
         parts.append(_predict_batch(model, inputs, mask, targets, length))
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -45,214 +52,383 @@ def predict_windows(
 def _predict_batch(model, inputs, mask, targets, length):
     "Outcomes of one batch as arrays."
     out = model(inputs, mask)
-    wanted = model.decoder.parts[targets['tokens']]
-    real = torch.stack([targets['tokens'] != 0, *(wanted[...,i] > 0 for i in (1,2))] + [(wanted[...,3] > 0) & (wanted[...,0] == 3)], -1)
-    right = torch.stack([out[k].argmax(-1) == wanted[...,i] for i,k in enumerate(HEADS)], -1) & real
-    result = dict(written=model.write_lines(inputs, mask, length), forced=token_scores({k: out[k] for k in HEADS}, model.decoder.parts).argmax(-1),
-                  head_right=right.sum(1), head_real=real.sum(1), operation=out['operation'].softmax(-1))
-    return {k: v.cpu().numpy() for k,v in result.items()}
+    wanted = model.decoder.parts[targets["tokens"]]
+    real = torch.stack(
+        [targets["tokens"] != 0, *(wanted[..., i] > 0 for i in (1, 2))]
+        + [(wanted[..., 3] > 0) & (wanted[..., 0] == 3)],
+        -1,
+    )
+    right = (
+        torch.stack([out[k].argmax(-1) == wanted[..., i] for i, k in enumerate(HEADS)], -1) & real
+    )
+    result = dict(
+        written=model.write_lines(inputs, mask, length),
+        forced=token_scores({k: out[k] for k in HEADS}, model.decoder.parts).argmax(-1),
+        head_right=right.sum(1),
+        head_real=real.sum(1),
+        operation=out["operation"].softmax(-1),
+    )
+    return {k: v.cpu().numpy() for k, v in result.items()}
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #1df08bb3
 def model_outcomes(
-    model, # `GCodeFingerprinter`
-    data, # `LineWindows`
-    test, # Test windows, integers
-    device='cpu', # Device of the model
-    progress=None, # For instance `tqdm`
-)->pd.DataFrame: # One row a test window
+    model,  # `GCodeFingerprinter`
+    data,  # `LineWindows`
+    test,  # Test windows, integers
+    device="cpu",  # Device of the model
+    progress=None,  # For instance `tqdm`
+) -> pd.DataFrame:  # One row a test window
     "Table of what is true and what the model said."
-    p = predict_windows(model, Subset(data, test), data.tokens.shape[1], device=device, progress=progress)
-    target = data.tokens[test].numpy(); real = target != 0
-    table = pd.DataFrame(dict(source=data.sources[test], row=data.middle[test], time=data.times[test], text=data.texts[test],
-        written=data.tokenizer.decode_batch(p['written']), tokens=real.sum(1), forced_right=((p['forced'] == target) & real).sum(1), written_right=((p['written'] == target) & real).sum(1),
-        operation=np.array(data.operations)[data.labels[test]], operation_said=np.array(data.operations)[p['operation'].argmax(1)], operation_confidence=p['operation'].max(1)))
-    for i,k in enumerate(HEADS): table[f'{k}_right'],table[f'{k}_real'] = p['head_right'][:,i],p['head_real'][:,i]
+    p = predict_windows(
+        model, Subset(data, test), data.tokens.shape[1], device=device, progress=progress
+    )
+    target = data.tokens[test].numpy()
+    real = target != 0
+    table = pd.DataFrame(
+        dict(
+            source=data.sources[test],
+            row=data.middle[test],
+            time=data.times[test],
+            text=data.texts[test],
+            written=data.tokenizer.decode_batch(p["written"]),
+            tokens=real.sum(1),
+            forced_right=((p["forced"] == target) & real).sum(1),
+            written_right=((p["written"] == target) & real).sum(1),
+            operation=np.array(data.operations)[data.labels[test]],
+            operation_said=np.array(data.operations)[p["operation"].argmax(1)],
+            operation_confidence=p["operation"].max(1),
+        )
+    )
+    for i, k in enumerate(HEADS):
+        table[f"{k}_right"], table[f"{k}_real"] = p["head_right"][:, i], p["head_real"][:, i]
     return table
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #cf41074f
-LINE_BASELINES = 'lookup_time','nearest_neighbour','time_from_sensors'
-OPERATION_BASELINES = 'majority','nearest_neighbour','extra_trees','hist_gradient_boosting'
+LINE_BASELINES = "lookup_time", "nearest_neighbour", "time_from_sensors"
+OPERATION_BASELINES = "majority", "nearest_neighbour", "extra_trees", "hist_gradient_boosting"
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #5046b2e5
 def baseline_outcomes(
-    features, # Statistics of every window, `[N,F]`
-    data, # `LineWindows`
-    train, # Training windows
-    test, # Test windows
-    seed:int=0, # Seed of the trees
-)->pd.DataFrame: # Columns `line_<baseline>` and `operation_<baseline>`, one row a test window
+    features,  # Statistics of every window, `[N,F]`
+    data,  # `LineWindows`
+    train,  # Training windows
+    test,  # Test windows
+    seed: int = 0,  # Seed of the trees
+) -> pd.DataFrame:  # Columns `line_<baseline>` and `operation_<baseline>`, one row a test window
     "What simple methods say of the test windows."
     operation = np.array(data.operations)[data.labels]
-    with threadpool_limits(1, user_api='openmp'): # boosting's threads wait for each other
-        said = {f'operation_{k}': baseline(k, seed).fit(features[train], operation[train]).predict(features[test]) for k in OPERATION_BASELINES}
-    said |= _line_baselines(features, data, train, test, operation, said['operation_extra_trees'], seed)
+    with threadpool_limits(1, user_api="openmp"):  # boosting's threads wait for each other
+        said = {
+            f"operation_{k}": baseline(k, seed)
+            .fit(features[train], operation[train])
+            .predict(features[test])
+            for k in OPERATION_BASELINES
+        }
+    said |= _line_baselines(
+        features, data, train, test, operation, said["operation_extra_trees"], seed
+    )
     return pd.DataFrame(said)
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #128d09a5
 def _line_baselines(features, data, train, test, operation, operation_said, seed):
     "Texts that the three line baselines give."
     lookup = _row_lookup(data, train)
-    nearest = baseline('nearest_neighbour', seed).fit(features[train], np.arange(len(train))).predict(features[test])
-    trees = make_pipeline(SimpleImputer(keep_empty_features=True), ExtraTreesRegressor(100, max_features=.3, min_samples_leaf=2, random_state=seed, n_jobs=-1))
+    nearest = (
+        baseline("nearest_neighbour", seed)
+        .fit(features[train], np.arange(len(train)))
+        .predict(features[test])
+    )
+    trees = make_pipeline(
+        SimpleImputer(keep_empty_features=True),
+        ExtraTreesRegressor(
+            100, max_features=0.3, min_samples_leaf=2, random_state=seed, n_jobs=-1
+        ),
+    )
     time = trees.fit(features[train], data.times[train]).predict(features[test])
-    return dict(line_lookup_time=lookup.predict(data.times[test], operation[test]), line_nearest_neighbour=data.texts[train][nearest],
-                line_time_from_sensors=lookup.predict(time, operation_said))
+    return dict(
+        line_lookup_time=lookup.predict(data.times[test], operation[test]),
+        line_nearest_neighbour=data.texts[train][nearest],
+        line_time_from_sensors=lookup.predict(time, operation_said),
+    )
+
 
 def _row_lookup(data, train):
     "Table from (class, time) to text over all rows of the training windows."
-    rows = pd.DataFrame(dict(recording=data.recording[train], start=data.windows.start[train], stop=data.windows.stop[train]))
-    rows = np.unique(np.concatenate([np.stack([np.full(b-a, r), np.arange(a, b)], 1) for r,a,b in rows.to_numpy()]), axis=0)
-    recordings = [data.recordings[i] for i,_ in rows]
-    return TimeLookup().fit(np.array([r.time[j] for r,(_,j) in zip(recordings, rows)]), np.array([r.texts[j] for r,(_,j) in zip(recordings, rows)], dtype=str),
-                            rows[:,0], np.array([r.operation for r in recordings]))
+    rows = pd.DataFrame(
+        dict(
+            recording=data.recording[train],
+            start=data.windows.start[train],
+            stop=data.windows.stop[train],
+        )
+    )
+    rows = np.unique(
+        np.concatenate(
+            [np.stack([np.full(b - a, r), np.arange(a, b)], 1) for r, a, b in rows.to_numpy()]
+        ),
+        axis=0,
+    )
+    recordings = [data.recordings[i] for i, _ in rows]
+    return TimeLookup().fit(
+        np.array([r.time[j] for r, (_, j) in zip(recordings, rows)]),
+        np.array([r.texts[j] for r, (_, j) in zip(recordings, rows)], dtype=str),
+        rows[:, 0],
+        np.array([r.operation for r in recordings]),
+    )
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #2042477a
-def _share(v): return v[:,0].sum()/max(v[:,1].sum(), 1)
+def _share(v):
+    return v[:, 0].sum() / max(v[:, 1].sum(), 1)
+
 
 def _row(o, name, measure, split, values, seed=0, sources=None):
     "One row of the table: a mean, or a share of sums, with its interval over runs."
-    interval = bootstrap_interval(values, o.source if sources is None else sources, seed=seed, statistic=np.mean if np.ndim(values) == 1 else _share)
+    interval = bootstrap_interval(
+        values,
+        o.source if sources is None else sources,
+        seed=seed,
+        statistic=np.mean if np.ndim(values) == 1 else _share,
+    )
     return dict(name=name, measure=measure, split=split, **interval.to_json())
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #c20e3d52
 def score_model(
-    outcomes:pd.DataFrame, # From `model_outcomes`
-    split:str, # Name of the split, for the table
-    seed:int=0, # Seed of the bootstrap
-)->pd.DataFrame: # Columns `name`, `measure`, `split`, `value`, `low`, `high`
+    outcomes: pd.DataFrame,  # From `model_outcomes`
+    split: str,  # Name of the split, for the table
+    seed: int = 0,  # Seed of the bootstrap
+) -> pd.DataFrame:  # Columns `name`, `measure`, `split`, `value`, `low`, `high`
     "Metrics of the model."
     o = outcomes
-    def row(measure, values, sources=None): return _row(o, 'model', measure, split, values, seed, sources)
-    rows = [row('line exact, free-running', o.written == o.text), row('tokens, free-running', o[['written_right','tokens']].to_numpy()), row('tokens, teacher-forced', o[['forced_right','tokens']].to_numpy())]
-    rows += [row(f'head {k}, teacher-forced', o[[f'{k}_right',f'{k}_real']].to_numpy()) for k in HEADS]
-    return pd.DataFrame(rows + [row('operation', o.operation_said == o.operation), _vote_row(o, 'model', 'operation_said', split, seed)])
+
+    def row(measure, values, sources=None):
+        return _row(o, "model", measure, split, values, seed, sources)
+
+    rows = [
+        row("line exact, free-running", o.written == o.text),
+        row("tokens, free-running", o[["written_right", "tokens"]].to_numpy()),
+        row("tokens, teacher-forced", o[["forced_right", "tokens"]].to_numpy()),
+    ]
+    rows += [
+        row(f"head {k}, teacher-forced", o[[f"{k}_right", f"{k}_real"]].to_numpy()) for k in HEADS
+    ]
+    return pd.DataFrame(
+        rows
+        + [
+            row("operation", o.operation_said == o.operation),
+            _vote_row(o, "model", "operation_said", split, seed),
+        ]
+    )
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #fab0006d
 def score_outcomes(
-    outcomes:pd.DataFrame, # Model and baseline columns side by side
-    split:str, # Name of the split, for the table
-    tokenizer, # Of the run
-    seed:int=0, # Seed of the bootstrap
-)->pd.DataFrame: # Columns `name`, `measure`, `split`, `value`, `low`, `high`
+    outcomes: pd.DataFrame,  # Model and baseline columns side by side
+    split: str,  # Name of the split, for the table
+    tokenizer,  # Of the run
+    seed: int = 0,  # Seed of the bootstrap
+) -> pd.DataFrame:  # Columns `name`, `measure`, `split`, `value`, `low`, `high`
     "All metrics of one split, for the model and for every baseline."
     o = outcomes
-    rows = [_row(o, k, 'line exact, free-running', split, o[f'line_{k}'] == o.text, seed) for k in LINE_BASELINES]
+    rows = [
+        _row(o, k, "line exact, free-running", split, o[f"line_{k}"] == o.text, seed)
+        for k in LINE_BASELINES
+    ]
     rows += [_token_row(o, k, split, tokenizer, seed) for k in LINE_BASELINES]
-    rows += [_row(o, k, 'operation', split, o[f'operation_{k}'] == o.operation, seed) for k in OPERATION_BASELINES]
-    rows += [_vote_row(o, k, f'operation_{k}', split, seed) for k in OPERATION_BASELINES]
-    return pd.concat([score_model(o, split, seed), pd.DataFrame([*_unique_rows(o, split, tokenizer), *rows])], ignore_index=True)
+    rows += [
+        _row(o, k, "operation", split, o[f"operation_{k}"] == o.operation, seed)
+        for k in OPERATION_BASELINES
+    ]
+    rows += [_vote_row(o, k, f"operation_{k}", split, seed) for k in OPERATION_BASELINES]
+    return pd.concat(
+        [score_model(o, split, seed), pd.DataFrame([*_unique_rows(o, split, tokenizer), *rows])],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #b00cdced
 def _token_row(o, name, split, tokenizer, seed):
     "Token accuracy of a baseline's text, position by position."
-    said,true = ([tokenizer.encode(t) for t in o[c]] for c in (f'line_{name}','text'))
-    right = [sum(a == b for a,b in zip(s,t)) for s,t in zip(said, true)]
-    return _row(o, name, 'tokens, free-running', split, np.stack([right, [len(t) for t in true]], 1), seed)
+    said, true = ([tokenizer.encode(t) for t in o[c]] for c in (f"line_{name}", "text"))
+    right = [sum(a == b for a, b in zip(s, t)) for s, t in zip(said, true)]
+    return _row(
+        o, name, "tokens, free-running", split, np.stack([right, [len(t) for t in true]], 1), seed
+    )
+
 
 def _vote_row(o, name, column, split, seed):
     "Operation of a whole run by the vote of its windows."
-    names,said = vote(o[column], o.source); _,true = vote(o.operation, o.source)
-    return _row(o, name, 'operation, vote of a run', split, said == true, seed, names)
+    names, said = vote(o[column], o.source)
+    _, true = vote(o.operation, o.source)
+    return _row(o, name, "operation, vote of a run", split, said == true, seed, names)
+
 
 def _unique_rows(o, split, tokenizer):
     "How many different tokens the free-running lines use, and how many the true lines use."
-    def used(texts): return unique_tokens(tokenizer.encode_batch(list(texts)), len(tokenizer), ignore=(0,1,3,4))[0]
-    return [dict(name=name, measure='unique tokens used', split=split, value=used(texts), low=None, high=None) for name,texts in (('model', o.written), ('true lines', o.text))]
+
+    def used(texts):
+        return unique_tokens(
+            tokenizer.encode_batch(list(texts)), len(tokenizer), ignore=(0, 1, 3, 4)
+        )[0]
+
+    return [
+        dict(
+            name=name,
+            measure="unique tokens used",
+            split=split,
+            value=used(texts),
+            low=None,
+            high=None,
+        )
+        for name, texts in (("model", o.written), ("true lines", o.text))
+    ]
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #cade5830
-SLOW = 'environment','light','magnetic'
+SLOW = "environment", "light", "magnetic"
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #c82f9497
 def _numbers_of(recordings, series, channels, step):
     "Every `step`th row as numbers: the answers (line and the position that its text asks for), all other columns, and the source."
     source = np.repeat([r.name for r in recordings], [len(r) for r in recordings])[::step]
-    controller = pd.concat([r.controller for r in recordings]).select_dtypes('number')[::step].reset_index(drop=True)
-    answers = controller[[c for c in ('gcode_line','posx','posy','posz') if c in controller]]
+    controller = (
+        pd.concat([r.controller for r in recordings])
+        .select_dtypes("number")[::step]
+        .reset_index(drop=True)
+    )
+    answers = controller[[c for c in ("gcode_line", "posx", "posy", "posz") if c in controller]]
     sensors = pd.DataFrame(np.concatenate(list(series.values()))[::step], columns=channels)
     columns = pd.concat([controller.drop(columns=answers.columns), sensors], axis=1)
-    return columns.loc[:,columns.notna().all() & (columns.nunique() > 1)], answers, source
+    return columns.loc[:, columns.notna().all() & (columns.nunique() > 1)], answers, source
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #5bc169d8
 def audit_recordings(
-    recordings:list, # All recordings
-    data, # `LineWindows` over them
-    train, # Training windows of one split
-    test, # Test windows
-    channels:list, # Channels of the recordings
-    step:int=10, # Every which row the column check looks at
-)->list: # Findings, from `core.audit`
+    recordings: list,  # All recordings
+    data,  # `LineWindows` over them
+    train,  # Training windows of one split
+    test,  # Test windows
+    channels: list,  # Channels of the recordings
+    step: int = 10,  # Every which row the column check looks at
+) -> list:  # Findings, from `core.audit`
     "Run every check of the leak audit on one split."
     series = {r.name: align_channels(r, channels) for r in recordings}
-    _,present,means = source_table(series)
-    slow = [i for i,c in enumerate(channels) if modality(c) in SLOW]
+    _, present, means = source_table(series)
+    slow = [i for i, c in enumerate(channels) if modality(c) in SLOW]
     operation = [r.operation for r in recordings]
-    columns,answers,source = _numbers_of(recordings, series, channels, step)
-    sides = {k: set(data.sources[i]) for k,i in (('train',train),('test',test))}
-    return leak_audit(window_overlap=dict(sources=data.sources, starts=data.windows.start, stops=data.windows.stop, train=train, test=test),
-        duplicate_rows=dict(series=series, **sides), affine_copies=dict(columns=columns, answers=answers, sources=source),
-        class_from_missingness=dict(present=present, labels=operation, names=channels), class_from_slow_channels=dict(means=means[:,slow], labels=operation, names=[channels[i] for i in slow]),
-        lookup_by_time=dict(time=data.times, answers=data.texts.astype(str), sources=data.sources, train=train, test=test, classes=np.array(operation)[data.recording]))
+    columns, answers, source = _numbers_of(recordings, series, channels, step)
+    sides = {k: set(data.sources[i]) for k, i in (("train", train), ("test", test))}
+    return leak_audit(
+        window_overlap=dict(
+            sources=data.sources,
+            starts=data.windows.start,
+            stops=data.windows.stop,
+            train=train,
+            test=test,
+        ),
+        duplicate_rows=dict(series=series, **sides),
+        affine_copies=dict(columns=columns, answers=answers, sources=source),
+        class_from_missingness=dict(present=present, labels=operation, names=channels),
+        class_from_slow_channels=dict(
+            means=means[:, slow], labels=operation, names=[channels[i] for i in slow]
+        ),
+        lookup_by_time=dict(
+            time=data.times,
+            answers=data.texts.astype(str),
+            sources=data.sources,
+            train=train,
+            test=test,
+            classes=np.array(operation)[data.recording],
+        ),
+    )
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #db160fca
 def plot_measure(
-    scores:pd.DataFrame, # From `score_outcomes`, of several splits
-    measure:str, # One measure
-    ax=None, # Axes
-): # The axes
+    scores: pd.DataFrame,  # From `score_outcomes`, of several splits
+    measure: str,  # One measure
+    ax=None,  # Axes
+):  # The axes
     "Model and baselines, honest and leaky split side by side."
-    return plot_scores(scores[scores.measure == measure], models=['model'], quantity=measure, ax=ax)
+    return plot_scores(scores[scores.measure == measure], models=["model"], quantity=measure, ax=ax)
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #ac6162a5
 def plot_operation(
-    outcomes:pd.DataFrame, # Model columns
-    ax=None, # Axes
-): # The axes
+    outcomes: pd.DataFrame,  # Model columns
+    ax=None,  # Axes
+):  # The axes
     "Confusion of the operation, by window."
-    return plot_confusion(outcomes.operation, outcomes.operation_said, sorted(set(outcomes.operation)), ax=ax)
+    return plot_confusion(
+        outcomes.operation, outcomes.operation_said, sorted(set(outcomes.operation)), ax=ax
+    )
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #ceed5ce7
 def plot_exact_by_operation(
-    outcomes:pd.DataFrame, # Model and baseline columns
-    ax=None, # Axes
-): # The axes
+    outcomes: pd.DataFrame,  # Model and baseline columns
+    ax=None,  # Axes
+):  # The axes
     "Exact lines of the model and of the table, for each operation."
-    share = outcomes.assign(model=outcomes.written == outcomes.text, lookup=outcomes.line_lookup_time == outcomes.text).groupby('operation')[['model','lookup']].mean()
-    ax = share.rename(columns=dict(model='model, from sensors', lookup='table: class and time given, no sensor')).plot.barh(ax=ax, figsize=(6, .4*len(share)+1.2) if ax is None else None, color=sns.color_palette('colorblind')[:2])
-    ax.set(xlabel='lines exact, free-running', ylabel='', xlim=(0,1)); ax.invert_yaxis()
-    ax.legend(fontsize=8, loc='lower center', bbox_to_anchor=(.45, 1), ncols=2, frameon=False)
+    share = (
+        outcomes.assign(
+            model=outcomes.written == outcomes.text,
+            lookup=outcomes.line_lookup_time == outcomes.text,
+        )
+        .groupby("operation")[["model", "lookup"]]
+        .mean()
+    )
+    ax = share.rename(
+        columns=dict(model="model, from sensors", lookup="table: class and time given, no sensor")
+    ).plot.barh(
+        ax=ax,
+        figsize=(6, 0.4 * len(share) + 1.2) if ax is None else None,
+        color=sns.color_palette("colorblind")[:2],
+    )
+    ax.set(xlabel="lines exact, free-running", ylabel="", xlim=(0, 1))
+    ax.invert_yaxis()
+    ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=2, frameon=False)
     sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #f570f520
 def selective_curve(
-    confidence, # `[N]`
-    right, # Whether it was right, `[N]`
-)->pd.DataFrame: # Columns `share` of the items that are answered, surest first, and their `accuracy`
+    confidence,  # `[N]`
+    right,  # Whether it was right, `[N]`
+) -> (
+    pd.DataFrame
+):  # Columns `share` of the items that are answered, surest first, and their `accuracy`
     "Accuracy of the surest answers."
-    right = np.asarray(right, float)[np.argsort(-np.asarray(confidence), kind='stable')]; n = np.arange(1, len(right)+1)
-    return pd.DataFrame(dict(share=n/len(right), accuracy=np.cumsum(right)/n))
+    right = np.asarray(right, float)[np.argsort(-np.asarray(confidence), kind="stable")]
+    n = np.arange(1, len(right) + 1)
+    return pd.DataFrame(dict(share=n / len(right), accuracy=np.cumsum(right) / n))
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #2ae3156c
 def plot_selective(
-    curves:dict, # Name -> (confidence, right)
-    ax=None, # Axes
-): # The axes
+    curves: dict,  # Name -> (confidence, right)
+    ax=None,  # Axes
+):  # The axes
     "Selective prediction: how exact the surest answers are."
-    ax = plt.subplots(figsize=(6,2.6), layout='constrained')[1] if ax is None else ax
-    for (name,(confidence,right)),colour in zip(curves.items(), sns.color_palette('colorblind')):
-        c = selective_curve(confidence, right); ax.plot(c.share, c.accuracy, color=colour, label=name)
-    ax.set(xlabel='share of the rows that are answered, surest first', ylabel='exact', xlim=(0,1), ylim=(0,1.02)); ax.legend(frameon=False, fontsize=8); sns.despine(ax=ax)
+    ax = plt.subplots(figsize=(6, 2.6), layout="constrained")[1] if ax is None else ax
+    for (name, (confidence, right)), colour in zip(curves.items(), sns.color_palette("colorblind")):
+        c = selective_curve(confidence, right)
+        ax.plot(c.share, c.accuracy, color=colour, label=name)
+    ax.set(
+        xlabel="share of the rows that are answered, surest first",
+        ylabel="exact",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+    )
+    ax.legend(frameon=False, fontsize=8)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #64ae27d8
 def plot_path(
-    errors:pd.DataFrame, # Columns `x`, `y` and `off`, mm
-    title:str='', # Title
-    worst:float=10., # Distance of the last colour, mm
-    ax=None, # Axes
-): # The axes
+    errors: pd.DataFrame,  # Columns `x`, `y` and `off`, mm
+    title: str = "",  # Title
+    worst: float = 10.0,  # Distance of the last colour, mm
+    ax=None,  # Axes
+):  # The axes
     "The path, coloured by the distance between decoded and true place."
-    ax = plt.subplots(figsize=(4,3.2), layout='constrained')[1] if ax is None else ax
-    ax.plot(errors.x, errors.y, color='.85', lw=.6, zorder=0); dots = ax.scatter(errors.x, errors.y, c=errors.off.clip(upper=worst), s=7, cmap='viridis', vmin=0, vmax=worst)
-    ax.figure.colorbar(dots, ax=ax, label='decoded place off by, mm', shrink=.8); ax.set(aspect='equal', xlabel='X, mm', ylabel='Y, mm'); ax.set_title(title, fontsize=9); sns.despine(ax=ax)
+    ax = plt.subplots(figsize=(4, 3.2), layout="constrained")[1] if ax is None else ax
+    ax.plot(errors.x, errors.y, color=".85", lw=0.6, zorder=0)
+    dots = ax.scatter(
+        errors.x, errors.y, c=errors.off.clip(upper=worst), s=7, cmap="viridis", vmin=0, vmax=worst
+    )
+    ax.figure.colorbar(dots, ax=ax, label="decoded place off by, mm", shrink=0.8)
+    ax.set(aspect="equal", xlabel="X, mm", ylabel="Y, mm")
+    ax.set_title(title, fontsize=9)
+    sns.despine(ax=ax)
     return ax

@@ -10,184 +10,318 @@ __all__ = ['MILL', 'planned_motion', 'structure', 'warmth', 'record_program', 'r
 # %% ../../nbs/fingerprint/07_machine.ipynb #d7792196
 import hashlib
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from scipy.signal import cont2discrete, lfilter
+
 from ..core.errors import InputError
 from ..core.files import atomic_path
+from gcode_ml.fingerprint.simulate import (
+    _adaptive,
+    _averages,
+    _board,
+    _contour,
+    _controller,
+    _currents,
+    _day,
+    _face,
+    _pocket,
+    _program,
+    _reports,
+)
 from ..gcode.planner import Limits, plan, sample
 from ..gcode.reader import moves, parse_gcode
-from .simulate import _adaptive, _averages, _board, _contour, _controller, _currents, _day, _face, _pocket, _program, _reports, _wall_clock
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #cbff3459
-MILL = Limits(speed=(50.,50.,50.,50.), acceleration=(500.,500.,500.,5000.), printing=500., travel=500., jerk=(1.,1.,1.,1.))
+MILL = Limits(
+    speed=(50.0, 50.0, 50.0, 50.0),
+    acceleration=(500.0, 500.0, 500.0, 5000.0),
+    printing=500.0,
+    travel=500.0,
+    jerk=(1.0, 1.0, 1.0, 1.0),
+)
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #d10be661
 def planned_motion(
-    program:str, # Text of a program
-    rate:float=200., # Samples a second
-    file='program', # Its name, for messages
-    limits:Limits=MILL, # What the machine keeps to
-)->dict: # time [N] s; position, velocity, acceleration [N,3] mm; flow [N] mm/s; line (from 1), mode (G word), feed [N] mm/min
+    program: str,  # Text of a program
+    rate: float = 200.0,  # Samples a second
+    file="program",  # Its name, for messages
+    limits: Limits = MILL,  # What the machine keeps to
+) -> dict:  # time [N] s; position, velocity, acceleration [N,3] mm; flow [N] mm/s; line (from 1), mode (G word), feed [N] mm/min
     "The tool's motion through a program as a controller with look-ahead plans it."
     read = parse_gcode(program, file)
-    p = plan(read, limits, junction='jerk')
-    s = sample(p, rate, ('t','x','y','z','vx','vy','vz','ve','a','segment','line'))
-    table = moves(read).drop_duplicates('line', keep='last').set_index('line')
-    of = table.reindex(s['line']); mode = of.command.fillna(1).to_numpy(int).clip(0, 3)
-    stack = lambda names: np.stack([s[n] for n in names], 1)
-    return dict(time=s['t'], position=stack('xyz'), velocity=stack(('vx','vy','vz')), acceleration=s['a'][:,None]*p.unit[s['segment'],:3],
-                flow=s['ve'], line=s['line']+1, mode=mode, feed=np.where(mode > 0, of.feed.fillna(0.), 0.))
+    p = plan(read, limits, junction="jerk")
+    s = sample(p, rate, ("t", "x", "y", "z", "vx", "vy", "vz", "ve", "a", "segment", "line"))
+    table = moves(read).drop_duplicates("line", keep="last").set_index("line")
+    of = table.reindex(s["line"])
+    mode = of.command.fillna(1).to_numpy(int).clip(0, 3)
+
+    def stack(names):
+        return np.stack([s[n] for n in names], 1)
+
+    return dict(
+        time=s["t"],
+        position=stack("xyz"),
+        velocity=stack(("vx", "vy", "vz")),
+        acceleration=s["a"][:, None] * p.unit[s["segment"], :3],
+        flow=s["ve"],
+        line=s["line"] + 1,
+        mode=mode,
+        feed=np.where(mode > 0, of.feed.fillna(0.0), 0.0),
+    )
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #a73a9900
 def _total_acceleration(m):
     "Acceleration along and across the path, from the planned velocities, `[N,3]`."
-    return np.gradient(m['velocity'], m['time'], axis=0)
+    return np.gradient(m["velocity"], m["time"], axis=0)
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #3e19ed21
 def _with_end(program):
     "A program that ends with M30, as the recorder expects."
-    return program if any(l.split(';')[0].strip().upper().startswith(('M30','M2')) for l in program.splitlines()[-5:]) else program.rstrip('\n')+'\nM30\n'
+    return (
+        program
+        if any(
+            l.split(";")[0].strip().upper().startswith(("M30", "M2"))
+            for l in program.splitlines()[-5:]
+        )
+        else program.rstrip("\n") + "\nM30\n"
+    )
 
-def _seed(program, seed): return [*np.atleast_1d(seed).astype(int).tolist(), int(hashlib.sha1(program.encode()).hexdigest()[:8], 16)]
+
+def _seed(program, seed):
+    return [
+        *np.atleast_1d(seed).astype(int).tolist(),
+        int(hashlib.sha1(program.encode()).hexdigest()[:8], 16),
+    ]
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #d13cedbb
 def structure(
-    acceleration:np.ndarray, # What the axis does, `[N,3]`
-    rate:float, # Samples a second
-    frequency=(38.,31.,55.), # Modes of x, y and z, Hz
-    damping:float=.06, # Damping ratio
-)->np.ndarray: # What a board on it feels, `[N,3]`
+    acceleration: np.ndarray,  # What the axis does, `[N,3]`
+    rate: float,  # Samples a second
+    frequency=(38.0, 31.0, 55.0),  # Modes of x, y and z, Hz
+    damping: float = 0.06,  # Damping ratio
+) -> np.ndarray:  # What a board on it feels, `[N,3]`
     "Response of one mode an axis, exact for a value held over a sample."
     out = []
-    for a,f in zip(acceleration.T, frequency):
-        w = 2*np.pi*f
-        b,d,_ = cont2discrete(([w*w], [1, 2*damping*w, w*w]), 1/rate, 'zoh')
+    for a, f in zip(acceleration.T, frequency):
+        w = 2 * np.pi * f
+        b, d, _ = cont2discrete(([w * w], [1, 2 * damping * w, w * w]), 1 / rate, "zoh")
         out.append(lfilter(b.ravel(), d, a))
     return np.stack(out, 1)
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #d5c5f75a
 def warmth(
-    current:np.ndarray, # Currents, `[N,M]`
-    rate:float, # Samples a second
-    tau:float=180., # Time constant, s
-    gain:float=60., # Final rise, K per squared unit of current
-)->np.ndarray: # Rise over the air, K, `[N,M]`
+    current: np.ndarray,  # Currents, `[N,M]`
+    rate: float,  # Samples a second
+    tau: float = 180.0,  # Time constant, s
+    gain: float = 60.0,  # Final rise, K per squared unit of current
+) -> np.ndarray:  # Rise over the air, K, `[N,M]`
     "Rise of the motors' temperature from their currents."
-    keep = np.exp(-1/(tau*rate))
-    return lfilter([gain*(1-keep)], [1,-keep], current**2, axis=0)
+    keep = np.exp(-1 / (tau * rate))
+    return lfilter([gain * (1 - keep)], [1, -keep], current**2, axis=0)
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #6fe666a5
 def _fast_currents(m, rate, damaged, random, noise):
     "Spindle and motors at every sample; noise grows with the bandwidth."
-    v,a = abs(m['velocity']),abs(_total_acceleration(m)); cut = _cutting(m); n = len(v)
-    motors = .2+.012*np.tanh(v/.5)+.0008*v+2e-5*a+noise*random.normal(0, .015, (n,3))
-    spindle = 5.05+.25*(4/3 if damaged else 1)*cut+noise*random.normal(0, .2, n)
-    feeder = .1+.03*np.tanh(abs(m['flow'])/.2)+noise*random.normal(0, .015, n)
-    return dict(spindle=spindle, **{f'{x}_motor': c for x,c in zip('xyz', motors.T)}, **({'e_motor': feeder} if m['flow'].any() else {}))
+    v, a = abs(m["velocity"]), abs(_total_acceleration(m))
+    cut = _cutting(m)
+    n = len(v)
+    motors = (
+        0.2
+        + 0.012 * np.tanh(v / 0.5)
+        + 0.0008 * v
+        + 2e-5 * a
+        + noise * random.normal(0, 0.015, (n, 3))
+    )
+    spindle = 5.05 + 0.25 * (4 / 3 if damaged else 1) * cut + noise * random.normal(0, 0.2, n)
+    feeder = 0.1 + 0.03 * np.tanh(abs(m["flow"]) / 0.2) + noise * random.normal(0, 0.015, n)
+    return dict(
+        spindle=spindle,
+        **{f"{x}_motor": c for x, c in zip("xyz", motors.T)},
+        **({"e_motor": feeder} if m["flow"].any() else {}),
+    )
+
 
 def _cutting(m):
     "Where the tool is in the work: below the surface at feed, or feeding filament."
-    moving = abs(m['velocity']).max(1) > .1
-    return 1.*(((m['mode'] > 0) & moving & (m['position'][:,2] < 0)) | (moving & (m['flow'] > 0)))
+    moving = abs(m["velocity"]).max(1) > 0.1
+    return 1.0 * (
+        ((m["mode"] > 0) & moving & (m["position"][:, 2] < 0)) | (moving & (m["flow"] > 0))
+    )
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #8ad150fa
-_carries = dict(frame=(.1,.1,.1), y_bed=(0.,1.,0.), spindle=(1.,0.,1.), z_gant=(1.,0.,0.))
-_rps = 200. # Turns of the spindle a second, 12000 a minute
+_carries = dict(
+    frame=(0.1, 0.1, 0.1), y_bed=(0.0, 1.0, 0.0), spindle=(1.0, 0.0, 1.0), z_gant=(1.0, 0.0, 0.0)
+)
+_rps = 200.0  # Turns of the spindle a second, 12000 a minute
+
 
 def _fast_board(name, today, m, clock, rate, warm, damaged, random, noise):
     "The 17 channels of a board, every sample its own reading."
-    n = len(clock); share = next(np.array(c) for part,c in _carries.items() if name.startswith(part))
-    still = dict(cutting=np.zeros(n), shake=np.zeros((n,3)))
-    board = _board(name, today, still, m['position']+today['offset'], clock, False, random, noise)
-    load = _cutting(m)*(4/3 if damaged else 1)
-    feels = structure(_total_acceleration(m), rate)*share/9806.65
-    shaken = feels+noise*random.normal(0, 1., (n,3))*(.006+.01*load)[:,None]
-    if damaged: shaken += (.01*load*np.sin(2*np.pi*(_rps*1.017)*clock))[:,None]*share.clip(.3)
-    for k,c in enumerate(('Ax','Ay','Az')): board[c] = np.median(board[c])+shaken[:,k]
-    sound = (60+600*load)*abs(1+.3*noise*random.normal(size=n))
-    return board | dict(RMS=sound, Temperature=board['Temperature']+.3*warm.mean(1))
+    n = len(clock)
+    share = next(np.array(c) for part, c in _carries.items() if name.startswith(part))
+    still = dict(cutting=np.zeros(n), shake=np.zeros((n, 3)))
+    board = _board(name, today, still, m["position"] + today["offset"], clock, False, random, noise)
+    load = _cutting(m) * (4 / 3 if damaged else 1)
+    feels = structure(_total_acceleration(m), rate) * share / 9806.65
+    shaken = feels + noise * random.normal(0, 1.0, (n, 3)) * (0.006 + 0.01 * load)[:, None]
+    if damaged:
+        shaken += (0.01 * load * np.sin(2 * np.pi * (_rps * 1.017) * clock))[:, None] * share.clip(
+            0.3
+        )
+    for k, c in enumerate(("Ax", "Ay", "Az")):
+        board[c] = np.median(board[c]) + shaken[:, k]
+    sound = (60 + 600 * load) * abs(1 + 0.3 * noise * random.normal(size=n))
+    return board | dict(RMS=sound, Temperature=board["Temperature"] + 0.3 * warm.mean(1))
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #ea90dfaf
 def _fast_samples(m, rate, random):
     "Clock, the motion's time, and the part of the run, as `_reports` does for status reports."
-    pace = 1+.001*random.standard_normal()
-    part = np.repeat([0,1,2,3], [8, int(m['time'][-1]/pace*rate)+1, 4, 9]); clock = np.arange(1, len(part)+1)/rate
-    return clock, ((clock-clock[8])*pace).clip(0, m['time'][-1])*(part > 0), part
+    pace = 1 + 0.001 * random.standard_normal()
+    part = np.repeat([0, 1, 2, 3], [8, int(m["time"][-1] / pace * rate) + 1, 4, 9])
+    clock = np.arange(1, len(part) + 1) / rate
+    return clock, ((clock - clock[8]) * pace).clip(0, m["time"][-1]) * (part > 0), part
+
 
 def _at(m, at):
     "The motion at the times `at`: values of continuous quantities between samples, labels of the sample before."
-    k = np.searchsorted(m['time'], at, 'right').clip(1, len(m['time']))-1
-    between = lambda v: np.stack([np.interp(at, m['time'], c) for c in v.T], 1)
-    return dict(time=at, position=between(m['position']), velocity=between(m['velocity']), flow=np.interp(at, m['time'], m['flow']),
-                acceleration=m['acceleration'][k], line=m['line'][k], mode=m['mode'][k], feed=m['feed'][k])
+    k = np.searchsorted(m["time"], at, "right").clip(1, len(m["time"])) - 1
+
+    def between(v):
+        return np.stack([np.interp(at, m["time"], c) for c in v.T], 1)
+
+    return dict(
+        time=at,
+        position=between(m["position"]),
+        velocity=between(m["velocity"]),
+        flow=np.interp(at, m["time"], m["flow"]),
+        acceleration=m["acceleration"][k],
+        line=m["line"][k],
+        mode=m["mode"][k],
+        feed=m["feed"][k],
+    )
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #4a9bfc8d
 def _sensors(m, at, clock, today, rate, damaged, random, noise):
     "All sensor columns of a run."
-    boards = [b for b in today['boards'] if b in today['boards'][:3] or random.random() > .15]
+    boards = [b for b in today["boards"] if b in today["boards"][:3] or random.random() > 0.15]
     if not rate:
-        average,position = _averages(m, at, clock), _at(m, at)['position']+today['offset']
+        average, position = _averages(m, at, clock), _at(m, at)["position"] + today["offset"]
         currents = _currents(average, damaged, random, noise)
-        table = {b: _board(b, today, average, position, clock, damaged, random, noise) for b in boards}
+        table = {
+            b: _board(b, today, average, position, clock, damaged, random, noise) for b in boards
+        }
     else:
-        now = _at(m, at); now['time'] = clock
+        now = _at(m, at)
+        now["time"] = clock
         currents = _fast_currents(now, rate, damaged, random, noise)
-        warm = warmth(np.stack([currents[f'{a}_motor'] for a in 'xyz'], 1), rate)
-        table = {b: _fast_board(b, today, now, clock, rate, warm, damaged, random, noise) for b in boards}
-    return currents | {f'{k}_A': v for k,v in currents.items()} | {f'{b}.{c}': v for b in random.permutation(boards) for c,v in table[str(b)].items()}
+        warm = warmth(np.stack([currents[f"{a}_motor"] for a in "xyz"], 1), rate)
+        table = {
+            b: _fast_board(b, today, now, clock, rate, warm, damaged, random, noise) for b in boards
+        }
+    return (
+        currents
+        | {f"{k}_A": v for k, v in currents.items()}
+        | {f"{b}.{c}": v for b in random.permutation(boards) for c, v in table[str(b)].items()}
+    )
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #b1afce38
 def record_program(
-    program:str, # Text of any program
-    day:int=0, # Recording day: work offset, air, light, boards
-    seed=0, # Random numbers of this run
-    rate:float=0., # Samples a second of fast sensors, 200 or more; 0 for status reports, four a second
-    damaged:bool=False, # With a damaged tool
-    noise:float=1., # Scale of the sensors' noise
-    file='program', # Name, for messages
-    limits:Limits=MILL, # What the machine keeps to
-)->pd.DataFrame: # One row a report or sample, columns as in the recordings
+    program: str,  # Text of any program
+    day: int = 0,  # Recording day: work offset, air, light, boards
+    seed=0,  # Random numbers of this run
+    rate: float = 0.0,  # Samples a second of fast sensors, 200 or more; 0 for status reports, four a second
+    damaged: bool = False,  # With a damaged tool
+    noise: float = 1.0,  # Scale of the sensors' noise
+    file="program",  # Name, for messages
+    limits: Limits = MILL,  # What the machine keeps to
+) -> pd.DataFrame:  # One row a report or sample, columns as in the recordings
     "One run of a program as it would have been recorded."
-    if rate and rate < 100: raise InputError('simulation', 'rate', '0, or at least 100 samples a second', f'{rate:g}', 'the frame rings at up to 55 Hz')
-    program = _with_end(program); random,today = np.random.default_rng(_seed(program, seed)), _day(day)
-    m = planned_motion(program, max(rate, 200.), file, limits)
-    clock,at,part = _fast_samples(m, rate, random) if rate else _reports(m, random)
-    wall = 9*3600+clock+1000*random.random() if rate else today['clock']+clock+3600*random.random()
-    controller,line,string = _controller(program, m, at, part, wall, today['offset'], random)
-    sensors = {k: np.asarray(v, np.float32) for k,v in _sensors(m, at, clock, today, rate, damaged, random, noise).items()}
-    return pd.DataFrame({**controller, **sensors, 'gcode_line': line, 'gcode_string': string})
+    if rate and rate < 100:
+        raise InputError(
+            "simulation",
+            "rate",
+            "0, or at least 100 samples a second",
+            f"{rate:g}",
+            "the frame rings at up to 55 Hz",
+        )
+    program = _with_end(program)
+    random, today = np.random.default_rng(_seed(program, seed)), _day(day)
+    m = planned_motion(program, max(rate, 200.0), file, limits)
+    clock, at, part = _fast_samples(m, rate, random) if rate else _reports(m, random)
+    wall = (
+        9 * 3600 + clock + 1000 * random.random()
+        if rate
+        else today["clock"] + clock + 3600 * random.random()
+    )
+    controller, line, string = _controller(program, m, at, part, wall, today["offset"], random)
+    sensors = {
+        k: np.asarray(v, np.float32)
+        for k, v in _sensors(m, at, clock, today, rate, damaged, random, noise).items()
+    }
+    return pd.DataFrame({**controller, **sensors, "gcode_line": line, "gcode_string": string})
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #44db12c4
 def record_files(
-    programs:dict, # Class -> text of its program
-    folder, # Folder below which `runs/` is written
-    runs:int=4, # Runs of each
-    seed:int=0, # Random numbers
-    rate:float=0., # See `record_program`
-    days:int=1, # Days on which they were recorded, in turn
-    noise:float=1., # Scale of the noise
-    limits:Limits=MILL, # What the machine keeps to
-    progress=None, # For instance `tqdm`
-)->Path: # The folder
+    programs: dict,  # Class -> text of its program
+    folder,  # Folder below which `runs/` is written
+    runs: int = 4,  # Runs of each
+    seed: int = 0,  # Random numbers
+    rate: float = 0.0,  # See `record_program`
+    days: int = 1,  # Days on which they were recorded, in turn
+    noise: float = 1.0,  # Scale of the noise
+    limits: Limits = MILL,  # What the machine keeps to
+    progress=None,  # For instance `tqdm`
+) -> Path:  # The folder
     "Recordings of several programs."
-    jobs = [(n,i) for n in programs for i in range(1, runs+1)]
-    for name,i in (progress(jobs) if progress else jobs):
-        table = record_program(programs[name], i % days, [seed,i], rate, noise=noise, file=name, limits=limits)
-        with atomic_path(Path(folder)/'runs'/f'{name}_{i:03d}.parquet') as f: table.to_parquet(f, index=False, compression='zstd')
+    jobs = [(n, i) for n in programs for i in range(1, runs + 1)]
+    for name, i in progress(jobs) if progress else jobs:
+        table = record_program(
+            programs[name], i % days, [seed, i], rate, noise=noise, file=name, limits=limits
+        )
+        with atomic_path(Path(folder) / "runs" / f"{name}_{i:03d}.parquet") as f:
+            table.to_parquet(f, index=False, compression="zstd")
     return Path(folder)
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #6140773c
 def varied_programs(
-    n:int, # How many
-    seed:int=0, # Which ones
-)->dict: # Name -> text
+    n: int,  # How many
+    seed: int = 0,  # Which ones
+) -> dict:  # Name -> text
     "Small milling programs of four kinds with random sizes, no two alike."
     found = {}
     for i in range(n):
-        r = np.random.default_rng([seed,i,913]); u = lambda a,b: float(np.round(r.uniform(a, b), 3)); feed = float(r.choice([18.,22.,26.,30.,36.]))
-        kind = ('face','pocket','adaptive','contour')[i % 4]
-        made = dict(face=lambda: _face(u(1.2,2.8), int(r.integers(5, 8)), u(.06,.12), -u(.01,.04), feed), pocket=lambda: _pocket(u(.7,1.2), u(.14,.2), int(r.integers(3, 6)), u(.05,.09), -u(.02,.06), feed),
-                    adaptive=lambda: _adaptive(int(r.integers(5, 9)), u(.8,1.6), u(.05,.09), int(r.integers(7, 12)), -u(.03,.06), feed),
-                    contour=lambda: _contour(u(1.7,2.4), u(1.25,1.8), u(.1,.22), (-.05,-.1), (feed, .6*feed)))[kind]()
-        found[f'{kind}{i//4}'] = _program(f'{kind}{i//4}'.upper(), made)
+        r = np.random.default_rng([seed, i, 913])
+
+        def u(a, b):
+            return float(np.round(r.uniform(a, b), 3))
+
+        feed = float(r.choice([18.0, 22.0, 26.0, 30.0, 36.0]))
+        kind = ("face", "pocket", "adaptive", "contour")[i % 4]
+        made = dict(
+            face=lambda: _face(
+                u(1.2, 2.8), int(r.integers(5, 8)), u(0.06, 0.12), -u(0.01, 0.04), feed
+            ),
+            pocket=lambda: _pocket(
+                u(0.7, 1.2),
+                u(0.14, 0.2),
+                int(r.integers(3, 6)),
+                u(0.05, 0.09),
+                -u(0.02, 0.06),
+                feed,
+            ),
+            adaptive=lambda: _adaptive(
+                int(r.integers(5, 9)),
+                u(0.8, 1.6),
+                u(0.05, 0.09),
+                int(r.integers(7, 12)),
+                -u(0.03, 0.06),
+                feed,
+            ),
+            contour=lambda: _contour(
+                u(1.7, 2.4), u(1.25, 1.8), u(0.1, 0.22), (-0.05, -0.1), (feed, 0.6 * feed)
+            ),
+        )[kind]()
+        found[f"{kind}{i // 4}"] = _program(f"{kind}{i // 4}".upper(), made)
     return found

@@ -10,117 +10,176 @@ __all__ = ['HEADS', 'ModalityFusion', 'MMDTAELSTM', 'MultiHeadGCodeLM', 'token_s
 # %% ../../nbs/fingerprint/20_models.ipynb #49251ef4
 import torch
 from torch import Tensor, nn
+
 from ..core.layers import MaskedLSTM, SinusoidalPositions, masked_mean, use_byte_dropout
 
 # %% ../../nbs/fingerprint/20_models.ipynb #0cf22e2e
 class ModalityFusion(nn.Module):
     "One state a row from the modalities that are present."
-    def __init__(self,
-        modalities:list, # Channel numbers of each modality
-        d_model:int=128, # Size of a state
+
+    def __init__(
+        self,
+        modalities: list,  # Channel numbers of each modality
+        d_model: int = 128,  # Size of a state
     ):
         super().__init__()
         self.modalities = [list(m) for m in modalities]
-        self.encoders = nn.ModuleList([nn.Sequential(nn.Linear(2*len(m), d_model), nn.GELU(), nn.Linear(d_model, d_model)) for m in self.modalities])
+        self.encoders = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.Linear(2 * len(m), d_model), nn.GELU(), nn.Linear(d_model, d_model)
+                )
+                for m in self.modalities
+            ]
+        )
         self.score = nn.Linear(d_model, 1)
+
     def forward(self, sensors, present):
         "States `[B,T,d_model]` of `sensors` `[B,T,C]`; a modality without any channel gets no weight."
-        h = torch.stack([encode(torch.cat([sensors[...,m]*present[...,m], present[...,m]], -1)) for m,encode in zip(self.modalities, self.encoders)], 2)
-        there = torch.stack([present[...,m].any(-1) for m in self.modalities], 2).unsqueeze(-1)
+        h = torch.stack(
+            [
+                encode(torch.cat([sensors[..., m] * present[..., m], present[..., m]], -1))
+                for m, encode in zip(self.modalities, self.encoders)
+            ],
+            2,
+        )
+        there = torch.stack([present[..., m].any(-1) for m in self.modalities], 2).unsqueeze(-1)
         weight = self.score(h).masked_fill(~there, -1e4).softmax(2)
-        return (weight*there*h).sum(2)
+        return (weight * there * h).sum(2)
 
 # %% ../../nbs/fingerprint/20_models.ipynb #be5ae278
 class MMDTAELSTM(nn.Module):
     "Multi-modal denoising transformer auto-encoder with an LSTM."
-    def __init__(self,
-        modalities:list, # Channel numbers of each modality
-        d_model:int=128, # Size of a state
-        nhead:int=4, # Attention heads
-        encoder_layers:int=2, # Transformer layers
-        dim_feedforward:int=512, # Size inside a transformer layer
-        dropout:float=.2, # Dropout everywhere
-        noise:float=.1, # Standard deviation of the noise that is to be removed, in standardised units
+
+    def __init__(
+        self,
+        modalities: list,  # Channel numbers of each modality
+        d_model: int = 128,  # Size of a state
+        nhead: int = 4,  # Attention heads
+        encoder_layers: int = 2,  # Transformer layers
+        dim_feedforward: int = 512,  # Size inside a transformer layer
+        dropout: float = 0.2,  # Dropout everywhere
+        noise: float = 0.1,  # Standard deviation of the noise that is to be removed, in standardised units
     ):
         super().__init__()
-        self.noise,channels = noise,sum(map(len, modalities))
-        self.fusion,self.positions = ModalityFusion(modalities, d_model), SinusoidalPositions(d_model)
-        layer = nn.TransformerEncoderLayer(d_model, nhead, dim_feedforward, dropout, 'gelu', batch_first=True, norm_first=True)
-        self.transformer = use_byte_dropout(nn.TransformerEncoder(layer, encoder_layers, norm=nn.LayerNorm(d_model), enable_nested_tensor=False))
+        self.noise, channels = noise, sum(map(len, modalities))
+        self.fusion, self.positions = (
+            ModalityFusion(modalities, d_model),
+            SinusoidalPositions(d_model),
+        )
+        layer = nn.TransformerEncoderLayer(
+            d_model, nhead, dim_feedforward, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.transformer = use_byte_dropout(
+            nn.TransformerEncoder(
+                layer, encoder_layers, norm=nn.LayerNorm(d_model), enable_nested_tensor=False
+            )
+        )
         self.reconstruct = nn.Linear(d_model, channels)
-        self.lstm,self.norm = MaskedLSTM(d_model, d_model), nn.LayerNorm(d_model)
+        self.lstm, self.norm = MaskedLSTM(d_model, d_model), nn.LayerNorm(d_model)
+
     def forward(self, inputs, mask):
         "States `[B,T,d_model]` and the reconstructed sensors `[B,T,C]`."
-        sensors = inputs['sensors']
-        if self.training and self.noise: sensors = sensors + self.noise*torch.randn_like(sensors)
-        h = self.positions(self.fusion(sensors, inputs['present']))
+        sensors = inputs["sensors"]
+        if self.training and self.noise:
+            sensors = sensors + self.noise * torch.randn_like(sensors)
+        h = self.positions(self.fusion(sensors, inputs["present"]))
         h = self.transformer(h, src_key_padding_mask=~mask)
-        return self.norm(h + self.lstm(h, mask))*mask.unsqueeze(-1), self.reconstruct(h)
+        return self.norm(h + self.lstm(h, mask)) * mask.unsqueeze(-1), self.reconstruct(h)
 
 # %% ../../nbs/fingerprint/20_models.ipynb #7ca7562c
-HEADS = 'type','command','param_type','param_val'
+HEADS = "type", "command", "param_type", "param_val"
 
 # %% ../../nbs/fingerprint/20_models.ipynb #08c51d4f
 class MultiHeadGCodeLM(nn.Module):
     "Transformer decoder over tokens of G-code with four heads."
-    def __init__(self,
-        parts:list, # Parts of each token of the vocabulary, `[V,4]` integers
-        d_model:int=128, # Size of a state
-        nhead:int=4, # Attention heads
-        num_layers:int=4, # Transformer layers
-        dim_feedforward:int=512, # Size inside a layer
-        dropout:float=.2, # Dropout
+
+    def __init__(
+        self,
+        parts: list,  # Parts of each token of the vocabulary, `[V,4]` integers
+        d_model: int = 128,  # Size of a state
+        nhead: int = 4,  # Attention heads
+        num_layers: int = 4,  # Transformer layers
+        dim_feedforward: int = 512,  # Size inside a layer
+        dropout: float = 0.2,  # Dropout
     ):
         super().__init__()
         parts = torch.as_tensor(parts)
-        self.register_buffer('parts', parts, persistent=False)
-        self.embed,self.positions = nn.Embedding(len(parts), d_model), SinusoidalPositions(d_model)
-        layer = nn.TransformerDecoderLayer(d_model, nhead, dim_feedforward, dropout, 'gelu', batch_first=True, norm_first=True)
-        self.transformer = use_byte_dropout(nn.TransformerDecoder(layer, num_layers, norm=nn.LayerNorm(d_model)))
-        self.heads = nn.ModuleList([nn.Linear(d_model, int(n)) for n in parts.amax(0)+1])
+        self.register_buffer("parts", parts, persistent=False)
+        self.embed, self.positions = nn.Embedding(len(parts), d_model), SinusoidalPositions(d_model)
+        layer = nn.TransformerDecoderLayer(
+            d_model, nhead, dim_feedforward, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.transformer = use_byte_dropout(
+            nn.TransformerDecoder(layer, num_layers, norm=nn.LayerNorm(d_model))
+        )
+        self.heads = nn.ModuleList([nn.Linear(d_model, int(n)) for n in parts.amax(0) + 1])
+
     def forward(self, tokens, memory, mask):
         "Logits of each head `[B,L,classes]` after `tokens` `[B,L]`, looking at `memory` `[B,T,d_model]`."
-        causal = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=tokens.device, dtype=memory.dtype)
-        h = self.transformer(self.positions(self.embed(tokens)), memory, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=~mask)
-        return {k: head(h) for k,head in zip(HEADS, self.heads)}
+        causal = nn.Transformer.generate_square_subsequent_mask(
+            tokens.shape[1], device=tokens.device, dtype=memory.dtype
+        )
+        h = self.transformer(
+            self.positions(self.embed(tokens)),
+            memory,
+            tgt_mask=causal,
+            tgt_is_causal=True,
+            memory_key_padding_mask=~mask,
+        )
+        return {k: head(h) for k, head in zip(HEADS, self.heads)}
 
 # %% ../../nbs/fingerprint/20_models.ipynb #a9acb27b
 def token_scores(
-    logits:dict, # Logits of each head, `[...,classes]`
-    parts:Tensor, # Parts of each token, `[V,4]`
-)->Tensor: # Log-probability up to a constant, `[...,V]`
+    logits: dict,  # Logits of each head, `[...,classes]`
+    parts: Tensor,  # Parts of each token, `[V,4]`
+) -> Tensor:  # Log-probability up to a constant, `[...,V]`
     "Score of every token of the vocabulary: the sum of the log-probabilities of its parts."
-    return sum(logits[k].log_softmax(-1)[...,parts[:,i]] for i,k in enumerate(HEADS))
+    return sum(logits[k].log_softmax(-1)[..., parts[:, i]] for i, k in enumerate(HEADS))
 
 # %% ../../nbs/fingerprint/20_models.ipynb #32730456
 class GCodeFingerprinter(nn.Module):
     "Backbone, line decoder and an operation head."
-    def __init__(self,
-        modalities:list, # Channel numbers of each modality
-        parts:list, # Parts of each token, `[V,4]`
-        operations:int, # Number of operations
-        d_model:int=128, # Size of a state
-        nhead:int=4, # Attention heads
-        num_layers:int=4, # Layers of the decoder
-        encoder_layers:int=2, # Transformer layers of the backbone
-        dim_feedforward:int=512, # Size inside a transformer layer
-        dropout:float=.2, # Dropout
-        noise:float=.1, # Noise of the denoising auto-encoder
-        numbers:int=0, # Letters whose numbers are regressed as well; none when 0
+
+    def __init__(
+        self,
+        modalities: list,  # Channel numbers of each modality
+        parts: list,  # Parts of each token, `[V,4]`
+        operations: int,  # Number of operations
+        d_model: int = 128,  # Size of a state
+        nhead: int = 4,  # Attention heads
+        num_layers: int = 4,  # Layers of the decoder
+        encoder_layers: int = 2,  # Transformer layers of the backbone
+        dim_feedforward: int = 512,  # Size inside a transformer layer
+        dropout: float = 0.2,  # Dropout
+        noise: float = 0.1,  # Noise of the denoising auto-encoder
+        numbers: int = 0,  # Letters whose numbers are regressed as well; none when 0
     ):
         super().__init__()
-        self.backbone = MMDTAELSTM(modalities, d_model, nhead, encoder_layers, dim_feedforward, dropout, noise)
+        self.backbone = MMDTAELSTM(
+            modalities, d_model, nhead, encoder_layers, dim_feedforward, dropout, noise
+        )
         self.decoder = MultiHeadGCodeLM(parts, d_model, nhead, num_layers, dim_feedforward, dropout)
         self.operation = nn.Linear(d_model, operations)
-        self.numbers = nn.Sequential(nn.Linear(2*d_model, d_model), nn.GELU(), nn.Linear(d_model, numbers)) if numbers else None
+        self.numbers = (
+            nn.Sequential(nn.Linear(2 * d_model, d_model), nn.GELU(), nn.Linear(d_model, numbers))
+            if numbers
+            else None
+        )
+
     def forward(self, inputs, mask):
         "Logits of the four heads, of the operation `[B,operations]`, the reconstruction, and, where asked for, numbers `[B,numbers]`."
-        memory,clean = self.backbone(inputs, mask)
-        out = {**self.decoder(inputs['tokens'], memory, mask), 'operation': self.operation(masked_mean(memory, mask)), 'reconstruction': clean}
-        return out if self.numbers is None else out | {'numbers': self.read_numbers(memory, mask)}
+        memory, clean = self.backbone(inputs, mask)
+        out = {
+            **self.decoder(inputs["tokens"], memory, mask),
+            "operation": self.operation(masked_mean(memory, mask)),
+            "reconstruction": clean,
+        }
+        return out if self.numbers is None else out | {"numbers": self.read_numbers(memory, mask)}
+
     def read_numbers(self, memory, mask):
         "Numbers `[B,numbers]`, in spreads, of the line at the middle row."
-        middle = memory[torch.arange(len(mask), device=mask.device), mask.sum(1)//2]
+        middle = memory[torch.arange(len(mask), device=mask.device), mask.sum(1) // 2]
         return self.numbers(torch.cat([middle, masked_mean(memory, mask)], -1))
 
 # %% ../../nbs/fingerprint/20_models.ipynb #3ac6e149
@@ -129,95 +188,152 @@ from fastcore.basics import patch
 # %% ../../nbs/fingerprint/20_models.ipynb #435e7350
 @patch
 @torch.no_grad()
-def write_lines(self:GCodeFingerprinter,
-    inputs:dict, # `sensors` and `present`, `[B,T,C]`
-    mask:Tensor, # `[B,T]`
-    length:int, # Longest line in tokens, EOS included
-    bos:int=1, # Token that begins a line
-    eos:int=2, # Token that ends it
-)->Tensor: # Tokens `[B,length]`, zero after EOS
+def write_lines(
+    self: GCodeFingerprinter,
+    inputs: dict,  # `sensors` and `present`, `[B,T,C]`
+    mask: Tensor,  # `[B,T]`
+    length: int,  # Longest line in tokens, EOS included
+    bos: int = 1,  # Token that begins a line
+    eos: int = 2,  # Token that ends it
+) -> Tensor:  # Tokens `[B,length]`, zero after EOS
     "Lines written greedily, free-running."
-    memory,_ = self.backbone(inputs, mask)
-    tokens = torch.zeros(len(mask), length+1, dtype=torch.long, device=mask.device); tokens[:,0] = bos
-    going = torch.arange(len(mask), device=mask.device) # lines that have not ended
+    memory, _ = self.backbone(inputs, mask)
+    tokens = torch.zeros(len(mask), length + 1, dtype=torch.long, device=mask.device)
+    tokens[:, 0] = bos
+    going = torch.arange(len(mask), device=mask.device)  # lines that have not ended
     for i in range(length):
-        logits = {k: v[:,-1] for k,v in self.decoder(tokens[going,:i+1], memory[going], mask[going]).items()}
-        tokens[going,i+1] = token_scores(logits, self.decoder.parts).argmax(-1)
-        going = going[tokens[going,i+1] != eos]
-        if not len(going): break
-    return tokens[:,1:]
+        logits = {
+            k: v[:, -1]
+            for k, v in self.decoder(tokens[going, : i + 1], memory[going], mask[going]).items()
+        }
+        tokens[going, i + 1] = token_scores(logits, self.decoder.parts).argmax(-1)
+        going = going[tokens[going, i + 1] != eos]
+        if not len(going):
+            break
+    return tokens[:, 1:]
 
 # %% ../../nbs/fingerprint/20_models.ipynb #1dbdedcf
 @patch
-def read_sensors(self:GCodeFingerprinter,
-    sensors:Tensor, # Sensor values, `[B,T,C]`
-    present:Tensor, # Where there is a value, `[B,T,C]`
-    mask:Tensor, # `[B,T]`
-)->dict: # `memory` `[B,T,d_model]` and `operation` `[B,operations]`, probabilities
+def read_sensors(
+    self: GCodeFingerprinter,
+    sensors: Tensor,  # Sensor values, `[B,T,C]`
+    present: Tensor,  # Where there is a value, `[B,T,C]`
+    mask: Tensor,  # `[B,T]`
+) -> dict:  # `memory` `[B,T,d_model]` and `operation` `[B,operations]`, probabilities
     "The first program: what the decoder looks at, and the operation."
-    memory,_ = self.backbone(dict(sensors=sensors, present=present), mask)
+    memory, _ = self.backbone(dict(sensors=sensors, present=present), mask)
     return dict(memory=memory, operation=self.operation(masked_mean(memory, mask)).softmax(-1))
 
 # %% ../../nbs/fingerprint/20_models.ipynb #deb7249d
 @patch
-def next_token(self:GCodeFingerprinter,
-    tokens:Tensor, # A place for BOS, then the tokens written so far, `[B,L]`
-    memory:Tensor, # From `read_sensors`
-    mask:Tensor, # `[B,T]`
-    bos:int=1, # Token that begins a line
-    eos:int=2, # Token that ends it
-)->dict: # `next_tokens` `[B]`, zero after EOS, and `scores` `[B,V]` of all tokens
+def next_token(
+    self: GCodeFingerprinter,
+    tokens: Tensor,  # A place for BOS, then the tokens written so far, `[B,L]`
+    memory: Tensor,  # From `read_sensors`
+    mask: Tensor,  # `[B,T]`
+    bos: int = 1,  # Token that begins a line
+    eos: int = 2,  # Token that ends it
+) -> dict:  # `next_tokens` `[B]`, zero after EOS, and `scores` `[B,V]` of all tokens
     "The second program: the best next token of each line."
     first = torch.arange(tokens.shape[1], device=tokens.device) == 0
     logits = self.decoder(tokens.masked_fill(first, bos), memory, mask)
-    scores = token_scores({k: v[:,-1] for k,v in logits.items()}, self.decoder.parts)
+    scores = token_scores({k: v[:, -1] for k, v in logits.items()}, self.decoder.parts)
     return dict(next_tokens=scores.argmax(-1).masked_fill((tokens == eos).any(1), 0), scores=scores)
 
 # %% ../../nbs/fingerprint/20_models.ipynb #72109bb5
-def _sensors(channels): return dict(sensors=f'float32[batch,length,{channels}]', present=f'bool[batch,length,{channels}]', mask='bool[batch,length]')
-def _written(vocabulary, size): return dict(tokens=f'int64[batch,tokens]<{vocabulary}', memory=f'float32[batch,length,{size}]', mask='bool[batch,length]')
+def _sensors(channels):
+    return dict(
+        sensors=f"float32[batch,length,{channels}]",
+        present=f"bool[batch,length,{channels}]",
+        mask="bool[batch,length]",
+    )
+
+
+def _written(vocabulary, size):
+    return dict(
+        tokens=f"int64[batch,tokens]<{vocabulary}",
+        memory=f"float32[batch,length,{size}]",
+        mask="bool[batch,length]",
+    )
+
 
 @patch
-def program_inputs(self:MMDTAELSTM): return dict(forward=_sensors(self.reconstruct.out_features))
+def program_inputs(self: MMDTAELSTM):
+    return dict(forward=_sensors(self.reconstruct.out_features))
+
 
 @patch
-def program_inputs(self:MultiHeadGCodeLM): return dict(forward=_written(len(self.parts), self.embed.embedding_dim))
+def program_inputs(self: MultiHeadGCodeLM):
+    return dict(forward=_written(len(self.parts), self.embed.embedding_dim))
 
 # %% ../../nbs/fingerprint/20_models.ipynb #4a519b18
 @patch
-def program_inputs(self:GCodeFingerprinter)->dict: # Method -> input -> type and axes
+def program_inputs(self: GCodeFingerprinter) -> dict:  # Method -> input -> type and axes
     "What the two programs take."
-    return dict(read_sensors=_sensors(self.backbone.reconstruct.out_features), next_token=_written(len(self.decoder.parts), self.operation.in_features))
+    return dict(
+        read_sensors=_sensors(self.backbone.reconstruct.out_features),
+        next_token=_written(len(self.decoder.parts), self.operation.in_features),
+    )
 
 # %% ../../nbs/fingerprint/20_models.ipynb #d9fc020d
 class LineLoss(nn.Module):
     "Cross entropy of the four heads and of the operation, squared error of the reconstruction."
-    def __init__(self,
-        parts:Tensor, # Parts of each token, `[V,4]`
-        operation:float=.5, # Weight of the operation
-        reconstruction:float=.3, # Weight of the reconstruction
-        pad:int=0, # Token that does not count
-        losses:dict=None, # Losses `loss(out, targets)` of the four heads and of `operation`; cross entropy by default
-        numbers:float=1., # Weight of regressed numbers, where the model has them
+
+    def __init__(
+        self,
+        parts: Tensor,  # Parts of each token, `[V,4]`
+        operation: float = 0.5,  # Weight of the operation
+        reconstruction: float = 0.3,  # Weight of the reconstruction
+        pad: int = 0,  # Token that does not count
+        losses: dict = None,  # Losses `loss(out, targets)` of the four heads and of `operation`; cross entropy by default
+        numbers: float = 1.0,  # Weight of regressed numbers, where the model has them
     ):
         super().__init__()
-        self.operation,self.reconstruction,self.pad,self.numbers = operation,reconstruction,pad,numbers
-        self.losses = nn.ModuleDict({f'of_{k}': v for k,v in (losses or {}).items()}) # `type` is a method of a module
-        self.register_buffer('parts', torch.as_tensor(parts), persistent=False)
+        self.operation, self.reconstruction, self.pad, self.numbers = (
+            operation,
+            reconstruction,
+            pad,
+            numbers,
+        )
+        self.losses = nn.ModuleDict(
+            {f"of_{k}": v for k, v in (losses or {}).items()}
+        )  # `type` is a method of a module
+        self.register_buffer("parts", torch.as_tensor(parts), persistent=False)
+
     def forward(self, out, targets):
         "Weighted sum; `targets` hold `tokens` `[B,L]`, `operation` `[B]`, `sensors` and `present` `[B,T,C]`."
-        tokens,there = targets['tokens'],targets['present']
-        real,wanted = tokens != self.pad, self.parts[tokens]
+        tokens, there = targets["tokens"], targets["present"]
+        real, wanted = tokens != self.pad, self.parts[tokens]
         if self.losses:
-            targets = targets | {k: wanted[...,i].masked_fill(~real, -100) for i,k in enumerate(HEADS)}
-            line,operation = sum(self.losses[f'of_{k}'](out, targets) for k in HEADS), self.losses['of_operation'](out, targets)
+            targets = targets | {
+                k: wanted[..., i].masked_fill(~real, -100) for i, k in enumerate(HEADS)
+            }
+            line, operation = (
+                sum(self.losses[f"of_{k}"](out, targets) for k in HEADS),
+                self.losses["of_operation"](out, targets),
+            )
         else:
-            line = sum(nn.functional.cross_entropy(out[k][real], wanted[...,i][real]) for i,k in enumerate(HEADS))
-            operation = nn.functional.cross_entropy(out['operation'], targets['operation'])
-        error = ((out['reconstruction']-targets['sensors'])**2*there).sum()/there.sum().clamp_min(1)
-        return line + self.operation*operation + self.reconstruction*error + self.numbers*self.number_error(out, targets)
+            line = sum(
+                nn.functional.cross_entropy(out[k][real], wanted[..., i][real])
+                for i, k in enumerate(HEADS)
+            )
+            operation = nn.functional.cross_entropy(out["operation"], targets["operation"])
+        error = (
+            (out["reconstruction"] - targets["sensors"]) ** 2 * there
+        ).sum() / there.sum().clamp_min(1)
+        return (
+            line
+            + self.operation * operation
+            + self.reconstruction * error
+            + self.numbers * self.number_error(out, targets)
+        )
+
     def number_error(self, out, targets):
         "Huber's loss of the regressed numbers, over the letters that a line has."
-        if 'numbers' not in out: return 0.
-        said,true = out['numbers'],targets['numbers']; there = true.isfinite()
-        return (nn.functional.smooth_l1_loss(said, true.nan_to_num(0.), reduction='none')*there).sum()/there.sum().clamp_min(1)
+        if "numbers" not in out:
+            return 0.0
+        said, true = out["numbers"], targets["numbers"]
+        there = true.isfinite()
+        return (
+            nn.functional.smooth_l1_loss(said, true.nan_to_num(0.0), reduction="none") * there
+        ).sum() / there.sum().clamp_min(1)

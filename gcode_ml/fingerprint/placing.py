@@ -9,8 +9,10 @@ __all__ = ['line_shape', 'Reading', 'Placer', 'build_placer', 'place_windows', '
            'simple_windows', 'window_outcomes', 'score_windows', 'none_of_the_library', 'path_errors']
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #0bf87dbe
-import numpy as np, pandas as pd
 from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
@@ -19,9 +21,17 @@ from sklearn.impute import SimpleImputer
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
+
 from ..core.baselines import TimeLookup, baseline, window_statistics
 from ..core.metrics import bootstrap_interval, vote
-from .align import GaussianEmission, ProgramChains, ProgramLibrary, StreamAligner, posterior, trailing_features
+from gcode_ml.fingerprint.align import (
+    GaussianEmission,
+    ProgramChains,
+    ProgramLibrary,
+    StreamAligner,
+    posterior,
+    trailing_features,
+)
 from .clocks import ClockTable, clock_table
 from .data import align_channels, modality, programs
 from .emission import NetworkEmission, RowFeatures
@@ -29,327 +39,650 @@ from .templates import ProgramTemplates, program_templates, whole_pieces
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #82e48c1c
 def line_shape(
-    text:str, # A line of G-code
-)->str: # For instance `G1 X Y`
+    text: str,  # A line of G-code
+) -> str:  # For instance `G1 X Y`
     "G words and letters of a line."
-    return ' '.join(w if w[0] in 'GM' else w[0] for w in text.split())
+    return " ".join(w if w[0] in "GM" else w[0] for w in text.split())
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #57f0c570
 @dataclass
 class Reading:
     "How scores become probabilities."
-    network:float=8. # Temperature of the network's score
-    filter:float=float('inf') # And of the filter's; infinite: it is not asked
-    spread:float=0. # Standard deviation of the place, seconds
+
+    network: float = 8.0  # Temperature of the network's score
+    filter: float = float("inf")  # And of the filter's; infinite: it is not asked
+    spread: float = 0.0  # Standard deviation of the place, seconds
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #789e685b
 @patch
-def score(self:Reading,
-    network, # Score of each state, `[...,N]`
-    filter=0., # And that of the filter
-)->np.ndarray: # `[...,N]`
+def score(
+    self: Reading,
+    network,  # Score of each state, `[...,N]`
+    filter=0.0,  # And that of the filter
+) -> np.ndarray:  # `[...,N]`
     "Logarithm of the probability of each state, but for a constant."
-    return network/self.network+filter/self.filter
+    return network / self.network + filter / self.filter
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #ed9ad89b
 @patch
-def places(self:Reading,
-    library:ProgramLibrary, # The states
-    score, # Of `score`, `[...,N]`
-)->np.ndarray: # `[...,N]`
+def places(
+    self: Reading,
+    library: ProgramLibrary,  # The states
+    score,  # Of `score`, `[...,N]`
+) -> np.ndarray:  # `[...,N]`
     "Probability of each state, spread over the seconds by which the clocks differ."
     parts = np.split(posterior(score), np.cumsum(library.lengths)[:-1], axis=-1)
-    return np.concatenate([gaussian_filter1d(q, self.spread/library.step, axis=-1, mode='reflect') for q in parts], -1) if self.spread else np.concatenate(parts, -1)
+    return (
+        np.concatenate(
+            [
+                gaussian_filter1d(q, self.spread / library.step, axis=-1, mode="reflect")
+                for q in parts
+            ],
+            -1,
+        )
+        if self.spread
+        else np.concatenate(parts, -1)
+    )
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #0e3ce8c9
 @dataclass
 class Placer:
     "Everything that places a recording in a library."
-    library:ProgramLibrary # Programs as states
-    features:RowFeatures # What the network reads
-    emission:NetworkEmission # The network
-    operations:list # Names of the network's operations
-    program_of:list # Program of each operation, its number in the library
-    table:ClockTable # Lines by the clock
-    templates:ProgramTemplates=None # Of the matched filter; none: the network alone
-    piece:Reading=field(default_factory=Reading) # Of pieces, both readers
-    network:Reading=field(default_factory=Reading) # Of pieces, the network alone
-    filter:Reading=field(default_factory=lambda: Reading(float('inf'), 16., 1.)) # Of pieces, the filter alone
-    least:float=-float('inf') # Network's score a row below which the day is foreign
-    levels:tuple=(-np.inf,np.inf) # Lowest and highest level of each sensor of the motion in training, `[C]` each
-    whole:float=32. # Temperature of the network's score of whole recordings
+
+    library: ProgramLibrary  # Programs as states
+    features: RowFeatures  # What the network reads
+    emission: NetworkEmission  # The network
+    operations: list  # Names of the network's operations
+    program_of: list  # Program of each operation, its number in the library
+    table: ClockTable  # Lines by the clock
+    templates: ProgramTemplates = None  # Of the matched filter; none: the network alone
+    piece: Reading = field(default_factory=Reading)  # Of pieces, both readers
+    network: Reading = field(default_factory=Reading)  # Of pieces, the network alone
+    filter: Reading = field(
+        default_factory=lambda: Reading(float("inf"), 16.0, 1.0)
+    )  # Of pieces, the filter alone
+    least: float = -float("inf")  # Network's score a row below which the day is foreign
+    levels: tuple = (
+        -np.inf,
+        np.inf,
+    )  # Lowest and highest level of each sensor of the motion in training, `[C]` each
+    whole: float = 32.0  # Temperature of the network's score of whole recordings
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #42c1962b
 def build_placer(
-    learn, # Fitted, of `emission_recipe`
-    emission:NetworkEmission, # Of `network_emission`
-    size:int=64, # Rows of a piece
-)->Placer: # Calibrated on the runs that were set aside
+    learn,  # Fitted, of `emission_recipe`
+    emission: NetworkEmission,  # Of `network_emission`
+    size: int = 64,  # Rows of a piece
+) -> Placer:  # Calibrated on the runs that were set aside
     "A placer of a fitted network."
-    of = programs(learn.inner+learn.held); known = {of[n]: i for i,n in enumerate(learn.library.names)}
-    kinds = {modality(c) for c in learn.features.scale.channels} & {'acceleration','rotation','magnetic'}
-    templates = program_templates(learn.library, [learn.placed[r.name] for r in learn.inner], sorted(kinds)) if kinds else None
-    levels = np.concatenate([_levels(learn.features, r, *_overlapping(len(r), size)) for r in learn.inner]); low,high = np.nanmin(levels, 0, initial=np.inf),np.nanmax(levels, 0, initial=-np.inf)
-    placer = Placer(learn.library, learn.features, emission, learn.operations, [known[of[o]] for o in learn.operations], clock_table(learn.inner+learn.held), templates, levels=(low-.1*(high-low),high+.1*(high-low)))
+    of = programs(learn.inner + learn.held)
+    known = {of[n]: i for i, n in enumerate(learn.library.names)}
+    kinds = {modality(c) for c in learn.features.scale.channels} & {
+        "acceleration",
+        "rotation",
+        "magnetic",
+    }
+    templates = (
+        program_templates(learn.library, [learn.placed[r.name] for r in learn.inner], sorted(kinds))
+        if kinds
+        else None
+    )
+    levels = np.concatenate(
+        [_levels(learn.features, r, *_overlapping(len(r), size)) for r in learn.inner]
+    )
+    low, high = np.nanmin(levels, 0, initial=np.inf), np.nanmax(levels, 0, initial=-np.inf)
+    placer = Placer(
+        learn.library,
+        learn.features,
+        emission,
+        learn.operations,
+        [known[of[o]] for o in learn.operations],
+        clock_table(learn.inner + learn.held),
+        templates,
+        levels=(low - 0.1 * (high - low), high + 0.1 * (high - low)),
+    )
     return placer.calibrate(learn.held, size)
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #e8f21e54
 def _overlapping(rows, size):
     "First rows, and last ones and one, of pieces that overlap by half."
-    start = np.arange(0, max(rows-size, 0)+1, max(size//2, 1)); return start,np.minimum(start+size, rows)
+    start = np.arange(0, max(rows - size, 0) + 1, max(size // 2, 1))
+    return start, np.minimum(start + size, rows)
+
 
 def _levels(features, recording, start, stop):
     "Mean of each sensor of the motion in each window, `[W,C]`; NaN where it is missing."
-    rows = align_channels(recording, [c for c,m in zip(features.scale.channels, features.motion) if m])
-    return np.stack([rows[a:b].mean(0) for a,b in zip(start, stop)])
+    rows = align_channels(
+        recording, [c for c, m in zip(features.scale.channels, features.motion) if m]
+    )
+    return np.stack([rows[a:b].mean(0) for a, b in zip(start, stop)])
+
 
 def _network_scores(placer, recording, start, stop):
     "The network's scores of windows, `[W,N]`, and its log-probabilities of the operation, mean over their rows, `[W,K]`."
-    logp,_,operation = placer.emission.both(placer.features(recording))
-    return np.stack([placer.library.match(logp[a:b], recording.time[a:b]) for a,b in zip(start, stop)]), np.stack([operation[a:b].mean(0) for a,b in zip(start, stop)])
+    logp, _, operation = placer.emission.both(placer.features(recording))
+    return np.stack(
+        [placer.library.match(logp[a:b], recording.time[a:b]) for a, b in zip(start, stop)]
+    ), np.stack([operation[a:b].mean(0) for a, b in zip(start, stop)])
+
 
 def _filter_scores(placer, recording, start, stop):
     "The filter's scores of windows, `[W,N]`; zero where there is none."
-    if placer.templates is None: return np.zeros((len(start), len(placer.library)))
+    if placer.templates is None:
+        return np.zeros((len(start), len(placer.library)))
     rows = align_channels(recording, placer.templates.channels)
-    return np.stack([placer.templates.match(rows[a:b], recording.time[a:b]) for a,b in zip(start, stop)])
+    return np.stack(
+        [placer.templates.match(rows[a:b], recording.time[a:b]) for a, b in zip(start, stop)]
+    )
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #e4b3337a
 def _held_scores(placer, held, size):
     "Scores of both readers for pieces of runs, and the numbers of their true texts (-1: no such text)."
-    number = {t: i for i,t in enumerate(placer.library.texts)}; network,matched,true = [],[],[]
+    number = {t: i for i, t in enumerate(placer.library.texts)}
+    network, matched, true = [], [], []
     for r in held:
-        start,stop = _overlapping(len(r), size)
-        network.append(_network_scores(placer, r, start, stop)[0]); matched.append(_filter_scores(placer, r, start, stop)); true += [number.get(r.texts[a+(b-a)//2], -1) for a,b in zip(start, stop)]
+        start, stop = _overlapping(len(r), size)
+        network.append(_network_scores(placer, r, start, stop)[0])
+        matched.append(_filter_scores(placer, r, start, stop))
+        true += [number.get(r.texts[a + (b - a) // 2], -1) for a, b in zip(start, stop)]
     return np.concatenate(network), np.concatenate(matched), np.array(true)
+
 
 def _most_likely(library, readings, network, matched, true):
     "The reading with which the true texts are most probable, mean of logarithms; 0.001 is added to each."
-    def value(r): v = r.places(library, r.score(network, matched))@library.text_votes; return np.log(1e-3+np.where(true < 0, 0., v[np.arange(len(true)),true])).mean()
+
+    def value(r):
+        v = r.places(library, r.score(network, matched)) @ library.text_votes
+        return np.log(1e-3 + np.where(true < 0, 0.0, v[np.arange(len(true)), true])).mean()
+
     return max(readings, key=value)
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #bde6d585
 @patch
-def calibrate(self:Placer,
-    held:list, # Runs that neither the network nor the templates have seen
-    size:int=64, # Rows of a piece
-    temperatures=(4.,8.,16.,32.,64.), spreads=(0.,.5,1.,2.), # Tried
-)->Placer: # Itself
+def calibrate(
+    self: Placer,
+    held: list,  # Runs that neither the network nor the templates have seen
+    size: int = 64,  # Rows of a piece
+    temperatures=(4.0, 8.0, 16.0, 32.0, 64.0),
+    spreads=(0.0, 0.5, 1.0, 2.0),  # Tried
+) -> Placer:  # Itself
     "Temperatures, spreads, and the score below which the network is not believed."
-    if not held: return self
-    scores,inf = _held_scores(self, held, size),[float('inf')]
-    def best(a, b, s=spreads, found=scores): return _most_likely(self.library, [Reading(x, y, z) for x in a for y in b for z in s], *found)
+    if not held:
+        return self
+    scores, inf = _held_scores(self, held, size), [float("inf")]
+
+    def best(a, b, s=spreads, found=scores):
+        return _most_likely(
+            self.library, [Reading(x, y, z) for x in a for y in b for z in s], *found
+        )
+
     self.network = self.piece = best(temperatures, inf)
-    if self.templates is not None: self.piece,self.filter,self.least = best(temperatures, temperatures),best(inf, temperatures),float(np.median(scores[0].max(1)))/size/2
-    self.whole = best(temperatures, inf, (0.,), _held_scores(self, held, 10**6)).network
+    if self.templates is not None:
+        self.piece, self.filter, self.least = (
+            best(temperatures, temperatures),
+            best(inf, temperatures),
+            float(np.median(scores[0].max(1))) / size / 2,
+        )
+    self.whole = best(temperatures, inf, (0.0,), _held_scores(self, held, 10**6)).network
     return self
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #24de38c2
 @patch
-def strangeness(self:Placer,
-    recording, # A test run
-    start, # First row of each window, `[W]`
-    stop, # Last row and one, `[W]`
-    network, # The network's scores, `[W,N]`
-)->tuple: # Score a row of the best place, and share of the sensors at levels unknown in training, `[W]` each
+def strangeness(
+    self: Placer,
+    recording,  # A test run
+    start,  # First row of each window, `[W]`
+    stop,  # Last row and one, `[W]`
+    network,  # The network's scores, `[W,N]`
+) -> tuple:  # Score a row of the best place, and share of the sensors at levels unknown in training, `[W]` each
     "What tells a foreign day."
-    level = _levels(self.features, recording, start, stop); there = np.isfinite(level); low,high = self.levels
-    return network.max(1)/(np.asarray(stop)-start), ((level < low) | (level > high)).sum(1)/there.sum(1).clip(1)
+    level = _levels(self.features, recording, start, stop)
+    there = np.isfinite(level)
+    low, high = self.levels
+    return network.max(1) / (np.asarray(stop) - start), ((level < low) | (level > high)).sum(
+        1
+    ) / there.sum(1).clip(1)
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #036a5cee
 @patch
-def operation(self:Placer,
-    program, # Probability of each program, `[...,P]`
-    logits, # Mean log-probability of each operation, `[...,K]`
-)->np.ndarray: # `[...,K]`
+def operation(
+    self: Placer,
+    program,  # Probability of each program, `[...,P]`
+    logits,  # Mean log-probability of each operation, `[...,K]`
+) -> np.ndarray:  # `[...,K]`
     "Probability of each operation."
-    p = posterior(logits); of = np.array(self.program_of); same = of[:,None] == of
-    return np.asarray(program, float)[...,of]*p/(p@same).clip(1e-12)
+    p = posterior(logits)
+    of = np.array(self.program_of)
+    same = of[:, None] == of
+    return np.asarray(program, float)[..., of] * p / (p @ same).clip(1e-12)
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #c2be6c1b
 def place_windows(
-    placer:Placer, # A fitted one
-    recording, # A test run
-    start, # First row of each window, `[W]`
-    stop, # Last row and one, `[W]`
-    readers:bool=False, # Also what each reader says by itself: `text_network`, `operation_network`, `text_matched_filter`, `operation_matched_filter`
-)->pd.DataFrame: # One row a window: text and shape with probabilities, program, operation, seconds, fit, foreign
+    placer: Placer,  # A fitted one
+    recording,  # A test run
+    start,  # First row of each window, `[W]`
+    stop,  # Last row and one, `[W]`
+    readers: bool = False,  # Also what each reader says by itself: `text_network`, `operation_network`, `text_matched_filter`, `operation_matched_filter`
+) -> (
+    pd.DataFrame
+):  # One row a window: text and shape with probabilities, program, operation, seconds, fit, foreign
     "What windows say that know nothing but their own rows; `fit` is the network's log-likelihood ratio a row at its best place; see `strangeness` for `foreign`."
-    lib = placer.library; network,head = _network_scores(placer, recording, start, stop); matched = _filter_scores(placer, recording, start, stop)
-    fit,strange = placer.strangeness(recording, start, stop, network); foreign = (fit < placer.least) | (strange > .2)
-    p = np.where(foreign[:,None], *(r.places(lib, r.score(network, matched)) for r in (placer.filter, placer.piece)))
-    text = p@lib.text_votes; shapes,group = np.unique([line_shape(t) for t in lib.texts], return_inverse=True)
-    shape = text@csr_matrix((np.ones(len(group)), (np.arange(len(group)), group)))
-    program = np.add.reduceat(p, lib.first, axis=1); o = placer.operation(program, head); own = p*(lib.program == program.argmax(1)[:,None]); names = np.array(placer.operations, object)
-    said = pd.DataFrame(dict(text_said=lib.texts[text.argmax(1)], text_probability=text.max(1), shape_said=shapes[shape.argmax(1)], program_said=np.array(lib.names, object)[program.argmax(1)],
-        program_probability=program.max(1), operation_said=names[o.argmax(1)], operation_probability=o.max(1), seconds_said=own@lib.seconds/own.sum(1), fit=fit, foreign=foreign))
-    for name,reading in dict(network=placer.network, matched_filter=placer.filter).items() if readers else ():
+    lib = placer.library
+    network, head = _network_scores(placer, recording, start, stop)
+    matched = _filter_scores(placer, recording, start, stop)
+    fit, strange = placer.strangeness(recording, start, stop, network)
+    foreign = (fit < placer.least) | (strange > 0.2)
+    p = np.where(
+        foreign[:, None],
+        *(r.places(lib, r.score(network, matched)) for r in (placer.filter, placer.piece)),
+    )
+    text = p @ lib.text_votes
+    shapes, group = np.unique([line_shape(t) for t in lib.texts], return_inverse=True)
+    shape = text @ csr_matrix((np.ones(len(group)), (np.arange(len(group)), group)))
+    program = np.add.reduceat(p, lib.first, axis=1)
+    o = placer.operation(program, head)
+    own = p * (lib.program == program.argmax(1)[:, None])
+    names = np.array(placer.operations, object)
+    said = pd.DataFrame(
+        dict(
+            text_said=lib.texts[text.argmax(1)],
+            text_probability=text.max(1),
+            shape_said=shapes[shape.argmax(1)],
+            program_said=np.array(lib.names, object)[program.argmax(1)],
+            program_probability=program.max(1),
+            operation_said=names[o.argmax(1)],
+            operation_probability=o.max(1),
+            seconds_said=own @ lib.seconds / own.sum(1),
+            fit=fit,
+            foreign=foreign,
+        )
+    )
+    for name, reading in (
+        dict(network=placer.network, matched_filter=placer.filter).items() if readers else ()
+    ):
         q = reading.places(lib, reading.score(network, matched))
-        said[f'text_{name}'],said[f'operation_{name}'] = lib.texts[(q@lib.text_votes).argmax(1)],names[placer.operation(np.add.reduceat(q, lib.first, axis=1), head).argmax(1)]
+        said[f"text_{name}"], said[f"operation_{name}"] = (
+            lib.texts[(q @ lib.text_votes).argmax(1)],
+            names[placer.operation(np.add.reduceat(q, lib.first, axis=1), head).argmax(1)],
+        )
     return said
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #31fb00ed
 class MotionFeatures(RowFeatures):
     "Statistics of the motion alone, NaN where they are missing."
+
     def statistics(self, rows, width=None):
         "Statistics of the last rows, `[T,3C]`."
-        return trailing_features(rows[:,np.array(self.motion)], self.width)
+        return trailing_features(rows[:, np.array(self.motion)], self.width)
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #a5f3ff36
 def gaussian_placer(
-    learn, # Of `emission_recipe`; it need not be fitted
-    size:int=64, # Rows of a piece
-)->Placer: # Calibrated on the runs that were set aside
+    learn,  # Of `emission_recipe`; it need not be fitted
+    size: int = 64,  # Rows of a piece
+) -> Placer:  # Calibrated on the runs that were set aside
     "The placer of a recipe with normal distributions in place of the network."
-    of = programs(learn.inner+learn.held); library = learn.library; features = MotionFeatures(**vars(learn.features))
-    rows = lambda runs: ([features(r) for r in runs], [library.states(learn.placed[r.name], next(n for n in library.names if of[n] == of[r.operation])) for r in runs])
+    of = programs(learn.inner + learn.held)
+    library = learn.library
+    features = MotionFeatures(**vars(learn.features))
+
+    def rows(runs):
+        return (
+            [features(r) for r in runs],
+            [
+                library.states(
+                    learn.placed[r.name], next(n for n in library.names if of[n] == of[r.operation])
+                )
+                for r in runs
+            ],
+        )
+
     emission = GaussianEmission(library).fit(*rows(learn.inner))
-    if learn.held: emission.calibrate(*rows(learn.held))
-    emission.both = lambda x: (*emission.log_probabilities(x), np.zeros((len(x), len(learn.operations))))
-    known = {of[n]: i for i,n in enumerate(library.names)}; table = clock_table(learn.inner+learn.held)
-    return Placer(library, features, emission, learn.operations, [known[of[o]] for o in learn.operations], table).calibrate(learn.held, size, 2.**np.arange(-4, 7))
+    if learn.held:
+        emission.calibrate(*rows(learn.held))
+    emission.both = lambda x: (
+        *emission.log_probabilities(x),
+        np.zeros((len(x), len(learn.operations))),
+    )
+    known = {of[n]: i for i, n in enumerate(library.names)}
+    table = clock_table(learn.inner + learn.held)
+    return Placer(
+        library,
+        features,
+        emission,
+        learn.operations,
+        [known[of[o]] for o in learn.operations],
+        table,
+    ).calibrate(learn.held, size, 2.0 ** np.arange(-4, 7))
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #051cb548
 def _whole_scores(placer, recording, size, reach):
     "Scores of the pieces of a recording along the library, after each piece and after all; whether the day was foreign; and the program near the clock."
-    lib,time = placer.library,recording.time; start,stop = whole_pieces(len(time), size); middle = time[start+(stop-start)//2]
-    network,matched = _network_scores(placer, recording, start, stop)[0],_filter_scores(placer, recording, start, stop); fit,strange = placer.strangeness(recording, start, stop, network)
+    lib, time = placer.library, recording.time
+    start, stop = whole_pieces(len(time), size)
+    middle = time[start + (stop - start) // 2]
+    network, matched = (
+        _network_scores(placer, recording, start, stop)[0],
+        _filter_scores(placer, recording, start, stop),
+    )
+    fit, strange = placer.strangeness(recording, start, stop, network)
+
     def added(n, row):
-        foreign = np.median(fit[:n]) < placer.least or np.median(strange[:n]) > .2; near = abs(lib.seconds-(middle[row]-time[0])) <= reach
-        score = lib.match((placer.filter if foreign else placer.piece).score(network[:n], matched[:n]), middle[:n], row)
-        return score, bool(foreign), np.add.reduceat(posterior(np.where(near, score, -np.inf)), lib.first)
-    k = len(start)//2; score,foreign,program = added(len(start), k)
-    return stop, [added(n, 0)[2] for n in range(1, len(start)+1)], score, middle[k], foreign, program
+        foreign = np.median(fit[:n]) < placer.least or np.median(strange[:n]) > 0.2
+        near = abs(lib.seconds - (middle[row] - time[0])) <= reach
+        score = lib.match(
+            (placer.filter if foreign else placer.piece).score(network[:n], matched[:n]),
+            middle[:n],
+            row,
+        )
+        return (
+            score,
+            bool(foreign),
+            np.add.reduceat(posterior(np.where(near, score, -np.inf)), lib.first),
+        )
+
+    k = len(start) // 2
+    score, foreign, program = added(len(start), k)
+    return (
+        stop,
+        [added(n, 0)[2] for n in range(1, len(start) + 1)],
+        score,
+        middle[k],
+        foreign,
+        program,
+    )
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #101e22c7
 def place_rows(
-    placer:Placer, # A fitted one
-    recording, # A test run
-    lag=None, # Also a stream that may wait so many rows
-    size:int=64, # Rows of a piece
-    reach:float=10., # How far the clocks of sensors and program may differ, seconds
-)->pd.DataFrame: # One row a row
+    placer: Placer,  # A fitted one
+    recording,  # A test run
+    lag=None,  # Also a stream that may wait so many rows
+    size: int = 64,  # Rows of a piece
+    reach: float = 10.0,  # How far the clocks of sensors and program may differ, seconds
+) -> pd.DataFrame:  # One row a row
     "What is said of each row of a recording, with the start known and unknown."
-    lib = placer.library; logp,background,operation = placer.emission.both(placer.features(recording)); time = recording.time; n = np.arange(1, len(time)+1)[:,None]
-    stop,after,score,middle,foreign,program = _whole_scores(placer, recording, size, reach); whole = placer.operation(program, operation.mean(0)); head = np.cumsum(operation, 0)/n
-    complete = np.searchsorted(stop, n[:,0], side='right'); so_far = np.where((complete > 0)[:,None], placer.operation(np.stack(after)[complete-1], head), posterior(head))
-    parts = dict(known_start=_by_clock(placer, whole, time), known_start_stream=_by_clock(placer, so_far, time))
-    logp,background = logp/placer.whole,background/placer.whole; chains = ProgramChains(lib.lengths, lib.step)
-    parts |= {k: lib.describe(*v) for k,v in zip(('unknown_start','forward'), _both_ways(chains, logp, background, time))}
-    parts['one_pace'] = lib.describe(_carried(lib, (placer.filter if foreign else placer.piece).places(lib, score), time-middle), np.zeros(len(time)))
-    if foreign: parts['unknown_start'] = parts['one_pace']
-    if lag is not None: parts[f'lag_{lag}'] = lib.describe(*_with_lag(placer, recording, chains, lag))
-    table = pd.concat({k: v[['text','text_probability']+[c for c in ('seconds','none') if c in v]].add_prefix(f'{k}_') for k,v in parts.items()}, axis=1).droplevel(0, axis=1)
-    return table.assign(operation_said=np.array(placer.operations, object)[whole.argmax()], program_said=parts['unknown_start'].program, foreign=foreign)
+    lib = placer.library
+    logp, background, operation = placer.emission.both(placer.features(recording))
+    time = recording.time
+    n = np.arange(1, len(time) + 1)[:, None]
+    stop, after, score, middle, foreign, program = _whole_scores(placer, recording, size, reach)
+    whole = placer.operation(program, operation.mean(0))
+    head = np.cumsum(operation, 0) / n
+    complete = np.searchsorted(stop, n[:, 0], side="right")
+    so_far = np.where(
+        (complete > 0)[:, None],
+        placer.operation(np.stack(after)[complete - 1], head),
+        posterior(head),
+    )
+    parts = dict(
+        known_start=_by_clock(placer, whole, time),
+        known_start_stream=_by_clock(placer, so_far, time),
+    )
+    logp, background = logp / placer.whole, background / placer.whole
+    chains = ProgramChains(lib.lengths, lib.step)
+    parts |= {
+        k: lib.describe(*v)
+        for k, v in zip(("unknown_start", "forward"), _both_ways(chains, logp, background, time))
+    }
+    parts["one_pace"] = lib.describe(
+        _carried(
+            lib, (placer.filter if foreign else placer.piece).places(lib, score), time - middle
+        ),
+        np.zeros(len(time)),
+    )
+    if foreign:
+        parts["unknown_start"] = parts["one_pace"]
+    if lag is not None:
+        parts[f"lag_{lag}"] = lib.describe(*_with_lag(placer, recording, chains, lag))
+    table = pd.concat(
+        {
+            k: v[
+                ["text", "text_probability"] + [c for c in ("seconds", "none") if c in v]
+            ].add_prefix(f"{k}_")
+            for k, v in parts.items()
+        },
+        axis=1,
+    ).droplevel(0, axis=1)
+    return table.assign(
+        operation_said=np.array(placer.operations, object)[whole.argmax()],
+        program_said=parts["unknown_start"].program,
+        foreign=foreign,
+    )
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #e79703de
 def _by_clock(placer, operation, time):
     "Text and its probability from the table of the clock."
-    weights = np.zeros((len(time), len(placer.table.operations))); weights[:,[placer.table.operations.index(o) for o in placer.operations]] = operation
-    v = placer.table.votes(time, weights); best = np.asarray(v.argmax(1)).ravel()
-    return pd.DataFrame(dict(text=placer.table.texts[best], text_probability=np.asarray(v[np.arange(len(time)),best]).ravel()))
+    weights = np.zeros((len(time), len(placer.table.operations)))
+    weights[:, [placer.table.operations.index(o) for o in placer.operations]] = operation
+    v = placer.table.votes(time, weights)
+    best = np.asarray(v.argmax(1)).ravel()
+    return pd.DataFrame(
+        dict(
+            text=placer.table.texts[best],
+            text_probability=np.asarray(v[np.arange(len(time)), best]).ravel(),
+        )
+    )
+
 
 def _carried(library, p, seconds):
     "From the places of one moment `[N]` to those of rows so many seconds later, `[T,N]`, at the library's pace."
-    first = np.repeat(library.first, library.lengths); last = first+np.repeat(library.lengths, library.lengths)-1; shift = np.rint(seconds/library.step).astype(int)
-    return np.stack([np.bincount((np.arange(len(library))+s).clip(first, last), p, len(library)) for s in shift]).astype('float32')
+    first = np.repeat(library.first, library.lengths)
+    last = first + np.repeat(library.lengths, library.lengths) - 1
+    shift = np.rint(seconds / library.step).astype(int)
+    return np.stack(
+        [
+            np.bincount((np.arange(len(library)) + s).clip(first, last), p, len(library))
+            for s in shift
+        ]
+    ).astype("float32")
+
 
 def _both_ways(chains, logp, background, time):
     "Posterior of each row from all rows, and from the rows up to it; the forward pass is made once."
-    steps,_ = chains._filter(logp, background, np.diff(time)); back = list(chains._smooth(steps))[::-1]
-    return [(np.array([chains._gather(a)[0] for a,_ in part], 'float32'), np.array([n for _,n in part])) for part in (back, [s[:2] for s in steps])]
+    steps, _ = chains._filter(logp, background, np.diff(time))
+    back = list(chains._smooth(steps))[::-1]
+    return [
+        (
+            np.array([chains._gather(a)[0] for a, _ in part], "float32"),
+            np.array([n for _, n in part]),
+        )
+        for part in (back, [s[:2] for s in steps])
+    ]
+
 
 def _with_lag(placer, recording, chains, lag):
     "Posterior of each row from the rows up to `lag` later, by the stream itself."
     rows = placer.features.scale.apply(align_channels(recording, placer.features.scale.channels))
-    emission = NetworkEmission(placer.emission.network, np.exp(placer.emission.prior), placer.whole, placer.emission.offset/placer.whole)
-    stream = StreamAligner(placer.library, emission, chains, placer.features.width, lag, placer.features.statistics)
-    answers = [a for x,t in zip(rows, recording.time) if (a := stream.step(x, t)) is not None]+stream.finish()
-    return np.array([p for p,_ in answers]), np.array([n for _,n in answers])
+    emission = NetworkEmission(
+        placer.emission.network,
+        np.exp(placer.emission.prior),
+        placer.whole,
+        placer.emission.offset / placer.whole,
+    )
+    stream = StreamAligner(
+        placer.library, emission, chains, placer.features.width, lag, placer.features.statistics
+    )
+    answers = [
+        a for x, t in zip(rows, recording.time) if (a := stream.step(x, t)) is not None
+    ] + stream.finish()
+    return np.array([p for p, _ in answers]), np.array([n for _, n in answers])
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #82eb4422
 def simple_windows(
-    features, # Statistics of every window, `[N,F]`
-    data, # `LineWindows`
-    train, # Training windows
-    test, # Test windows
-    of:dict, # Program of each operation
-    seed:int=0, # Seed of the trees
-)->pd.DataFrame: # One row a test window
+    features,  # Statistics of every window, `[N,F]`
+    data,  # `LineWindows`
+    train,  # Training windows
+    test,  # Test windows
+    of: dict,  # Program of each operation
+    seed: int = 0,  # Seed of the trees
+) -> pd.DataFrame:  # One row a test window
     "What tables and simple methods say."
-    operation = np.array(data.operations)[data.labels]; known = set(operation[train])
-    other = {o: o if o in known else next((k for k in sorted(known) if of[k] == of[o]), '') for o in set(operation)}
+    operation = np.array(data.operations)[data.labels]
+    known = set(operation[train])
+    other = {
+        o: o if o in known else next((k for k in sorted(known) if of[k] == of[o]), "")
+        for o in set(operation)
+    }
     rows = [data.recordings[i] for i in np.unique(data.recording[train])]
-    lookup = TimeLookup().fit(*[np.concatenate(v) for v in zip(*[(r.time, r.texts.astype(str), [r.name]*len(r), [r.operation]*len(r)) for r in rows])])
-    asked = np.array([other[o] for o in operation[test]]); said = dict(text_lookup=np.where(asked == '', '', lookup.predict(data.times[test], asked)))
-    with threadpool_limits(1, user_api='openmp'):
-        nearest = baseline('nearest_neighbour', seed).fit(features[train], np.arange(len(train))).predict(features[test])
-        said |= dict(text_nearest_neighbour=data.texts[train][nearest], operation_nearest_neighbour=operation[train][nearest])
-        for k,time in _time_models(seed).items():
-            o = baseline(k, seed).fit(features[train], operation[train]).predict(features[test]); t = time.fit(features[train], data.times[train]).predict(features[test])
-            said |= {f'operation_{k}': o, f'text_{k}': lookup.predict(t, o)}
+    lookup = TimeLookup().fit(
+        *[
+            np.concatenate(v)
+            for v in zip(
+                *[
+                    (r.time, r.texts.astype(str), [r.name] * len(r), [r.operation] * len(r))
+                    for r in rows
+                ]
+            )
+        ]
+    )
+    asked = np.array([other[o] for o in operation[test]])
+    said = dict(text_lookup=np.where(asked == "", "", lookup.predict(data.times[test], asked)))
+    with threadpool_limits(1, user_api="openmp"):
+        nearest = (
+            baseline("nearest_neighbour", seed)
+            .fit(features[train], np.arange(len(train)))
+            .predict(features[test])
+        )
+        said |= dict(
+            text_nearest_neighbour=data.texts[train][nearest],
+            operation_nearest_neighbour=operation[train][nearest],
+        )
+        for k, time in _time_models(seed).items():
+            o = baseline(k, seed).fit(features[train], operation[train]).predict(features[test])
+            t = time.fit(features[train], data.times[train]).predict(features[test])
+            said |= {f"operation_{k}": o, f"text_{k}": lookup.predict(t, o)}
     return pd.DataFrame(said)
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #5fede005
 def _time_models(seed):
     "Regressions of the elapsed time."
-    return dict(extra_trees=make_pipeline(SimpleImputer(keep_empty_features=True), ExtraTreesRegressor(100, max_features=.3, min_samples_leaf=2, random_state=seed, n_jobs=1)),
-                hist_gradient_boosting=HistGradientBoostingRegressor(max_leaf_nodes=15, max_bins=63, max_features=.3, random_state=seed))
+    return dict(
+        extra_trees=make_pipeline(
+            SimpleImputer(keep_empty_features=True),
+            ExtraTreesRegressor(
+                100, max_features=0.3, min_samples_leaf=2, random_state=seed, n_jobs=1
+            ),
+        ),
+        hist_gradient_boosting=HistGradientBoostingRegressor(
+            max_leaf_nodes=15, max_bins=63, max_features=0.3, random_state=seed
+        ),
+    )
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #8ffe3f0e
 def window_outcomes(
-    placer:Placer, # A fitted one
-    data, # `LineWindows`
-    test, # Test windows
-    of:dict, # Program of each operation
-    readers:bool=False, # Also what each reader says by itself
-)->pd.DataFrame: # One row a test window
+    placer: Placer,  # A fitted one
+    data,  # `LineWindows`
+    test,  # Test windows
+    of: dict,  # Program of each operation
+    readers: bool = False,  # Also what each reader says by itself
+) -> pd.DataFrame:  # One row a test window
     "What is true of each window and what the placer says."
-    operation = np.array(data.operations)[data.labels[test]]; parts = []
-    name = {o: next((n for n in placer.library.names if of.get(n) == of[o]), '') for o in set(operation)}
+    operation = np.array(data.operations)[data.labels[test]]
+    parts = []
+    name = {
+        o: next((n for n in placer.library.names if of.get(n) == of[o]), "") for o in set(operation)
+    }
     for i in pd.unique(data.recording[test]):
-        w = np.asarray(test)[data.recording[test] == i]; parts.append(place_windows(placer, data.recordings[i], data.windows.start[w], data.windows.stop[w], readers))
-    truth = pd.DataFrame(dict(source=data.sources[test], row=data.middle[test], time=data.times[test], text=data.texts[test], operation=operation, program=[name[o] or of[o] for o in operation]))
+        w = np.asarray(test)[data.recording[test] == i]
+        parts.append(
+            place_windows(
+                placer, data.recordings[i], data.windows.start[w], data.windows.stop[w], readers
+            )
+        )
+    truth = pd.DataFrame(
+        dict(
+            source=data.sources[test],
+            row=data.middle[test],
+            time=data.times[test],
+            text=data.texts[test],
+            operation=operation,
+            program=[name[o] or of[o] for o in operation],
+        )
+    )
     return pd.concat([truth, pd.concat(parts, ignore_index=True)], axis=1)
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #ecf4aa65
 def score_windows(
-    outcomes:pd.DataFrame, # Of one split
-    split:str, # Its name
-    of:dict, # Program of each operation
-    seed:int=0, # Of the intervals
-)->pd.DataFrame: # Columns `name`, `measure`, `split`, `value`, `low`, `high`
+    outcomes: pd.DataFrame,  # Of one split
+    split: str,  # Its name
+    of: dict,  # Program of each operation
+    seed: int = 0,  # Of the intervals
+) -> pd.DataFrame:  # Columns `name`, `measure`, `split`, `value`, `low`, `high`
     "Text and shape at the middle row, program and operation, by window and by vote of a run, for every method."
-    o,rows = outcomes,[]; names = ['model']+[c[5:] for c in o if c.startswith('text_') and c not in ('text_said','text_probability')]
-    def column(kind, name): return o.get(f'{kind}_said' if name == 'model' else f'{kind}_{name}')
-    def row(name, measure, values, sources=o.source): rows.append(dict(name=name, measure=measure, split=split, **bootstrap_interval(np.asarray(values, float), sources, seed=seed).to_json()))
+    o, rows = outcomes, []
+    names = ["model"] + [
+        c[5:] for c in o if c.startswith("text_") and c not in ("text_said", "text_probability")
+    ]
+
+    def column(kind, name):
+        return o.get(f"{kind}_said" if name == "model" else f"{kind}_{name}")
+
+    def row(name, measure, values, sources=o.source):
+        rows.append(
+            dict(
+                name=name,
+                measure=measure,
+                split=split,
+                **bootstrap_interval(np.asarray(values, float), sources, seed=seed).to_json(),
+            )
+        )
+
     shapes = o.text.map(line_shape)
     for k in names:
-        text,operation = column('text', k),column('operation', k)
-        row(k, 'text at the middle row', text == o.text); row(k, 'shape at the middle row', (o.shape_said if k == 'model' else text.map(lambda t: line_shape(t) if t else '')) == shapes)
+        text, operation = column("text", k), column("operation", k)
+        row(k, "text at the middle row", text == o.text)
+        row(
+            k,
+            "shape at the middle row",
+            (o.shape_said if k == "model" else text.map(lambda t: line_shape(t) if t else ""))
+            == shapes,
+        )
         if operation is not None:
-            sources,said = vote(operation, o.source); _,true = vote(o.operation, o.source); program = o.program_said if k == 'model' else operation.map(of)
-            row(k, 'operation', operation == o.operation); row(k, 'operation, vote of a run', said == true, sources); row(k, 'program', program.map(of) == o.operation.map(of))
-            row(k, 'program, vote of a run', [of[a] == of[b] for a,b in zip(vote(program, o.source)[1], true)], sources)
+            sources, said = vote(operation, o.source)
+            _, true = vote(o.operation, o.source)
+            program = o.program_said if k == "model" else operation.map(of)
+            row(k, "operation", operation == o.operation)
+            row(k, "operation, vote of a run", said == true, sources)
+            row(k, "program", program.map(of) == o.operation.map(of))
+            row(
+                k,
+                "program, vote of a run",
+                [of[a] == of[b] for a, b in zip(vote(program, o.source)[1], true)],
+                sources,
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #3024a15f
 def none_of_the_library(
-    known:pd.DataFrame, # Outcomes of windows of known programs
-    unknown:pd.DataFrame, # And of a program that was left out
-)->dict: # `window` and `run`
+    known: pd.DataFrame,  # Outcomes of windows of known programs
+    unknown: pd.DataFrame,  # And of a program that was left out
+) -> dict:  # `window` and `run`
     "Area under the curve of the fit."
-    def area(a, b): return float(roc_auc_score(np.r_[np.ones(len(a)), np.zeros(len(b))], np.r_[a, b]))
-    return dict(window=area(known.fit, unknown.fit), run=area(*(o.groupby('source').fit.mean() for o in (known, unknown))))
+
+    def area(a, b):
+        return float(roc_auc_score(np.r_[np.ones(len(a)), np.zeros(len(b))], np.r_[a, b]))
+
+    return dict(
+        window=area(known.fit, unknown.fit),
+        run=area(*(o.groupby("source").fit.mean() for o in (known, unknown))),
+    )
 
 # %% ../../nbs/fingerprint/41_placing.ipynb #0fc00076
 def path_errors(
-    recording, # A test run with positions among the controller's columns, inches
-    train:list, # Training runs of its program
-    seconds, # Decoded second of each row, `[T]`
-)->pd.DataFrame: # Columns `x`, `y` (mm, true) and `off` (mm)
+    recording,  # A test run with positions among the controller's columns, inches
+    train: list,  # Training runs of its program
+    seconds,  # Decoded second of each row, `[T]`
+) -> pd.DataFrame:  # Columns `x`, `y` (mm, true) and `off` (mm)
     "Distance between the decoded and the true place of the tool."
-    true = 25.4*recording.controller[['posx','posy']].to_numpy(float)
-    grid = np.median([[np.interp(seconds, r.time, 25.4*r.controller[c].to_numpy(float)) for c in ('posx','posy')] for r in train], 0).T
-    keep = recording.controller.get('unit', pd.Series(np.zeros(len(true)))).to_numpy() == 0
-    return pd.DataFrame(dict(x=true[:,0], y=true[:,1], off=np.hypot(*(grid-true).T)))[keep]
+    true = 25.4 * recording.controller[["posx", "posy"]].to_numpy(float)
+    grid = np.median(
+        [
+            [
+                np.interp(seconds, r.time, 25.4 * r.controller[c].to_numpy(float))
+                for c in ("posx", "posy")
+            ]
+            for r in train
+        ],
+        0,
+    ).T
+    keep = recording.controller.get("unit", pd.Series(np.zeros(len(true)))).to_numpy() == 0
+    return pd.DataFrame(dict(x=true[:, 0], y=true[:, 1], off=np.hypot(*(grid - true).T)))[keep]

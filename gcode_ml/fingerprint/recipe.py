@@ -10,290 +10,532 @@ __all__ = ['DEFAULTS', 'load_recordings', 'recording_groups', 'run_folds', 'Fold
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #a3314fb9
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.learner import Metric
 from torch import nn
+
 from ..core.audit import duplicate_rows
 from ..core.batch import Subset, dataloaders
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
 from ..core.learner import Learner, pick_device, set_seed
-from ..core.split import check_disjoint, group_holdout, group_kfold, join_sources, random_split
+from gcode_ml.core.split import (
+    check_disjoint,
+    group_holdout,
+    group_kfold,
+    join_sources,
+    random_split,
+)
 from ..core.training import training_options
-from .data import (ChannelScale, LineWindows, align_channels, check, fit_scale, modality, programs, read_recordings,
-                                       recording_files, select_channels)
+from gcode_ml.fingerprint.data import (
+    ChannelScale,
+    LineWindows,
+    align_channels,
+    fit_scale,
+    modality,
+    programs,
+    read_recordings,
+    recording_files,
+    select_channels,
+)
 from .evaluate import model_outcomes
 from .models import HEADS, GCodeFingerprinter, LineLoss, token_scores
-from .tokens import BOS, PAD, NumberScale, tokenizer as make_tokenizer, tokenizer_from_json
+from gcode_ml.fingerprint.tokens import (
+    BOS,
+    PAD,
+    NumberScale,
+    tokenizer_from_json,
+)
+from gcode_ml.fingerprint.tokens import (
+    tokenizer as make_tokenizer,
+)
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #d7ea6326
 def load_recordings(
-    data='', # Folder of recordings; simulated ones when empty
-    progress=None, # For instance `tqdm`
-    seed:int=0, # Seed of the simulation
-    runs:int=16, # Simulated runs of each operation
-    cache:str='', # Folder of a copy of recorded runs in one file, see `read_recordings`
-)->tuple: # Recordings, and what they are: `kind`, `folder`, `checksum`, `recordings`
+    data="",  # Folder of recordings; simulated ones when empty
+    progress=None,  # For instance `tqdm`
+    seed: int = 0,  # Seed of the simulation
+    runs: int = 16,  # Simulated runs of each operation
+    cache: str = "",  # Folder of a copy of recorded runs in one file, see `read_recordings`
+) -> tuple:  # Recordings, and what they are: `kind`, `folder`, `checksum`, `recordings`
     "Read the recordings of a run and say which they are."
-    if data: return _read(data, 'recorded', progress, cache)
+    if data:
+        return _read(data, "recorded", progress, cache)
     import tempfile
+
     from gcode_ml.fingerprint.simulate import simulate_recordings
+
     with tempfile.TemporaryDirectory() as folder:
         simulate_recordings(folder, runs=runs, seed=seed)
-        return _read(folder, 'simulated', progress)
+        return _read(folder, "simulated", progress)
 
-def _read(folder, kind, progress, cache=''):
+
+def _read(folder, kind, progress, cache=""):
     "Recordings and facts about them."
-    recordings,files = read_recordings(folder, progress, cache),recording_files(folder)
-    left_out = sorted({f.stem.removesuffix('_aligned') for f in files} - {r.name for r in recordings})
-    return recordings, dict(kind=kind, left_out=left_out, folder=Path(folder).name if kind == 'recorded' else '', checksum=checksum(files), recordings=len(recordings), rows=sum(map(len, recordings)))
+    recordings, files = read_recordings(folder, progress, cache), recording_files(folder)
+    left_out = sorted(
+        {f.stem.removesuffix("_aligned") for f in files} - {r.name for r in recordings}
+    )
+    return recordings, dict(
+        kind=kind,
+        left_out=left_out,
+        folder=Path(folder).name if kind == "recorded" else "",
+        checksum=checksum(files),
+        recordings=len(recordings),
+        rows=sum(map(len, recordings)),
+    )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #77c6fc08
 def recording_groups(
-    recordings:list, # Recordings
-)->np.ndarray: # Name of each recording's group
+    recordings: list,  # Recordings
+) -> np.ndarray:  # Name of each recording's group
     "Recordings that have rows in common belong to one group."
     channels = select_channels(recordings)
     found = duplicate_rows({r.name: align_channels(r, channels) for r in recordings})
-    return np.asarray(join_sources([r.name for r in recordings], [tuple(p[:2]) for p in found.details['pairs']]))
+    return np.asarray(
+        join_sources([r.name for r in recordings], [tuple(p[:2]) for p in found.details["pairs"]])
+    )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #8c5883da
 def run_folds(
-    recordings:list, # Recordings
-    folds:int=5, # Number of folds
-    seed:int=0, # Seed of the assignment
-)->list: # (training, test) recordings of each fold, as indices
+    recordings: list,  # Recordings
+    folds: int = 5,  # Number of folds
+    seed: int = 0,  # Seed of the assignment
+) -> list:  # (training, test) recordings of each fold, as indices
     "Folds of whole recordings, stratified by operation."
     groups = recording_groups(recordings)
     pairs = group_kfold(groups, [r.operation for r in recordings], folds, seed)
-    for train,test in pairs: check_disjoint(groups, train, test)
+    for train, test in pairs:
+        check_disjoint(groups, train, test)
     return pairs
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #e8fe14b7
 class FoldData:
     "Windows of all recordings, prepared with what the training recordings of a fold tell."
-    def __init__(self,
-        recordings:list, # All recordings
-        train, # Indices of those that schema, scale and vocabulary come from
-        tokenizer:str='lossless', # `lossless` or `bucket`
-        window:int=64, # Rows a window
-        stride:int=16, # Rows between windows
-        modalities='all', # Which modalities are inputs
-        shared:bool=False, # Only channels that every recording has
-        controller=(), # Controller columns among the inputs: answers, for controls only
-        numbers:str='digits', # How the model says numbers: `digits` alone, or `regressed` beside them
+
+    def __init__(
+        self,
+        recordings: list,  # All recordings
+        train,  # Indices of those that schema, scale and vocabulary come from
+        tokenizer: str = "lossless",  # `lossless` or `bucket`
+        window: int = 64,  # Rows a window
+        stride: int = 16,  # Rows between windows
+        modalities="all",  # Which modalities are inputs
+        shared: bool = False,  # Only channels that every recording has
+        controller=(),  # Controller columns among the inputs: answers, for controls only
+        numbers: str = "digits",  # How the model says numbers: `digits` alone, or `regressed` beside them
     ):
         known = [recordings[i] for i in train]
-        check_choice('parameter', 'numbers', numbers, ('digits','regressed'))
+        check_choice("parameter", "numbers", numbers, ("digits", "regressed"))
         self.channels = select_channels(known, modalities, shared, controller)
         self.scale = fit_scale([align_channels(r, self.channels) for r in known], self.channels)
         self.tokenizer = make_tokenizer(tokenizer, np.concatenate([r.texts for r in known]))
         self.operations = sorted({r.operation for r in recordings})
         arrays = [self.scale.apply(align_channels(r, self.channels)) for r in recordings]
-        self.numbers = NumberScale.fit(np.concatenate([r.texts for r in known])) if numbers == 'regressed' else None
-        self.windows = LineWindows(arrays, recordings, self.tokenizer, self.operations, window, stride, self.numbers)
-        self.window,self.stride = window,stride
+        self.numbers = (
+            NumberScale.fit(np.concatenate([r.texts for r in known]))
+            if numbers == "regressed"
+            else None
+        )
+        self.windows = LineWindows(
+            arrays, recordings, self.tokenizer, self.operations, window, stride, self.numbers
+        )
+        self.window, self.stride = window, stride
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #3ac6e149
 from fastcore.basics import patch
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #856bf2ad
 @patch
-def model_arguments(self:FoldData)->dict: # Arguments of `GCodeFingerprinter` that the data decides
+def model_arguments(
+    self: FoldData,
+) -> dict:  # Arguments of `GCodeFingerprinter` that the data decides
     "Channels by modality, parts of the tokens, number of operations."
     kinds = [modality(c) for c in self.channels]
-    groups = [[i for i,k in enumerate(kinds) if k == m] for m in dict.fromkeys(kinds)]
-    return dict(modalities=groups, parts=self.tokenizer.parts.tolist(), operations=len(self.operations), **(dict(numbers=len(self.numbers.letters)) if self.numbers else {}))
+    groups = [[i for i, k in enumerate(kinds) if k == m] for m in dict.fromkeys(kinds)]
+    return dict(
+        modalities=groups,
+        parts=self.tokenizer.parts.tolist(),
+        operations=len(self.operations),
+        **(dict(numbers=len(self.numbers.letters)) if self.numbers else {}),
+    )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #a72d7dfd
 @patch
-def preprocessing(self:FoldData)->dict: # JSON-able
+def preprocessing(self: FoldData) -> dict:  # JSON-able
     "State that turns a recording into inputs, for the bundle."
-    return dict(scale=vars(self.scale), tokenizer=self.tokenizer.to_json(), operations=self.operations, window=self.window, stride=self.stride, length=int(self.windows.tokens.shape[1]), **(dict(numbers=vars(self.numbers)) if self.numbers else {}))
+    return dict(
+        scale=vars(self.scale),
+        tokenizer=self.tokenizer.to_json(),
+        operations=self.operations,
+        window=self.window,
+        stride=self.stride,
+        length=int(self.windows.tokens.shape[1]),
+        **(dict(numbers=vars(self.numbers)) if self.numbers else {}),
+    )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #9b18ecdd
-DEFAULTS = dict(max_epochs=4, batch_size=32, learning_rate=1e-3, weight_decay=1e-2, schedule='one_cycle', clip=1., optimizer_options='betas: [0.9, 0.99], eps: 1e-5', decay_on='fastai')
+DEFAULTS = dict(
+    max_epochs=4,
+    batch_size=32,
+    learning_rate=1e-3,
+    weight_decay=1e-2,
+    schedule="one_cycle",
+    clip=1.0,
+    optimizer_options="betas: [0.9, 0.99], eps: 1e-5",
+    decay_on="fastai",
+)
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #c0032d99
 def line_loss(
-    options, # `TrainingOptions`
-    model, # `GCodeFingerprinter`
-    windows, # `LineWindows`
-    train, # Those of the training set, for class weights
-)->LineLoss: # The loss of a fit
+    options,  # `TrainingOptions`
+    model,  # `GCodeFingerprinter`
+    windows,  # `LineWindows`
+    train,  # Those of the training set, for class weights
+) -> LineLoss:  # The loss of a fit
     "The loss that the options ask for."
     tokens = windows.tokens[torch.as_tensor(train)]
-    parts = model.decoder.parts[tokens].masked_fill((tokens == PAD)[...,None], -100)
-    losses = {k: options.loss(parts[...,i], head.out_features, head=k) for i,(k,head) in enumerate(zip(HEADS, model.decoder.heads))}
-    losses['operation'] = options.loss(windows.labels[torch.as_tensor(train)], model.operation.out_features, head='operation')
-    return LineLoss(model.decoder.parts, losses=losses if options.changed('loss', 'class_weights', 'teacher') else None)
+    parts = model.decoder.parts[tokens].masked_fill((tokens == PAD)[..., None], -100)
+    losses = {
+        k: options.loss(parts[..., i], head.out_features, head=k)
+        for i, (k, head) in enumerate(zip(HEADS, model.decoder.heads))
+    }
+    losses["operation"] = options.loss(
+        windows.labels[torch.as_tensor(train)], model.operation.out_features, head="operation"
+    )
+    return LineLoss(
+        model.decoder.parts,
+        losses=losses if options.changed("loss", "class_weights", "teacher") else None,
+    )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #b5444df1
 def predicted_tokens(
-    learn, # A learner in a validation batch
-)->torch.Tensor: # Tokens at the places of real ones
+    learn,  # A learner in a validation batch
+) -> torch.Tensor:  # Tokens at the places of real ones
     "The token that the four heads say at each place."
-    real = learn.yb[0]['tokens'] != PAD
+    real = learn.yb[0]["tokens"] != PAD
     return token_scores({k: learn.pred[k][real] for k in HEADS}, learn.loss_func.parts).argmax(-1)
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #c61236bd
 class HeadAccuracy(Metric):
     "Share of the tokens of a line that a head says right, knowing the tokens before."
-    NAMES = dict(type='gcode_type_acc', command='gcode_cmd_acc', param_type='gcode_param_type_acc', param_val='gcode_param_val_acc')
-    def __init__(self,
-        head:str='', # One of `HEADS`; the whole token where empty
-    ): self.head,self.right,self.total = head,0,0
+
+    NAMES = dict(
+        type="gcode_type_acc",
+        command="gcode_cmd_acc",
+        param_type="gcode_param_type_acc",
+        param_val="gcode_param_val_acc",
+    )
+
+    def __init__(
+        self,
+        head: str = "",  # One of `HEADS`; the whole token where empty
+    ):
+        self.head, self.right, self.total = head, 0, 0
+
     @property
-    def name(self): return self.NAMES.get(self.head, 'gcode_acc')
-    def reset(self): self.right,self.total = 0,0
+    def name(self):
+        return self.NAMES.get(self.head, "gcode_acc")
+
+    def reset(self):
+        self.right, self.total = 0, 0
+
     def accumulate(self, learn):
-        wanted = learn.yb[0]['tokens']; real = wanted != PAD; wanted = wanted[real]
+        wanted = learn.yb[0]["tokens"]
+        real = wanted != PAD
+        wanted = wanted[real]
         if self.head:
-            part = learn.loss_func.parts[:,HEADS.index(self.head)]
-            said,wanted = learn.pred[self.head][real].argmax(-1),part[wanted]
-        else: said = predicted_tokens(learn)
-        self.right += int((said == wanted).sum()); self.total += len(wanted)
+            part = learn.loss_func.parts[:, HEADS.index(self.head)]
+            said, wanted = learn.pred[self.head][real].argmax(-1), part[wanted]
+        else:
+            said = predicted_tokens(learn)
+        self.right += int((said == wanted).sum())
+        self.total += len(wanted)
+
     @property
-    def value(self): return self.right/self.total if self.total else None
+    def value(self):
+        return self.right / self.total if self.total else None
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #b79c8751
 def recipe(
-    data='', # Folder of recordings, or a list of them; simulated when empty
-    split:str='runs', # `runs` (honest), `programs` (one program left out, `fold` says which), or `windows` (leaky)
-    fold:int=0, # Which fold is the test set
-    folds:int=5, # Number of folds
-    tokenizer:str='lossless', # Token scheme: `lossless` or `bucket`
-    window:int=64, # Rows a window
-    stride:int=16, # Rows between windows
-    modalities='all', # Sensor modalities among the inputs
-    shared:bool=False, # Only channels that every training recording has
-    controller=(), # Controller columns among the inputs
-    numbers:str='digits', # `digits`, or `regressed`: also a head that says X, Y, Z, R and F as numbers
-    d_model:int=128, nhead:int=4, num_layers:int=4, encoder_layers:int=2, dim_feedforward:int=512, dropout:float=.2, # Sizes of the model
-    seed:int=42, # Seed of everything
-    device:str='auto', # Device
-    workers='auto', # Loader processes
-    cache:str='', # Folder of a copy of all recordings in one file, which is read in a tenth of the time
-    cbs=(), # More callbacks
-    **training # Options of `core.training`; `DEFAULTS` otherwise
-)->Learner: # For `core.training.fit`, with `learn.fold`, `learn.arguments`, and the windows `learn.train`, `learn.valid`, `learn.test`
+    data="",  # Folder of recordings, or a list of them; simulated when empty
+    split: str = "runs",  # `runs` (honest), `programs` (one program left out, `fold` says which), or `windows` (leaky)
+    fold: int = 0,  # Which fold is the test set
+    folds: int = 5,  # Number of folds
+    tokenizer: str = "lossless",  # Token scheme: `lossless` or `bucket`
+    window: int = 64,  # Rows a window
+    stride: int = 16,  # Rows between windows
+    modalities="all",  # Sensor modalities among the inputs
+    shared: bool = False,  # Only channels that every training recording has
+    controller=(),  # Controller columns among the inputs
+    numbers: str = "digits",  # `digits`, or `regressed`: also a head that says X, Y, Z, R and F as numbers
+    d_model: int = 128,
+    nhead: int = 4,
+    num_layers: int = 4,
+    encoder_layers: int = 2,
+    dim_feedforward: int = 512,
+    dropout: float = 0.2,  # Sizes of the model
+    seed: int = 42,  # Seed of everything
+    device: str = "auto",  # Device
+    workers="auto",  # Loader processes
+    cache: str = "",  # Folder of a copy of all recordings in one file, which is read in a tenth of the time
+    cbs=(),  # More callbacks
+    **training,  # Options of `core.training`; `DEFAULTS` otherwise
+) -> Learner:  # For `core.training.fit`, with `learn.fold`, `learn.arguments`, and the windows `learn.train`, `learn.valid`, `learn.test`
     "A fingerprinter ready to fit."
     options = training_options(training, **DEFAULTS)
-    if d_model % 2 or d_model % nhead: raise InputError('parameter', 'd_model', f'an even number, divisible by nhead ({nhead})', str(d_model))
-    recordings = load_recordings(data, seed=seed, cache=cache)[0] if isinstance(data, (str,Path)) else data
+    if d_model % 2 or d_model % nhead:
+        raise InputError(
+            "parameter", "d_model", f"an even number, divisible by nhead ({nhead})", str(d_model)
+        )
+    recordings = (
+        load_recordings(data, seed=seed, cache=cache)[0] if isinstance(data, (str, Path)) else data
+    )
     set_seed(seed)
-    fold_data,(train,valid,test) = split_windows(recordings, split, fold, folds, seed, tokenizer=tokenizer, window=window, stride=stride, modalities=modalities, shared=shared, controller=controller, numbers=numbers)
-    windows,device = fold_data.windows,pick_device(device)
-    dls = dataloaders(Subset(windows, options.oversampled(windows.tokens, train, ignore=PAD)), Subset(windows, valid), options.batch_size, seed=seed, workers=workers, device=device)
-    arguments = dict(fold_data.model_arguments(), d_model=d_model, nhead=nhead, num_layers=num_layers, encoder_layers=encoder_layers, dim_feedforward=dim_feedforward, dropout=dropout)
+    fold_data, (train, valid, test) = split_windows(
+        recordings,
+        split,
+        fold,
+        folds,
+        seed,
+        tokenizer=tokenizer,
+        window=window,
+        stride=stride,
+        modalities=modalities,
+        shared=shared,
+        controller=controller,
+        numbers=numbers,
+    )
+    windows, device = fold_data.windows, pick_device(device)
+    dls = dataloaders(
+        Subset(windows, options.oversampled(windows.tokens, train, ignore=PAD)),
+        Subset(windows, valid),
+        options.batch_size,
+        seed=seed,
+        workers=workers,
+        device=device,
+    )
+    arguments = dict(
+        fold_data.model_arguments(),
+        d_model=d_model,
+        nhead=nhead,
+        num_layers=num_layers,
+        encoder_layers=encoder_layers,
+        dim_feedforward=dim_feedforward,
+        dropout=dropout,
+    )
     model = GCodeFingerprinter(**arguments)
-    learn = options.learner(dls, model, line_loss(options, model, windows, train), cbs, key='sensors', keys=('sensors','present'), metrics=[HeadAccuracy(k) for k in ('', *HEADS)], decoder=dict(predict=lambda out: token_scores(out, model.decoder.parts)),
-        tokens=dict(vocabulary_size=len(fold_data.tokenizer), predict=predicted_tokens, ignore=(PAD,BOS)))
-    learn.fold,learn.arguments,learn.train,learn.valid,learn.test = fold_data,arguments,train,valid,test
+    learn = options.learner(
+        dls,
+        model,
+        line_loss(options, model, windows, train),
+        cbs,
+        key="sensors",
+        keys=("sensors", "present"),
+        metrics=[HeadAccuracy(k) for k in ("", *HEADS)],
+        decoder=dict(predict=lambda out: token_scores(out, model.decoder.parts)),
+        tokens=dict(
+            vocabulary_size=len(fold_data.tokenizer), predict=predicted_tokens, ignore=(PAD, BOS)
+        ),
+    )
+    learn.fold, learn.arguments, learn.train, learn.valid, learn.test = (
+        fold_data,
+        arguments,
+        train,
+        valid,
+        test,
+    )
     return learn
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #b2cd03eb
 def split_windows(
-    recordings:list, # Recordings
-    split:str, # `runs`, `programs` or `windows`
-    fold:int, # Which fold
-    folds:int, # Of how many
-    seed:int, # Seed of the assignment
-    **kwargs # For `FoldData`
-)->tuple: # Fold data, and training, validation and test windows
+    recordings: list,  # Recordings
+    split: str,  # `runs`, `programs` or `windows`
+    fold: int,  # Which fold
+    folds: int,  # Of how many
+    seed: int,  # Seed of the assignment
+    **kwargs,  # For `FoldData`
+) -> tuple:  # Fold data, and training, validation and test windows
     "Windows of the three sets."
-    check_choice('split', 'name', split, ('runs','programs','windows'))
-    of = [programs(recordings)[r.operation] for r in recordings]; folds = len(set(of)) if split == 'programs' else folds
-    if not 0 <= fold < folds: raise InputError('fold', 'number', f'0 to {folds-1}', str(fold))
-    if split == 'windows': return _leaky_windows(FoldData(recordings, range(len(recordings)), **kwargs), fold, seed)
-    if split == 'programs': train,test = (np.flatnonzero((np.array(of) == sorted(set(of))[fold]) == held) for held in (False,True))
-    else: train,test = run_folds(recordings, folds, seed)[fold]
-    groups,operations = recording_groups(recordings)[train],[recordings[i].operation for i in train]
-    inner,valid = (train[i] for i in group_holdout(groups, operations, 1/8, seed))
+    check_choice("split", "name", split, ("runs", "programs", "windows"))
+    of = [programs(recordings)[r.operation] for r in recordings]
+    folds = len(set(of)) if split == "programs" else folds
+    if not 0 <= fold < folds:
+        raise InputError("fold", "number", f"0 to {folds - 1}", str(fold))
+    if split == "windows":
+        return _leaky_windows(FoldData(recordings, range(len(recordings)), **kwargs), fold, seed)
+    if split == "programs":
+        train, test = (
+            np.flatnonzero((np.array(of) == sorted(set(of))[fold]) == held)
+            for held in (False, True)
+        )
+    else:
+        train, test = run_folds(recordings, folds, seed)[fold]
+    groups, operations = (
+        recording_groups(recordings)[train],
+        [recordings[i].operation for i in train],
+    )
+    inner, valid = (train[i] for i in group_holdout(groups, operations, 1 / 8, seed))
     data = FoldData(recordings, train, **kwargs)
     sets = tuple(np.flatnonzero(np.isin(data.windows.recording, s)) for s in (inner, valid, test))
     return data, sets
 
+
 def _leaky_windows(data, fold, seed):
     "Random windows: neighbours that share rows land on both sides."
-    train,test = random_split(len(data.windows), .2, seed+fold)
-    inner,valid = random_split(len(train), 1/8, seed+fold)
+    train, test = random_split(len(data.windows), 0.2, seed + fold)
+    inner, valid = random_split(len(train), 1 / 8, seed + fold)
     return data, (train[inner], train[valid], test)
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #e993f8c3
 def simulate(
-    folder, # Folder to write
-    runs:int=4, # Runs of each operation
-    seed:int=0, # Random numbers of the whole set
-    operations:str='all', # Names of operations joined by +
-    program:str='', # A G-code file, or a folder of them, to simulate instead
-    rate:float=0., # With `program`: samples a second of fast sensors, 200 or more; 0 for four reports a second
-    days:int=1, # With `program`: days on which the runs were recorded, in turn
-    progress=None, # With `program`: for instance `tqdm`
-)->Path: # The folder
+    folder,  # Folder to write
+    runs: int = 4,  # Runs of each operation
+    seed: int = 0,  # Random numbers of the whole set
+    operations: str = "all",  # Names of operations joined by +
+    program: str = "",  # A G-code file, or a folder of them, to simulate instead
+    rate: float = 0.0,  # With `program`: samples a second of fast sensors, 200 or more; 0 for four reports a second
+    days: int = 1,  # With `program`: days on which the runs were recorded, in turn
+    progress=None,  # With `program`: for instance `tqdm`
+) -> Path:  # The folder
     "Write simulated recordings, of the example programs or of any G-code file."
-    if program: return _simulate_files(Path(program), folder, runs, seed, rate, days, progress)
+    if program:
+        return _simulate_files(Path(program), folder, runs, seed, rate, days, progress)
     from gcode_ml.fingerprint.simulate import simulate_recordings
-    return simulate_recordings(folder, runs, seed, **({} if operations == 'all' else dict(classes=operations.split('+'))))
+
+    return simulate_recordings(
+        folder, runs, seed, **({} if operations == "all" else dict(classes=operations.split("+")))
+    )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #6e36e9bb
 def _simulate_files(path, folder, runs, seed, rate, days, progress):
     "Recordings of the programs of a file or a folder."
     from gcode_ml.fingerprint.machine import record_files
-    suffixes = ('.gcode','.gco','.g','.nc','.ngc')
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes) if path.is_dir() else [path]
-    if not files or not files[0].is_file(): raise InputError(path, 'program', f"a G-code file or a folder with {' '.join(suffixes)}", 'nothing there' if not path.is_dir() else 'none')
-    return record_files({f.stem: f.read_text(encoding='utf-8', errors='replace') for f in files}, folder, runs, seed, rate, days, progress=progress)
+
+    suffixes = (".gcode", ".gco", ".g", ".nc", ".ngc")
+    files = (
+        sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes)
+        if path.is_dir()
+        else [path]
+    )
+    if not files or not files[0].is_file():
+        raise InputError(
+            path,
+            "program",
+            f"a G-code file or a folder with {' '.join(suffixes)}",
+            "nothing there" if not path.is_dir() else "none",
+        )
+    return record_files(
+        {f.stem: f.read_text(encoding="utf-8", errors="replace") for f in files},
+        folder,
+        runs,
+        seed,
+        rate,
+        days,
+        progress=progress,
+    )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #c6b09180
 def bundle_windows(
-    bundle, # From `lab.bundle.load_bundle`
-    recordings:list, # Recordings
-)->LineWindows: # Windows prepared as in training
+    bundle,  # From `lab.bundle.load_bundle`
+    recordings: list,  # Recordings
+) -> LineWindows:  # Windows prepared as in training
     "Windows of recordings for a bundle's model; channels that the model does not know are left out."
     state = bundle.preprocessing
-    scale,tokens = ChannelScale(**state['scale']),tokenizer_from_json(state['tokenizer'])
+    scale, tokens = ChannelScale(**state["scale"]), tokenizer_from_json(state["tokenizer"])
     _check_vocabulary(bundle, tokens)
     for r in recordings:
-        if not set(r.channels) & set(scale.channels): raise InputError(r.name, 'channels', f"some of the model's, such as {scale.channels[0]}", ', '.join(r.channels[:3]))
-    operations = state['operations']+sorted({r.operation for r in recordings}-set(state['operations']))
-    return LineWindows([scale.apply(align_channels(r, scale.channels)) for r in recordings], recordings, tokens, operations, state['window'], state['stride'],
-                       NumberScale(**state['numbers']) if 'numbers' in state else None)
+        if not set(r.channels) & set(scale.channels):
+            raise InputError(
+                r.name,
+                "channels",
+                f"some of the model's, such as {scale.channels[0]}",
+                ", ".join(r.channels[:3]),
+            )
+    operations = state["operations"] + sorted(
+        {r.operation for r in recordings} - set(state["operations"])
+    )
+    return LineWindows(
+        [scale.apply(align_channels(r, scale.channels)) for r in recordings],
+        recordings,
+        tokens,
+        operations,
+        state["window"],
+        state["stride"],
+        NumberScale(**state["numbers"]) if "numbers" in state else None,
+    )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #d92f255d
 def _check_vocabulary(bundle, tokens):
     "Refuse a vocabulary whose tokens are not those of the weights, in their order."
     wanted = bundle.model.decoder.parts.cpu().numpy()
-    if len(tokens) != len(wanted): raise InputError(bundle.folder, 'vocabulary', f'{len(wanted)} tokens, as in the weights', str(len(tokens)))
+    if len(tokens) != len(wanted):
+        raise InputError(
+            bundle.folder,
+            "vocabulary",
+            f"{len(wanted)} tokens, as in the weights",
+            str(len(tokens)),
+        )
     other = (tokens.parts != wanted).any(1)
-    if other.any(): raise InputError(bundle.folder, 'vocabulary', 'the tokens of the weights in their order', f'another token where {tokens.tokens[other.argmax()]} stands')
+    if other.any():
+        raise InputError(
+            bundle.folder,
+            "vocabulary",
+            "the tokens of the weights in their order",
+            f"another token where {tokens.tokens[other.argmax()]} stands",
+        )
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #e4636d93
 def predict_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    path, # A recording
-)->pd.DataFrame: # One row a window: run, seconds, operation, its probability, line
+    bundle,  # From `lab.bundle.load_bundle`
+    path,  # A recording
+) -> pd.DataFrame:  # One row a window: run, seconds, operation, its probability, line
     "Read a recording with a bundle's model."
     from gcode_ml.fingerprint.data import read_recording
+
     windows = bundle_windows(bundle, [read_recording(path)])
     said = _bundle_outcomes(bundle, windows)
-    return said[['source','time','operation_said','operation_confidence','written']].rename(columns=dict(source='run', time='seconds', operation_said='operation', operation_confidence='probability', written='line'))
+    return said[["source", "time", "operation_said", "operation_confidence", "written"]].rename(
+        columns=dict(
+            source="run",
+            time="seconds",
+            operation_said="operation",
+            operation_confidence="probability",
+            written="line",
+        )
+    )
+
 
 def _bundle_outcomes(bundle, windows, progress=None):
     "Outcomes of a bundle's model; operations that it does not know cannot be said."
-    windows.tokens = torch.nn.functional.pad(windows.tokens, (0, max(0, bundle.preprocessing['length']-windows.tokens.shape[1])))
+    windows.tokens = torch.nn.functional.pad(
+        windows.tokens, (0, max(0, bundle.preprocessing["length"] - windows.tokens.shape[1]))
+    )
     return model_outcomes(bundle.model, windows, np.arange(len(windows)), progress=progress)
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #59232782
 def evaluate_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    data, # Folder of recordings
-    progress=None, # For instance `tqdm`
-)->tuple: # Table of measures, and facts about the data
+    bundle,  # From `lab.bundle.load_bundle`
+    data,  # Folder of recordings
+    progress=None,  # For instance `tqdm`
+) -> tuple:  # Table of measures, and facts about the data
     "Score a bundle on recordings; those it was trained on are scored apart."
     from gcode_ml.fingerprint.evaluate import score_model
-    recordings,facts = load_recordings(data, progress)
-    seen = set(bundle.facts['trained_on'])
-    parts = {'trained on': [r for r in recordings if r.name in seen], 'new': [r for r in recordings if r.name not in seen]}
-    tables = [score_model(_bundle_outcomes(bundle, bundle_windows(bundle, rs), progress), name).assign(recordings=len(rs)) for name,rs in parts.items() if rs]
+
+    recordings, facts = load_recordings(data, progress)
+    seen = set(bundle.facts["trained_on"])
+    parts = {
+        "trained on": [r for r in recordings if r.name in seen],
+        "new": [r for r in recordings if r.name not in seen],
+    }
+    tables = [
+        score_model(_bundle_outcomes(bundle, bundle_windows(bundle, rs), progress), name).assign(
+            recordings=len(rs)
+        )
+        for name, rs in parts.items()
+        if rs
+    ]
     return pd.concat(tables), dict(facts=facts)

@@ -11,7 +11,10 @@ __all__ = ['simulated_classes', 'example_programs', 'motion', 'simulate_run', 's
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path
 from .tokens import canonical, number_text
@@ -19,263 +22,544 @@ from .tokens import canonical, number_text
 # %% ../../nbs/fingerprint/06_simulate.ipynb #c7dfa23a
 def _program(name, moves):
     "Modal text of `moves`, each a dictionary of words; R is always written, X and Y always on arcs."
-    lines,was = [f'({name})', 'T2', 'M3 S12000', 'G90 G94 G17', 'G20', 'G55'], {}
+    lines, was = [f"({name})", "T2", "M3 S12000", "G90 G94 G17", "G20", "G55"], {}
     for move in moves:
-        move = {letter: round(v, 4) for letter,v in move.items()}
-        arc = move.get('G', was.get('G')) in (2,3)
-        new = {k: v for k,v in move.items() if k == 'R' or (arc and k in 'XY') or was.get(k) != v}
-        if new.keys() - {'G'}: lines.append(' '.join(f'G{v}' if k == 'G' else k+number_text(v) for k,v in new.items())); was |= move
-    return '\n'.join([*lines, 'G0 Z0.6', 'G53 G0 Z0.', 'M30'])+'\n'
+        move = {letter: round(v, 4) for letter, v in move.items()}
+        arc = move.get("G", was.get("G")) in (2, 3)
+        new = {k: v for k, v in move.items() if k == "R" or (arc and k in "XY") or was.get(k) != v}
+        if new.keys() - {"G"}:
+            lines.append(
+                " ".join(f"G{v}" if k == "G" else k + number_text(v) for k, v in new.items())
+            )
+            was |= move
+    return "\n".join([*lines, "G0 Z0.6", "G53 G0 Z0.", "M30"]) + "\n"
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #0b3abf33
-def _enter(x, y, depth, feed, plunge=7.3, top=.025, lines=6, ahead=1):
+def _enter(x, y, depth, feed, plunge=7.3, top=0.025, lines=6, ahead=1):
     "Moves from above the work to the depth of cut."
-    radius = top-depth
-    angles = np.linspace(0, np.pi/2, lines+1)[1:]
-    return [dict(G=0, X=x, Y=y), dict(Z=.6), dict(Z=.2), dict(G=1, Z=top, F=plunge),
-            *(dict(X=x+ahead*radius*(1-np.cos(a)), Z=top-radius*np.sin(a), F=feed) for a in angles)]
+    radius = top - depth
+    angles = np.linspace(0, np.pi / 2, lines + 1)[1:]
+    return [
+        dict(G=0, X=x, Y=y),
+        dict(Z=0.6),
+        dict(Z=0.2),
+        dict(G=1, Z=top, F=plunge),
+        *(
+            dict(X=x + ahead * radius * (1 - np.cos(a)), Z=top - radius * np.sin(a), F=feed)
+            for a in angles
+        ),
+    ]
 
-def _face(width=2.2, passes=7, radius=.083, depth=-.01, feed=22.):
+
+def _face(width=2.2, passes=7, radius=0.083, depth=-0.01, feed=22.0):
     "Long raster cuts joined by two quarter arcs."
-    moves = _enter(width, 0., depth, feed, ahead=-1)
+    moves = _enter(width, 0.0, depth, feed, ahead=-1)
     for i in range(passes):
-        y,left = 2*radius*i, i%2 == 0
-        moves.append(dict(G=1, X=0. if left else width, Y=y))
-        out = -radius if left else width+radius
-        if i < passes-1: moves += [dict(G=2 if left else 3, X=out, Y=y+radius, R=radius), dict(X=0. if left else width, Y=y+2*radius, R=radius)]
+        y, left = 2 * radius * i, i % 2 == 0
+        moves.append(dict(G=1, X=0.0 if left else width, Y=y))
+        out = -radius if left else width + radius
+        if i < passes - 1:
+            moves += [
+                dict(G=2 if left else 3, X=out, Y=y + radius, R=radius),
+                dict(X=0.0 if left else width, Y=y + 2 * radius, R=radius),
+            ]
     return moves
 
-def _pocket(half=.9, step=.18, loops=5, radius=.071, depth=-.05, feed=40.):
+
+def _pocket(half=0.9, step=0.18, loops=5, radius=0.071, depth=-0.05, feed=40.0):
     "Rounded squares, each inside the one before."
-    moves = _enter(.3, -half, depth, feed)
-    for h in half-step*np.arange(loops):
-        inner,r = h-radius, radius
-        moves += [dict(G=1, X=inner, Y=-h), dict(G=3, X=h, Y=-inner, R=r), dict(G=1, Y=inner, X=h), dict(G=3, X=inner, Y=h, R=r), dict(G=1, X=-inner, Y=h),
-                  dict(G=3, X=-h, Y=inner, R=r), dict(G=1, X=-h, Y=-inner), dict(G=3, X=-inner, Y=-h, R=r), dict(G=1, X=0., Y=-h)]
+    moves = _enter(0.3, -half, depth, feed)
+    for h in half - step * np.arange(loops):
+        inner, r = h - radius, radius
+        moves += [
+            dict(G=1, X=inner, Y=-h),
+            dict(G=3, X=h, Y=-inner, R=r),
+            dict(G=1, Y=inner, X=h),
+            dict(G=3, X=inner, Y=h, R=r),
+            dict(G=1, X=-inner, Y=h),
+            dict(G=3, X=-h, Y=inner, R=r),
+            dict(G=1, X=-h, Y=-inner),
+            dict(G=3, X=-inner, Y=-h, R=r),
+            dict(G=1, X=0.0, Y=-h),
+        ]
     return moves
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #4eff0f65
-def _adaptive(strips=7, length=1.3, radius=.07, turn=9, depth=-.05, feed=22.):
+def _adaptive(strips=7, length=1.3, radius=0.07, turn=9, depth=-0.05, feed=22.0):
     "A way down in short lines, then strips whose turns are many short lines."
-    angles = np.linspace(0, 2*np.pi, 17)[1:]
-    moves = _enter(.1, 0., .02, 7.3, lines=3)+[dict(X=.1+.06*np.sin(a), Y=.06*(1-np.cos(a)), Z=.02+(depth-.02)*a/angles[-1]) for a in angles]
+    angles = np.linspace(0, 2 * np.pi, 17)[1:]
+    moves = _enter(0.1, 0.0, 0.02, 7.3, lines=3) + [
+        dict(
+            X=0.1 + 0.06 * np.sin(a),
+            Y=0.06 * (1 - np.cos(a)),
+            Z=0.02 + (depth - 0.02) * a / angles[-1],
+        )
+        for a in angles
+    ]
     for i in range(strips):
-        x,y,up = .1+2*radius*i, length if i%2 == 0 else 0., 1 if i%2 == 0 else -1
+        x, y, up = 0.1 + 2 * radius * i, length if i % 2 == 0 else 0.0, 1 if i % 2 == 0 else -1
         moves.append(dict(X=x, Y=y, F=feed))
-        if i < strips-1: moves += [dict(X=x+radius*(1-np.cos(a)), Y=y+up*radius*np.sin(a)) for a in np.linspace(0, np.pi, turn+1)[1:]]
+        if i < strips - 1:
+            moves += [
+                dict(X=x + radius * (1 - np.cos(a)), Y=y + up * radius * np.sin(a))
+                for a in np.linspace(0, np.pi, turn + 1)[1:]
+            ]
     return moves
 
-def _contour(width=2., height=1.4, radius=.2, depths=(-.05,-.1), feeds=(22.,13.3)):
+
+def _contour(width=2.0, height=1.4, radius=0.2, depths=(-0.05, -0.1), feeds=(22.0, 13.3)):
     "A plate with round corners, a bulge on one side and a notch on the other, once a depth."
-    w,h,r,moves = width,height,radius,_enter(1., 0., depths[0], feeds[0])
-    for depth,feed in zip(depths, feeds):
-        moves += [*([dict(G=1, Z=depth, F=7.3)] if depth != depths[0] else []), dict(X=w-r, Y=0., F=feed), dict(G=3, X=w, Y=r, R=r), dict(G=1, X=w, Y=.4), dict(G=3, X=w, Y=1., R=.35),
-                  dict(G=1, X=w, Y=h-r), dict(G=3, X=w-r, Y=h, R=r), dict(G=1, X=1.3, Y=h), dict(G=2, X=.7, Y=h, R=.3), dict(G=1, X=r, Y=h),
-                  dict(G=3, X=0., Y=h-r, R=r), dict(G=1, X=0., Y=r), dict(G=3, X=r, Y=0., R=r), dict(G=1, X=1., Y=0.)]
+    w, h, r, moves = width, height, radius, _enter(1.0, 0.0, depths[0], feeds[0])
+    for depth, feed in zip(depths, feeds):
+        moves += [
+            *([dict(G=1, Z=depth, F=7.3)] if depth != depths[0] else []),
+            dict(X=w - r, Y=0.0, F=feed),
+            dict(G=3, X=w, Y=r, R=r),
+            dict(G=1, X=w, Y=0.4),
+            dict(G=3, X=w, Y=1.0, R=0.35),
+            dict(G=1, X=w, Y=h - r),
+            dict(G=3, X=w - r, Y=h, R=r),
+            dict(G=1, X=1.3, Y=h),
+            dict(G=2, X=0.7, Y=h, R=0.3),
+            dict(G=1, X=r, Y=h),
+            dict(G=3, X=0.0, Y=h - r, R=r),
+            dict(G=1, X=0.0, Y=r),
+            dict(G=3, X=r, Y=0.0, R=r),
+            dict(G=1, X=1.0, Y=0.0),
+        ]
     return moves
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #82cb1d72
-def example_programs()->dict: # Name -> G-code text: face, pocket, adaptive, contour
+def example_programs() -> dict:  # Name -> G-code text: face, pocket, adaptive, contour
     "Small milling programs in the style of the recorded ones, 30 to 60 seconds each."
-    return {name: _program(name.upper(), moves()) for name,moves in dict(face=_face, pocket=_pocket, adaptive=_adaptive, contour=_contour).items()}
+    return {
+        name: _program(name.upper(), moves())
+        for name, moves in dict(
+            face=_face, pocket=_pocket, adaptive=_adaptive, contour=_contour
+        ).items()
+    }
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #8bc67f83
 def _moves(text, start, offset, rapid):
     "Moves of a program: line number, mode, speed in mm/s, feed in mm/min, start and end in mm, radius in mm."
-    at,mode,feed,scale,absolute,moves = np.array(start, dtype=float), 0, 0., 1., True, []
-    for number,line in enumerate(text.splitlines(), 1):
-        words = [(w[0], float(w[1:])) for w in canonical(line).split() if w[0].isalpha() and len(w) > 1]
-        commands = {v for letter,v in words if letter == 'G'}
-        if ('M',30.) in words or ('M',2.) in words: break
-        scale = 25.4 if 20 in commands else 1. if 21 in commands else scale
+    at, mode, feed, scale, absolute, moves = np.array(start, dtype=float), 0, 0.0, 1.0, True, []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = [
+            (w[0], float(w[1:])) for w in canonical(line).split() if w[0].isalpha() and len(w) > 1
+        ]
+        commands = {v for letter, v in words if letter == "G"}
+        if ("M", 30.0) in words or ("M", 2.0) in words:
+            break
+        scale = 25.4 if 20 in commands else 1.0 if 21 in commands else scale
         absolute = 90 in commands or (absolute and 91 not in commands)
         mode = next((m for m in range(4) if m in commands), mode)
-        values = {letter: v*scale for letter,v in words if letter in 'XYZRF'}
-        feed,end = values.get('F', feed), at.copy()
-        for axis,letter in enumerate('XYZ'):
-            if letter in values: end[axis] = values[letter] + (-offset[axis] if 53 in commands else 0. if absolute else at[axis])
-        if (end == at).all(): continue
-        if mode and feed <= 0: raise InputError('program', f'line {number}', 'a feed (F) before the first cut', line)
-        if mode > 1 and ('R' not in values or (end[:2] == at[:2]).all()): raise InputError('program', f'line {number}', 'an arc with a radius (R) and an end of its own', line)
-        moves.append((number, mode, rapid if mode == 0 else feed/60, feed if mode else 0., at, end, values.get('R', 0.)))
+        values = {letter: v * scale for letter, v in words if letter in "XYZRF"}
+        feed, end = values.get("F", feed), at.copy()
+        for axis, letter in enumerate("XYZ"):
+            if letter in values:
+                end[axis] = values[letter] + (
+                    -offset[axis] if 53 in commands else 0.0 if absolute else at[axis]
+                )
+        if (end == at).all():
+            continue
+        if mode and feed <= 0:
+            raise InputError("program", f"line {number}", "a feed (F) before the first cut", line)
+        if mode > 1 and ("R" not in values or (end[:2] == at[:2]).all()):
+            raise InputError(
+                "program", f"line {number}", "an arc with a radius (R) and an end of its own", line
+            )
+        moves.append(
+            (
+                number,
+                mode,
+                rapid if mode == 0 else feed / 60,
+                feed if mode else 0.0,
+                at,
+                end,
+                values.get("R", 0.0),
+            )
+        )
         at = end
-    if not moves: raise InputError('program', 'moves', 'at least one', 'none')
+    if not moves:
+        raise InputError("program", "moves", "at least one", "none")
     return moves
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #15011932
 def _path(moves):
     "Geometry of moves as arrays: start, change, centre and radius of arcs, first angle, sweep, length."
-    number,mode,speed,feed,start,end,radius = (np.array(c) for c in zip(*moves))
-    change = end-start; chord = np.hypot(change[:,0], change[:,1]).clip(1e-12); arc = mode > 1
-    radius_mm = np.where(arc, np.maximum(abs(radius), chord/2), 1.)
-    if (bad := arc & (radius_mm > abs(radius)*1.01+.01)).any(): raise InputError('program', f'line {number[bad][0]}', f'a radius of at least half the chord ({chord[bad][0]/2:.3f} mm)', f'{abs(radius[bad][0]):.3f} mm')
-    left = np.where((mode == 3) == (radius >= 0), 1., -1.)*np.sqrt((radius_mm**2-chord**2/4).clip(0))/chord
-    centre = start[:,:2]+change[:,:2]/2 + left[:,None]*np.c_[-change[:,1], change[:,0]]
-    angle = lambda p: np.arctan2(p[:,1]-centre[:,1], p[:,0]-centre[:,0])
-    turn = np.where(mode == 3, 1., -1.)
-    sweep = np.where(arc, turn*((turn*(angle(end)-angle(start))) % (2*np.pi)), 0.)
-    length = np.where(arc, np.hypot(radius_mm*sweep, change[:,2]), np.linalg.norm(change, axis=1))
-    return dict(line=number, mode=mode, speed=speed, feed=feed, start=start, change=change, centre=centre, radius=radius_mm, angle=angle(start), sweep=sweep, length=length)
+    number, mode, speed, feed, start, end, radius = (np.array(c) for c in zip(*moves))
+    change = end - start
+    chord = np.hypot(change[:, 0], change[:, 1]).clip(1e-12)
+    arc = mode > 1
+    radius_mm = np.where(arc, np.maximum(abs(radius), chord / 2), 1.0)
+    if (bad := arc & (radius_mm > abs(radius) * 1.01 + 0.01)).any():
+        raise InputError(
+            "program",
+            f"line {number[bad][0]}",
+            f"a radius of at least half the chord ({chord[bad][0] / 2:.3f} mm)",
+            f"{abs(radius[bad][0]):.3f} mm",
+        )
+    left = (
+        np.where((mode == 3) == (radius >= 0), 1.0, -1.0)
+        * np.sqrt((radius_mm**2 - chord**2 / 4).clip(0))
+        / chord
+    )
+    centre = start[:, :2] + change[:, :2] / 2 + left[:, None] * np.c_[-change[:, 1], change[:, 0]]
+
+    def angle(p):
+        return np.arctan2(p[:, 1] - centre[:, 1], p[:, 0] - centre[:, 0])
+
+    turn = np.where(mode == 3, 1.0, -1.0)
+    sweep = np.where(arc, turn * ((turn * (angle(end) - angle(start))) % (2 * np.pi)), 0.0)
+    length = np.where(
+        arc, np.hypot(radius_mm * sweep, change[:, 2]), np.linalg.norm(change, axis=1)
+    )
+    return dict(
+        line=number,
+        mode=mode,
+        speed=speed,
+        feed=feed,
+        start=start,
+        change=change,
+        centre=centre,
+        radius=radius_mm,
+        angle=angle(start),
+        sweep=sweep,
+        length=length,
+    )
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #983c380c
 def _trapezoid(since, path, k, acceleration):
     "Way, speed and acceleration along move `k[i]`, `since[i]` seconds after it began."
-    peak = np.minimum(path['speed'], np.sqrt(path['length']*acceleration))[k]; length = path['length'][k]
-    ramp = peak/acceleration; left = length/peak+ramp-since
-    speeding,slowing = since < ramp, left < ramp
-    way = np.where(speeding, acceleration*since**2/2, np.where(slowing, length-acceleration*left**2/2, peak*(since-ramp/2)))
-    return way, np.minimum(peak, acceleration*np.minimum(since, left)), acceleration*(1.*speeding-slowing)
+    peak = np.minimum(path["speed"], np.sqrt(path["length"] * acceleration))[k]
+    length = path["length"][k]
+    ramp = peak / acceleration
+    left = length / peak + ramp - since
+    speeding, slowing = since < ramp, left < ramp
+    way = np.where(
+        speeding,
+        acceleration * since**2 / 2,
+        np.where(slowing, length - acceleration * left**2 / 2, peak * (since - ramp / 2)),
+    )
+    return (
+        way,
+        np.minimum(peak, acceleration * np.minimum(since, left)),
+        acceleration * (1.0 * speeding - slowing),
+    )
+
 
 def _along(path, k, way, speed, rate):
     "Position, velocity and acceleration vectors at `way` mm along move `k[i]`."
-    arc,part = path['mode'][k] > 1, way/path['length'][k]
-    now = path['angle'][k]+path['sweep'][k]*part
-    spoke = np.c_[np.cos(now), np.sin(now), 0*now]; across = np.c_[-np.sin(now), np.cos(now), 0*now]
-    turned = (path['sweep']*path['radius']/path['length'])[k,None]  # share of the way that lies in the plane, signed
-    level = np.r_['1', np.zeros((len(k),2)), path['change'][k,2:]]
-    round_trip = np.r_['1', path['centre'][k], path['start'][k,2:]]+path['radius'][k,None]*spoke+level*part[:,None]
-    position = np.where(arc[:,None], round_trip, path['start'][k]+path['change'][k]*part[:,None])
-    tangent = np.where(arc[:,None], turned*across+level/path['length'][k,None], path['change'][k]/path['length'][k,None])
-    inward = np.where(arc[:,None], -spoke*turned**2/path['radius'][k,None], 0.)
-    return position, tangent*speed[:,None], tangent*rate[:,None]+inward*(speed**2)[:,None]
+    arc, part = path["mode"][k] > 1, way / path["length"][k]
+    now = path["angle"][k] + path["sweep"][k] * part
+    spoke = np.c_[np.cos(now), np.sin(now), 0 * now]
+    across = np.c_[-np.sin(now), np.cos(now), 0 * now]
+    turned = (path["sweep"] * path["radius"] / path["length"])[
+        k, None
+    ]  # share of the way that lies in the plane, signed
+    level = np.r_["1", np.zeros((len(k), 2)), path["change"][k, 2:]]
+    round_trip = (
+        np.r_["1", path["centre"][k], path["start"][k, 2:]]
+        + path["radius"][k, None] * spoke
+        + level * part[:, None]
+    )
+    position = np.where(
+        arc[:, None], round_trip, path["start"][k] + path["change"][k] * part[:, None]
+    )
+    tangent = np.where(
+        arc[:, None],
+        turned * across + level / path["length"][k, None],
+        path["change"][k] / path["length"][k, None],
+    )
+    inward = np.where(arc[:, None], -spoke * turned**2 / path["radius"][k, None], 0.0)
+    return (
+        position,
+        tangent * speed[:, None],
+        tangent * rate[:, None] + inward * (speed**2)[:, None],
+    )
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #501ca403
 def motion(
-    text:str, # G-code program: G0 to G3 (arcs by R), G20/G21 (mm where neither is said), G90/G91, G53, F, M30
-    acceleration:float=500., # Along the path, mm/s²
-    rapid:float=50., # Speed of G0, mm/s
-    step:float=.005, # Time between samples, seconds
-    start=(111.33,-14.04,25.99), # Work position before the first move, mm
-    offset=(47.56,16.89,-25.99), # Machine position of the work's zero, mm
-)->dict: # time [N] s; position, velocity, acceleration [N,3] mm; line, mode, feed [N]
+    text: str,  # G-code program: G0 to G3 (arcs by R), G20/G21 (mm where neither is said), G90/G91, G53, F, M30
+    acceleration: float = 500.0,  # Along the path, mm/s²
+    rapid: float = 50.0,  # Speed of G0, mm/s
+    step: float = 0.005,  # Time between samples, seconds
+    start=(111.33, -14.04, 25.99),  # Work position before the first move, mm
+    offset=(47.56, 16.89, -25.99),  # Machine position of the work's zero, mm
+) -> dict:  # time [N] s; position, velocity, acceleration [N,3] mm; line, mode, feed [N]
     "The tool's motion through a program, each move by itself with a trapezoidal velocity."
     path = _path(_moves(text, start, offset, rapid))
-    peak = np.minimum(path['speed'], np.sqrt(path['length']*acceleration))
-    duration = path['length']/peak+peak/acceleration; end = np.cumsum(duration)
-    time = np.arange(0, end[-1]+step, step).clip(max=end[-1])
-    k = np.searchsorted(end, time, side='right').clip(max=len(end)-1)
-    since = (time-(end-duration)[k]).clip(0, duration[k])
-    position,velocity,rate = _along(path, k, *_trapezoid(since, path, k, acceleration))
-    return dict(time=time, position=position, velocity=velocity, acceleration=rate, line=path['line'][k], mode=path['mode'][k], feed=path['feed'][k])
+    peak = np.minimum(path["speed"], np.sqrt(path["length"] * acceleration))
+    duration = path["length"] / peak + peak / acceleration
+    end = np.cumsum(duration)
+    time = np.arange(0, end[-1] + step, step).clip(max=end[-1])
+    k = np.searchsorted(end, time, side="right").clip(max=len(end) - 1)
+    since = (time - (end - duration)[k]).clip(0, duration[k])
+    position, velocity, rate = _along(path, k, *_trapezoid(since, path, k, acceleration))
+    return dict(
+        time=time,
+        position=position,
+        velocity=velocity,
+        acceleration=rate,
+        line=path["line"][k],
+        mode=path["mode"][k],
+        feed=path["feed"][k],
+    )
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #3ef90dca
-_lead_in,_waiting,_closing = 8,4,9
+_lead_in, _waiting, _closing = 8, 4, 9
+
 
 def _reports(m, random):
     "Clock of all reports, the motion's time at each of them, and which part of the run they belong to."
-    pace = 1+.001*random.standard_normal()
-    moving = int(m['time'][-1]/pace/.257)+1
-    part = np.repeat([0,1,2,3], [_lead_in, moving, _waiting, _closing])
-    gap = np.where((part == 1) | (np.arange(len(part)) < 3), .257, .51)+random.normal(0, .002, len(part))
+    pace = 1 + 0.001 * random.standard_normal()
+    moving = int(m["time"][-1] / pace / 0.257) + 1
+    part = np.repeat([0, 1, 2, 3], [_lead_in, moving, _waiting, _closing])
+    gap = np.where((part == 1) | (np.arange(len(part)) < 3), 0.257, 0.51) + random.normal(
+        0, 0.002, len(part)
+    )
     clock = np.cumsum(gap)
-    return clock, ((clock-clock[_lead_in]+.1)*pace).clip(0, m['time'][-1])*(part > 0), part
+    return clock, ((clock - clock[_lead_in] + 0.1) * pace).clip(0, m["time"][-1]) * (part > 0), part
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #2c6f6c8d
 def _day(day):
     "What a day brings: work offset, pressure, temperature, light, magnetic offset, wall clock, boards."
     random = np.random.default_rng([day, 20517])
-    boards = ['frame_r2','y_bed__3','frame_l2', *(('spindle2','frame_b2'), ('frame_r1','z_gant_2'), ('frame_b1','spindle2'))[day % 3]]
-    return dict(offset=np.array([(47.56,16.89,-25.99), (44.11,13.57,-25.99)][day % 2]), pressure=100.5+random.normal(0, .8), temperature=31+random.normal(0, .8),
-                light=55+25*random.random(), magnetic=random.normal(0, 4, 3), clock=3600*(9+8*random.random()), boards=boards)
+    boards = [
+        "frame_r2",
+        "y_bed__3",
+        "frame_l2",
+        *(("spindle2", "frame_b2"), ("frame_r1", "z_gant_2"), ("frame_b1", "spindle2"))[day % 3],
+    ]
+    return dict(
+        offset=np.array([(47.56, 16.89, -25.99), (44.11, 13.57, -25.99)][day % 2]),
+        pressure=100.5 + random.normal(0, 0.8),
+        temperature=31 + random.normal(0, 0.8),
+        light=55 + 25 * random.random(),
+        magnetic=random.normal(0, 4, 3),
+        clock=3600 * (9 + 8 * random.random()),
+        boards=boards,
+    )
+
 
 def _wall_clock(seconds):
     "`HH:MM:SS.mmm` of seconds since midnight."
-    ms = np.round(seconds*1000).astype(np.int64) % 86_400_000
-    return [f'{s//3600:02d}:{s//60%60:02d}:{s%60:02d}.{r:03d}' for s,r in zip((ms//1000).tolist(), (ms%1000).tolist())]
+    ms = np.round(seconds * 1000).astype(np.int64) % 86_400_000
+    return [
+        f"{s // 3600:02d}:{s // 60 % 60:02d}:{s % 60:02d}.{r:03d}"
+        for s, r in zip((ms // 1000).tolist(), (ms % 1000).tolist())
+    ]
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #9eba53ce
 def _controller(text, m, at, part, clock, offset, random):
     "Columns of the status report, the label `gcode_line`, `gcode_string` among them."
-    program = ['', *text.splitlines()]; last = next((i for i,l in enumerate(program) if 'M30' in canonical(l).split()), None)
-    if last is None: raise InputError('program', 'last line', 'M30', 'none', 'a recording ends with it')
-    k = np.searchsorted(m['time'], at).clip(max=len(m['time'])-1)
-    order = np.unique(m['line']); queued = np.cumsum([12,8,6,3,0,0,0,0])+random.integers(0, 2)
-    k[:_lead_in] = ends = np.searchsorted(m['line'], order[queued.clip(max=max(len(order)-3, 0))], side='right')-1
-    lead,closed = part == 0, part == 3
-    position = np.stack([np.interp(at, m['time'], p) for p in m['position'].T], 1); position[lead] = m['position'][ends]
-    machine = position+offset; position = np.where(closed[:,None], machine, position/25.4)
-    line = np.where(closed, last, m['line'][k])
-    whole = lambda a, dtype=np.int8: np.broadcast_to(np.asarray(a), line.shape).astype(dtype)
-    real = lambda a: np.broadcast_to(np.asarray(a), line.shape).astype(np.float32)
-    return dict(t_console=_wall_clock(clock), stat=whole(np.where(closed, 3, 5)), line=whole(line, np.int16), **{f'pos{a}': real(p) for a,p in zip('xyz', position.T)},
-        **{f'mpo{a}': real(p) for a,p in zip('xyz', machine.T)}, vel=real(np.nan), feed=real(np.where(closed, 0, m['feed'][k])), unit=whole(closed), dist=whole(0),
-        plane=real(np.nan), coor=whole(np.where(closed, 1, 2)), momo=whole(np.where(closed, 4, m['mode'][k]))), whole(line, np.int16), [program[i] for i in line]
+    program = ["", *text.splitlines()]
+    last = next((i for i, l in enumerate(program) if "M30" in canonical(l).split()), None)
+    if last is None:
+        raise InputError("program", "last line", "M30", "none", "a recording ends with it")
+    k = np.searchsorted(m["time"], at).clip(max=len(m["time"]) - 1)
+    order = np.unique(m["line"])
+    queued = np.cumsum([12, 8, 6, 3, 0, 0, 0, 0]) + random.integers(0, 2)
+    k[:_lead_in] = ends = (
+        np.searchsorted(m["line"], order[queued.clip(max=max(len(order) - 3, 0))], side="right") - 1
+    )
+    lead, closed = part == 0, part == 3
+    position = np.stack([np.interp(at, m["time"], p) for p in m["position"].T], 1)
+    position[lead] = m["position"][ends]
+    machine = position + offset
+    position = np.where(closed[:, None], machine, position / 25.4)
+    line = np.where(closed, last, m["line"][k])
+
+    def whole(a, dtype=np.int8):
+        return np.broadcast_to(np.asarray(a), line.shape).astype(dtype)
+
+    def real(a):
+        return np.broadcast_to(np.asarray(a), line.shape).astype(np.float32)
+
+    return (
+        dict(
+            t_console=_wall_clock(clock),
+            stat=whole(np.where(closed, 3, 5)),
+            line=whole(line, np.int16),
+            **{f"pos{a}": real(p) for a, p in zip("xyz", position.T)},
+            **{f"mpo{a}": real(p) for a, p in zip("xyz", machine.T)},
+            vel=real(np.nan),
+            feed=real(np.where(closed, 0, m["feed"][k])),
+            unit=whole(closed),
+            dist=whole(0),
+            plane=real(np.nan),
+            coor=whole(np.where(closed, 1, 2)),
+            momo=whole(np.where(closed, 4, m["mode"][k])),
+        ),
+        whole(line, np.int16),
+        [program[i] for i in line],
+    )
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #ad031944
 def _averages(m, at, clock):
     "Mean between two reports: friction, |velocity|, |acceleration|, velocity change a second [n,3]; share of time cutting [n]."
-    gap = np.diff(clock, prepend=clock[0]-.257)[:,None]
+    gap = np.diff(clock, prepend=clock[0] - 0.257)[:, None]
+
     def mean(x):
-        total = np.concatenate([np.zeros((1,x.shape[1])), np.cumsum((x[1:]+x[:-1])/2*np.diff(m['time'])[:,None], axis=0)])
-        now = np.stack([np.interp(at, m['time'], c) for c in total.T], 1)
-        return np.diff(now, axis=0, prepend=now[:1])/gap
-    velocity = m['velocity']; cutting = (m['mode'] > 0) & (m['position'][:,2] < 0) & (abs(velocity).max(1) > .1)
-    return dict(friction=mean(np.tanh(abs(velocity)/.5)), speed=mean(abs(velocity)), rate=mean(abs(m['acceleration'])), shake=mean(m['acceleration']), cutting=mean(1.*cutting[:,None])[:,0])
+        total = np.concatenate(
+            [
+                np.zeros((1, x.shape[1])),
+                np.cumsum((x[1:] + x[:-1]) / 2 * np.diff(m["time"])[:, None], axis=0),
+            ]
+        )
+        now = np.stack([np.interp(at, m["time"], c) for c in total.T], 1)
+        return np.diff(now, axis=0, prepend=now[:1]) / gap
+
+    velocity = m["velocity"]
+    cutting = (m["mode"] > 0) & (m["position"][:, 2] < 0) & (abs(velocity).max(1) > 0.1)
+    return dict(
+        friction=mean(np.tanh(abs(velocity) / 0.5)),
+        speed=mean(abs(velocity)),
+        rate=mean(abs(m["acceleration"])),
+        shake=mean(m["acceleration"]),
+        cutting=mean(1.0 * cutting[:, None])[:, 0],
+    )
+
 
 def _currents(average, damaged, random, noise):
     "Spindle and motor currents; a damaged tool needs a third more."
-    n = len(average['cutting'])
-    motors = .2+.012*average['friction']+.0008*average['speed']+2e-5*average['rate']+noise*random.normal(0, .006, (n,3))
-    spindle = 5.05+.25*(4/3 if damaged else 1)*average['cutting']+noise*random.normal(0, .09, n)
-    return dict(spindle=spindle, **{f'{a}_motor': c for a,c in zip('xyz', motors.T)})
+    n = len(average["cutting"])
+    motors = (
+        0.2
+        + 0.012 * average["friction"]
+        + 0.0008 * average["speed"]
+        + 2e-5 * average["rate"]
+        + noise * random.normal(0, 0.006, (n, 3))
+    )
+    spindle = (
+        5.05
+        + 0.25 * (4 / 3 if damaged else 1) * average["cutting"]
+        + noise * random.normal(0, 0.09, n)
+    )
+    return dict(spindle=spindle, **{f"{a}_motor": c for a, c in zip("xyz", motors.T)})
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #62c20479
-_carried = dict(frame=(.1,.1,.1), y_bed=(0.,1.,0.), spindle=(1.,0.,1.), z_gant=(1.,0.,0.))
+_carried = dict(
+    frame=(0.1, 0.1, 0.1), y_bed=(0.0, 1.0, 0.0), spindle=(1.0, 0.0, 1.0), z_gant=(1.0, 0.0, 0.0)
+)
+
 
 def _board(name, day, average, position, clock, damaged, random, noise):
     "The 17 channels of one board."
-    n,own = len(clock), np.random.default_rng([*name.encode(), 7]); carried = next(np.array(c) for part,c in _carried.items() if name.startswith(part))
-    normal = lambda scale, *shape: noise*random.normal(0, scale, (n,*shape))
-    load = average['cutting']*(4/3 if damaged else 1)
-    shaken = average['shake']*carried/9806.65+normal(1., 3)*(.005+.01*load*own.uniform(.5, 1.5))[:,None]
-    magnetic = own.normal(0, 40, 3)+day['magnetic']+.02*position*own.normal(0, 1, 3)+normal(.6, 3)
-    light = day['light']*own.uniform(.6, 1.4)*(1+.3*np.sin(clock/9+own.uniform(0, 6)))+normal(3.)
-    return {**dict(zip(('Ax','Ay','Az'), (shaken+own.normal(0, .03, 3)+[0,0,1]).T)), **dict(zip(('Gx','Gy','Gz'), (own.normal(2, 2, 3)+normal(.13, 3)).T)),
-        **dict(zip(('Mx','My','Mz'), magnetic.T)), 'Pressure': np.full(n, round(day['pressure']+random.normal(0, .05), 1)),
-        'Temperature': day['temperature']+own.normal(0, .3)+.002*clock+normal(.02), 'Proximity': np.round(own.uniform(20, 180)+.3*position[:,1]+normal(25.)).clip(0, 255),
-        **{f'Color{c}': (share*light).clip(0) for c,share in dict(R=1., G=1.1, B=.7, A=2.5).items()}, 'RMS': (400+1500*load*own.uniform(.7, 1.3)+normal(1.)*(60+300*load)).clip(0)}
+    n, own = len(clock), np.random.default_rng([*name.encode(), 7])
+    carried = next(np.array(c) for part, c in _carried.items() if name.startswith(part))
+
+    def normal(scale, *shape):
+        return noise * random.normal(0, scale, (n, *shape))
+
+    load = average["cutting"] * (4 / 3 if damaged else 1)
+    shaken = (
+        average["shake"] * carried / 9806.65
+        + normal(1.0, 3) * (0.005 + 0.01 * load * own.uniform(0.5, 1.5))[:, None]
+    )
+    magnetic = (
+        own.normal(0, 40, 3)
+        + day["magnetic"]
+        + 0.02 * position * own.normal(0, 1, 3)
+        + normal(0.6, 3)
+    )
+    light = day["light"] * own.uniform(0.6, 1.4) * (
+        1 + 0.3 * np.sin(clock / 9 + own.uniform(0, 6))
+    ) + normal(3.0)
+    return {
+        **dict(zip(("Ax", "Ay", "Az"), (shaken + own.normal(0, 0.03, 3) + [0, 0, 1]).T)),
+        **dict(zip(("Gx", "Gy", "Gz"), (own.normal(2, 2, 3) + normal(0.13, 3)).T)),
+        **dict(zip(("Mx", "My", "Mz"), magnetic.T)),
+        "Pressure": np.full(n, round(day["pressure"] + random.normal(0, 0.05), 1)),
+        "Temperature": day["temperature"] + own.normal(0, 0.3) + 0.002 * clock + normal(0.02),
+        "Proximity": np.round(own.uniform(20, 180) + 0.3 * position[:, 1] + normal(25.0)).clip(
+            0, 255
+        ),
+        **{
+            f"Color{c}": (share * light).clip(0)
+            for c, share in dict(R=1.0, G=1.1, B=0.7, A=2.5).items()
+        },
+        "RMS": (400 + 1500 * load * own.uniform(0.7, 1.3) + normal(1.0) * (60 + 300 * load)).clip(
+            0
+        ),
+    }
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #69f134d0
 @lru_cache(maxsize=32)
-def _cached_motion(text, offset): return motion(text, offset=offset)
+def _cached_motion(text, offset):
+    return motion(text, offset=offset)
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #6b585e9e
 def simulate_run(
-    program_text:str, # G-code program
-    day:int=0, # Recording day: work offset, air, light, boards
-    seed=0, # Random numbers of this run, an integer or a sequence of integers
-    damaged:bool=False, # Cut with a damaged tool, which needs more spindle load
-    noise:float=1., # Scale of the sensors' noise
-)->pd.DataFrame: # One row a status report, columns as in the recordings
+    program_text: str,  # G-code program
+    day: int = 0,  # Recording day: work offset, air, light, boards
+    seed=0,  # Random numbers of this run, an integer or a sequence of integers
+    damaged: bool = False,  # Cut with a damaged tool, which needs more spindle load
+    noise: float = 1.0,  # Scale of the sensors' noise
+) -> pd.DataFrame:  # One row a status report, columns as in the recordings
     "One machine run as it would have been recorded."
-    random,today = np.random.default_rng(seed), _day(day)
-    m = _cached_motion(program_text, tuple(today['offset']))
-    clock,at,part = _reports(m, random)
-    controller,line,string = _controller(program_text, m, at, part, today['clock']+clock+3600*random.random(), today['offset'], random)
-    average = _averages(m, at, clock); currents = _currents(average, damaged, random, noise)
-    position = np.stack([np.interp(at, m['time'], p) for p in m['position'].T], 1)
-    boards = [b for b in today['boards'] if b in today['boards'][:3] or random.random() > .15]
-    sensors = {**currents, **{f'{k}_A': v for k,v in currents.items()}}
+    random, today = np.random.default_rng(seed), _day(day)
+    m = _cached_motion(program_text, tuple(today["offset"]))
+    clock, at, part = _reports(m, random)
+    controller, line, string = _controller(
+        program_text,
+        m,
+        at,
+        part,
+        today["clock"] + clock + 3600 * random.random(),
+        today["offset"],
+        random,
+    )
+    average = _averages(m, at, clock)
+    currents = _currents(average, damaged, random, noise)
+    position = np.stack([np.interp(at, m["time"], p) for p in m["position"].T], 1)
+    boards = [b for b in today["boards"] if b in today["boards"][:3] or random.random() > 0.15]
+    sensors = {**currents, **{f"{k}_A": v for k, v in currents.items()}}
     for board in random.permutation(boards):
-        sensors |= {f'{board}.{c}': v for c,v in _board(str(board), today, average, position, clock, damaged, random, noise).items()}
-    return pd.DataFrame({**controller, **{k: v.astype(np.float32) for k,v in sensors.items()}, 'gcode_line': line, 'gcode_string': string})
+        sensors |= {
+            f"{board}.{c}": v
+            for c, v in _board(
+                str(board), today, average, position, clock, damaged, random, noise
+            ).items()
+        }
+    return pd.DataFrame(
+        {
+            **controller,
+            **{k: v.astype(np.float32) for k, v in sensors.items()},
+            "gcode_line": line,
+            "gcode_string": string,
+        }
+    )
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #e743c4d1
-simulated_classes = dict(face=('face',0,False), pocket=('pocket',0,False), adaptive=('adaptive',1,False), contour=('contour',1,False), damageface=('face',2,True))
+simulated_classes = dict(
+    face=("face", 0, False),
+    pocket=("pocket", 0, False),
+    adaptive=("adaptive", 1, False),
+    contour=("contour", 1, False),
+    damageface=("face", 2, True),
+)
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #9b877bcb
 def simulate_recordings(
-    folder=None, # Folder below which `runs/<class>_<number>.parquet` are written
-    runs:int=4, # Runs a class
-    seed:int=0, # Random numbers of the whole set
-    classes=tuple(simulated_classes), # Which of `simulated_classes`
-): # The folder as a `Path`, or name -> data frame when no folder is given
+    folder=None,  # Folder below which `runs/<class>_<number>.parquet` are written
+    runs: int = 4,  # Runs a class
+    seed: int = 0,  # Random numbers of the whole set
+    classes=tuple(simulated_classes),  # Which of `simulated_classes`
+):  # The folder as a `Path`, or name -> data frame when no folder is given
     "A small set of simulated recordings, the same for the same seed."
-    programs,frames = example_programs(), {}
+    programs, frames = example_programs(), {}
     for name in classes:
-        program,day,damaged = simulated_classes[check_choice('parameters', 'classes', name, simulated_classes)]
-        for i in range(1, runs+1):
-            frame = simulate_run(programs[program], day, [seed, list(simulated_classes).index(name), i], damaged)
-            if folder is None: frames[f'{name}_{i:03d}'] = frame; continue
-            with atomic_path(Path(folder)/'runs'/f'{name}_{i:03d}.parquet') as f: frame.to_parquet(f, index=False, compression='zstd')
+        program, day, damaged = simulated_classes[
+            check_choice("parameters", "classes", name, simulated_classes)
+        ]
+        for i in range(1, runs + 1):
+            frame = simulate_run(
+                programs[program], day, [seed, list(simulated_classes).index(name), i], damaged
+            )
+            if folder is None:
+                frames[f"{name}_{i:03d}"] = frame
+                continue
+            with atomic_path(Path(folder) / "runs" / f"{name}_{i:03d}.parquet") as f:
+                frame.to_parquet(f, index=False, compression="zstd")
     return frames if folder is None else Path(folder)

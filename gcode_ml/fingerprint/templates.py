@@ -10,9 +10,11 @@ __all__ = ['ProgramTemplates', 'program_templates', 'whole_pieces']
 # %% ../../nbs/fingerprint/38_templates.ipynb #d8abd630
 import warnings
 from dataclasses import dataclass, field
+
 import numpy as np
 from fastcore.basics import patch
 from scipy.fft import irfft, next_fast_len, rfft
+
 from ..core.errors import InputError
 from .align import ProgramLibrary
 from .data import align_channels, programs, select_channels
@@ -21,80 +23,123 @@ from .data import align_channels, programs, select_channels
 @dataclass
 class ProgramTemplates:
     "Mean course of the sensors in each program of a library."
-    library:ProgramLibrary # The states
-    channels:list # Sensors, `[C]`
-    waves:list = field(repr=False) # Of each program `[N,C]` float32, mean 0; NaN where no run has the sensor
+
+    library: ProgramLibrary  # The states
+    channels: list  # Sensors, `[C]`
+    waves: list = field(
+        repr=False
+    )  # Of each program `[N,C]` float32, mean 0; NaN where no run has the sensor
 
 # %% ../../nbs/fingerprint/38_templates.ipynb #d1356bf1
 def _course(recording, channels, grid):
     "Sensors of a run at the seconds of the grid, mean 0, `[G,C]` float32; NaN for those it lacks."
-    x = align_channels(recording, channels); y = np.full((len(grid), len(channels)), np.nan, 'float32')
-    for c in np.flatnonzero(np.isfinite(x).all(0)): y[:,c] = np.interp(grid, recording.time, x[:,c])
-    return y-y.mean(0)
+    x = align_channels(recording, channels)
+    y = np.full((len(grid), len(channels)), np.nan, "float32")
+    for c in np.flatnonzero(np.isfinite(x).all(0)):
+        y[:, c] = np.interp(grid, recording.time, x[:, c])
+    return y - y.mean(0)
 
 # %% ../../nbs/fingerprint/38_templates.ipynb #9d27bcf8
 def program_templates(
-    library:ProgramLibrary, # Programs as states
-    recordings:list, # Training runs, on the common clock of their sensors
-    kinds=('acceleration','rotation','magnetic'), # Modalities that are read
-)->ProgramTemplates: # For `match`
+    library: ProgramLibrary,  # Programs as states
+    recordings: list,  # Training runs, on the common clock of their sensors
+    kinds=("acceleration", "rotation", "magnetic"),  # Modalities that are read
+) -> ProgramTemplates:  # For `match`
     "Templates of the programs."
     channels = select_channels(recordings, kinds)
-    of = programs(recordings); waves = []
-    for name,length in zip(library.names, library.lengths):
+    of = programs(recordings)
+    waves = []
+    for name, length in zip(library.names, library.lengths):
         runs = [r for r in recordings if of[r.operation] == of.get(name, name)]
-        courses = np.stack([_course(r, channels, library.step*np.arange(length)) for r in runs])
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); wave = np.nanmean(courses, 0) # a sensor that no run has
-        waves.append((wave-wave.mean(0)).astype('float32'))
+        courses = np.stack([_course(r, channels, library.step * np.arange(length)) for r in runs])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wave = np.nanmean(courses, 0)  # a sensor that no run has
+        waves.append((wave - wave.mean(0)).astype("float32"))
     return ProgramTemplates(library, channels, waves)
 
 # %% ../../nbs/fingerprint/38_templates.ipynb #a503c6b8
 def _correlations(stretch, wave, before):
     "Correlation of a stretch `[L,C]` without mean with the pieces of a template `[N,C]` of which `before` samples lie before the place, `[N,C]`."
-    length = len(stretch); wide = np.concatenate([np.repeat(wave[:1], before, 0), wave, np.repeat(wave[-1:], length-before-1, 0)])
-    size = next_fast_len(len(wide)+length, real=True); product = irfft(rfft(wide, size, axis=0)*rfft(stretch, size, axis=0).conj(), size, axis=0)[:len(wave)]
-    sums = [np.cumsum(np.concatenate([np.zeros((1, wide.shape[1])), v]), axis=0) for v in (wide.astype(float), wide.astype(float)**2)]
-    first,second = (s[length:]-s[:-length] for s in sums); power = (second-first**2/length).clip(0)*(stretch.astype(float)**2).sum(0)
-    return np.where(power > 1e-12, product/np.sqrt(power.clip(1e-12)), 0.)
+    length = len(stretch)
+    wide = np.concatenate(
+        [np.repeat(wave[:1], before, 0), wave, np.repeat(wave[-1:], length - before - 1, 0)]
+    )
+    size = next_fast_len(len(wide) + length, real=True)
+    product = irfft(rfft(wide, size, axis=0) * rfft(stretch, size, axis=0).conj(), size, axis=0)[
+        : len(wave)
+    ]
+    sums = [
+        np.cumsum(np.concatenate([np.zeros((1, wide.shape[1])), v]), axis=0)
+        for v in (wide.astype(float), wide.astype(float) ** 2)
+    ]
+    first, second = (s[length:] - s[:-length] for s in sums)
+    power = (second - first**2 / length).clip(0) * (stretch.astype(float) ** 2).sum(0)
+    return np.where(power > 1e-12, product / np.sqrt(power.clip(1e-12)), 0.0)
 
 # %% ../../nbs/fingerprint/38_templates.ipynb #8928f4aa
 @patch
-def match(self:ProgramTemplates,
-    rows:np.ndarray, # Sensors `[T,C]` in the order of `channels`, as they come; NaN where missing
-    time:np.ndarray, # Seconds, `[T]`
-    row:int=None, # Which row's state is asked for; the middle one by default
-)->np.ndarray: # Score of each state of that row, `[N]`, 0 where no sensor can be compared
+def match(
+    self: ProgramTemplates,
+    rows: np.ndarray,  # Sensors `[T,C]` in the order of `channels`, as they come; NaN where missing
+    time: np.ndarray,  # Seconds, `[T]`
+    row: int = None,  # Which row's state is asked for; the middle one by default
+) -> np.ndarray:  # Score of each state of that row, `[N]`, 0 where no sensor can be compared
     "Log-likelihood ratio of a stretch for each state of one of its rows, whatever its levels and its size."
-    lib = self.library; row = len(rows)//2 if row is None else row; grid = np.arange(time[0], time[-1]+1e-6, lib.step)
-    there = np.flatnonzero(np.isfinite(rows).all(0)); stretch = np.stack([np.interp(grid, time, rows[:,c]) for c in there], 1) if len(there) else np.zeros((len(grid),0))
-    stretch = (stretch-stretch.mean(0)).astype('float32'); moves = (stretch != 0).any(0); score = []
+    lib = self.library
+    row = len(rows) // 2 if row is None else row
+    grid = np.arange(time[0], time[-1] + 1e-6, lib.step)
+    there = np.flatnonzero(np.isfinite(rows).all(0))
+    stretch = (
+        np.stack([np.interp(grid, time, rows[:, c]) for c in there], 1)
+        if len(there)
+        else np.zeros((len(grid), 0))
+    )
+    stretch = (stretch - stretch.mean(0)).astype("float32")
+    moves = (stretch != 0).any(0)
+    score = []
     for wave in self.waves:
-        known = moves & np.isfinite(wave[:,there]).all(0)
-        r = _correlations(stretch[:,known], wave[:,there[known]], min(int(round((time[row]-time[0])/lib.step)), len(grid)-1)).clip(0, .99)
-        score.append(.5*len(grid)*-np.log1p(-r**2).sum(1))
+        known = moves & np.isfinite(wave[:, there]).all(0)
+        r = _correlations(
+            stretch[:, known],
+            wave[:, there[known]],
+            min(int(round((time[row] - time[0]) / lib.step)), len(grid) - 1),
+        ).clip(0, 0.99)
+        score.append(0.5 * len(grid) * -np.log1p(-(r**2)).sum(1))
     return np.concatenate(score)
 
 # %% ../../nbs/fingerprint/38_templates.ipynb #84a6ff7b
 def whole_pieces(
-    rows:int, # Rows of a recording
-    size:int=64, # Rows of a piece
-)->tuple: # First row of each piece, and last row and one
+    rows: int,  # Rows of a recording
+    size: int = 64,  # Rows of a piece
+) -> tuple:  # First row of each piece, and last row and one
     "A recording in pieces of equal length; less than half a piece at the end belongs to the one before."
-    edges = np.r_[np.arange(0, rows-size//2, size), rows] if rows > size else np.array([0, rows])
-    return edges[:-1],edges[1:]
+    edges = (
+        np.r_[np.arange(0, rows - size // 2, size), rows] if rows > size else np.array([0, rows])
+    )
+    return edges[:-1], edges[1:]
 
 # %% ../../nbs/fingerprint/38_templates.ipynb #054f449d
 @patch
-def margins(self:ProgramTemplates,
-    rows:np.ndarray, # Sensors `[T,C]` in the order of `channels`, of a recording from its start on
-    time:np.ndarray, # Seconds, `[T]`
-    reach:float=10., # Largest shift of the sensors' clock, seconds
-    size:int=64, # Rows of a piece
-)->np.ndarray: # `[P]`, positive for the best program alone
+def margins(
+    self: ProgramTemplates,
+    rows: np.ndarray,  # Sensors `[T,C]` in the order of `channels`, of a recording from its start on
+    time: np.ndarray,  # Seconds, `[T]`
+    reach: float = 10.0,  # Largest shift of the sensors' clock, seconds
+    size: int = 64,  # Rows of a piece
+) -> np.ndarray:  # `[P]`, positive for the best program alone
     "By how much the score of each program exceeds that of the best other one, with the start known."
-    lib = self.library; start,stop = whole_pieces(len(rows), size); middle = time[start+(stop-start)//2]; k = len(start)//2
-    score = lib.match(np.stack([self.match(rows[a:b], time[a:b]) for a,b in zip(start, stop)]), middle, k)
-    score = np.maximum.reduceat(np.where(abs(lib.seconds-(middle[k]-time[0])) <= reach, score, 0.), lib.first)
-    if len(score) < 2: raise InputError('templates', 'programs', 'two or more to choose from', str(len(score)))
-    best,second = np.sort(score)[:-3:-1]
-    return score-np.where(score == best, second, best)
+    lib = self.library
+    start, stop = whole_pieces(len(rows), size)
+    middle = time[start + (stop - start) // 2]
+    k = len(start) // 2
+    score = lib.match(
+        np.stack([self.match(rows[a:b], time[a:b]) for a, b in zip(start, stop)]), middle, k
+    )
+    score = np.maximum.reduceat(
+        np.where(abs(lib.seconds - (middle[k] - time[0])) <= reach, score, 0.0), lib.first
+    )
+    if len(score) < 2:
+        raise InputError("templates", "programs", "two or more to choose from", str(len(score)))
+    best, second = np.sort(score)[:-3:-1]
+    return score - np.where(score == best, second, best)

@@ -9,366 +9,593 @@ __all__ = ['special_tokens', 'PAD', 'BOS', 'EOS', 'UNK', 'MASK', 'token_types', 
            'LosslessTokenizer', 'BucketTokenizer', 'tokenizer_from_json', 'tokenizer', 'NumberScale']
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #6e508e77
-import re, warnings
+import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
+
 import numpy as np
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #34ec011e
-_dropped = re.compile(r'\([^)]*\)?|;.*|\*\d+\s*$|^\s*[/%]')
-_pattern = re.compile(r'[A-Z][+-]?(?:\d+\.?\d*|\.\d+)|[A-Z]|[^A-Z\s]+')
-_zeros = re.compile(r'^([GM])0+(?=\d)')
-_command = re.compile(r'[GM]\d+(?:\.\d+)?')
-_valued = re.compile(r'([A-Z])([+-]?(?:\d+\.?\d*|\.\d+))')
+_dropped = re.compile(r"\([^)]*\)?|;.*|\*\d+\s*$|^\s*[/%]")
+_pattern = re.compile(r"[A-Z][+-]?(?:\d+\.?\d*|\.\d+)|[A-Z]|[^A-Z\s]+")
+_zeros = re.compile(r"^([GM])0+(?=\d)")
+_command = re.compile(r"[GM]\d+(?:\.\d+)?")
+_valued = re.compile(r"([A-Z])([+-]?(?:\d+\.?\d*|\.\d+))")
+
 
 def _words(text):
     "Words of a line in canonical spelling; what is no word stays as one piece."
-    return [_zeros.sub(r'\1', w) for w in _pattern.findall(_dropped.sub(' ', text.upper()))]
+    return [_zeros.sub(r"\1", w) for w in _pattern.findall(_dropped.sub(" ", text.upper()))]
+
 
 def canonical(
-    text:str, # One line of G-code
-)->str: # Its words in capitals, joined by one blank
+    text: str,  # One line of G-code
+) -> str:  # Its words in capitals, joined by one blank
     "The form of a line in which tokens are made and lines are compared."
-    return ' '.join(_words(text))
+    return " ".join(_words(text))
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #151f77dd
 def number_text(
-    value:float, # A number
-)->str: # `0.`, `-0.1254`, `3.275`
+    value: float,  # A number
+) -> str:  # `0.`, `-0.1254`, `3.275`
     "`value` as a number of G-code."
-    return f'{round(value, 4)+0.:.4f}'.rstrip('0')
+    return f"{round(value, 4) + 0.0:.4f}".rstrip("0")
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #9533fe13
-def _lines(corpus, name='corpus'):
+def _lines(corpus, name="corpus"):
     "A corpus is a text of many lines or a sequence of lines."
     lines = corpus.splitlines() if isinstance(corpus, str) else list(corpus)
-    for row,t in enumerate(lines):
-        if not isinstance(t, str): raise InputError(name, f'row {row}', 'a line of G-code', repr(t))
+    for row, t in enumerate(lines):
+        if not isinstance(t, str):
+            raise InputError(name, f"row {row}", "a line of G-code", repr(t))
     return lines
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #7fb053de
-special_tokens = ('PAD','BOS','EOS','UNK','MASK')
-PAD,BOS,EOS,UNK,MASK = range(5)
-token_types = ('special','command','parameter','numeric')
+special_tokens = ("PAD", "BOS", "EOS", "UNK", "MASK")
+PAD, BOS, EOS, UNK, MASK = range(5)
+token_types = ("special", "command", "parameter", "numeric")
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #4b20106b
-_bucketed = re.compile(r'NUM_([A-Z])_(-?\d+|-)')
-_pieces = ('+','-','.',*'0123456789')
+_bucketed = re.compile(r"NUM_([A-Z])_(-?\d+|-)")
+_pieces = ("+", "-", ".", *"0123456789")
+
 
 def _component_names(token):
     "Names of (type, command, param_type, param_value); a token that fits nowhere counts as special."
-    if _command.fullmatch(token): return 'command',token,None,None
-    if token in _pieces: return 'numeric',None,None,token
-    if len(token) == 1 and token.isalpha(): return 'parameter',None,token,None
-    if m := _bucketed.fullmatch(token): return 'numeric',None,m[1],m[2]
-    if m := _valued.fullmatch(token): return 'parameter',None,m[1],m[2]
-    return 'special',None,None,token
+    if _command.fullmatch(token):
+        return "command", token, None, None
+    if token in _pieces:
+        return "numeric", None, None, token
+    if len(token) == 1 and token.isalpha():
+        return "parameter", None, token, None
+    if m := _bucketed.fullmatch(token):
+        return "numeric", None, m[1], m[2]
+    if m := _valued.fullmatch(token):
+        return "parameter", None, m[1], m[2]
+    return "special", None, None, token
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #6aa8d5a5
-def _by_number(command): return command[0], float(command[1:])
+def _by_number(command):
+    return command[0], float(command[1:])
+
 
 class Tokenizer:
     "A vocabulary with its table of components; `LosslessTokenizer` and `BucketTokenizer` say how a word is split and joined."
-    name = ''
-    def __init__(self,
-        tokens, # Tokens in the order of their ids, the five special ones first
-    ):
-        self.tokens = list(tokens); self.vocab = {t:i for i,t in enumerate(self.tokens)}
-        names = [_component_names(t) for t in self.tokens]
-        seen = lambda k: {n[k] for n in names} - {None, *special_tokens}
-        self.classes = dict(type=list(token_types), command=[None, *sorted(seen(1), key=_by_number)],
-                            param_type=[None, *sorted(seen(2))], param_value=[None, *special_tokens, *sorted(seen(3))])
-        index = [{c:i for i,c in enumerate(names)} for names in self.classes.values()]
-        self.parts = np.array([[at[c] for at,c in zip(index, n)] for n in names], dtype=np.int64)
 
-    def __len__(self): return len(self.tokens)
+    name = ""
+
+    def __init__(
+        self,
+        tokens,  # Tokens in the order of their ids, the five special ones first
+    ):
+        self.tokens = list(tokens)
+        self.vocab = {t: i for i, t in enumerate(self.tokens)}
+        names = [_component_names(t) for t in self.tokens]
+
+        def seen(k):
+            return {n[k] for n in names} - {None, *special_tokens}
+
+        self.classes = dict(
+            type=list(token_types),
+            command=[None, *sorted(seen(1), key=_by_number)],
+            param_type=[None, *sorted(seen(2))],
+            param_value=[None, *special_tokens, *sorted(seen(3))],
+        )
+        index = [{c: i for i, c in enumerate(names)} for names in self.classes.values()]
+        self.parts = np.array([[at[c] for at, c in zip(index, n)] for n in names], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.tokens)
+
     @property
-    def head_sizes(self): return {head: len(names) for head,names in self.classes.items()}
+    def head_sizes(self):
+        return {head: len(names) for head, names in self.classes.items()}
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #36448455
 @patch
-def _split(self:Tokenizer, word):
+def _split(self: Tokenizer, word):
     "Tokens of one canonical word: here the word itself."
-    return [word if _valued.fullmatch(word) or word.isalpha() else 'UNK']
+    return [word if _valued.fullmatch(word) or word.isalpha() else "UNK"]
+
 
 @patch
-def _join(self:Tokenizer, tokens):
+def _join(self: Tokenizer, tokens):
     "Text of tokens, the special ones `PAD`, `BOS`, `EOS` taken out."
-    return ' '.join(tokens)
+    return " ".join(tokens)
+
 
 @patch
-def encode(self:Tokenizer,
-    text:str, # One line of G-code
-)->list: # Token ids, `EOS` last, no `BOS`
+def encode(
+    self: Tokenizer,
+    text: str,  # One line of G-code
+) -> list:  # Token ids, `EOS` last, no `BOS`
     "Ids of a line; what the vocabulary does not hold becomes `UNK`."
     return [self.vocab.get(t, UNK) for w in _words(text) for t in self._split(w)] + [EOS]
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #bd70bb36
 @patch
-def _checked(self:Tokenizer, ids):
+def _checked(self: Tokenizer, ids):
     "`ids` as an integer array, refused when one is outside the vocabulary."
     ids = np.asarray(ids)
-    if ids.size == 0: return ids.astype(np.int64)
-    if ids.dtype.kind not in 'iu': raise InputError('tokens', 'ids', 'integers', f'{ids.dtype} numbers')
-    if ids.min() < 0 or ids.max() >= len(self): raise InputError('tokens', 'ids', f'0 to {len(self)-1}', f'{ids.min()} to {ids.max()}', 'was it made with another vocabulary?')
+    if ids.size == 0:
+        return ids.astype(np.int64)
+    if ids.dtype.kind not in "iu":
+        raise InputError("tokens", "ids", "integers", f"{ids.dtype} numbers")
+    if ids.min() < 0 or ids.max() >= len(self):
+        raise InputError(
+            "tokens",
+            "ids",
+            f"0 to {len(self) - 1}",
+            f"{ids.min()} to {ids.max()}",
+            "was it made with another vocabulary?",
+        )
     return ids
 
+
 @patch
-def decode(self:Tokenizer,
-    ids, # Token ids of one line [length]
-)->str: # Its text up to the first `EOS`
+def decode(
+    self: Tokenizer,
+    ids,  # Token ids of one line [length]
+) -> str:  # Its text up to the first `EOS`
     "Text of a line; `PAD` and `BOS` are passed over, `UNK` and `MASK` stay as words."
     ids = self._checked(ids).tolist()
-    if EOS in ids: ids = ids[:ids.index(EOS)]
-    return self._join([self.tokens[i] for i in ids if i not in (PAD,BOS)])
+    if EOS in ids:
+        ids = ids[: ids.index(EOS)]
+    return self._join([self.tokens[i] for i in ids if i not in (PAD, BOS)])
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #4f508608
 @patch
-def encode_batch(self:Tokenizer,
-    texts, # Lines of G-code [N]
-    length:int=None, # Tokens a row; the longest line by default
-)->np.ndarray: # int64 [N, length], padded with `PAD`
+def encode_batch(
+    self: Tokenizer,
+    texts,  # Lines of G-code [N]
+    length: int = None,  # Tokens a row; the longest line by default
+) -> np.ndarray:  # int64 [N, length], padded with `PAD`
     "Ids of many lines."
-    distinct,inverse = np.unique(np.array(_lines(texts, 'texts'), dtype=str), return_inverse=True)
+    distinct, inverse = np.unique(np.array(_lines(texts, "texts"), dtype=str), return_inverse=True)
     lines = [self.encode(t) for t in distinct.tolist()]
     longest = max(map(len, lines), default=0)
-    if length is None: length = longest
-    if longest > length: raise InputError('texts', repr(str(distinct[np.argmax([*map(len, lines)])])), f'at most {length} tokens', f'{longest} with EOS')
+    if length is None:
+        length = longest
+    if longest > length:
+        raise InputError(
+            "texts",
+            repr(str(distinct[np.argmax([*map(len, lines)])])),
+            f"at most {length} tokens",
+            f"{longest} with EOS",
+        )
     ids = np.full((len(lines), length), PAD, dtype=np.int64)
-    for row,line in zip(ids, lines): row[:len(line)] = line
+    for row, line in zip(ids, lines):
+        row[: len(line)] = line
     return ids[inverse]
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #5c92053e
 @patch
-def decode_batch(self:Tokenizer,
-    ids, # Token ids [N, length]
-)->list: # N texts
+def decode_batch(
+    self: Tokenizer,
+    ids,  # Token ids [N, length]
+) -> list:  # N texts
     "Texts of many lines."
-    distinct,inverse = np.unique(self._checked(ids), axis=0, return_inverse=True)
+    distinct, inverse = np.unique(self._checked(ids), axis=0, return_inverse=True)
     texts = [self.decode(row) for row in distinct]
     return [texts[i] for i in inverse.ravel()]
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #f1355060
 @patch
-def decompose(self:Tokenizer,
-    ids, # Token ids of any shape
-)->np.ndarray: # int64 [..., 4]: type, command, param_type, param_value
+def decompose(
+    self: Tokenizer,
+    ids,  # Token ids of any shape
+) -> np.ndarray:  # int64 [..., 4]: type, command, param_type, param_value
     "The four components of every token."
     return self.parts[self._checked(ids)]
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #e851b032
 @patch
-def compose(self:Tokenizer,
-    parts, # Classes [..., 4]: type, command, param_type, param_value
-)->np.ndarray: # int64 [...], `UNK` where no token has these components
+def compose(
+    self: Tokenizer,
+    parts,  # Classes [..., 4]: type, command, param_type, param_value
+) -> np.ndarray:  # int64 [...], `UNK` where no token has these components
     "Token ids from components, the inverse of `decompose`."
-    parts = np.asarray(parts, dtype=np.int64); sizes = np.array(list(self.head_sizes.values()))
+    parts = np.asarray(parts, dtype=np.int64)
+    sizes = np.array(list(self.head_sizes.values()))
     inside = ((parts >= 0) & (parts < sizes)).all(-1)
-    pack = lambda p: np.ravel_multi_index(tuple(np.moveaxis(p, -1, 0)), sizes)
-    keys = pack(self.parts); order = np.argsort(keys)
-    wanted = pack(np.where(inside[...,None], parts, 0))
-    found = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(self)-1)]
+
+    def pack(p):
+        return np.ravel_multi_index(tuple(np.moveaxis(p, -1, 0)), sizes)
+
+    keys = pack(self.parts)
+    order = np.argsort(keys)
+    wanted = pack(np.where(inside[..., None], parts, 0))
+    found = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(self) - 1)]
     return np.where(inside & (keys[found] == wanted), found, UNK)
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #8fba4f54
 @patch
-def check_vocabulary(self:Tokenizer,
-    other, # Another tokenizer, or a vocabulary: token -> id
+def check_vocabulary(
+    self: Tokenizer,
+    other,  # Another tokenizer, or a vocabulary: token -> id
 ):
     "Raise `InputError` naming what differs between `other` and this vocabulary."
-    vocab = getattr(other, 'vocab', other); name = getattr(other, 'name', self.name)
-    if name != self.name: raise InputError('vocabulary', 'tokenizer', self.name, name)
+    vocab = getattr(other, "vocab", other)
+    name = getattr(other, "name", self.name)
+    if name != self.name:
+        raise InputError("vocabulary", "tokenizer", self.name, name)
     wrong = next((t for t in (*self.vocab, *vocab) if self.vocab.get(t) != vocab.get(t)), None)
-    if len(vocab) != len(self): raise InputError('vocabulary', 'size', f'{len(self)} tokens', f'{len(vocab)}', f'the first that differs is {wrong}')
-    said = lambda v: f'id {v[wrong]}' if wrong in v else 'no such token'
-    if wrong is not None: raise InputError('vocabulary', f'token {wrong}', said(self.vocab), said(vocab))
+    if len(vocab) != len(self):
+        raise InputError(
+            "vocabulary",
+            "size",
+            f"{len(self)} tokens",
+            f"{len(vocab)}",
+            f"the first that differs is {wrong}",
+        )
+
+    def said(v):
+        return f"id {v[wrong]}" if wrong in v else "no such token"
+
+    if wrong is not None:
+        raise InputError("vocabulary", f"token {wrong}", said(self.vocab), said(vocab))
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #abc1819e
-_letters = tuple('XYZRFIJKESPQTHDLNABCUVWO')
-_usual_commands = [f'G{n}' for n in (0,1,2,3,4,10,17,18,19,20,21,28,30,38.2,40,41,42,43,49,*range(53,60),61,64,80,*range(90,96))] + [f'M{n}' for n in (*range(10),30)]
+_letters = tuple("XYZRFIJKESPQTHDLNABCUVWO")
+_usual_commands = [
+    f"G{n}"
+    for n in (
+        0,
+        1,
+        2,
+        3,
+        4,
+        10,
+        17,
+        18,
+        19,
+        20,
+        21,
+        28,
+        30,
+        38.2,
+        40,
+        41,
+        42,
+        43,
+        49,
+        *range(53, 60),
+        61,
+        64,
+        80,
+        *range(90, 96),
+    )
+] + [f"M{n}" for n in (*range(10), 30)]
+
 
 class LosslessTokenizer(Tokenizer):
     "Commands and letters as tokens, numbers digit by digit: text -> ids -> text is exact."
-    name = 'lossless'
-    def __init__(self,
-        corpus=None, # Lines of G-code, or one text of many lines, whose commands to hold; the usual ones by default
-        tokens=None, # A finished vocabulary instead: tokens in the order of their ids
+
+    name = "lossless"
+
+    def __init__(
+        self,
+        corpus=None,  # Lines of G-code, or one text of many lines, whose commands to hold; the usual ones by default
+        tokens=None,  # A finished vocabulary instead: tokens in the order of their ids
     ):
-        commands = _usual_commands if corpus is None else {w for t in _lines(corpus) for w in _words(t) if _command.fullmatch(w)}
-        super().__init__([*special_tokens, *sorted(commands, key=_by_number), *_letters, *_pieces] if tokens is None else tokens)
+        commands = (
+            _usual_commands
+            if corpus is None
+            else {w for t in _lines(corpus) for w in _words(t) if _command.fullmatch(w)}
+        )
+        super().__init__(
+            [*special_tokens, *sorted(commands, key=_by_number), *_letters, *_pieces]
+            if tokens is None
+            else tokens
+        )
 
     def _split(self, word):
-        if word[0] in 'GM' or not _valued.fullmatch(word): return [word if word[0].isalpha() else 'UNK']
+        if word[0] in "GM" or not _valued.fullmatch(word):
+            return [word if word[0].isalpha() else "UNK"]
         return [word[0], *word[1:]]
 
     def _join(self, tokens):
-        glue = [t in _pieces and (before in _pieces or before in _letters) for before,t in zip(['', *tokens], tokens)]
-        return ''.join(t if g else ' '+t for t,g in zip(tokens, glue)).strip()
+        glue = [
+            t in _pieces and (before in _pieces or before in _letters)
+            for before, t in zip(["", *tokens], tokens)
+        ]
+        return "".join(t if g else " " + t for t, g in zip(tokens, glue)).strip()
 
-    def to_json(self): return dict(config=dict(tokenizer=self.name, special=dict(zip(special_tokens, range(5))), vocab_size=len(self)), vocab=self.vocab)
+    def to_json(self):
+        return dict(
+            config=dict(
+                tokenizer=self.name,
+                special=dict(zip(special_tokens, range(5))),
+                vocab_size=len(self),
+            ),
+            vocab=self.vocab,
+        )
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #51486f5a
-_steps = {**dict.fromkeys('XYZABCPQ', 1e-3), **dict.fromkeys('RIJKE', 1e-4), 'F':1., 'S':10.}
-_bucket_config = dict(mode='hybrid', precision=_steps, clip_bins={}, canonical_decimal_places=4, ignore_for_pid=['F','S'],
-    special=dict(zip(special_tokens, range(5))), vocab_size=50000, min_freq=1, dynamic_numbers=False, bucket_digits=2,
-    trailing_dot_literal=False, representatives={})
+_steps = {**dict.fromkeys("XYZABCPQ", 1e-3), **dict.fromkeys("RIJKE", 1e-4), "F": 1.0, "S": 10.0}
+_bucket_config = dict(
+    mode="hybrid",
+    precision=_steps,
+    clip_bins={},
+    canonical_decimal_places=4,
+    ignore_for_pid=["F", "S"],
+    special=dict(zip(special_tokens, range(5))),
+    vocab_size=50000,
+    min_freq=1,
+    dynamic_numbers=False,
+    bucket_digits=2,
+    trailing_dot_literal=False,
+    representatives={},
+)
+
 
 class BucketTokenizer(Tokenizer):
     "Letter and leading digits of the rounded value, `X1.575` as `X`, `NUM_X_15`: short and not exact."
-    name = 'bucket'
-    def __init__(self,
-        corpus=(), # Lines of G-code, or one text of many lines, whose tokens to hold
-        digits:int=2, # Leading digits kept; `None` keeps the whole rounded number
-        min_freq:int=1, # How often a token must occur in the corpus
-        trailing_dot_literal:bool=False, # Keep `Z0.` as one token instead of reading it as a number
-        config:dict=None, # Settings of a vocabulary file, which go before the arguments
-        tokens=None, # A finished vocabulary instead: tokens in the order of their ids
+
+    name = "bucket"
+
+    def __init__(
+        self,
+        corpus=(),  # Lines of G-code, or one text of many lines, whose tokens to hold
+        digits: int = 2,  # Leading digits kept; `None` keeps the whole rounded number
+        min_freq: int = 1,  # How often a token must occur in the corpus
+        trailing_dot_literal: bool = False,  # Keep `Z0.` as one token instead of reading it as a number
+        config: dict = None,  # Settings of a vocabulary file, which go before the arguments
+        tokens=None,  # A finished vocabulary instead: tokens in the order of their ids
     ):
-        self.config = _bucket_config | dict(bucket_digits=digits, min_freq=min_freq, trailing_dot_literal=trailing_dot_literal) | (config or {})
-        self.vocab = {}; texts = Counter(_lines(corpus)); counts = Counter()
-        for text,n in texts.items(): counts.update({t: n*k for t,k in Counter(t for w in _words(text) for t in self._split(w)).items()})
-        kept = sorted((t for t,n in counts.items() if n >= self.config['min_freq'] and t not in special_tokens), key=lambda t: (-counts[t], t))
-        super().__init__([*special_tokens, *kept[:self.config['vocab_size']-5]] if tokens is None else tokens)
-        if texts: self.config['representatives'] = self._representatives(texts)
+        self.config = (
+            _bucket_config
+            | dict(
+                bucket_digits=digits, min_freq=min_freq, trailing_dot_literal=trailing_dot_literal
+            )
+            | (config or {})
+        )
+        self.vocab = {}
+        texts = Counter(_lines(corpus))
+        counts = Counter()
+        for text, n in texts.items():
+            counts.update(
+                {
+                    t: n * k
+                    for t, k in Counter(t for w in _words(text) for t in self._split(w)).items()
+                }
+            )
+        kept = sorted(
+            (
+                t
+                for t, n in counts.items()
+                if n >= self.config["min_freq"] and t not in special_tokens
+            ),
+            key=lambda t: (-counts[t], t),
+        )
+        super().__init__(
+            [*special_tokens, *kept[: self.config["vocab_size"] - 5]] if tokens is None else tokens
+        )
+        if texts:
+            self.config["representatives"] = self._representatives(texts)
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #358131ff
 @patch
-def bucket(self:BucketTokenizer,
-    letter:str, # Parameter letter
-    value:float, # Its value, in the unit of the program
-)->str: # Leading digits
+def bucket(
+    self: BucketTokenizer,
+    letter: str,  # Parameter letter
+    value: float,  # Its value, in the unit of the program
+) -> str:  # Leading digits
     "Leading digits of `value` in steps of its letter."
-    whole = round(value / self.config['precision'].get(letter, 1e-3))
-    if (limit := self.config['clip_bins'].get(letter)): whole = max(-limit, min(limit, whole))
-    digits = self.config['bucket_digits']
-    if digits is None: return str(whole)
-    sign,places = ('-',digits-1) if whole < 0 else ('',digits)
+    whole = round(value / self.config["precision"].get(letter, 1e-3))
+    if limit := self.config["clip_bins"].get(letter):
+        whole = max(-limit, min(limit, whole))
+    digits = self.config["bucket_digits"]
+    if digits is None:
+        return str(whole)
+    sign, places = ("-", digits - 1) if whole < 0 else ("", digits)
     return sign + str(abs(whole)).zfill(places)[:places]
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #7a66d26c
 @patch
-def _split(self:BucketTokenizer, word):
+def _split(self: BucketTokenizer, word):
     "The word itself for commands, literals and bare letters, letter and bucket for the rest."
-    literal = self.config['trailing_dot_literal'] and word.endswith('.')
-    if word in self.vocab or literal or re.fullmatch('[A-Z]', word): return [word]
-    if not (m := _valued.fullmatch(word)) or not np.isfinite(float(m[2])): return ['UNK']
-    if m[1] in 'GM': return [word if _command.fullmatch(word) else 'UNK']
-    return [m[1], f'NUM_{m[1]}_{self.bucket(m[1], float(m[2]))}']
+    literal = self.config["trailing_dot_literal"] and word.endswith(".")
+    if word in self.vocab or literal or re.fullmatch("[A-Z]", word):
+        return [word]
+    if not (m := _valued.fullmatch(word)) or not np.isfinite(float(m[2])):
+        return ["UNK"]
+    if m[1] in "GM":
+        return [word if _command.fullmatch(word) else "UNK"]
+    return [m[1], f"NUM_{m[1]}_{self.bucket(m[1], float(m[2]))}"]
+
 
 @patch
-def _representatives(self:BucketTokenizer, texts):
+def _representatives(self: BucketTokenizer, texts):
     "Middle number of the corpus in each bucket, in the unit of the program."
     numbers = {}
     for word in {w for t in texts for w in _words(t)}:
         split = self._split(word)
-        if len(split) == 2 and split[1] in self.vocab: numbers.setdefault(split[1], set()).add(float(word[1:]))
-    return {t: sorted(values)[(len(values)-1)//2] for t,values in sorted(numbers.items())}
+        if len(split) == 2 and split[1] in self.vocab:
+            numbers.setdefault(split[1], set()).add(float(word[1:]))
+    return {t: sorted(values)[(len(values) - 1) // 2] for t, values in sorted(numbers.items())}
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #6b40b2de
 @patch
-def _join(self:BucketTokenizer, tokens):
+def _join(self: BucketTokenizer, tokens):
     "A bucket after its own letter becomes a number; anywhere else it stays as a word, which is no G-code."
     words = []
     for t in tokens:
         m = _bucketed.fullmatch(t)
-        if m and words and words[-1] == m[1]: words[-1] += self.representative(t)
-        else: words.append(t)
-    return ' '.join(words)
+        if m and words and words[-1] == m[1]:
+            words[-1] += self.representative(t)
+        else:
+            words.append(t)
+    return " ".join(words)
+
 
 @patch
-def representative(self:BucketTokenizer,
-    token:str, # For instance `NUM_X_15`
-)->str: # A number in that bucket, as G-code writes it
+def representative(
+    self: BucketTokenizer,
+    token: str,  # For instance `NUM_X_15`
+) -> str:  # A number in that bucket, as G-code writes it
     "Text of a number that stands for a bucket; not exact."
-    letter,leading = _bucketed.fullmatch(token).groups()
-    whole = -1 if leading == '-' else int(leading)
-    value = self.config['representatives'].get(token, whole*self.config['precision'].get(letter, 1e-3))
+    letter, leading = _bucketed.fullmatch(token).groups()
+    whole = -1 if leading == "-" else int(leading)
+    value = self.config["representatives"].get(
+        token, whole * self.config["precision"].get(letter, 1e-3)
+    )
     return number_text(value)
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #e5d0f3d7
 @patch
-def to_json(self:BucketTokenizer)->dict: # `config` and `vocab`
+def to_json(self: BucketTokenizer) -> dict:  # `config` and `vocab`
     "All that `tokenizer_from_json` needs, as plain JSON values."
-    return dict(config={'tokenizer': self.name, **self.config}, vocab=self.vocab)
+    return dict(config={"tokenizer": self.name, **self.config}, vocab=self.vocab)
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #f959a8a9
 def _ordered_tokens(vocab, file):
     "Tokens in the order of their ids; ids must be 0, 1, 2, … and begin with the special tokens."
-    if not isinstance(vocab, dict): raise InputError(file, 'vocab', 'token -> id', type(vocab).__name__)
-    for t,i in vocab.items():
-        if not isinstance(i, int) or isinstance(i, bool): raise InputError(file, f'token {t}', 'a whole number as id', repr(i))
+    if not isinstance(vocab, dict):
+        raise InputError(file, "vocab", "token -> id", type(vocab).__name__)
+    for t, i in vocab.items():
+        if not isinstance(i, int) or isinstance(i, bool):
+            raise InputError(file, f"token {t}", "a whole number as id", repr(i))
     tokens = sorted(vocab, key=vocab.get)
-    for i,t in enumerate(tokens):
-        if vocab[t] != i: raise InputError(file, f'token {t}', f'id {i}', f'id {vocab[t]}', 'ids must be 0, 1, 2, … without a gap')
-    for i,t in enumerate(special_tokens):
-        if vocab.get(t) != i: raise InputError(file, f'token {t}', f'id {i}', f'id {vocab[t]}' if t in vocab else 'no such token')
+    for i, t in enumerate(tokens):
+        if vocab[t] != i:
+            raise InputError(
+                file,
+                f"token {t}",
+                f"id {i}",
+                f"id {vocab[t]}",
+                "ids must be 0, 1, 2, … without a gap",
+            )
+    for i, t in enumerate(special_tokens):
+        if vocab.get(t) != i:
+            raise InputError(
+                file, f"token {t}", f"id {i}", f"id {vocab[t]}" if t in vocab else "no such token"
+            )
     return tokens
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #5da6e917
 def _checked_config(config, tokens, file):
     "Settings of a bucket vocabulary, those that the file does not say read off its tokens."
     lengths = {len(m[2]) for t in tokens if (m := _bucketed.fullmatch(t))}
-    guessed = dict(bucket_digits=lengths.pop() if len(lengths) == 1 else None if lengths else 2,
-                   trailing_dot_literal=any(_valued.fullmatch(t) and t.endswith('.') for t in tokens))
-    config = {k:v for k,v in (guessed | config).items() if k in _bucket_config}
-    if config.get('mode', 'hybrid') not in ('hybrid','split'): raise InputError(file, 'config mode', 'hybrid or split', repr(config['mode']))
-    digits = config['bucket_digits']
-    if digits is not None and (not isinstance(digits, int) or digits < 1): raise InputError(file, 'config bucket_digits', 'a whole number above 0, or null', repr(digits))
-    for key in ('precision','clip_bins','representatives'):
-        if not isinstance(config.get(key, {}), dict): raise InputError(file, f'config {key}', 'a dictionary', repr(config[key]))
-        for k,v in config.get(key, {}).items():
-            if not isinstance(v, (int,float)) or (key != 'representatives' and not v > 0): raise InputError(file, f'config {key} {k}', 'a number above 0' if key != 'representatives' else 'a number', repr(v))
+    guessed = dict(
+        bucket_digits=lengths.pop() if len(lengths) == 1 else None if lengths else 2,
+        trailing_dot_literal=any(_valued.fullmatch(t) and t.endswith(".") for t in tokens),
+    )
+    config = {k: v for k, v in (guessed | config).items() if k in _bucket_config}
+    if config.get("mode", "hybrid") not in ("hybrid", "split"):
+        raise InputError(file, "config mode", "hybrid or split", repr(config["mode"]))
+    digits = config["bucket_digits"]
+    if digits is not None and (not isinstance(digits, int) or digits < 1):
+        raise InputError(
+            file, "config bucket_digits", "a whole number above 0, or null", repr(digits)
+        )
+    for key in ("precision", "clip_bins", "representatives"):
+        if not isinstance(config.get(key, {}), dict):
+            raise InputError(file, f"config {key}", "a dictionary", repr(config[key]))
+        for k, v in config.get(key, {}).items():
+            if not isinstance(v, (int, float)) or (key != "representatives" and not v > 0):
+                raise InputError(
+                    file,
+                    f"config {key} {k}",
+                    "a number above 0" if key != "representatives" else "a number",
+                    repr(v),
+                )
     return config
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #c2d93b58
 _tokenizers = dict(lossless=LosslessTokenizer, bucket=BucketTokenizer)
 
+
 def tokenizer_from_json(
-    value:dict, # `{"config": …, "vocab": …}` or the flat dictionary token -> id
-    file='vocabulary', # Name of the file, for error sentences
-)->Tokenizer:
+    value: dict,  # `{"config": …, "vocab": …}` or the flat dictionary token -> id
+    file="vocabulary",  # Name of the file, for error sentences
+) -> Tokenizer:
     "The tokenizer that a vocabulary file describes."
-    if not isinstance(value, dict): raise InputError(file, 'content', 'a dictionary', type(value).__name__)
-    both = isinstance(value.get('vocab'), dict)
-    vocab,config = (value['vocab'], value.get('config') or {}) if both else (value, {})
+    if not isinstance(value, dict):
+        raise InputError(file, "content", "a dictionary", type(value).__name__)
+    both = isinstance(value.get("vocab"), dict)
+    vocab, config = (value["vocab"], value.get("config") or {}) if both else (value, {})
     tokens = _ordered_tokens(vocab, file)
-    guess = 'lossless' if '.' in vocab and '0' in vocab else 'bucket'
-    if check_choice(file, 'config tokenizer', config.get('tokenizer', guess), _tokenizers) == 'lossless': return LosslessTokenizer(tokens=tokens)
+    guess = "lossless" if "." in vocab and "0" in vocab else "bucket"
+    if (
+        check_choice(file, "config tokenizer", config.get("tokenizer", guess), _tokenizers)
+        == "lossless"
+    ):
+        return LosslessTokenizer(tokens=tokens)
     return BucketTokenizer(config=_checked_config(config, tokens, file), tokens=tokens)
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #ca770fc3
 def tokenizer(
-    name:str, # `lossless` or `bucket`
-    corpus=None, # Lines of G-code, or one text of many lines
-    **kwargs # Further arguments of the class
-)->Tokenizer:
+    name: str,  # `lossless` or `bucket`
+    corpus=None,  # Lines of G-code, or one text of many lines
+    **kwargs,  # Further arguments of the class
+) -> Tokenizer:
     "Build a tokenizer by name."
-    check_choice('parameters', 'tokenizer', name, _tokenizers)
-    return _tokenizers[name](() if name == 'bucket' and corpus is None else corpus, **kwargs)
+    check_choice("parameters", "tokenizer", name, _tokenizers)
+    return _tokenizers[name](() if name == "bucket" and corpus is None else corpus, **kwargs)
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #4ff685e5
 @dataclass
 class NumberScale:
     "Median and spread of the numbers of each letter."
-    letters:str # For instance `XYZRF`
-    center:list # Medians
-    scale:list # Standard deviations
+
+    letters: str  # For instance `XYZRF`
+    center: list  # Medians
+    scale: list  # Standard deviations
+
     @classmethod
-    def fit(cls, texts, letters='XYZRF'):
+    def fit(cls, texts, letters="XYZRF"):
         "The scale of the lines `texts`."
         x = _numbers(texts, letters)
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); center,scale = np.nanmedian(x, axis=0),np.nanstd(x, axis=0)
-        return cls(letters, np.nan_to_num(center).tolist(), np.where(np.isfinite(scale) & (scale > 1e-6), scale, 1.).tolist())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            center, scale = np.nanmedian(x, axis=0), np.nanstd(x, axis=0)
+        return cls(
+            letters,
+            np.nan_to_num(center).tolist(),
+            np.where(np.isfinite(scale) & (scale > 1e-6), scale, 1.0).tolist(),
+        )
+
     def standardise(self, texts):
         "Numbers of lines in spreads, `[N,letters]` float32."
-        return ((_numbers(texts, self.letters)-self.center)/self.scale).astype('float32')
+        return ((_numbers(texts, self.letters) - self.center) / self.scale).astype("float32")
+
     def write(self, texts, numbers):
         "The lines with the numbers `[N,letters]`, in spreads, in place of their own."
-        values = np.asarray(numbers, float)*self.scale+self.center
-        def put(text, row): return re.sub(rf'([{self.letters}])[+-]?(?:\d+\.?\d*|\.\d+)', lambda m: m[1]+_number_of(m[1], row[self.letters.index(m[1])]), text)
-        return [put(t, row) for t,row in zip(texts, values)]
+        values = np.asarray(numbers, float) * self.scale + self.center
+
+        def put(text, row):
+            return re.sub(
+                rf"([{self.letters}])[+-]?(?:\d+\.?\d*|\.\d+)",
+                lambda m: m[1] + _number_of(m[1], row[self.letters.index(m[1])]),
+                text,
+            )
+
+        return [put(t, row) for t, row in zip(texts, values)]
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #7c51e7c3
 def _numbers(texts, letters):
@@ -376,4 +603,6 @@ def _numbers(texts, letters):
     found = [{m[1]: float(m[2]) for w in t.split() if (m := _valued.fullmatch(w))} for t in texts]
     return np.array([[f.get(c, np.nan) for c in letters] for f in found]).reshape(-1, len(letters))
 
-def _number_of(letter, value): return number_text(max(value, .1) if letter == 'F' else value)
+
+def _number_of(letter, value):
+    return number_text(max(value, 0.1) if letter == "F" else value)

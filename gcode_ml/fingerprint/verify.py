@@ -12,517 +12,830 @@ __all__ = ['FEATURES', 'USED', 'EDITS', 'ProgramSignals', 'program_signals', 'Ro
 # %% ../../nbs/fingerprint/43_verify.ipynb #c0da517a
 import re
 from dataclasses import dataclass, field
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from scipy.special import logsumexp
+
 from ..core.errors import InputError, check_choice
 from .data import Recording, check_times, modality
 from .machine import MILL, planned_motion
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #23879371
-FEATURES = tuple(f'{kind} {axis}' for kind in ('friction','speed','rate','acceleration','place') for axis in 'xyz')+('cutting','removal')
+FEATURES = tuple(
+    f"{kind} {axis}"
+    for kind in ("friction", "speed", "rate", "acceleration", "place")
+    for axis in "xyz"
+) + ("cutting", "removal")
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #c486a040
 def _features(m):
     "What sensors may follow, `[N,17]`, each of about unit size."
-    v = m['velocity']; a = np.gradient(v, m['time'], axis=0); speed = np.linalg.norm(v, axis=1)
-    cut = ((((m['mode'] > 0) & (m['position'][:,2] < 0)) | (m['flow'] > 0)) & (speed > .1))*1.
-    return np.concatenate([np.tanh(abs(v)/.5), abs(v)/20, abs(a)/200, a/200, m['position']/25, cut[:,None], (cut*speed/20)[:,None]], 1)
+    v = m["velocity"]
+    a = np.gradient(v, m["time"], axis=0)
+    speed = np.linalg.norm(v, axis=1)
+    cut = ((((m["mode"] > 0) & (m["position"][:, 2] < 0)) | (m["flow"] > 0)) & (speed > 0.1)) * 1.0
+    return np.concatenate(
+        [
+            np.tanh(abs(v) / 0.5),
+            abs(v) / 20,
+            abs(a) / 200,
+            a / 200,
+            m["position"] / 25,
+            cut[:, None],
+            (cut * speed / 20)[:, None],
+        ],
+        1,
+    )
+
 
 def _still(row):
     "The features of a machine that stands where `row` is."
-    return np.where([n.startswith('place') for n in FEATURES], row, 0.)
+    return np.where([n.startswith("place") for n in FEATURES], row, 0.0)
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #c9d1dea3
 @dataclass
 class ProgramSignals:
     "What sensors may follow during a program, on a grid of `step` seconds that begins `margin` seconds before it."
-    name:str # Program
-    step:float # Seconds
-    features:np.ndarray = field(repr=False) # Averages over a step, `[N,K]`
-    lines:np.ndarray = field(repr=False) # Line, from 1, `[N]`
-    duration:float # Seconds from the first move to the end of the last
-    margin:float = 12. # Seconds of standing still before and after
+
+    name: str  # Program
+    step: float  # Seconds
+    features: np.ndarray = field(repr=False)  # Averages over a step, `[N,K]`
+    lines: np.ndarray = field(repr=False)  # Line, from 1, `[N]`
+    duration: float  # Seconds from the first move to the end of the last
+    margin: float = 12.0  # Seconds of standing still before and after
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #b8cf9710
 def _on_grid(m, step):
     "Means of the features over whole steps, and the line at the middle of each."
-    grid = np.arange(0, m['time'][-1]+step, step); f = _features(m)
-    total = np.concatenate([np.zeros((1,f.shape[1])), np.cumsum((f[1:]+f[:-1])/2*np.diff(m['time'])[:,None], axis=0)])
-    at = np.stack([np.interp(grid, m['time'], c) for c in total.T], 1)
-    middle = np.searchsorted(m['time'], grid[:-1]+step/2).clip(max=len(m['time'])-1)
-    return np.diff(at, axis=0)/step, m['line'][middle]
+    grid = np.arange(0, m["time"][-1] + step, step)
+    f = _features(m)
+    total = np.concatenate(
+        [
+            np.zeros((1, f.shape[1])),
+            np.cumsum((f[1:] + f[:-1]) / 2 * np.diff(m["time"])[:, None], axis=0),
+        ]
+    )
+    at = np.stack([np.interp(grid, m["time"], c) for c in total.T], 1)
+    middle = np.searchsorted(m["time"], grid[:-1] + step / 2).clip(max=len(m["time"]) - 1)
+    return np.diff(at, axis=0) / step, m["line"][middle]
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #8b89ee5f
 def program_signals(
-    program:str, # Text of a program
-    name:str='program', # For messages
-    step:float=.05, # Seconds of the grid
-    limits=MILL, # What the machine keeps to
-    margin:float=12., # Seconds of standing still on either side
-)->ProgramSignals: # By the planner
+    program: str,  # Text of a program
+    name: str = "program",  # For messages
+    step: float = 0.05,  # Seconds of the grid
+    limits=MILL,  # What the machine keeps to
+    margin: float = 12.0,  # Seconds of standing still on either side
+) -> ProgramSignals:  # By the planner
     "What a G-code file asks of the machine."
-    m = planned_motion(program, 200., name, limits)
-    f,lines = _on_grid(m, step); n = int(round(margin/step))
-    f = np.concatenate([np.tile(_still(f[0]), (n,1)), f, np.tile(_still(f[-1]), (n,1))])
-    return ProgramSignals(name, step, f, np.concatenate([np.full(n, lines[0]), lines, np.full(n, lines[-1])]), float(m['time'][-1]), margin)
+    m = planned_motion(program, 200.0, name, limits)
+    f, lines = _on_grid(m, step)
+    n = int(round(margin / step))
+    f = np.concatenate([np.tile(_still(f[0]), (n, 1)), f, np.tile(_still(f[-1]), (n, 1))])
+    return ProgramSignals(
+        name,
+        step,
+        f,
+        np.concatenate([np.full(n, lines[0]), lines, np.full(n, lines[-1])]),
+        float(m["time"][-1]),
+        margin,
+    )
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #1dad2167
-USED = 'current','acceleration','rotation','magnetic','sound'
+USED = "current", "acceleration", "rotation", "magnetic", "sound"
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #19820f6e
 @dataclass
 class Rows:
     "Sensor rows to be compared with a program."
-    name:str # Recording
-    time:np.ndarray # Seconds since the program's first row, `[T]`
-    values:np.ndarray # `[T,C]`, NaN where a board is silent
-    channels:list # Names; `~` marks how much a channel shakes
+
+    name: str  # Recording
+    time: np.ndarray  # Seconds since the program's first row, `[T]`
+    values: np.ndarray  # `[T,C]`, NaN where a board is silent
+    channels: list  # Names; `~` marks how much a channel shakes
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #ee22bc9e
 def _blocks(time, x, gap):
     "Means and logarithms of the standard deviations of blocks of `gap` seconds, and the time at the end of each."
-    block = ((time-time[0])/gap).astype(int); n = np.bincount(block)
-    keep = n > max(2, .5*np.median(n))
-    def mean(v): return np.stack([np.bincount(block, c, len(n)) for c in v.T], 1)/n.clip(1)[:,None]
-    x = x-np.nanmean(x, axis=0); m = mean(x)
-    return (time[0]+gap*(np.arange(len(n))+1))[keep], m[keep], np.log(np.sqrt((mean(x*x)-m*m).clip(0))+1e-4)[keep]
+    block = ((time - time[0]) / gap).astype(int)
+    n = np.bincount(block)
+    keep = n > max(2, 0.5 * np.median(n))
+
+    def mean(v):
+        return np.stack([np.bincount(block, c, len(n)) for c in v.T], 1) / n.clip(1)[:, None]
+
+    x = x - np.nanmean(x, axis=0)
+    m = mean(x)
+    return (
+        (time[0] + gap * (np.arange(len(n)) + 1))[keep],
+        m[keep],
+        np.log(np.sqrt((mean(x * x) - m * m).clip(0)) + 1e-4)[keep],
+    )
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #289034d5
 def verification_rows(
-    recording:Recording, # A run
-    fastest:float=.1, # Rows closer than this are put together, seconds
-    modalities=USED, # Which sensors
-)->Rows: # What is compared
+    recording: Recording,  # A run
+    fastest: float = 0.1,  # Rows closer than this are put together, seconds
+    modalities=USED,  # Which sensors
+) -> Rows:  # What is compared
     "Sensor rows of a recording, ten a second at most."
-    if len(recording) < 21: raise InputError(recording.name, 'rows', 'at least 21 of the program', str(len(recording)))
+    if len(recording) < 21:
+        raise InputError(recording.name, "rows", "at least 21 of the program", str(len(recording)))
     check_times(recording.time, recording.name)
-    at = [i for i,c in enumerate(recording.channels) if modality(c) in modalities]
-    if not at: raise InputError(recording.name, 'channels', f"sensors of {', '.join(modalities)}", 'none')
-    names,x = [recording.channels[i] for i in at],recording.sensors[:,at].astype(float)
+    at = [i for i, c in enumerate(recording.channels) if modality(c) in modalities]
+    if not at:
+        raise InputError(recording.name, "channels", f"sensors of {', '.join(modalities)}", "none")
+    names, x = [recording.channels[i] for i in at], recording.sensors[:, at].astype(float)
     gap = float(np.median(np.diff(recording.time)))
-    if gap > fastest/2: return Rows(recording.name, recording.time, x, names)
-    time,mean,shake = _blocks(recording.time, x, fastest)
-    also = [i for i,c in enumerate(names) if modality(c) in ('acceleration','rotation','sound')]
-    return Rows(recording.name, time, np.concatenate([mean, shake[:,also]], 1), names+['~'+names[i] for i in also])
+    if gap > fastest / 2:
+        return Rows(recording.name, recording.time, x, names)
+    time, mean, shake = _blocks(recording.time, x, fastest)
+    also = [i for i, c in enumerate(names) if modality(c) in ("acceleration", "rotation", "sound")]
+    return Rows(
+        recording.name,
+        time,
+        np.concatenate([mean, shake[:, also]], 1),
+        names + ["~" + names[i] for i in also],
+    )
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #92ecfd6c
-_memory = 20.
+_memory = 20.0
+
 
 def _relative(x, gaps, memory=_memory):
     "Values relative to a running mean, which at first is that of all rows so far; NaN is passed over."
-    out,mean,age = np.empty_like(x),np.full(x.shape[1], np.nan),np.zeros(x.shape[1])
-    for t,(row,gap) in enumerate(zip(x, gaps)): out[t],mean,age = _relative_step(row, gap, mean, age, memory)
+    out, mean, age = np.empty_like(x), np.full(x.shape[1], np.nan), np.zeros(x.shape[1])
+    for t, (row, gap) in enumerate(zip(x, gaps)):
+        out[t], mean, age = _relative_step(row, gap, mean, age, memory)
     return out
+
 
 def _relative_step(row, gap, mean, age, memory=_memory):
     "One row of `_relative`; `age` is how long each channel has been seen, in seconds."
-    there = np.isfinite(row); age = age+gap*there
-    share = np.where(there, np.maximum(gap/memory, gap/np.maximum(age, 1e-9)), 0.).clip(max=1)
+    there = np.isfinite(row)
+    age = age + gap * there
+    share = np.where(there, np.maximum(gap / memory, gap / np.maximum(age, 1e-9)), 0.0).clip(max=1)
     mean = np.where(there & ~np.isfinite(mean), row, mean)
-    mean = np.where(there, mean+share*(np.where(there, row, 0.)-np.where(there, mean, 0.)), mean)
-    return row-mean, mean, age
+    mean = np.where(
+        there, mean + share * (np.where(there, row, 0.0) - np.where(there, mean, 0.0)), mean
+    )
+    return row - mean, mean, age
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #5e414439
 @patch
-def _relative_features(self:ProgramSignals):
+def _relative_features(self: ProgramSignals):
     "The features relative to their running mean; standing still before the program counts as its first row."
-    if not hasattr(self, '_kept'):
-        n = int(round(self.margin/self.step)); f = self.features
-        self._kept = np.concatenate([f[:n]-f[n-1:n] if n else f[:0], _relative(np.concatenate([f[n-1:n], f[n:]]), np.full(len(f)-n+1, self.step))[1:]])
-        self._sum = np.concatenate([np.zeros((1,f.shape[1])), np.cumsum(self._kept, axis=0)])*self.step
+    if not hasattr(self, "_kept"):
+        n = int(round(self.margin / self.step))
+        f = self.features
+        self._kept = np.concatenate(
+            [
+                f[:n] - f[n - 1 : n] if n else f[:0],
+                _relative(
+                    np.concatenate([f[n - 1 : n], f[n:]]), np.full(len(f) - n + 1, self.step)
+                )[1:],
+            ]
+        )
+        self._sum = (
+            np.concatenate([np.zeros((1, f.shape[1])), np.cumsum(self._kept, axis=0)]) * self.step
+        )
     return self._kept
 
+
 @patch
-def _averages(self:ProgramSignals, seconds, gap):
+def _averages(self: ProgramSignals, seconds, gap):
     "Mean of the relative features over the `gap` seconds that end at `seconds` of the program, `[n,K]`."
-    self._relative_features(); gap = np.maximum(gap, 1e-9)
-    seconds = np.clip(seconds, gap-self.margin, (len(self._kept)-1)*self.step-self.margin) # it stands still before and after
+    self._relative_features()
+    gap = np.maximum(gap, 1e-9)
+    seconds = np.clip(
+        seconds, gap - self.margin, (len(self._kept) - 1) * self.step - self.margin
+    )  # it stands still before and after
+
     def total(at):
-        u = ((at+self.margin)/self.step).clip(0, len(self._sum)-1.001); i = u.astype(int)
-        return self._sum[i]+(u-i)[:,None]*(self._sum[i+1]-self._sum[i])
-    return (total(seconds)-total(seconds-gap))/gap[...,None]
+        u = ((at + self.margin) / self.step).clip(0, len(self._sum) - 1.001)
+        i = u.astype(int)
+        return self._sum[i] + (u - i)[:, None] * (self._sum[i + 1] - self._sum[i])
+
+    return (total(seconds) - total(seconds - gap)) / gap[..., None]
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #12899c1a
 @dataclass
 class MachineResponse:
     "How a machine's sensors answer to motion."
-    channels:list # Names, `[C]`
-    scale:np.ndarray # Size of each channel's changes, `[C]`; what follows is in these units
-    weights:np.ndarray # `[K,C]`
-    covariance:np.ndarray # Of what is left over, `[C,C]`
-    spread:np.ndarray # Covariance of the features, `[K,K]`
-    temperature:float = 1. # Log-likelihoods are divided by it, because rows are not independent
-    explained:np.ndarray = None # Share of each channel's variance that the features explain, `[C]`
+
+    channels: list  # Names, `[C]`
+    scale: np.ndarray  # Size of each channel's changes, `[C]`; what follows is in these units
+    weights: np.ndarray  # `[K,C]`
+    covariance: np.ndarray  # Of what is left over, `[C,C]`
+    spread: np.ndarray  # Covariance of the features, `[K,K]`
+    temperature: float = 1.0  # Log-likelihoods are divided by it, because rows are not independent
+    explained: np.ndarray = (
+        None  # Share of each channel's variance that the features explain, `[C]`
+    )
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #dc8d2f93
-def _gaps(rows): return np.diff(rows.time, prepend=rows.time[0]-np.median(np.diff(rows.time)))
+def _gaps(rows):
+    return np.diff(rows.time, prepend=rows.time[0] - np.median(np.diff(rows.time)))
+
 
 def _sensors(rows, channels):
     "Sensors `[T,C]` of one run, relative; NaN where a channel is missing."
-    x = np.full((len(rows.time),len(channels)), np.nan); at = {c: i for i,c in enumerate(rows.channels)}
-    here = [(j,at[c]) for j,c in enumerate(channels) if c in at]
-    x[:,[j for j,_ in here]] = rows.values[:,[i for _,i in here]]
+    x = np.full((len(rows.time), len(channels)), np.nan)
+    at = {c: i for i, c in enumerate(rows.channels)}
+    here = [(j, at[c]) for j, c in enumerate(channels) if c in at]
+    x[:, [j for j, _ in here]] = rows.values[:, [i for _, i in here]]
     return _relative(x, _gaps(rows))
+
 
 def _sizes(x, least=100):
     "Robust size of the changes of each channel; 0 where it does not move or is hardly ever there."
-    with np.errstate(all='ignore'): size,spread = 1.4826*np.nanmedian(abs(x), axis=0),np.nanstd(x, axis=0)
-    size = np.where(size > 1e-3*spread, size, spread)
-    return np.where((np.isfinite(x).sum(0) >= least) & np.isfinite(size), size, 0.)
+    with np.errstate(all="ignore"):
+        size, spread = 1.4826 * np.nanmedian(abs(x), axis=0), np.nanstd(x, axis=0)
+    size = np.where(size > 1e-3 * spread, size, spread)
+    return np.where((np.isfinite(x).sum(0) >= least) & np.isfinite(size), size, 0.0)
 
-def _in_sizes(x, size): return np.clip(x/size, -5, 5)
+
+def _in_sizes(x, size):
+    return np.clip(x / size, -5, 5)
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #d53bf4db
 def _regress(pairs, ridge):
     "Weights `[K,C]`: ridge regression of each channel on the rows that have it."
-    size = pairs[0][0].shape[1]; a,b = np.zeros((pairs[0][1].shape[1],size,size)),np.zeros((pairs[0][1].shape[1],size))
-    for f,x in pairs:
-        there = np.isfinite(x).all(0); gram = f.T@f
-        a[there] += gram; b[there] += (f.T@x[:,there]).T
-        for c in np.flatnonzero(~there & np.isfinite(x).any(0)): ok = np.isfinite(x[:,c]); a[c] += f[ok].T@f[ok]; b[c] += f[ok].T@x[ok,c]
-    return np.linalg.solve(a+ridge*np.eye(size), b[...,None])[...,0].T
+    size = pairs[0][0].shape[1]
+    a, b = np.zeros((pairs[0][1].shape[1], size, size)), np.zeros((pairs[0][1].shape[1], size))
+    for f, x in pairs:
+        there = np.isfinite(x).all(0)
+        gram = f.T @ f
+        a[there] += gram
+        b[there] += (f.T @ x[:, there]).T
+        for c in np.flatnonzero(~there & np.isfinite(x).any(0)):
+            ok = np.isfinite(x[:, c])
+            a[c] += f[ok].T @ f[ok]
+            b[c] += f[ok].T @ x[ok, c]
+    return np.linalg.solve(a + ridge * np.eye(size), b[..., None])[..., 0].T
 
-def _left_over(pairs, weights, shrink=.2):
+
+def _left_over(pairs, weights, shrink=0.2):
     "Covariance of the residuals over the rows that two channels share, shrunk to its diagonal and made definite."
     total = count = 0
-    for f,x in pairs:
-        r = x-f@weights; ok = np.isfinite(r); r = np.where(ok, r, 0.)
-        total = total+r.T@r; count = count+ok.astype(float).T@ok
-    s = total/np.maximum(count, 1); d = np.sqrt(np.diag(s).clip(.02)); c = (1-shrink)*s/np.outer(d, d)+shrink*np.eye(len(d))
-    values,vectors = np.linalg.eigh(c)
-    return (vectors*values.clip(.02))@vectors.T*np.outer(d, d)
+    for f, x in pairs:
+        r = x - f @ weights
+        ok = np.isfinite(r)
+        r = np.where(ok, r, 0.0)
+        total = total + r.T @ r
+        count = count + ok.astype(float).T @ ok
+    s = total / np.maximum(count, 1)
+    d = np.sqrt(np.diag(s).clip(0.02))
+    c = (1 - shrink) * s / np.outer(d, d) + shrink * np.eye(len(d))
+    values, vectors = np.linalg.eigh(c)
+    return (vectors * values.clip(0.02)) @ vectors.T * np.outer(d, d)
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #41203c6a
 def _heat(runs, pairs, lags, weights, covariance, block=8):
     "Variance of what wrong lags add to the log-likelihood, over the information that they carry."
-    variance = information = 0.
-    for (rows,signals),(f,x),lag in zip(runs, pairs, lags):
-        ok = np.isfinite(x).all(0); project = np.linalg.solve(covariance[np.ix_(ok, ok)], weights[:,ok].T)
-        z,j = (x[:,ok]-f@weights[:,ok])@project, weights[:,ok]@project
-        for away in (-1., -.5, -.25, .25, .5, 1.):
-            g = signals._averages(rows.time+lag+away, _gaps(rows))-f
-            variance += (np.add.reduceat((g*z).sum(1), np.arange(0, len(g), block))**2).sum(); information += ((g@j)*g).sum()
-    return float(variance/max(information, 1e-12))
+    variance = information = 0.0
+    for (rows, signals), (f, x), lag in zip(runs, pairs, lags):
+        ok = np.isfinite(x).all(0)
+        project = np.linalg.solve(covariance[np.ix_(ok, ok)], weights[:, ok].T)
+        z, j = (x[:, ok] - f @ weights[:, ok]) @ project, weights[:, ok] @ project
+        for away in (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0):
+            g = signals._averages(rows.time + lag + away, _gaps(rows)) - f
+            variance += (np.add.reduceat((g * z).sum(1), np.arange(0, len(g), block)) ** 2).sum()
+            information += ((g @ j) * g).sum()
+    return float(variance / max(information, 1e-12))
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #d776fd9f
 def fit_response(
-    runs:list, # Pairs (`Rows`, `ProgramSignals`) of healthy runs
-    ridge:float=10., # Ridge, in rows
-    passes:int=3, # The start of each run is refined so often
-    start:float=1.5, # How far the start may be off, seconds
-)->MachineResponse: # For the channels of these runs
+    runs: list,  # Pairs (`Rows`, `ProgramSignals`) of healthy runs
+    ridge: float = 10.0,  # Ridge, in rows
+    passes: int = 3,  # The start of each run is refined so often
+    start: float = 1.5,  # How far the start may be off, seconds
+) -> MachineResponse:  # For the channels of these runs
     "Learn from healthy runs how sensors answer to motion."
-    if not runs: raise InputError('healthy runs', 'runs', 'at least one run of a known program', '0')
-    channels = sorted({c for r,_ in runs for c in r.channels}); sensors = [_sensors(r, channels) for r,_ in runs]
-    size = _sizes(np.concatenate(sensors)); use = (size > 0) & (sum(np.isfinite(x).any(0)*1 for x in sensors) >= min(3, len(runs)))
-    channels = [c for c,u in zip(channels, use) if u]
-    if not channels: raise InputError('healthy runs', 'sensors', 'a channel that moves, in three runs', 'none')
-    sensors,lags = [_in_sizes(x[:,use], size[use]) for x in sensors],[0.]*len(runs)
+    if not runs:
+        raise InputError("healthy runs", "runs", "at least one run of a known program", "0")
+    channels = sorted({c for r, _ in runs for c in r.channels})
+    sensors = [_sensors(r, channels) for r, _ in runs]
+    size = _sizes(np.concatenate(sensors))
+    use = (size > 0) & (sum(np.isfinite(x).any(0) * 1 for x in sensors) >= min(3, len(runs)))
+    channels = [c for c, u in zip(channels, use) if u]
+    if not channels:
+        raise InputError("healthy runs", "sensors", "a channel that moves, in three runs", "none")
+    sensors, lags = [_in_sizes(x[:, use], size[use]) for x in sensors], [0.0] * len(runs)
     for i in range(passes):
-        pairs = [(s._averages(r.time+lag, _gaps(r)), x) for (r,s),x,lag in zip(runs, sensors, lags)]
-        weights = _regress(pairs, ridge); covariance = _left_over(pairs, weights)
-        if i < passes-1: lags = [_best_lag(r, s, x, weights, covariance, start) for (r,s),x in zip(runs, sensors)]
+        pairs = [
+            (s._averages(r.time + lag, _gaps(r)), x) for (r, s), x, lag in zip(runs, sensors, lags)
+        ]
+        weights = _regress(pairs, ridge)
+        covariance = _left_over(pairs, weights)
+        if i < passes - 1:
+            lags = [
+                _best_lag(r, s, x, weights, covariance, start) for (r, s), x in zip(runs, sensors)
+            ]
     f = np.concatenate([p[0] for p in pairs])
-    explained = 1-_variance(pairs, weights)/_variance(pairs, 0*weights)
-    return MachineResponse(channels, size[use], weights, covariance, np.cov(f.T)+1e-6*np.eye(f.shape[1]), max(1., _heat(runs, pairs, lags, weights, covariance)), explained)
+    explained = 1 - _variance(pairs, weights) / _variance(pairs, 0 * weights)
+    return MachineResponse(
+        channels,
+        size[use],
+        weights,
+        covariance,
+        np.cov(f.T) + 1e-6 * np.eye(f.shape[1]),
+        max(1.0, _heat(runs, pairs, lags, weights, covariance)),
+        explained,
+    )
 
-def _variance(pairs, weights): return np.nanmean(np.concatenate([(x-f@weights)**2 for f,x in pairs]), axis=0)
+
+def _variance(pairs, weights):
+    return np.nanmean(np.concatenate([(x - f @ weights) ** 2 for f, x in pairs]), axis=0)
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #18cd5200
 def _best_lag(rows, signals, x, weights, covariance, start):
     "Constant shift of a run's clock at which the response fits best."
     ok = np.isfinite(x).all(0)
-    if not ok.any(): return 0.
-    project = np.linalg.solve(covariance[np.ix_(ok, ok)], weights[:,ok].T); y,j = x[:,ok]@project, weights[:,ok]@project
-    gaps,coarse = _gaps(rows),max(.3, signals.step)
-    def score(lag): f = signals._averages(rows.time+lag, gaps); return (f*y).sum()-.5*((f@j)*f).sum()
-    def best(lags): return float(lags[np.argmax([score(l) for l in lags])])
-    around = best(np.arange(-start, start+1e-9, coarse))
-    return best(np.arange(around-coarse, around+coarse+1e-9, signals.step))
+    if not ok.any():
+        return 0.0
+    project = np.linalg.solve(covariance[np.ix_(ok, ok)], weights[:, ok].T)
+    y, j = x[:, ok] @ project, weights[:, ok] @ project
+    gaps, coarse = _gaps(rows), max(0.3, signals.step)
+
+    def score(lag):
+        f = signals._averages(rows.time + lag, gaps)
+        return (f * y).sum() - 0.5 * ((f @ j) * f).sum()
+
+    def best(lags):
+        return float(lags[np.argmax([score(l) for l in lags])])
+
+    around = best(np.arange(-start, start + 1e-9, coarse))
+    return best(np.arange(around - coarse, around + coarse + 1e-9, signals.step))
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #98a11fd9
 class Verifier:
     "Compares rows with the program that they claim to run, one after the other, in constant memory."
-    def __init__(self,
-        response:MachineResponse, # Of the machine
-        signals:ProgramSignals, # Of the claimed program
-        channels:list, # Of the rows that will come
-        start:float=1.5, # How far the start may be off, seconds
-        reach:float=0., # Largest lag, seconds; four more than `start` when 0
-        creep:float=.01, # Probability that the lag moves by a cell to either side in a quarter of a second, strict
-        wander:float=.15, # The same, loose
-        jump:float=.01, # Probability a row that the place jumps, loose
-        lose:float=.02, # Probability a row that the program is lost, loose
+
+    def __init__(
+        self,
+        response: MachineResponse,  # Of the machine
+        signals: ProgramSignals,  # Of the claimed program
+        channels: list,  # Of the rows that will come
+        start: float = 1.5,  # How far the start may be off, seconds
+        reach: float = 0.0,  # Largest lag, seconds; four more than `start` when 0
+        creep: float = 0.01,  # Probability that the lag moves by a cell to either side in a quarter of a second, strict
+        wander: float = 0.15,  # The same, loose
+        jump: float = 0.01,  # Probability a row that the place jumps, loose
+        lose: float = 0.02,  # Probability a row that the program is lost, loose
     ):
-        self.response,self.signals,self.creep,self.wander,self.jump,self.lose = response,signals,creep,wander,jump,lose
-        at = {c: i for i,c in enumerate(response.channels)}
-        self.take = [i for i,c in enumerate(channels) if c in at]; self.known = np.array([at[c] for c in channels if c in at], int)
-        if not self.take: raise InputError('recording', 'channels', f'some of the machine\'s, such as {response.channels[0]}', ', '.join(channels[:3]) or 'none')
-        self.lags = np.arange(-(reach or start+4), (reach or start+4)+1e-9, signals.step); first = (abs(self.lags) <= start+signals.step/2)*1.
-        self.strict,self.loose,self.lost = first/first.sum(),first/first.sum(),0.
-        self.mean,self.age,self.last = np.full(len(self.take), np.nan),np.zeros(len(self.take)),None
-        self.cusum,self.evidence,self.expected,self.rows,self.parts = 0.,0.,0.,0,{}
+        self.response, self.signals, self.creep, self.wander, self.jump, self.lose = (
+            response,
+            signals,
+            creep,
+            wander,
+            jump,
+            lose,
+        )
+        at = {c: i for i, c in enumerate(response.channels)}
+        self.take = [i for i, c in enumerate(channels) if c in at]
+        self.known = np.array([at[c] for c in channels if c in at], int)
+        if not self.take:
+            raise InputError(
+                "recording",
+                "channels",
+                f"some of the machine's, such as {response.channels[0]}",
+                ", ".join(channels[:3]) or "none",
+            )
+        self.lags = np.arange(-(reach or start + 4), (reach or start + 4) + 1e-9, signals.step)
+        first = (abs(self.lags) <= start + signals.step / 2) * 1.0
+        self.strict, self.loose, self.lost = first / first.sum(), first / first.sum(), 0.0
+        self.mean, self.age, self.last = (
+            np.full(len(self.take), np.nan),
+            np.zeros(len(self.take)),
+            None,
+        )
+        self.cusum, self.evidence, self.expected, self.rows, self.parts = 0.0, 0.0, 0.0, 0, {}
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #578bd778
 @patch
-def _information(self:Verifier, there):
+def _information(self: Verifier, there):
     "Matrices for the channels that are there: projection, information, and those of the hypothesis of no program."
     key = there.tobytes()
     if key not in self.parts:
-        r,c = self.response,self.known[there]; w = r.weights[:,c]; inverse = np.linalg.inv(r.covariance[np.ix_(c, c)]); project = inverse@w.T
-        j = w@project/r.temperature; inner = np.linalg.inv(j+np.linalg.inv(r.spread))
-        if len(self.parts) > 64: self.parts.clear()
-        constant = -.5*np.linalg.slogdet(np.eye(len(j))+j@r.spread)[1]
-        self.parts[key] = project/r.temperature, j, inner, constant, j-j@inner@j, -.5*np.trace(inner@j)-constant, inverse
+        r, c = self.response, self.known[there]
+        w = r.weights[:, c]
+        inverse = np.linalg.inv(r.covariance[np.ix_(c, c)])
+        project = inverse @ w.T
+        j = w @ project / r.temperature
+        inner = np.linalg.inv(j + np.linalg.inv(r.spread))
+        if len(self.parts) > 64:
+            self.parts.clear()
+        constant = -0.5 * np.linalg.slogdet(np.eye(len(j)) + j @ r.spread)[1]
+        self.parts[key] = (
+            project / r.temperature,
+            j,
+            inner,
+            constant,
+            j - j @ inner @ j,
+            -0.5 * np.trace(inner @ j) - constant,
+            inverse,
+        )
     return self.parts[key]
+
 
 def _spread_out(p, share):
     "A step of the random walk of lags; the ends keep what would leave."
-    out = (1-2*share)*p; out[1:] += share*p[:-1]; out[:-1] += share*p[1:]
-    out[0] += share*p[0]; out[-1] += share*p[-1]
+    out = (1 - 2 * share) * p
+    out[1:] += share * p[:-1]
+    out[:-1] += share * p[1:]
+    out[0] += share * p[0]
+    out[-1] += share * p[-1]
     return out
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #27801c31
 @patch
-def step(self:Verifier,
-    row:np.ndarray, # Sensors, `[C]`, NaN where a board is silent
-    seconds:float, # Clock, since the claimed start
-)->dict: # `ratio`, `cusum`, `evidence`, `expected`, `lag`, `line`, `distance`
+def step(
+    self: Verifier,
+    row: np.ndarray,  # Sensors, `[C]`, NaN where a board is silent
+    seconds: float,  # Clock, since the claimed start
+) -> dict:  # `ratio`, `cusum`, `evidence`, `expected`, `lag`, `line`, `distance`
     "One row further. A clock that goes back is refused and changes nothing."
-    gap = .25 if self.last is None else seconds-self.last
-    if not 0 <= gap < 30: raise InputError('stream', 'clock', 'a step between 0 and 30 s', f'{gap:.1f} s', 'the clock jumps; this row is passed over')
-    self.last = seconds; gap = max(gap, 1e-3)
-    x,self.mean,self.age = _relative_step(row[self.take], gap, self.mean, self.age)
+    gap = 0.25 if self.last is None else seconds - self.last
+    if not 0 <= gap < 30:
+        raise InputError(
+            "stream",
+            "clock",
+            "a step between 0 and 30 s",
+            f"{gap:.1f} s",
+            "the clock jumps; this row is passed over",
+        )
+    self.last = seconds
+    gap = max(gap, 1e-3)
+    x, self.mean, self.age = _relative_step(row[self.take], gap, self.mean, self.age)
     x = _in_sizes(x, self.response.scale[self.known])
-    there = np.isfinite(x); f = self.signals._averages(seconds+self.lags, np.full(len(self.lags), gap))
+    there = np.isfinite(x)
+    f = self.signals._averages(seconds + self.lags, np.full(len(self.lags), gap))
     self.rows += 1
-    if not there.any(): return self._said(0., np.nan)
-    project,j,inner,constant,gain,base,inverse = self._information(there)
-    y = x[there]@project; score = f@y-.5*((f@j)*f).sum(1); none = .5*y@inner@y+constant
-    ratio,evidence = self._update(score, none, gap)
-    self.cusum = max(0., self.cusum+ratio); self.evidence += evidence
-    at = f[self.strict.argmax()]; self.expected += .5*at@gain@at+base
+    if not there.any():
+        return self._said(0.0, np.nan)
+    project, j, inner, constant, gain, base, inverse = self._information(there)
+    y = x[there] @ project
+    score = f @ y - 0.5 * ((f @ j) * f).sum(1)
+    none = 0.5 * y @ inner @ y + constant
+    ratio, evidence = self._update(score, none, gap)
+    self.cusum = max(0.0, self.cusum + ratio)
+    self.evidence += evidence
+    at = f[self.strict.argmax()]
+    self.expected += 0.5 * at @ gain @ at + base
     return self._said(ratio, self._distance(x, there, f, inverse))
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #584fc645
 @patch
-def _update(self:Verifier, score, none, gap):
+def _update(self: Verifier, score, none, gap):
     "Both filters one row further: log-likelihood ratios of loose to strict, and of strict to no program."
-    quarters = gap/.25
-    p = score+np.log(_spread_out(self.strict, min(self.creep*quarters, .3)).clip(1e-200)); strict = logsumexp(p)
-    self.strict = np.exp(p-strict)
-    l = _spread_out(self.loose, min(self.wander*quarters, .3)); back = .05*self.lost
-    l = (1-self.jump-self.lose)*l+(self.jump*self.loose.sum()+back)/len(l); lost = self.lost-back+self.lose*self.loose.sum()
-    top = max(score.max(), none); l,lost = l*np.exp(score-top),lost*np.exp(none-top); total = l.sum()+lost
-    self.loose,self.lost = l/total,lost/total
-    return float(np.log(total)+top-strict), float(strict-none)
+    quarters = gap / 0.25
+    p = score + np.log(_spread_out(self.strict, min(self.creep * quarters, 0.3)).clip(1e-200))
+    strict = logsumexp(p)
+    self.strict = np.exp(p - strict)
+    l = _spread_out(self.loose, min(self.wander * quarters, 0.3))
+    back = 0.05 * self.lost
+    l = (1 - self.jump - self.lose) * l + (self.jump * self.loose.sum() + back) / len(l)
+    lost = self.lost - back + self.lose * self.loose.sum()
+    top = max(score.max(), none)
+    l, lost = l * np.exp(score - top), lost * np.exp(none - top)
+    total = l.sum() + lost
+    self.loose, self.lost = l / total, lost / total
+    return float(np.log(total) + top - strict), float(strict - none)
+
 
 @patch
-def _distance(self:Verifier, x, there, f, inverse):
+def _distance(self: Verifier, x, there, f, inverse):
     "Mahalanobis distance of a row from what the program makes expect at the most probable lag, a channel."
-    r = x[there]-f[self.strict.argmax()]@self.response.weights[:,self.known[there]]
-    return float(r@inverse@r/len(r))
+    r = x[there] - f[self.strict.argmax()] @ self.response.weights[:, self.known[there]]
+    return float(r @ inverse @ r / len(r))
+
 
 @patch
-def _said(self:Verifier, ratio, distance):
+def _said(self: Verifier, ratio, distance):
     "What is known after a row."
-    lag = float(self.lags@self.strict); at = int(((self.last+lag+self.signals.margin)/self.signals.step))
-    return dict(ratio=ratio, cusum=self.cusum, evidence=self.evidence, expected=self.expected, lag=lag, line=int(self.signals.lines[min(max(at, 0), len(self.signals.lines)-1)]), distance=distance)
+    lag = float(self.lags @ self.strict)
+    at = int((self.last + lag + self.signals.margin) / self.signals.step)
+    return dict(
+        ratio=ratio,
+        cusum=self.cusum,
+        evidence=self.evidence,
+        expected=self.expected,
+        lag=lag,
+        line=int(self.signals.lines[min(max(at, 0), len(self.signals.lines) - 1)]),
+        distance=distance,
+    )
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #c413df0b
 def trace(
-    rows:Rows, # Of a recording
-    signals:ProgramSignals, # Of the claimed program
-    response:MachineResponse, # Of the machine
-    **options # For `Verifier`
-)->pd.DataFrame: # One row a row: time, ratio, cusum, evidence, expected, lag, line, distance
+    rows: Rows,  # Of a recording
+    signals: ProgramSignals,  # Of the claimed program
+    response: MachineResponse,  # Of the machine
+    **options,  # For `Verifier`
+) -> pd.DataFrame:  # One row a row: time, ratio, cusum, evidence, expected, lag, line, distance
     "Verify a whole recording, row by row."
     v = Verifier(response, signals, rows.channels, **options)
-    return pd.DataFrame([dict(time=t, **v.step(x, t)) for t,x in zip(rows.time, rows.values)])
+    return pd.DataFrame([dict(time=t, **v.step(x, t)) for t, x in zip(rows.time, rows.values)])
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #37ccf412
 @dataclass
 class MatchLimits:
     "Where a recording stops being a match."
-    alarm:float = 25. # CUSUM from which on the recording does not follow the program
-    least:float = 0. # Evidence a row below which it is no run of the program at all
+
+    alarm: float = 25.0  # CUSUM from which on the recording does not follow the program
+    least: float = 0.0  # Evidence a row below which it is no run of the program at all
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #e1464059
 def calibrate(
-    runs:list, # Pairs (`Rows`, `ProgramSignals`) of healthy runs
-    start:float=1.5, # How far the start may be off, seconds
-    groups:int=3, # Groups that are left out in turn
-    slack:float=1.5, # The alarm is so many times the CUSUM that nine healthy runs in ten keep below
-)->MatchLimits: # For `verify`
+    runs: list,  # Pairs (`Rows`, `ProgramSignals`) of healthy runs
+    start: float = 1.5,  # How far the start may be off, seconds
+    groups: int = 3,  # Groups that are left out in turn
+    slack: float = 1.5,  # The alarm is so many times the CUSUM that nine healthy runs in ten keep below
+) -> MatchLimits:  # For `verify`
     "Limits from healthy runs, each judged by a response that has not seen it."
-    if len(runs) < groups: return MatchLimits()
+    if len(runs) < groups:
+        return MatchLimits()
     found = []
     for g in range(groups):
-        response = fit_response([r for i,r in enumerate(runs) if i % groups != g], start=start)
-        for rows,signals in runs[g::groups]: t = trace(rows, signals, response, start=start); found.append((t.cusum.max(), t.evidence.iloc[-1]/len(t)))
-    cusum,evidence = np.array(found).T
-    return MatchLimits(max(10., slack*float(np.quantile(cusum, .9))), float(np.quantile(evidence, .1))/3)
+        response = fit_response([r for i, r in enumerate(runs) if i % groups != g], start=start)
+        for rows, signals in runs[g::groups]:
+            t = trace(rows, signals, response, start=start)
+            found.append((t.cusum.max(), t.evidence.iloc[-1] / len(t)))
+    cusum, evidence = np.array(found).T
+    return MatchLimits(
+        max(10.0, slack * float(np.quantile(cusum, 0.9))), float(np.quantile(evidence, 0.1)) / 3
+    )
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #b8bc3ff3
 @dataclass
 class Verdict:
     "What is said of a recording and a program."
-    match:bool # Whether the recording is a run of the program
-    sentence:str # Why
-    cusum:float # Highest CUSUM
-    evidence:float # Log-likelihood ratio to a random motion, a row
-    alarm_time:float # Seconds at which the alarm went off, NaN if it did not
-    alarm_line:int # Line of the program at that time, 0 if it did not
+
+    match: bool  # Whether the recording is a run of the program
+    sentence: str  # Why
+    cusum: float  # Highest CUSUM
+    evidence: float  # Log-likelihood ratio to a random motion, a row
+    alarm_time: float  # Seconds at which the alarm went off, NaN if it did not
+    alarm_line: int  # Line of the program at that time, 0 if it did not
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #a03dc0aa
 def verify(
-    rows:Rows, # Of a recording
-    signals:ProgramSignals, # Of the claimed program
-    response:MachineResponse, # Of the machine
-    limits:MatchLimits=MatchLimits(), # From `calibrate`
-    start:float=1.5, # How far the start may be off, seconds
-)->Verdict: # Match or not
+    rows: Rows,  # Of a recording
+    signals: ProgramSignals,  # Of the claimed program
+    response: MachineResponse,  # Of the machine
+    limits: MatchLimits = MatchLimits(),  # From `calibrate`
+    start: float = 1.5,  # How far the start may be off, seconds
+) -> Verdict:  # Match or not
     "Does a recording match the program that it claims?"
-    t = trace(rows, signals, response, start=start); over = t.cusum >= limits.alarm; evidence = float(t.evidence.iloc[-1]/len(t))
+    t = trace(rows, signals, response, start=start)
+    over = t.cusum >= limits.alarm
+    evidence = float(t.evidence.iloc[-1] / len(t))
     first = t[over].iloc[0] if over.any() else None
-    if evidence < limits.least: sentence = f'the sensors do not show this program (evidence {evidence:.2f} a row, healthy runs have more than {limits.least:.2f})'
-    elif first is not None: sentence = f'the sensors leave the program after {first.time:.1f} s, near line {int(first.line)}'
-    else: sentence = f'the sensors follow the program (highest CUSUM {t.cusum.max():.1f}, alarm at {limits.alarm:.1f})'
-    return Verdict(first is None and evidence >= limits.least, sentence, float(t.cusum.max()), evidence, float('nan') if first is None else float(first.time), 0 if first is None else int(first.line))
+    if evidence < limits.least:
+        sentence = f"the sensors do not show this program (evidence {evidence:.2f} a row, healthy runs have more than {limits.least:.2f})"
+    elif first is not None:
+        sentence = (
+            f"the sensors leave the program after {first.time:.1f} s, near line {int(first.line)}"
+        )
+    else:
+        sentence = f"the sensors follow the program (highest CUSUM {t.cusum.max():.1f}, alarm at {limits.alarm:.1f})"
+    return Verdict(
+        first is None and evidence >= limits.least,
+        sentence,
+        float(t.cusum.max()),
+        evidence,
+        float("nan") if first is None else float(first.time),
+        0 if first is None else int(first.line),
+    )
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #6c294ee9
 def self_check(
-    rows:Rows, # Of a recording
-    signals:ProgramSignals, # Of the claimed program
-    start:float=1.5, # How far the start may be off, seconds
-    turns:int=60, # Wrong places to compare with
-    seed:int=0, # Which ones
-)->tuple: # Standard deviations above the wrong places, and the share of them that fit as well
+    rows: Rows,  # Of a recording
+    signals: ProgramSignals,  # Of the claimed program
+    start: float = 1.5,  # How far the start may be off, seconds
+    turns: int = 60,  # Wrong places to compare with
+    seed: int = 0,  # Which ones
+) -> tuple:  # Standard deviations above the wrong places, and the share of them that fit as well
     "Whether a program explains a recording better in its place than in other places."
-    x = _sensors(rows, rows.channels); size = _sizes(x); x = np.nan_to_num(_in_sizes(x[:,size > 0], size[size > 0]))
-    n = len(x); x = x-x.mean(0); power = (x*x).sum(0)
+    x = _sensors(rows, rows.channels)
+    size = _sizes(x)
+    x = np.nan_to_num(_in_sizes(x[:, size > 0], size[size > 0]))
+    n = len(x)
+    x = x - x.mean(0)
+    power = (x * x).sum(0)
+
     def gain(f):
-        f = f-f.mean(0); gram = f.T@f+np.eye(f.shape[1]); b = f.T@x
-        return -.5*n*np.log1p(-((b*np.linalg.solve(gram, b)).sum(0)/power).clip(0, .999)).sum()
-    lags = np.arange(-start, start+.01, .25); f = [signals._averages(rows.time+lag, _gaps(rows)) for lag in lags]
-    away = np.random.default_rng(seed).uniform(.1, .9, turns)*n; step = max(int(round(.25/np.median(_gaps(rows)))), 1)
-    right = max(gain(v) for v in f); middle = f[len(f)//2]
-    wrong = np.array([max(gain(np.roll(middle, int(a)+k*step, axis=0)) for k in (-1,0,1)) for a in away])
-    return float((right-wrong.mean())/wrong.std()), float((wrong >= right).mean())
+        f = f - f.mean(0)
+        gram = f.T @ f + np.eye(f.shape[1])
+        b = f.T @ x
+        return (
+            -0.5
+            * n
+            * np.log1p(-((b * np.linalg.solve(gram, b)).sum(0) / power).clip(0, 0.999)).sum()
+        )
+
+    lags = np.arange(-start, start + 0.01, 0.25)
+    f = [signals._averages(rows.time + lag, _gaps(rows)) for lag in lags]
+    away = np.random.default_rng(seed).uniform(0.1, 0.9, turns) * n
+    step = max(int(round(0.25 / np.median(_gaps(rows)))), 1)
+    right = max(gain(v) for v in f)
+    middle = f[len(f) // 2]
+    wrong = np.array(
+        [max(gain(np.roll(middle, int(a) + k * step, axis=0)) for k in (-1, 0, 1)) for a in away]
+    )
+    return float((right - wrong.mean()) / wrong.std()), float((wrong >= right).mean())
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #e1301357
-EDITS = 'move','swap','feed','drop'
+EDITS = "move", "swap", "feed", "drop"
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #a6fe545e
-_word = re.compile(r'([XYZRF])(-?[\d.]+)')
+_word = re.compile(r"([XYZRF])(-?[\d.]+)")
+
 
 def _straight(lines):
     "Lines with an X or Y that follow and precede straight moves of the same kind, by number from 0."
-    mode,kind = None,[]
+    mode, kind = None, []
     for l in lines:
-        g = re.search(r'\bG0*([0-3])\b', l); mode = int(g[1]) if g else mode
-        kind.append(mode if _word.search(l) and 'G53' not in l and 'G92' not in l else None)
-    return [i for i in range(1, len(lines)-2) if kind[i-1] == kind[i] == kind[i+1] == 1 and re.search('[XY]', lines[i]) and 'R' not in lines[i]]
+        g = re.search(r"\bG0*([0-3])\b", l)
+        mode = int(g[1]) if g else mode
+        kind.append(mode if _word.search(l) and "G53" not in l and "G92" not in l else None)
+    return [
+        i
+        for i in range(1, len(lines) - 2)
+        if kind[i - 1] == kind[i] == kind[i + 1] == 1
+        and re.search("[XY]", lines[i])
+        and "R" not in lines[i]
+    ]
+
 
 def _with_all(lines):
     "Every move with its own X, Y, Z, G and F, so that lines can change places."
-    at,out,feed,mode = {},[],'',None
+    at, out, feed, mode = {}, [], "", None
     for l in lines:
-        words = dict(_word.findall(l)); g = re.search(r'\bG0*([0-3])\b', l); mode = g[1] if g else mode
-        if not words or 'G53' in l or 'G92' in l or mode is None: out.append(l); continue
-        at |= {k: v for k,v in words.items() if k in 'XYZ'}; feed = words.get('F', feed)
-        out.append(' '.join([f'G{mode}', *(f'{k}{v}' for k,v in at.items())]+([f"R{words['R']}"] if 'R' in words and mode in '23' else [])+([f'F{feed}'] if feed and mode != '0' else [])))
+        words = dict(_word.findall(l))
+        g = re.search(r"\bG0*([0-3])\b", l)
+        mode = g[1] if g else mode
+        if not words or "G53" in l or "G92" in l or mode is None:
+            out.append(l)
+            continue
+        at |= {k: v for k, v in words.items() if k in "XYZ"}
+        feed = words.get("F", feed)
+        out.append(
+            " ".join(
+                [f"G{mode}", *(f"{k}{v}" for k, v in at.items())]
+                + ([f"R{words['R']}"] if "R" in words and mode in "23" else [])
+                + ([f"F{feed}"] if feed and mode != "0" else [])
+            )
+        )
     return out
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #2b5e4043
 def edit_program(
-    program:str, # Text
-    kind:str, # One of `EDITS`
-    seed:int=0, # Where
-    size:float=.1, # How far the end of a move is put, in the program's unit
-    factor:float=1.05, # On feeds
-    block:int=6, # Lines dropped
-)->tuple: # Text, and the line (from 1) at which it begins to differ
+    program: str,  # Text
+    kind: str,  # One of `EDITS`
+    seed: int = 0,  # Where
+    size: float = 0.1,  # How far the end of a move is put, in the program's unit
+    factor: float = 1.05,  # On feeds
+    block: int = 6,  # Lines dropped
+) -> tuple:  # Text, and the line (from 1) at which it begins to differ
     "A program with one change."
-    check_choice('edit', 'kind', kind, EDITS); random = np.random.default_rng([seed, EDITS.index(kind)])
-    if kind == 'feed':
-        first = next((i for i,l in enumerate(program.splitlines(), 1) if re.search(r'\bF', l)), 1)
-        return re.sub(r'F([\d.]+)', lambda m: f'F{factor*float(m[1]):.5g}', program), first
-    lines = _with_all(program.splitlines()); places = _straight(lines)
-    if not places: raise InputError('edit', 'program', 'straight moves in a row', 'none')
+    check_choice("edit", "kind", kind, EDITS)
+    random = np.random.default_rng([seed, EDITS.index(kind)])
+    if kind == "feed":
+        first = next((i for i, l in enumerate(program.splitlines(), 1) if re.search(r"\bF", l)), 1)
+        return re.sub(r"F([\d.]+)", lambda m: f"F{factor * float(m[1]):.5g}", program), first
+    lines = _with_all(program.splitlines())
+    places = _straight(lines)
+    if not places:
+        raise InputError("edit", "program", "straight moves in a row", "none")
     for i in random.permutation(places):
-        changed = _edited(lines, int(i), kind, size*random.choice([-1,1]), block, random)
-        if changed and _plans(changed): return '\n'.join(changed)+'\n', int(i)+1
-    raise InputError('edit', 'program', f'a place for the edit {kind}', 'none')
+        changed = _edited(lines, int(i), kind, size * random.choice([-1, 1]), block, random)
+        if changed and _plans(changed):
+            return "\n".join(changed) + "\n", int(i) + 1
+    raise InputError("edit", "program", f"a place for the edit {kind}", "none")
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #6b216db2
 def _edited(lines, i, kind, size, block, random):
     "The lines with the edit at line `i`, or nothing where it cannot be."
-    if kind == 'move':
-        letter = random.choice(['X','Y']) if all(c in lines[i] for c in 'XY') else ('X' if 'X' in lines[i] else 'Y')
-        return [*lines[:i], re.sub(rf'{letter}(-?[\d.]+)', lambda m: f'{letter}{float(m[1])+size:.4f}', lines[i]), *lines[i+1:]]
-    if kind == 'swap': return [*lines[:i], lines[i+1], lines[i], *lines[i+2:]] if lines[i] != lines[i+1] else None
-    block = min(block, len(lines)-4-i)
-    return [*lines[:i], *lines[i+block:]] if block > 0 and not re.search(r'M30|G53', ' '.join(lines[i:i+block])) else None
+    if kind == "move":
+        letter = (
+            random.choice(["X", "Y"])
+            if all(c in lines[i] for c in "XY")
+            else ("X" if "X" in lines[i] else "Y")
+        )
+        return [
+            *lines[:i],
+            re.sub(rf"{letter}(-?[\d.]+)", lambda m: f"{letter}{float(m[1]) + size:.4f}", lines[i]),
+            *lines[i + 1 :],
+        ]
+    if kind == "swap":
+        return (
+            [*lines[:i], lines[i + 1], lines[i], *lines[i + 2 :]]
+            if lines[i] != lines[i + 1]
+            else None
+        )
+    block = min(block, len(lines) - 4 - i)
+    return (
+        [*lines[:i], *lines[i + block :]]
+        if block > 0 and not re.search(r"M30|G53", " ".join(lines[i : i + block]))
+        else None
+    )
+
 
 def _plans(lines):
     "Whether the planner takes the lines."
-    try: planned_motion('\n'.join(lines), 20.)
-    except InputError: return False
+    try:
+        planned_motion("\n".join(lines), 20.0)
+    except InputError:
+        return False
     return True
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #cf1a7e67
 def rebuilt_program(
-    recordings:list, # Runs of one program
-)->str: # Text in inches, from G92 at the place where the machine stood to M30
+    recordings: list,  # Runs of one program
+) -> str:  # Text in inches, from G92 at the place where the machine stood to M30
     "The program as far as reports show it."
     seen = {}
     for r in recordings:
-        for line,text,mode,feed in zip(r.lines.tolist(), r.texts, r.controller.momo, r.controller.feed): seen.setdefault(line, []).append((text, mode, feed))
+        for line, text, mode, feed in zip(
+            r.lines.tolist(), r.texts, r.controller.momo, r.controller.feed
+        ):
+            seen.setdefault(line, []).append((text, mode, feed))
     at = np.median([_start_place(r) for r in recordings], axis=0)
-    out,place = ['G20','G90','G17','G92 X{:.4f} Y{:.4f} Z{:.4f}'.format(*at)],dict(zip('XYZ', at))
+    out, place = (
+        ["G20", "G90", "G17", "G92 X{:.4f} Y{:.4f} Z{:.4f}".format(*at)],
+        dict(zip("XYZ", at)),
+    )
     for line in sorted(seen):
-        text = seen[line][0][0]; words = {k: float(v) for k,v in _word.findall(text)}
-        if 'G53' in text or not words.keys() & set('XYZ'): continue
-        mode,feed = int(np.median([m for _,m,_ in seen[line]])),float(np.median([f for *_,f in seen[line]]))/25.4
-        out.append(_rebuilt_line(words, mode, feed, place)); place |= {k: v for k,v in words.items() if k in 'XYZ'}
-    return '\n'.join([*out, 'M30'])+'\n'
+        text = seen[line][0][0]
+        words = {k: float(v) for k, v in _word.findall(text)}
+        if "G53" in text or not words.keys() & set("XYZ"):
+            continue
+        mode, feed = (
+            int(np.median([m for _, m, _ in seen[line]])),
+            float(np.median([f for *_, f in seen[line]])) / 25.4,
+        )
+        out.append(_rebuilt_line(words, mode, feed, place))
+        place |= {k: v for k, v in words.items() if k in "XYZ"}
+    return "\n".join([*out, "M30"]) + "\n"
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #ec659ea7
 def _start_place(r):
     "Work position of the first row, inch, from the machine's position and the offset that the other rows show."
-    machine,work = r.controller[['mpox','mpoy','mpoz']].to_numpy(float),r.controller[['posx','posy','posz']].to_numpy(float)
-    return (machine[0]-np.median((machine-25.4*work)[r.controller.unit.to_numpy() == 0], axis=0))/25.4
+    machine, work = (
+        r.controller[["mpox", "mpoy", "mpoz"]].to_numpy(float),
+        r.controller[["posx", "posy", "posz"]].to_numpy(float),
+    )
+    return (
+        machine[0] - np.median((machine - 25.4 * work)[r.controller.unit.to_numpy() == 0], axis=0)
+    ) / 25.4
+
 
 def _rebuilt_line(words, mode, feed, place):
     "One move; an arc whose beginning was not seen becomes a straight line."
-    chord = np.hypot(*(words.get(k, place[k])-place[k] for k in 'XY')); radius = words.get('R', 0.)
-    mode = 1 if mode > 3 or (mode > 1 and not 0 < chord < 1.998*abs(radius)) else mode
-    return ' '.join([f'G{mode}', *(f'{k}{words[k]:.4f}' for k in 'XYZ' if k in words)]+([f'R{radius:.4f}'] if mode > 1 else [])+([f'F{feed:.4g}'] if mode and feed > 0 else []))
+    chord = np.hypot(*(words.get(k, place[k]) - place[k] for k in "XY"))
+    radius = words.get("R", 0.0)
+    mode = 1 if mode > 3 or (mode > 1 and not 0 < chord < 1.998 * abs(radius)) else mode
+    return " ".join(
+        [f"G{mode}", *(f"{k}{words[k]:.4f}" for k in "XYZ" if k in words)]
+        + ([f"R{radius:.4f}"] if mode > 1 else [])
+        + ([f"F{feed:.4g}"] if mode and feed > 0 else [])
+    )
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #8da9558e
 def read_motion(
-    rows:Rows, # Of a recording
-    response:MachineResponse, # Of the machine
-)->np.ndarray: # Features relative to their running mean, `[T,K]`
+    rows: Rows,  # Of a recording
+    response: MachineResponse,  # Of the machine
+) -> np.ndarray:  # Features relative to their running mean, `[T,K]`
     "The motion that the sensors show, row by row, without a program."
-    x = _sensors(rows, response.channels)/response.scale; ok = np.isfinite(x).all(0); x = np.clip(x[:,ok], -5, 5)
-    if not ok.any(): raise InputError(rows.name, 'channels', f"some of the machine's, such as {response.channels[0]}", ', '.join(rows.channels[:3]))
-    w = response.weights[:,ok]; project = np.linalg.solve(response.covariance[np.ix_(ok, ok)]*response.temperature, w.T)
-    return np.linalg.solve(w@project+np.linalg.inv(response.spread), (x@project).T).T
+    x = _sensors(rows, response.channels) / response.scale
+    ok = np.isfinite(x).all(0)
+    x = np.clip(x[:, ok], -5, 5)
+    if not ok.any():
+        raise InputError(
+            rows.name,
+            "channels",
+            f"some of the machine's, such as {response.channels[0]}",
+            ", ".join(rows.channels[:3]),
+        )
+    w = response.weights[:, ok]
+    project = np.linalg.solve(response.covariance[np.ix_(ok, ok)] * response.temperature, w.T)
+    return np.linalg.solve(w @ project + np.linalg.inv(response.spread), (x @ project).T).T
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #7e30dfb9
 def motion_table(
-    runs:list, # Pairs (`Rows`, `ProgramSignals`) of runs whose programs the response has not seen
-    response:MachineResponse, # Of the machine
-    start:float=1.5, # How far the start may be off, seconds
-)->pd.Series: # Share of each feature's variance that is read, by feature
+    runs: list,  # Pairs (`Rows`, `ProgramSignals`) of runs whose programs the response has not seen
+    response: MachineResponse,  # Of the machine
+    start: float = 1.5,  # How far the start may be off, seconds
+) -> pd.Series:  # Share of each feature's variance that is read, by feature
     "How much of the motion of unknown programs is read from their sensors."
-    said,true = [],[]
-    for rows,signals in runs:
+    said, true = [], []
+    for rows, signals in runs:
         x = _in_sizes(_sensors(rows, response.channels), response.scale)
         lag = _best_lag(rows, signals, x, response.weights, response.covariance, start)
-        true.append(signals._averages(rows.time+lag, _gaps(rows))); said.append(read_motion(rows, response))
-    said,true = np.concatenate(said),np.concatenate(true)
-    return pd.Series(1-((true-said)**2).mean(0)/(true**2).mean(0).clip(1e-12), FEATURES)
+        true.append(signals._averages(rows.time + lag, _gaps(rows)))
+        said.append(read_motion(rows, response))
+    said, true = np.concatenate(said), np.concatenate(true)
+    return pd.Series(1 - ((true - said) ** 2).mean(0) / (true**2).mean(0).clip(1e-12), FEATURES)

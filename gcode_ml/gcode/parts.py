@@ -9,113 +9,172 @@ __all__ = ['part_program', 'write_parts']
 
 # %% ../../nbs/gcode/02_parts.ipynb #feac5459
 import numpy as np
+
 from ..core.errors import InputError, check_choice
 from .reader import format_number
 
 # %% ../../nbs/gcode/02_parts.ipynb #43302bb3
-def _zigzag(low, high, spacing, angle=0.):
+def _zigzag(low, high, spacing, angle=0.0):
     "Filling of a rectangle with parallel lines: points (n, 2)."
-    centre,half = (low+high)/2,(high-low)/2
-    c,s = np.cos(angle),np.sin(angle)
-    reach = np.abs([[c,s],[-s,c]])@half
-    across = np.arange(-reach[1]+spacing/2, reach[1], spacing)
+    centre, half = (low + high) / 2, (high - low) / 2
+    c, s = np.cos(angle), np.sin(angle)
+    reach = np.abs([[c, s], [-s, c]]) @ half
+    across = np.arange(-reach[1] + spacing / 2, reach[1], spacing)
     points = []
-    for k,v in enumerate(across):
-        origin,direction = centre+v*np.array([-s,c]),np.array([c,s])
-        with np.errstate(divide='ignore', invalid='ignore'): ends = np.sort((np.stack([low,high])-origin)/direction, 0)
-        a,b = np.nanmax(np.where(np.isfinite(ends[0]), ends[0], -np.inf)),np.nanmin(np.where(np.isfinite(ends[1]), ends[1], np.inf))
-        if b-a>spacing: points += [origin+t*direction for t in ((a,b) if k%2==0 else (b,a))]
+    for k, v in enumerate(across):
+        origin, direction = centre + v * np.array([-s, c]), np.array([c, s])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ends = np.sort((np.stack([low, high]) - origin) / direction, 0)
+        a, b = (
+            np.nanmax(np.where(np.isfinite(ends[0]), ends[0], -np.inf)),
+            np.nanmin(np.where(np.isfinite(ends[1]), ends[1], np.inf)),
+        )
+        if b - a > spacing:
+            points += [origin + t * direction for t in ((a, b) if k % 2 == 0 else (b, a))]
     return np.array(points).reshape(-1, 2)
 
 # %% ../../nbs/gcode/02_parts.ipynb #7e3f1e03
-def _rectangle(low, high): return np.array([low, [high[0],low[1]], high, [low[0],high[1]], low])
+def _rectangle(low, high):
+    return np.array([low, [high[0], low[1]], high, [low[0], high[1]], low])
+
 
 def _box(centre, size, layer, rng):
     "Two walls and a filling that turns by 90° from layer to layer."
-    half = size*np.array([.5,.35]); low,high = centre-half,centre+half
-    walls = [('Inner wall', _rectangle(low+.45, high-.45), 1.2), ('Outer wall', _rectangle(low, high), 1.)]
-    return [*walls, ('Solid infill', _zigzag(low+1, high-1, 1.8, np.pi/4+layer%2*np.pi/2), 1.6)]
+    half = size * np.array([0.5, 0.35])
+    low, high = centre - half, centre + half
+    walls = [
+        ("Inner wall", _rectangle(low + 0.45, high - 0.45), 1.2),
+        ("Outer wall", _rectangle(low, high), 1.0),
+    ]
+    return [
+        *walls,
+        ("Solid infill", _zigzag(low + 1, high - 1, 1.8, np.pi / 4 + layer % 2 * np.pi / 2), 1.6),
+    ]
+
 
 def _tube(centre, size, layer, rng):
     "Two circles, wavy by a little, in chords of half a millimetre."
     found = []
-    for name,radius,speed in (('Inner wall', size/2-.45, 1.2), ('Outer wall', size/2, 1.)):
-        t = np.linspace(0, 2*np.pi, int(2*np.pi*radius/.5)+1)
-        r = radius*(1+.02*np.sin(6*t)*(layer%3-1))
-        found.append((name, centre+np.column_stack([r*np.cos(t), r*np.sin(t)]), speed))
+    for name, radius, speed in (
+        ("Inner wall", size / 2 - 0.45, 1.2),
+        ("Outer wall", size / 2, 1.0),
+    ):
+        t = np.linspace(0, 2 * np.pi, int(2 * np.pi * radius / 0.5) + 1)
+        r = radius * (1 + 0.02 * np.sin(6 * t) * (layer % 3 - 1))
+        found.append((name, centre + np.column_stack([r * np.cos(t), r * np.sin(t)]), speed))
     return found
 
 # %% ../../nbs/gcode/02_parts.ipynb #d9c314b6
 def _plate(centre, size, layer, rng):
     "A wide filling with one wall around."
-    half = size*np.array([.6,.4]); low,high = centre-half,centre+half
-    return [('Outer wall', _rectangle(low, high), 1.), ('Solid infill', _zigzag(low+.5, high-.5, .9, layer%2*np.pi/2), 1.8)]
+    half = size * np.array([0.6, 0.4])
+    low, high = centre - half, centre + half
+    return [
+        ("Outer wall", _rectangle(low, high), 1.0),
+        ("Solid infill", _zigzag(low + 0.5, high - 0.5, 0.9, layer % 2 * np.pi / 2), 1.8),
+    ]
+
 
 def _label(centre, size, layer, rng):
     "Strokes like letters: short polylines with travel in between."
     found = []
     for k in range(8):
-        at = centre+np.array([(k%4-1.5)*size/4, (k//4-.5)*size/3])
-        found.append(('Outer wall', at+np.cumsum(rng.normal(0, size/24, (7,2)), 0), 1.))
+        at = centre + np.array([(k % 4 - 1.5) * size / 4, (k // 4 - 0.5) * size / 3])
+        found.append(("Outer wall", at + np.cumsum(rng.normal(0, size / 24, (7, 2)), 0), 1.0))
     return found
+
 
 _families = dict(box=_box, tube=_tube, plate=_plate, label=_label)
 
 # %% ../../nbs/gcode/02_parts.ipynb #a4cc75b1
-_start = 'M201 X{a} Y{a} Z100 E5000\nM203 X500 Y500 Z10 E50\nM204 P{a} R1000 T{a}\nM205 X{j} Y{j} Z0.4 E5\nG28\nG90\nM83\nG21\nM107\n'
+_start = "M201 X{a} Y{a} Z100 E5000\nM203 X500 Y500 Z10 E50\nM204 P{a} R1000 T{a}\nM205 X{j} Y{j} Z0.4 E5\nG28\nG90\nM83\nG21\nM107\n"
+
 
 def _extrude(points, at, speed, feed):
     "Lines that print a polyline whose first point has been reached."
-    steps = np.diff(points, axis=0); e = np.hypot(*steps.T)*feed
+    steps = np.diff(points, axis=0)
+    e = np.hypot(*steps.T) * feed
     n = format_number
-    return [f'G1 F{n(60*speed, 1)}'] + [f'G1 X{n(x, 3)} Y{n(y, 3)} E{n(v)}' for (x,y),v in zip(points[1:], e)]
+    return [f"G1 F{n(60 * speed, 1)}"] + [
+        f"G1 X{n(x, 3)} Y{n(y, 3)} E{n(v)}" for (x, y), v in zip(points[1:], e)
+    ]
+
 
 def _travel(point, z, height):
     n = format_number
-    return [f'G1 E-.8 F2400', f'G1 Z{n(z+height, 3)} F600', f'G1 X{n(point[0], 3)} Y{n(point[1], 3)} F7200', f'G1 Z{n(z, 3)} F600', 'G1 E.8 F2400']
+    return [
+        "G1 E-.8 F2400",
+        f"G1 Z{n(z + height, 3)} F600",
+        f"G1 X{n(point[0], 3)} Y{n(point[1], 3)} F7200",
+        f"G1 Z{n(z, 3)} F600",
+        "G1 E.8 F2400",
+    ]
+
 
 def _circle(points, centre, feed, speed):
     "One `G3` over the whole circle that starts at the first point."
-    n,offset = format_number,centre-points[0]
-    return [f'G1 F{n(60*speed, 1)}', f'G3 X{n(points[0,0], 3)} Y{n(points[0,1], 3)} I{n(offset[0])} J{n(offset[1])} E{n(2*np.pi*np.hypot(*offset)*feed)}']
+    n, offset = format_number, centre - points[0]
+    return [
+        f"G1 F{n(60 * speed, 1)}",
+        f"G3 X{n(points[0, 0], 3)} Y{n(points[0, 1], 3)} I{n(offset[0])} J{n(offset[1])} E{n(2 * np.pi * np.hypot(*offset) * feed)}",
+    ]
 
 # %% ../../nbs/gcode/02_parts.ipynb #d2e33f8b
 def part_program(
-    family:str='box', # `box`, `tube`, `plate` or `label`
-    seed:int=0, # Size, place and speed follow from it
-    layers:int=10, # Number of layers
-    height:float=.2, # Of a layer, mm
-    size:float=None, # mm; 15 to 35 by the seed
-    speed:float=None, # Of outer walls, mm/s; 25 to 60 by the seed
-    acceleration:float=500., # mm/s²
-    jerk:float=10., # mm/s
-    arcs:bool=False, # Circles as `G3`
-)->str: # G-code
+    family: str = "box",  # `box`, `tube`, `plate` or `label`
+    seed: int = 0,  # Size, place and speed follow from it
+    layers: int = 10,  # Number of layers
+    height: float = 0.2,  # Of a layer, mm
+    size: float = None,  # mm; 15 to 35 by the seed
+    speed: float = None,  # Of outer walls, mm/s; 25 to 60 by the seed
+    acceleration: float = 500.0,  # mm/s²
+    jerk: float = 10.0,  # mm/s
+    arcs: bool = False,  # Circles as `G3`
+) -> str:  # G-code
     "A small part as a slicer would write it."
-    make,rng = _families[check_choice('part', 'family', family, _families)],np.random.default_rng([seed, *family.encode()])
-    drawn = rng.uniform(15, 35),rng.uniform(25, 60),rng.uniform(90, 130, 2)
-    size,speed,centre = size or drawn[0],speed or drawn[1],drawn[2]
-    if layers<1: raise InputError('part', 'layers', 'at least one', str(layers))
-    feed = .45*height/(np.pi*1.75**2/4)
-    lines = [f'; generated part {family} {seed}', *_start.format(a=format_number(acceleration), j=format_number(jerk)).splitlines()]
+    make, rng = (
+        _families[check_choice("part", "family", family, _families)],
+        np.random.default_rng([seed, *family.encode()]),
+    )
+    drawn = rng.uniform(15, 35), rng.uniform(25, 60), rng.uniform(90, 130, 2)
+    size, speed, centre = size or drawn[0], speed or drawn[1], drawn[2]
+    if layers < 1:
+        raise InputError("part", "layers", "at least one", str(layers))
+    feed = 0.45 * height / (np.pi * 1.75**2 / 4)
+    lines = [
+        f"; generated part {family} {seed}",
+        *_start.format(a=format_number(acceleration), j=format_number(jerk)).splitlines(),
+    ]
     for layer in range(layers):
-        z = (layer+1)*height
-        lines += [';LAYER_CHANGE', f';Z:{format_number(z, 3)}', f';HEIGHT:{format_number(height, 3)}']
-        for name,points,ratio in make(centre, size, layer, rng):
-            lines += _travel(points[0], z, height)+[f';TYPE:{name}']
-            lines += _circle(points, centre, feed, speed*ratio) if arcs and family=='tube' else _extrude(points, z, speed*ratio, feed)
-    return '\n'.join([*lines, 'G1 E-2 F2400', f'G1 Z{format_number(layers*height+10, 3)} F600', 'M84', ''])
+        z = (layer + 1) * height
+        lines += [
+            ";LAYER_CHANGE",
+            f";Z:{format_number(z, 3)}",
+            f";HEIGHT:{format_number(height, 3)}",
+        ]
+        for name, points, ratio in make(centre, size, layer, rng):
+            lines += _travel(points[0], z, height) + [f";TYPE:{name}"]
+            lines += (
+                _circle(points, centre, feed, speed * ratio)
+                if arcs and family == "tube"
+                else _extrude(points, z, speed * ratio, feed)
+            )
+    return "\n".join(
+        [*lines, "G1 E-2 F2400", f"G1 Z{format_number(layers * height + 10, 3)} F600", "M84", ""]
+    )
 
 # %% ../../nbs/gcode/02_parts.ipynb #c88e086a
 def write_parts(
-    folder, # Where the files go
-    families=('box','tube','plate','label'), # Names of families
-    seeds=(0,), # One part each
-    **options, # For `part_program`
-)->list: # Paths, named `<family>_<seed>.gcode`
+    folder,  # Where the files go
+    families=("box", "tube", "plate", "label"),  # Names of families
+    seeds=(0,),  # One part each
+    **options,  # For `part_program`
+) -> list:  # Paths, named `<family>_<seed>.gcode`
     "Write generated parts as files."
     from pathlib import Path
-    paths = [Path(folder)/f'{f}_{s}.gcode' for f in families for s in seeds]
+
+    paths = [Path(folder) / f"{f}_{s}.gcode" for f in families for s in seeds]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for p,(f,s) in zip(paths, ((f,s) for f in families for s in seeds)): p.write_text(part_program(f, s, **options), encoding='utf-8')
+    for p, (f, s) in zip(paths, ((f, s) for f in families for s in seeds)):
+        p.write_text(part_program(f, s, **options), encoding="utf-8")
     return paths

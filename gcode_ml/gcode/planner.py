@@ -10,155 +10,253 @@ __all__ = ['Limits', 'limits_of_lines', 'safe_speed', 'jerk_junctions', 'deviati
            'program_blocks']
 
 # %% ../../nbs/gcode/01_planner.ipynb #35c8abc5
-import mmap, re
+import mmap
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice
-from .reader import Program, _Lines, _hold, _layer_change, _layer_number, _marks_of, _restated, arc_sweeps, filament_used, format_number, in_file, moves, parse_gcode, path_points, read_blocks, read_gcode
+from gcode_ml.gcode.reader import (
+    Program,
+    _hold,
+    _layer_change,
+    _layer_number,
+    _Lines,
+    _marks_of,
+    _restated,
+    arc_sweeps,
+    filament_used,
+    format_number,
+    in_file,
+    moves,
+    parse_gcode,
+    path_points,
+    read_blocks,
+    read_gcode,
+)
 
 # %% ../../nbs/gcode/01_planner.ipynb #6a1f623e
 @dataclass(frozen=True)
 class Limits:
     "What a machine keeps to until the program says otherwise; axes in the order X, Y, Z, E."
-    speed:tuple = (500.,500.,5.,25.) # mm/s, `M203`
-    acceleration:tuple = (500.,500.,100.,5000.) # mm/s², `M201`
-    printing:float = 500. # mm/s², `M204 P`
-    travel:float = 500. # mm/s², `M204 T`
-    retract:float = 500. # mm/s², `M204 R`
-    jerk:tuple = (10.,10.,.3,5.) # mm/s, `M205 X Y Z E`
-    deviation:float = .013 # Junction deviation, mm, `M205 J`
-    corner:float = 5. # Speed through a square corner, mm/s, Klipper
-    cruise:float = .5 # Least share of a move at constant speed, Klipper
-    feed:float = 1500. # mm/min before the first F
+
+    speed: tuple = (500.0, 500.0, 5.0, 25.0)  # mm/s, `M203`
+    acceleration: tuple = (500.0, 500.0, 100.0, 5000.0)  # mm/s², `M201`
+    printing: float = 500.0  # mm/s², `M204 P`
+    travel: float = 500.0  # mm/s², `M204 T`
+    retract: float = 500.0  # mm/s², `M204 R`
+    jerk: tuple = (10.0, 10.0, 0.3, 5.0)  # mm/s, `M205 X Y Z E`
+    deviation: float = 0.013  # Junction deviation, mm, `M205 J`
+    corner: float = 5.0  # Speed through a square corner, mm/s, Klipper
+    cruise: float = 0.5  # Least share of a move at constant speed, Klipper
+    feed: float = 1500.0  # mm/min before the first F
 
 # %% ../../nbs/gcode/01_planner.ipynb #a30276fb
-_limit_codes = dict(speed=(2030,'XYZE',1.), acceleration=(2010,'XYZE',1.), jerk=(2050,'XYZE',1.), printing=(2040,'P',1.), travel=(2040,'T',1.), retract=(2040,'R',1.),
-                    deviation=(2050,'J',1.), speed_factor=(2200,'S',.01), flow_factor=(2210,'S',.01))
+_limit_codes = dict(
+    speed=(2030, "XYZE", 1.0),
+    acceleration=(2010, "XYZE", 1.0),
+    jerk=(2050, "XYZE", 1.0),
+    printing=(2040, "P", 1.0),
+    travel=(2040, "T", 1.0),
+    retract=(2040, "R", 1.0),
+    deviation=(2050, "J", 1.0),
+    speed_factor=(2200, "S", 0.01),
+    flow_factor=(2210, "S", 0.01),
+)
 
-def _history(s, file, code, letter, initial, factor=1., instead=''):
+
+def _history(s, file, code, letter, initial, factor=1.0, instead=""):
     "Value of a word of an M code that holds on each line."
-    where = s.lines(s.m_line[s.m==code])
-    if not where.any(): return np.full(s.n, float(initial))
+    where = s.lines(s.m_line[s.m == code])
+    if not where.any():
+        return np.full(s.n, float(initial))
     value = s.column(letter, where)
-    if instead: value = np.where(np.isnan(value), s.column(instead, where), value)
-    if (bad := value<=0).any(): raise InputError(file, f'line {np.flatnonzero(bad)[0]+1}', f'{letter} of M{code//10} above 0', f'{value[bad][0]:g}')
-    return _hold(value*factor, ~np.isnan(value), initial)
+    if instead:
+        value = np.where(np.isnan(value), s.column(instead, where), value)
+    if (bad := value <= 0).any():
+        raise InputError(
+            file,
+            f"line {np.flatnonzero(bad)[0] + 1}",
+            f"{letter} of M{code // 10} above 0",
+            f"{value[bad][0]:g}",
+        )
+    return _hold(value * factor, ~np.isnan(value), initial)
 
 # %% ../../nbs/gcode/01_planner.ipynb #0704a60b
-_klipper_words = dict(VELOCITY='velocity', ACCEL='printing', SQUARE_CORNER_VELOCITY='corner', MINIMUM_CRUISE_RATIO='cruise', ACCEL_TO_DECEL='to_decel')
+_klipper_words = dict(
+    VELOCITY="velocity",
+    ACCEL="printing",
+    SQUARE_CORNER_VELOCITY="corner",
+    MINIMUM_CRUISE_RATIO="cruise",
+    ACCEL_TO_DECEL="to_decel",
+)
+
 
 def _klipper(program, table, n):
     "Put the values of `SET_VELOCITY_LIMIT` into `table`."
-    rows = program.extended[program.extended.name=='SET_VELOCITY_LIMIT']
-    for word,key in _klipper_words.items():
-        found = [(l, float(m[1])) for l,t in zip(rows.line, rows.text) if (m := re.search(rf'(?<![A-Z_]){word}\s*=\s*([-+.\d]+)', t, re.I))]
-        if not found: continue
-        for l,v in found:
-            if v<0 or v==0 and key!='cruise': raise InputError(program.file, f'line {l+1}', f'{word} above 0', f'{v:g}')
-        value = np.full(n, np.nan); line,v = zip(*found); value[list(line)] = v
+    rows = program.extended[program.extended.name == "SET_VELOCITY_LIMIT"]
+    for word, key in _klipper_words.items():
+        found = [
+            (l, float(m[1]))
+            for l, t in zip(rows.line, rows.text)
+            if (m := re.search(rf"(?<![A-Z_]){word}\s*=\s*([-+.\d]+)", t, re.I))
+        ]
+        if not found:
+            continue
+        for l, v in found:
+            if v < 0 or v == 0 and key != "cruise":
+                raise InputError(program.file, f"line {l + 1}", f"{word} above 0", f"{v:g}")
+        value = np.full(n, np.nan)
+        line, v = zip(*found)
+        value[list(line)] = v
         set_ = ~np.isnan(value)
-        if key=='velocity': table['speed'] = [*(np.minimum(c, _hold(value, set_, np.inf)) for c in table['speed'][:2]), *table['speed'][2:]]
-        elif key=='to_decel': table['cruise'] = np.where(_hold(1.*set_, set_, 0)>0, np.clip(1-_hold(value, set_, 1.)/table['printing'], 0, 1), table['cruise'])
+        if key == "velocity":
+            table["speed"] = [
+                *(np.minimum(c, _hold(value, set_, np.inf)) for c in table["speed"][:2]),
+                *table["speed"][2:],
+            ]
+        elif key == "to_decel":
+            table["cruise"] = np.where(
+                _hold(1.0 * set_, set_, 0) > 0,
+                np.clip(1 - _hold(value, set_, 1.0) / table["printing"], 0, 1),
+                table["cruise"],
+            )
         else:
             table[key] = _hold(value, set_, table[key][0])
-            if key=='printing': table['travel'] = table[key]
+            if key == "printing":
+                table["travel"] = table[key]
 
 # %% ../../nbs/gcode/01_planner.ipynb #43ba0d9f
 def _dialect(s, program):
     "Family of firmware by the commands that only it has."
-    if (program.extended.name=='SET_VELOCITY_LIMIT').any(): return 'klipper'
-    return 'reprapfirmware' if (s.m==5660).any() else 'marlin'
+    if (program.extended.name == "SET_VELOCITY_LIMIT").any():
+        return "klipper"
+    return "reprapfirmware" if (s.m == 5660).any() else "marlin"
+
 
 def _limit_lines(s, program, limits, dialect):
     "All limits on each line: lists of four arrays for those with axes, else arrays."
     table = {}
-    for key,(code,letters,factor) in _limit_codes.items():
-        if dialect=='reprapfirmware' and key in ('speed','jerk'): code,factor = {'speed': (2030,1/60), 'jerk': (5660,1/60)}[key]
-        initial = getattr(limits, key, 1.)
-        columns = [_history(s, program.file, code, c, i, factor, 'S' if code==2040 and c in 'PT' else '') for c,i in zip(letters, initial if len(letters)>1 else [initial])]
-        table[key] = columns if len(letters)>1 else columns[0]
-    table |= {k: np.full(s.n, getattr(limits, k)) for k in ('corner','cruise')}
-    if dialect=='klipper': _klipper(program, table, s.n)
+    for key, (code, letters, factor) in _limit_codes.items():
+        if dialect == "reprapfirmware" and key in ("speed", "jerk"):
+            code, factor = {"speed": (2030, 1 / 60), "jerk": (5660, 1 / 60)}[key]
+        initial = getattr(limits, key, 1.0)
+        columns = [
+            _history(s, program.file, code, c, i, factor, "S" if code == 2040 and c in "PT" else "")
+            for c, i in zip(letters, initial if len(letters) > 1 else [initial])
+        ]
+        table[key] = columns if len(letters) > 1 else columns[0]
+    table |= {k: np.full(s.n, getattr(limits, k)) for k in ("corner", "cruise")}
+    if dialect == "klipper":
+        _klipper(program, table, s.n)
     return table
 
 # %% ../../nbs/gcode/01_planner.ipynb #c62d5955
 def limits_of_lines(
-    program:Program, # A program
-    limits:Limits=Limits(), # What holds before its first line
-    dialect:str='auto', # `marlin`, `klipper`, `reprapfirmware`, or seen from the program
-)->dict: # Name -> `[lines]`, or `[lines,4]` for speed, acceleration and jerk
+    program: Program,  # A program
+    limits: Limits = Limits(),  # What holds before its first line
+    dialect: str = "auto",  # `marlin`, `klipper`, `reprapfirmware`, or seen from the program
+) -> dict:  # Name -> `[lines]`, or `[lines,4]` for speed, acceleration and jerk
     "Limits in force after each line."
     s = _Lines(program)
-    for name,value in vars(limits).items():
-        if not np.all(np.asarray(value)>(-1e-9 if name=='cruise' else 0)): raise InputError('limits', name, 'numbers above 0', str(value))
-    table = _limit_lines(s, program, limits, _dialect(s, program) if dialect=='auto' else check_choice('plan', 'dialect', dialect, ('marlin','klipper','reprapfirmware')))
-    return {k: np.stack(v, 1) if isinstance(v, list) else v for k,v in table.items()}
+    for name, value in vars(limits).items():
+        if not np.all(np.asarray(value) > (-1e-9 if name == "cruise" else 0)):
+            raise InputError("limits", name, "numbers above 0", str(value))
+    table = _limit_lines(
+        s,
+        program,
+        limits,
+        _dialect(s, program)
+        if dialect == "auto"
+        else check_choice("plan", "dialect", dialect, ("marlin", "klipper", "reprapfirmware")),
+    )
+    return {k: np.stack(v, 1) if isinstance(v, list) else v for k, v in table.items()}
 
 # %% ../../nbs/gcode/01_planner.ipynb #32707803
 def safe_speed(
-    unit:np.ndarray, # Direction of each move, `[n,4]`
-    nominal:np.ndarray, # Its nominal speed, mm/s, `[n]`
-    jerk:np.ndarray, # Permitted jump of each axis' speed, mm/s, `[n,4]`
-)->np.ndarray: # mm/s, `[n]`
+    unit: np.ndarray,  # Direction of each move, `[n,4]`
+    nominal: np.ndarray,  # Its nominal speed, mm/s, `[n]`
+    jerk: np.ndarray,  # Permitted jump of each axis' speed, mm/s, `[n,4]`
+) -> np.ndarray:  # mm/s, `[n]`
     "Speed at which a move may start from or end at rest."
-    with np.errstate(divide='ignore'): return np.minimum(nominal, (jerk/np.abs(unit)).min(1))
+    with np.errstate(divide="ignore"):
+        return np.minimum(nominal, (jerk / np.abs(unit)).min(1))
 
 # %% ../../nbs/gcode/01_planner.ipynb #f9ddba9a
 def jerk_junctions(
-    unit:np.ndarray, # Direction of each move, `[n,4]`
-    nominal:np.ndarray, # Its nominal speed, mm/s, `[n]`
-    jerk:np.ndarray, # Permitted jump of each axis' speed at the start of the move, mm/s, `[n,4]`
-)->np.ndarray: # Highest speed at the start of each move, mm/s, `[n]`
+    unit: np.ndarray,  # Direction of each move, `[n,4]`
+    nominal: np.ndarray,  # Its nominal speed, mm/s, `[n]`
+    jerk: np.ndarray,  # Permitted jump of each axis' speed at the start of the move, mm/s, `[n,4]`
+) -> np.ndarray:  # Highest speed at the start of each move, mm/s, `[n]`
     "Corner speeds by Marlin's classic jerk; the first move starts from rest."
-    safe,corner = safe_speed(unit, nominal, jerk),np.minimum(nominal[1:], nominal[:-1])
-    p,q = unit[:-1]*corner[:,None],unit[1:]*nominal[1:,None]
-    change = np.where(p*q>=0, np.abs(p-q), np.maximum(np.abs(p), np.abs(q)))
-    corner = corner*np.minimum(1, (jerk[1:]/np.maximum(change, 1e-12)).min(1))
-    rest = (safe[:-1]>.99*corner) & (safe[1:]>.99*corner)
-    return np.concatenate([safe[:1], np.where(rest, np.minimum(safe[1:], np.minimum(nominal[1:], nominal[:-1])), corner)])
+    safe, corner = safe_speed(unit, nominal, jerk), np.minimum(nominal[1:], nominal[:-1])
+    p, q = unit[:-1] * corner[:, None], unit[1:] * nominal[1:, None]
+    change = np.where(p * q >= 0, np.abs(p - q), np.maximum(np.abs(p), np.abs(q)))
+    corner = corner * np.minimum(1, (jerk[1:] / np.maximum(change, 1e-12)).min(1))
+    rest = (safe[:-1] > 0.99 * corner) & (safe[1:] > 0.99 * corner)
+    return np.concatenate(
+        [
+            safe[:1],
+            np.where(rest, np.minimum(safe[1:], np.minimum(nominal[1:], nominal[:-1])), corner),
+        ]
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #9ba0375f
 def _corner_cosine(unit):
     "Cosine and half-angle sine of each corner, and whether both moves change position."
-    c = -np.clip((unit[1:,:3]*unit[:-1,:3]).sum(1), -1, 1)
-    moving = (np.abs(unit[:,:3]).max(1)>0)
-    return c,np.sqrt((1-c)/2),moving[1:] & moving[:-1]
+    c = -np.clip((unit[1:, :3] * unit[:-1, :3]).sum(1), -1, 1)
+    moving = np.abs(unit[:, :3]).max(1) > 0
+    return c, np.sqrt((1 - c) / 2), moving[1:] & moving[:-1]
 
 # %% ../../nbs/gcode/01_planner.ipynb #452099da
 def deviation_junctions(
-    unit:np.ndarray, # Direction of each move, `[n,4]`
-    nominal:np.ndarray, # Its nominal speed, mm/s, `[n]`
-    acceleration:np.ndarray, # mm/s², `[n]`
-    deviation, # Junction deviation, mm, number or `[n]`
-    length=None, # Length of each move, mm, `[n]`, to apply Marlin's rule for short moves
-)->np.ndarray: # Highest speed at the start of each move, mm/s, `[n]`
+    unit: np.ndarray,  # Direction of each move, `[n,4]`
+    nominal: np.ndarray,  # Its nominal speed, mm/s, `[n]`
+    acceleration: np.ndarray,  # mm/s², `[n]`
+    deviation,  # Junction deviation, mm, number or `[n]`
+    length=None,  # Length of each move, mm, `[n]`, to apply Marlin's rule for short moves
+) -> np.ndarray:  # Highest speed at the start of each move, mm/s, `[n]`
     "Corner speeds by junction deviation."
-    c,s,moving = _corner_cosine(unit)
-    a,d = acceleration[1:],np.broadcast_to(deviation, nominal.shape)[1:]
-    with np.errstate(divide='ignore'): square = np.where(c<-.999999, np.inf, np.where(c>.999999, 0, a*d*s/np.maximum(1-s, 1e-300)))
+    c, s, moving = _corner_cosine(unit)
+    a, d = acceleration[1:], np.broadcast_to(deviation, nominal.shape)[1:]
+    with np.errstate(divide="ignore"):
+        square = np.where(
+            c < -0.999999, np.inf, np.where(c > 0.999999, 0, a * d * s / np.maximum(1 - s, 1e-300))
+        )
     if length is not None:
         angle = np.arccos(np.clip(c, -1, 1))
-        short = (length[1:]<1) & (angle>np.radians(135))
-        square = np.where(short, np.minimum(square, a*length[1:]/np.maximum(np.pi-angle, 1e-12)), square)
+        short = (length[1:] < 1) & (angle > np.radians(135))
+        square = np.where(
+            short, np.minimum(square, a * length[1:] / np.maximum(np.pi - angle, 1e-12)), square
+        )
     corner = np.minimum(np.sqrt(np.where(moving, square, 0)), np.minimum(nominal[1:], nominal[:-1]))
     return np.concatenate([[0], corner])
 
 # %% ../../nbs/gcode/01_planner.ipynb #d075ddcb
 def klipper_junctions(
-    unit:np.ndarray, # Direction of each move, `[n,4]`
-    nominal:np.ndarray, # Its nominal speed, mm/s, `[n]`
-    acceleration:np.ndarray, # mm/s², `[n]`
-    corner, # Speed through a square corner, mm/s, number or `[n]`
-    length:np.ndarray, # Length of each move, mm, `[n]`
-)->np.ndarray: # Highest speed at the start of each move, mm/s, `[n]`
+    unit: np.ndarray,  # Direction of each move, `[n,4]`
+    nominal: np.ndarray,  # Its nominal speed, mm/s, `[n]`
+    acceleration: np.ndarray,  # mm/s², `[n]`
+    corner,  # Speed through a square corner, mm/s, number or `[n]`
+    length: np.ndarray,  # Length of each move, mm, `[n]`
+) -> np.ndarray:  # Highest speed at the start of each move, mm/s, `[n]`
     "Corner speeds as Klipper's toolhead computes them."
-    c,s,moving = _corner_cosine(unit)
-    ratio = np.where(c<-.999999, np.inf, np.where(c>.999999, 0, s/np.maximum(1-s, 1e-300)))
-    tangent = np.where(c<-.999999, np.inf, s/np.sqrt(np.maximum((1+c)/2, 1e-300)))
-    deviation = np.broadcast_to(corner, nominal.shape)**2*(np.sqrt(2)-1)/acceleration
-    bounds = [np.minimum((deviation*acceleration)[side]*ratio, .5*(length*acceleration)[side]*tangent) for side in (slice(1, None), slice(None, -1))]
+    c, s, moving = _corner_cosine(unit)
+    ratio = np.where(
+        c < -0.999999, np.inf, np.where(c > 0.999999, 0, s / np.maximum(1 - s, 1e-300))
+    )
+    tangent = np.where(c < -0.999999, np.inf, s / np.sqrt(np.maximum((1 + c) / 2, 1e-300)))
+    deviation = np.broadcast_to(corner, nominal.shape) ** 2 * (np.sqrt(2) - 1) / acceleration
+    bounds = [
+        np.minimum(
+            (deviation * acceleration)[side] * ratio, 0.5 * (length * acceleration)[side] * tangent
+        )
+        for side in (slice(1, None), slice(None, -1))
+    ]
     speed = np.minimum(np.sqrt(np.minimum(*bounds)), np.minimum(nominal[1:], nominal[:-1]))
     return np.concatenate([[0], np.where(moving, speed, 0)])
 
@@ -167,17 +265,17 @@ def _backward(cap, rise, block=1024):
     "`w[i] = min(cap[i], w[i+1]+rise[i])` for nodes `cap` `[n+1]` and moves `rise` `[n]`."
     w = cap.copy()
     for stop in range(len(rise), 0, -block):
-        start = max(stop-block, 0)
+        start = max(stop - block, 0)
         total = np.concatenate([[0], np.cumsum(rise[start:stop])])
-        best = np.append(cap[start:stop], w[stop])+total
-        w[start:stop] = (np.minimum.accumulate(best[::-1])[::-1]-total)[:-1]
+        best = np.append(cap[start:stop], w[stop]) + total
+        w[start:stop] = (np.minimum.accumulate(best[::-1])[::-1] - total)[:-1]
     return np.clip(w, 0, cap)
 
 # %% ../../nbs/gcode/01_planner.ipynb #52d57ea4
 def look_ahead(
-    cap:np.ndarray, # Highest squared speed at each node, mm²/s², `[n+1]`
-    rise:np.ndarray, # `2 a L` of each move between them, mm²/s², `[n]`
-)->np.ndarray: # Squared speed at each node, `[n+1]`
+    cap: np.ndarray,  # Highest squared speed at each node, mm²/s², `[n+1]`
+    rise: np.ndarray,  # `2 a L` of each move between them, mm²/s², `[n]`
+) -> np.ndarray:  # Squared speed at each node, `[n+1]`
     "Highest speeds that keep every bound and can be reached and left."
     w = _backward(cap, rise)
     return _backward(w[::-1], rise[::-1])[::-1]
@@ -185,447 +283,756 @@ def look_ahead(
 # %% ../../nbs/gcode/01_planner.ipynb #8a2e3ca2
 def _hill_tops(nodes, top):
     "Highest `top` of the hill of the profile `nodes` `[n+1]` that each move belongs to."
-    valley = np.flatnonzero((nodes[1:-1]<=nodes[:-2]) & (nodes[1:-1]<=nodes[2:]))+1
+    valley = np.flatnonzero((nodes[1:-1] <= nodes[:-2]) & (nodes[1:-1] <= nodes[2:])) + 1
     first = np.concatenate([[0], valley])
     return np.repeat(np.maximum.reduceat(top, first), np.diff(np.append(first, len(top))))
 
+
 def _profile(cap, nominal, acceleration, length, cruise=None):
     "Entry, peak and exit speed of the moves of one chain that starts and ends at rest."
-    rise = 2*acceleration*length
+    rise = 2 * acceleration * length
     if cruise is not None:
-        soft = rise*(1-cruise)
+        soft = rise * (1 - cruise)
         nodes = look_ahead(cap, soft)
-        nominal = np.sqrt(np.minimum(nominal**2, _hill_tops(nodes, np.minimum(nominal**2, (soft+nodes[1:]+nodes[:-1])/2))))
-        cap = np.minimum(cap, np.minimum(np.append(nominal, np.inf), np.append(np.inf, nominal))**2)
+        nominal = np.sqrt(
+            np.minimum(
+                nominal**2,
+                _hill_tops(nodes, np.minimum(nominal**2, (soft + nodes[1:] + nodes[:-1]) / 2)),
+            )
+        )
+        cap = np.minimum(
+            cap, np.minimum(np.append(nominal, np.inf), np.append(np.inf, nominal)) ** 2
+        )
     w = look_ahead(cap, rise)
-    entry,exit = w[:-1],w[1:]
-    return np.sqrt(entry),np.sqrt(np.maximum(np.minimum(nominal**2, (rise+entry+exit)/2), np.maximum(entry, exit))),np.sqrt(exit)
+    entry, exit = w[:-1], w[1:]
+    return (
+        np.sqrt(entry),
+        np.sqrt(
+            np.maximum(np.minimum(nominal**2, (rise + entry + exit) / 2), np.maximum(entry, exit))
+        ),
+        np.sqrt(exit),
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #d4da61fc
-_waits = dict(g=[40,280,290], m=[0,10,1090,1900,1910,2260,4000,6000])
+_waits = dict(g=[40, 280, 290], m=[0, 10, 1090, 1900, 1910, 2260, 4000, 6000])
+
 
 def _segments(m, tolerance):
     "Row, start and end (n, 4: x, y, z, e step) of the straight pieces of all moves."
-    row,end = path_points(m, tolerance)
-    first = np.diff(row, prepend=-1)!=0
+    row, end = path_points(m, tolerance)
+    first = np.diff(row, prepend=-1) != 0
     start = np.concatenate([end[:1], end[:-1]])
-    start[first] = m[['x0','y0','z0']].to_numpy()[row[first]]
-    return row,start,end,(m.de.to_numpy()/np.maximum(np.bincount(row, minlength=len(m)), 1))[row]
+    start[first] = m[["x0", "y0", "z0"]].to_numpy()[row[first]]
+    return (
+        row,
+        start,
+        end,
+        (m.de.to_numpy() / np.maximum(np.bincount(row, minlength=len(m)), 1))[row],
+    )
+
 
 def _connect(row, start, end, step):
     "Add a straight piece wherever a move starts apart from the end of the last; also which pieces these are."
-    gap = np.flatnonzero((np.abs(start[1:]-end[:-1])>1e-6).any(1))+1
-    if not len(gap): return row,start,end,step,np.zeros(len(row), bool)
-    link = np.zeros(len(row)+len(gap), bool); link[gap+np.arange(len(gap))] = True
-    return np.insert(row, gap, row[gap]),np.insert(start, gap, end[gap-1], 0),np.insert(end, gap, start[gap], 0),np.insert(step, gap, 0),link
+    gap = np.flatnonzero((np.abs(start[1:] - end[:-1]) > 1e-6).any(1)) + 1
+    if not len(gap):
+        return row, start, end, step, np.zeros(len(row), bool)
+    link = np.zeros(len(row) + len(gap), bool)
+    link[gap + np.arange(len(gap))] = True
+    return (
+        np.insert(row, gap, row[gap]),
+        np.insert(start, gap, end[gap - 1], 0),
+        np.insert(end, gap, start[gap], 0),
+        np.insert(step, gap, 0),
+        link,
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #9132c7b1
 def _pauses(s, line, in_seconds):
     "Waiting time before each segment (and after the last), s, `[n+1]`, and whether the motion stops there."
-    dwell,pause,stop = s.lines(s.g_line[s.g==40]),np.zeros(len(line)+1),np.zeros(len(line)+1, bool)
-    wait = np.flatnonzero(s.lines(s.g_line[np.isin(s.g, _waits['g'])]) | s.lines(s.m_line[np.isin(s.m, _waits['m'])]))
+    dwell, pause, stop = (
+        s.lines(s.g_line[s.g == 40]),
+        np.zeros(len(line) + 1),
+        np.zeros(len(line) + 1, bool),
+    )
+    wait = np.flatnonzero(
+        s.lines(s.g_line[np.isin(s.g, _waits["g"])]) | s.lines(s.m_line[np.isin(s.m, _waits["m"])])
+    )
     stop[np.searchsorted(line, wait)] = True
     at = np.flatnonzero(dwell)
     if len(at):
-        p,q = (np.nan_to_num(s.column(c, dwell)[at]) for c in 'PS')
-        np.add.at(pause, np.searchsorted(line, at), np.maximum(p*(1 if in_seconds else .001)+q, 0))
+        p, q = (np.nan_to_num(s.column(c, dwell)[at]) for c in "PS")
+        np.add.at(
+            pause, np.searchsorted(line, at), np.maximum(p * (1 if in_seconds else 0.001) + q, 0)
+        )
     stop[0] = True
-    return pause,stop
+    return pause, stop
 
 # %% ../../nbs/gcode/01_planner.ipynb #e5d2c50c
 def _feeds(s, m, row, length, free, limits, issues):
     "Programmed speed of each segment, mm/s; `free` are those that need none."
-    feed = m.feed.to_numpy()[row]/60
-    if (s.g==930).any():
+    feed = m.feed.to_numpy()[row] / 60
+    if (s.g == 930).any():
         line = m.line.to_numpy()
-        inverse = (s.group([930,940,950], 940)==930)[line]
-        word = s.column('F', ~s.owned)[line]
+        inverse = (s.group([930, 940, 950], 940) == 930)[line]
+        word = s.column("F", ~s.owned)[line]
         total = np.bincount(row, length, len(m))
-        feed = np.where(inverse[row], (total*_hold(word, ~np.isnan(word), np.nan)/60)[row], feed)
-    missing = ~(feed>0)
-    if (missing & ~free).any(): issues.append(f'line {m.line.to_numpy()[row[missing & ~free][0]]+1}: no feed above 0, {limits.feed:g} mm/min taken ({(missing & ~free).sum()} segments)')
-    return np.where(missing, limits.feed/60, feed)
+        feed = np.where(
+            inverse[row], (total * _hold(word, ~np.isnan(word), np.nan) / 60)[row], feed
+        )
+    missing = ~(feed > 0)
+    if (missing & ~free).any():
+        issues.append(
+            f"line {m.line.to_numpy()[row[missing & ~free][0]] + 1}: no feed above 0, {limits.feed:g} mm/min taken ({(missing & ~free).sum()} segments)"
+        )
+    return np.where(missing, limits.feed / 60, feed)
+
 
 def _nominal(unit, feed, speed, rapid):
     "Speed within the limits of all axes."
-    with np.errstate(divide='ignore'): most = (speed/np.abs(unit)).min(1)
+    with np.errstate(divide="ignore"):
+        most = (speed / np.abs(unit)).min(1)
     return np.where(rapid, most, np.minimum(feed, most))
 
 # %% ../../nbs/gcode/01_planner.ipynb #171ac655
 def _accelerations(unit, step, limit):
     "Acceleration of each segment: of retraction, travel or printing, within the limits of all axes."
-    base = np.where(~unit[:,:3].any(1), limit['retract'], np.where(step==0, limit['travel'], limit['printing']))
-    with np.errstate(divide='ignore'): return np.minimum(base, (limit['acceleration']/np.abs(unit)).min(1))
+    base = np.where(
+        ~unit[:, :3].any(1),
+        limit["retract"],
+        np.where(step == 0, limit["travel"], limit["printing"]),
+    )
+    with np.errstate(divide="ignore"):
+        return np.minimum(base, (limit["acceleration"] / np.abs(unit)).min(1))
 
 # %% ../../nbs/gcode/01_planner.ipynb #b7ffa278
 @dataclass
 class Plan:
     "The planned motion: one row for each straight segment."
-    file:str # Program that it belongs to
-    start:np.ndarray # Where each segment starts: x, y, z in mm and the filament fed until then, `[n,4]`
-    unit:np.ndarray # Its direction: x, y, z and mm of filament a mm of path, `[n,4]`
-    length:np.ndarray # mm; of a segment of E alone, mm of filament
-    entry:np.ndarray # Speed at its start, mm/s
-    peak:np.ndarray # Highest speed
-    exit:np.ndarray # Speed at its end
-    acceleration:np.ndarray # mm/s²
-    nominal:np.ndarray # Speed that was asked for, within the limits of the axes
-    pause:np.ndarray # Waiting time before it, s; one more at the end, `[n+1]`
-    begin:np.ndarray # Time at which it starts to move, s
-    row:np.ndarray # Its row in the table of `moves`
-    line:np.ndarray # Its line in the program, from 0
-    layer:np.ndarray # Its layer, -1 before the first
-    type:pd.Categorical = field(repr=False) # Its kind of line
-    turn:np.ndarray = field(repr=False) # Signed curvature of the XY arc that it is a chord of, 1/mm; 0 for straight moves
-    filament:float = 0. # mm, by the program's numbers
-    s_curve:bool = False # Speed changes by a polynomial of fifth degree
-    junction:str = 'jerk' # Rule for corners
-    issues:list = field(default_factory=list) # What was assumed
-    def __len__(self): return len(self.length)
-    def __repr__(self): return f'Plan({self.file}: {len(self)} segments, {self.duration:.1f} s, {self.filament:.2f} mm of filament)'
+
+    file: str  # Program that it belongs to
+    start: (
+        np.ndarray
+    )  # Where each segment starts: x, y, z in mm and the filament fed until then, `[n,4]`
+    unit: np.ndarray  # Its direction: x, y, z and mm of filament a mm of path, `[n,4]`
+    length: np.ndarray  # mm; of a segment of E alone, mm of filament
+    entry: np.ndarray  # Speed at its start, mm/s
+    peak: np.ndarray  # Highest speed
+    exit: np.ndarray  # Speed at its end
+    acceleration: np.ndarray  # mm/s²
+    nominal: np.ndarray  # Speed that was asked for, within the limits of the axes
+    pause: np.ndarray  # Waiting time before it, s; one more at the end, `[n+1]`
+    begin: np.ndarray  # Time at which it starts to move, s
+    row: np.ndarray  # Its row in the table of `moves`
+    line: np.ndarray  # Its line in the program, from 0
+    layer: np.ndarray  # Its layer, -1 before the first
+    type: pd.Categorical = field(repr=False)  # Its kind of line
+    turn: np.ndarray = field(
+        repr=False
+    )  # Signed curvature of the XY arc that it is a chord of, 1/mm; 0 for straight moves
+    filament: float = 0.0  # mm, by the program's numbers
+    s_curve: bool = False  # Speed changes by a polynomial of fifth degree
+    junction: str = "jerk"  # Rule for corners
+    issues: list = field(default_factory=list)  # What was assumed
+
+    def __len__(self):
+        return len(self.length)
+
+    def __repr__(self):
+        return f"Plan({self.file}: {len(self)} segments, {self.duration:.1f} s, {self.filament:.2f} mm of filament)"
 
 # %% ../../nbs/gcode/01_planner.ipynb #0ad1d8fe
 @patch(as_prop=True)
-def durations(self:Plan)->np.ndarray: # s, `[n]`
+def durations(self: Plan) -> np.ndarray:  # s, `[n]`
     "Time of each segment without pauses."
     return self.phases.sum(1)
 
 # %% ../../nbs/gcode/01_planner.ipynb #d02bc8f0
 @patch(as_prop=True)
-def phases(self:Plan)->np.ndarray: # s, `[n,3]`
+def phases(self: Plan) -> np.ndarray:  # s, `[n,3]`
     "Times of speeding up, constant speed and slowing down."
-    a,p = self.acceleration,self.peak
-    way = (2*p**2-self.entry**2-self.exit**2)/(2*a)
-    return np.stack([(p-self.entry)/a, np.maximum(self.length-way, 0)/p, (p-self.exit)/a], 1)
+    a, p = self.acceleration, self.peak
+    way = (2 * p**2 - self.entry**2 - self.exit**2) / (2 * a)
+    return np.stack(
+        [(p - self.entry) / a, np.maximum(self.length - way, 0) / p, (p - self.exit) / a], 1
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #0d7196bc
 @patch(as_prop=True)
-def extruding(self:Plan)->np.ndarray: # Mask, `[n]`
+def extruding(self: Plan) -> np.ndarray:  # Mask, `[n]`
     "Segments that feed filament and move in X or Y."
-    return (self.unit[:,3]>0) & self.unit[:,:2].any(1)
+    return (self.unit[:, 3] > 0) & self.unit[:, :2].any(1)
 
 # %% ../../nbs/gcode/01_planner.ipynb #7ed475be
 @patch(as_prop=True)
-def duration(self:Plan)->float: # s
+def duration(self: Plan) -> float:  # s
     "Time of the whole program."
-    return float(self.begin[-1]+self.durations[-1]+self.pause[-1])
+    return float(self.begin[-1] + self.durations[-1] + self.pause[-1])
 
 # %% ../../nbs/gcode/01_planner.ipynb #49f1c809
 @patch
-def layer_times(self:Plan)->pd.Series: # s, by layer
+def layer_times(self: Plan) -> pd.Series:  # s, by layer
     "Time that each layer takes, pauses before its segments included."
     first = self.layer.min()
-    time = np.bincount(self.layer-first, self.durations+self.pause[:-1])
-    return pd.Series(time, pd.RangeIndex(first, first+len(time), name='layer'), name='seconds')
+    time = np.bincount(self.layer - first, self.durations + self.pause[:-1])
+    return pd.Series(time, pd.RangeIndex(first, first + len(time), name="layer"), name="seconds")
 
 # %% ../../nbs/gcode/01_planner.ipynb #cd59120a
 def _rule(s, program, dialect):
     "Rule for corners by the commands of the program."
-    if dialect=='klipper': return 'klipper'
-    with_j = s.lines(s.m_line[s.m==2050]) & s.lines(s.line[s.letter==ord('J')])
-    return 'deviation' if with_j.any() else 'jerk'
+    if dialect == "klipper":
+        return "klipper"
+    with_j = s.lines(s.m_line[s.m == 2050]) & s.lines(s.line[s.letter == ord("J")])
+    return "deviation" if with_j.any() else "jerk"
+
 
 def _corners(rule, unit, nominal, acceleration, length, limit, short_rule):
     "Highest speed at the start of each segment, and from rest."
-    safe = safe_speed(unit, nominal, limit['jerk']) if rule=='jerk' else np.zeros(len(length))
-    if rule=='jerk': return jerk_junctions(unit, nominal, limit['jerk']),safe
-    if rule=='deviation': return deviation_junctions(unit, nominal, acceleration, limit['deviation'], length if short_rule else None),safe
-    if rule=='klipper': return klipper_junctions(unit, nominal, acceleration, limit['corner'], length),safe
-    return np.zeros(len(length)),safe
+    safe = safe_speed(unit, nominal, limit["jerk"]) if rule == "jerk" else np.zeros(len(length))
+    if rule == "jerk":
+        return jerk_junctions(unit, nominal, limit["jerk"]), safe
+    if rule == "deviation":
+        return deviation_junctions(
+            unit, nominal, acceleration, limit["deviation"], length if short_rule else None
+        ), safe
+    if rule == "klipper":
+        return klipper_junctions(unit, nominal, acceleration, limit["corner"], length), safe
+    return np.zeros(len(length)), safe
 
 # %% ../../nbs/gcode/01_planner.ipynb #2cc5780c
 def _speeds(corner, safe, stop, nominal, acceleration, length, cruise):
     "Entry, peak and exit speed of all segments; `stop` marks where a chain starts."
     heads = np.flatnonzero(stop[:-1])
     parts = []
-    for a,b in zip(heads, np.append(heads[1:], len(length))):
-        cap = np.append(corner[a:b], 0)**2; cap[0] = safe[a]**2
-        parts.append(_profile(cap, nominal[a:b], acceleration[a:b], length[a:b], None if cruise is None else cruise[a:b]))
+    for a, b in zip(heads, np.append(heads[1:], len(length))):
+        cap = np.append(corner[a:b], 0) ** 2
+        cap[0] = safe[a] ** 2
+        parts.append(
+            _profile(
+                cap,
+                nominal[a:b],
+                acceleration[a:b],
+                length[a:b],
+                None if cruise is None else cruise[a:b],
+            )
+        )
     return [np.concatenate(p) for p in zip(*parts)]
+
 
 def _arc_turns(m):
     "Signed curvature of arcs in the XY plane by row, 1/mm."
-    flat = (m.command.to_numpy()>=2) & (m.plane.to_numpy()==17)
-    return np.where(flat, np.sign(arc_sweeps(m))/np.where(flat, m.r.to_numpy(), 1), 0) if flat.any() else np.zeros(len(m))
+    flat = (m.command.to_numpy() >= 2) & (m.plane.to_numpy() == 17)
+    return (
+        np.where(flat, np.sign(arc_sweeps(m)) / np.where(flat, m.r.to_numpy(), 1), 0)
+        if flat.any()
+        else np.zeros(len(m))
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #7a298990
 def _notes(m, row, start, end, link, issues):
     "Add what is odd about the path to `issues`."
     line = m.line.to_numpy()[row]
-    far = np.flatnonzero((np.abs(end-start)>1000).any(1))
-    if len(far): issues.append(f'line {line[far[0]]+1}: a move of more than 1 m ({len(far)} in all)')
-    if link.any(): issues.append(f'line {line[link][0]+1}: homing between moves drawn as a straight line at 50 mm/s ({link.sum()} in all)')
+    far = np.flatnonzero((np.abs(end - start) > 1000).any(1))
+    if len(far):
+        issues.append(f"line {line[far[0]] + 1}: a move of more than 1 m ({len(far)} in all)")
+    if link.any():
+        issues.append(
+            f"line {line[link][0] + 1}: homing between moves drawn as a straight line at 50 mm/s ({link.sum()} in all)"
+        )
+
 
 def _geometry(m, tolerance, flow, issues):
     "Segments that change something: row, start, step (n, 4), length and link."
-    row,start,end,step,link = _connect(*_segments(m, tolerance))
+    row, start, end, step, link = _connect(*_segments(m, tolerance))
     _notes(m, row, start, end, link, issues)
-    change = np.column_stack([end-start, step*flow[row]])
-    length = np.sqrt((change[:,:3]**2).sum(1))
-    length = np.where(length>0, length, np.abs(change[:,3]))
-    keep = length>0
-    return row[keep],start[keep],change[keep],length[keep],link[keep]
+    change = np.column_stack([end - start, step * flow[row]])
+    length = np.sqrt((change[:, :3] ** 2).sum(1))
+    length = np.where(length > 0, length, np.abs(change[:, 3]))
+    keep = length > 0
+    return row[keep], start[keep], change[keep], length[keep], link[keep]
 
 # %% ../../nbs/gcode/01_planner.ipynb #587e1a9f
-_overrides = ('speed_factor','acceleration','jerk','deviation')
+_overrides = ("speed_factor", "acceleration", "jerk", "deviation")
+
 
 def _limits_of_segments(table, line, override):
     "Limits of each segment; `override` replaces accelerations, X and Y jerk or deviation, and scales the speed."
-    limit = {k: v[line] for k,v in table.items()}
-    for k,v in (override or {}).items():
-        if k not in _overrides or not v>0: raise InputError('override', k, f"{', '.join(_overrides)} above 0", str(v))
-        if k=='speed_factor': limit[k] = limit[k]*v
-        elif k=='acceleration':
-            for name in ('printing','travel'): limit[name] = np.full(len(line), float(v))
-            limit[k] = np.maximum(limit[k], [v,v,0,0])
-        elif k=='jerk': limit[k] = np.column_stack([np.full((len(line),2), float(v)), limit[k][:,2:]])
-        else: limit[k] = np.full(len(line), float(v))
+    limit = {k: v[line] for k, v in table.items()}
+    for k, v in (override or {}).items():
+        if k not in _overrides or not v > 0:
+            raise InputError("override", k, f"{', '.join(_overrides)} above 0", str(v))
+        if k == "speed_factor":
+            limit[k] = limit[k] * v
+        elif k == "acceleration":
+            for name in ("printing", "travel"):
+                limit[name] = np.full(len(line), float(v))
+            limit[k] = np.maximum(limit[k], [v, v, 0, 0])
+        elif k == "jerk":
+            limit[k] = np.column_stack([np.full((len(line), 2), float(v)), limit[k][:, 2:]])
+        else:
+            limit[k] = np.full(len(line), float(v))
     return limit
 
 # %% ../../nbs/gcode/01_planner.ipynb #27bd5e0c
 def plan(
-    program, # A `Program`, or the path of a file
-    limits:Limits=Limits(), # What holds until the program says otherwise
-    junction:str='auto', # `jerk`, `deviation`, `klipper`, `stop`, or what the program asks for
-    dialect:str='auto', # `marlin`, `klipper`, `reprapfirmware`, or seen from the program
-    s_curve:bool=False, # Marlin's S-curve acceleration; the times are the same
-    units:str='mm', # Units before the first `G20` or `G21`: `mm` or `inch`
-    rapid:str='auto', # Speed of `G0`: `feed`, `limit` (of the axes), or by whether the program has E
-    tolerance:float=.005, # Largest distance of a chord from its arc, mm
-    short_rule:bool=False, # Marlin's rule for short moves, with `deviation`
-    override:dict=None, # Replaces the program's `acceleration`, `jerk` or `deviation`, or multiplies its speed by `speed_factor`
-)->Plan: # The motion
+    program,  # A `Program`, or the path of a file
+    limits: Limits = Limits(),  # What holds until the program says otherwise
+    junction: str = "auto",  # `jerk`, `deviation`, `klipper`, `stop`, or what the program asks for
+    dialect: str = "auto",  # `marlin`, `klipper`, `reprapfirmware`, or seen from the program
+    s_curve: bool = False,  # Marlin's S-curve acceleration; the times are the same
+    units: str = "mm",  # Units before the first `G20` or `G21`: `mm` or `inch`
+    rapid: str = "auto",  # Speed of `G0`: `feed`, `limit` (of the axes), or by whether the program has E
+    tolerance: float = 0.005,  # Largest distance of a chord from its arc, mm
+    short_rule: bool = False,  # Marlin's rule for short moves, with `deviation`
+    override: dict = None,  # Replaces the program's `acceleration`, `jerk` or `deviation`, or multiplies its speed by `speed_factor`
+) -> Plan:  # The motion
     "Plan the motion of a whole program."
-    if not isinstance(program, Program): program = read_gcode(program)
-    m,s = moves(program, units),_Lines(program); issues = list(program.issues)
-    dialect = _dialect(s, program) if dialect=='auto' else check_choice('plan', 'dialect', dialect, ('marlin','klipper','reprapfirmware'))
-    rule = _rule(s, program, dialect) if junction=='auto' else check_choice('plan', 'junction', junction, ('jerk','deviation','klipper','stop'))
-    has_e = bool((m.de!=0).any())
-    on_limit = (rapid=='auto' and not has_e) or check_choice('plan', 'rapid', rapid, ('auto','feed','limit'))=='limit'
+    if not isinstance(program, Program):
+        program = read_gcode(program)
+    m, s = moves(program, units), _Lines(program)
+    issues = list(program.issues)
+    dialect = (
+        _dialect(s, program)
+        if dialect == "auto"
+        else check_choice("plan", "dialect", dialect, ("marlin", "klipper", "reprapfirmware"))
+    )
+    rule = (
+        _rule(s, program, dialect)
+        if junction == "auto"
+        else check_choice("plan", "junction", junction, ("jerk", "deviation", "klipper", "stop"))
+    )
+    has_e = bool((m.de != 0).any())
+    on_limit = (rapid == "auto" and not has_e) or check_choice(
+        "plan", "rapid", rapid, ("auto", "feed", "limit")
+    ) == "limit"
     table = limits_of_lines(program, limits, dialect)
-    row,start,change,length,link = _geometry(m, tolerance, table['flow_factor'][m.line.to_numpy()], issues)
-    if not len(length): raise InputError(program.file, 'moves', 'at least one that changes position or E', 'none')
+    row, start, change, length, link = _geometry(
+        m, tolerance, table["flow_factor"][m.line.to_numpy()], issues
+    )
+    if not len(length):
+        raise InputError(program.file, "moves", "at least one that changes position or E", "none")
     line = m.line.to_numpy()[row]
-    unit,limit = change/length[:,None],_limits_of_segments(table, line, override)
-    fast = (m.command.to_numpy()[row]==0) & on_limit & ~link
-    feed = np.where(link, 50., _feeds(s, m, row, length, fast | link, limits, issues)*limit['speed_factor'])
-    nominal = _nominal(unit, feed, limit['speed'], fast)
-    acceleration = _accelerations(unit, change[:,3], limit)
-    pause,stop = _pauses(s, line, not has_e)
+    unit, limit = change / length[:, None], _limits_of_segments(table, line, override)
+    fast = (m.command.to_numpy()[row] == 0) & on_limit & ~link
+    feed = np.where(
+        link, 50.0, _feeds(s, m, row, length, fast | link, limits, issues) * limit["speed_factor"]
+    )
+    nominal = _nominal(unit, feed, limit["speed"], fast)
+    acceleration = _accelerations(unit, change[:, 3], limit)
+    pause, stop = _pauses(s, line, not has_e)
     stop[:-1] |= link | np.concatenate([[False], link[:-1]])
-    corner,safe = _corners(rule, unit, nominal, acceleration, length, limit, short_rule)
-    entry,peak,exit = _speeds(corner, safe, stop, nominal, acceleration, length, limit['cruise'] if rule=='klipper' else None)
-    fed = np.cumsum(change[:,3])-change[:,3]
-    result = Plan(str(program.file), np.column_stack([start, fed]), unit, length, entry, peak, exit, acceleration, nominal, pause, np.zeros(len(row)), row,
-                  line, m.layer.to_numpy()[row], m.type.array[row], _arc_turns(m)[row], filament_used(m), s_curve, rule, issues)
+    corner, safe = _corners(rule, unit, nominal, acceleration, length, limit, short_rule)
+    entry, peak, exit = _speeds(
+        corner,
+        safe,
+        stop,
+        nominal,
+        acceleration,
+        length,
+        limit["cruise"] if rule == "klipper" else None,
+    )
+    fed = np.cumsum(change[:, 3]) - change[:, 3]
+    result = Plan(
+        str(program.file),
+        np.column_stack([start, fed]),
+        unit,
+        length,
+        entry,
+        peak,
+        exit,
+        acceleration,
+        nominal,
+        pause,
+        np.zeros(len(row)),
+        row,
+        line,
+        m.layer.to_numpy()[row],
+        m.type.array[row],
+        _arc_turns(m)[row],
+        filament_used(m),
+        s_curve,
+        rule,
+        issues,
+    )
     took = result.durations
-    result.begin = np.cumsum(took+pause[:-1])-took
+    result.begin = np.cumsum(took + pause[:-1]) - took
     return result
 
 # %% ../../nbs/gcode/01_planner.ipynb #b6a7cf2b
 def _phase_table(plan, k):
     "Phases of the segments in the slice `k` with any time: segment, start, duration, and the way along it as coefficients in `t^n`, `[p,3]` or `[p,7]`."
-    times,pause = plan.phases[k],plan.pause[:-1][k]
-    a,v0,v1,v2 = (getattr(plan, c)[k] for c in ('acceleration','entry','peak','exit'))
-    t = np.concatenate([pause[:,None], times], 1)
-    end = (plan.begin[k]-pause)[:,None]+np.cumsum(t, 1)
-    s1 = (v0+v1)/2*times[:,0]; s2 = s1+v1*times[:,1]
+    times, pause = plan.phases[k], plan.pause[:-1][k]
+    a, v0, v1, v2 = (getattr(plan, c)[k] for c in ("acceleration", "entry", "peak", "exit"))
+    t = np.concatenate([pause[:, None], times], 1)
+    end = (plan.begin[k] - pause)[:, None] + np.cumsum(t, 1)
+    s1 = (v0 + v1) / 2 * times[:, 0]
+    s2 = s1 + v1 * times[:, 1]
     zero = np.zeros(len(a))
-    way = np.stack([np.stack([zero,zero,zero], 1), np.stack([zero,v0,a/2], 1), np.stack([s1,v1,zero], 1), np.stack([s2,v1,-a/2], 1)], 1)
+    way = np.stack(
+        [
+            np.stack([zero, zero, zero], 1),
+            np.stack([zero, v0, a / 2], 1),
+            np.stack([s1, v1, zero], 1),
+            np.stack([s2, v1, -a / 2], 1),
+        ],
+        1,
+    )
     if plan.s_curve:
-        way = np.concatenate([way, np.zeros((len(a),4,4))], 2)
-        for n,change,time in ((1,v1-v0,times[:,0]), (3,v2-v1,times[:,2])):
-            way[:,n,2:] = 0
-            for degree,c in ((4,2.5),(5,-3.),(6,1.)): way[:,n,degree] = c*change/np.maximum(time, 1e-12)**(degree-1)
-    keep = (t>0).ravel()
-    return np.repeat(np.arange(len(plan))[k], 4)[keep],(end-t).ravel()[keep],t.ravel()[keep],way.reshape(4*len(a), -1)[keep]
+        way = np.concatenate([way, np.zeros((len(a), 4, 4))], 2)
+        for n, change, time in ((1, v1 - v0, times[:, 0]), (3, v2 - v1, times[:, 2])):
+            way[:, n, 2:] = 0
+            for degree, c in ((4, 2.5), (5, -3.0), (6, 1.0)):
+                way[:, n, degree] = c * change / np.maximum(time, 1e-12) ** (degree - 1)
+    keep = (t > 0).ravel()
+    return (
+        np.repeat(np.arange(len(plan))[k], 4)[keep],
+        (end - t).ravel()[keep],
+        t.ravel()[keep],
+        way.reshape(4 * len(a), -1)[keep],
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #a698be3d
 def _segments_between(plan, start, stop):
     "Slice of the segments that are active in a span of time."
-    begin = plan.begin-plan.pause[:-1]
-    return slice(max(int(np.searchsorted(begin, start-1e-6, 'right'))-2, 0), max(int(np.searchsorted(begin, stop+1e-6)), 1))
+    begin = plan.begin - plan.pause[:-1]
+    return slice(
+        max(int(np.searchsorted(begin, start - 1e-6, "right")) - 2, 0),
+        max(int(np.searchsorted(begin, stop + 1e-6)), 1),
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #e2264f2b
 _coordinates = dict(x=0, y=1, z=2, e=3)
 
+
 def _polynomials(plan, segment, way, columns):
     "Coefficients of each column: list of `[p,k]`."
     powers = np.arange(way.shape[1])
-    speed,found = way[:,1:]*powers[1:],[]
-    rate = speed[:,1:]*powers[1:-1]
+    speed, found = way[:, 1:] * powers[1:], []
+    rate = speed[:, 1:] * powers[1:-1]
     for c in columns:
         if c in _coordinates:
             k = _coordinates[c]
-            poly = way*plan.unit[segment,k][:,None]; poly[:,0] += plan.start[segment,k]
-        elif c in ('vx','vy','vz','ve'): poly = speed*plan.unit[segment,_coordinates[c[1]]][:,None]
-        else: poly = dict(s=way, v=speed, a=rate)[c]
+            poly = way * plan.unit[segment, k][:, None]
+            poly[:, 0] += plan.start[segment, k]
+        elif c in ("vx", "vy", "vz", "ve"):
+            poly = speed * plan.unit[segment, _coordinates[c[1]]][:, None]
+        else:
+            poly = dict(s=way, v=speed, a=rate)[c]
         found.append(poly)
     return found
 
 # %% ../../nbs/gcode/01_planner.ipynb #b2c8b6f3
-_labels = ('layer','type','line','segment')
-_columns = ('t','x','y','z','e','v','a','s','vx','vy','vz','ve',*_labels)
+_labels = ("layer", "type", "line", "segment")
+_columns = ("t", "x", "y", "z", "e", "v", "a", "s", "vx", "vy", "vz", "ve", *_labels)
 
 # %% ../../nbs/gcode/01_planner.ipynb #62a84d97
 def sample_blocks(
-    plan:Plan, # The motion
-    rate:float, # Samples a second
-    columns=('t','x','y'), # Out of t, x, y, z, e, v, a, s (way in the segment), vx, vy, vz, ve, layer, type (code), line, segment
-    start:float=0., # First time, s; the first sample is the first multiple of 1/rate from there on
-    stop:float=None, # Time after the last, s; all by default
-    block:int=32768, # Samples a block
-): # Dicts of arrays, one a block
+    plan: Plan,  # The motion
+    rate: float,  # Samples a second
+    columns=(
+        "t",
+        "x",
+        "y",
+    ),  # Out of t, x, y, z, e, v, a, s (way in the segment), vx, vy, vz, ve, layer, type (code), line, segment
+    start: float = 0.0,  # First time, s; the first sample is the first multiple of 1/rate from there on
+    stop: float = None,  # Time after the last, s; all by default
+    block: int = 32768,  # Samples a block
+):  # Dicts of arrays, one a block
     "Sample the motion block by block."
-    for c in columns: check_choice('sample', 'column', c, _columns)
-    if not rate>0: raise InputError('sample', 'rate', 'above 0 samples a second', str(rate))
-    total = int(np.floor(plan.duration*rate+1e-9))+1
-    first,last = int(np.ceil(start*rate-1e-9)),total if stop is None else min(int(np.ceil(stop*rate-1e-9)), total)
-    segment,begin,time,way = _phase_table(plan, _segments_between(plan, first/rate, last/rate))
-    smooth = [c for c in columns if c!='t' and c not in _labels]
+    for c in columns:
+        check_choice("sample", "column", c, _columns)
+    if not rate > 0:
+        raise InputError("sample", "rate", "above 0 samples a second", str(rate))
+    total = int(np.floor(plan.duration * rate + 1e-9)) + 1
+    first, last = (
+        int(np.ceil(start * rate - 1e-9)),
+        total if stop is None else min(int(np.ceil(stop * rate - 1e-9)), total),
+    )
+    segment, begin, time, way = _phase_table(
+        plan, _segments_between(plan, first / rate, last / rate)
+    )
+    smooth = [c for c in columns if c != "t" and c not in _labels]
     polys = _polynomials(plan, segment, way, smooth)
-    rows = np.concatenate([begin[:,None], *polys], 1)
-    bounds = np.append(np.ceil(begin*rate-1e-9).astype(np.int64), total); bounds[0] = 0
+    rows = np.concatenate([begin[:, None], *polys], 1)
+    bounds = np.append(np.ceil(begin * rate - 1e-9).astype(np.int64), total)
+    bounds[0] = 0
     for lo in range(first, last, block):
-        hi = min(lo+block, last)
-        p = slice(np.searchsorted(bounds, lo, 'right')-1, np.searchsorted(bounds, hi, 'left'))
-        count = np.diff(np.clip(bounds[p.start:p.stop+1], lo, hi))
-        yield _block(plan, columns, smooth, polys, rows[p], segment[p], time[p], count, np.arange(lo, hi)/rate)
+        hi = min(lo + block, last)
+        p = slice(np.searchsorted(bounds, lo, "right") - 1, np.searchsorted(bounds, hi, "left"))
+        count = np.diff(np.clip(bounds[p.start : p.stop + 1], lo, hi))
+        yield _block(
+            plan,
+            columns,
+            smooth,
+            polys,
+            rows[p],
+            segment[p],
+            time[p],
+            count,
+            np.arange(lo, hi) / rate,
+        )
 
 # %% ../../nbs/gcode/01_planner.ipynb #e6f2b5b3
 def _block(plan, columns, smooth, polys, rows, segment, time, count, t):
     "One block of samples as a dict."
-    since,found,at = np.minimum(t-np.repeat(rows[:,0], count), np.repeat(time, count)),{},1
-    for c,k in zip(smooth, (p.shape[1] for p in polys)):
-        value = np.repeat(rows[:,at+k-1], count)
-        for j in range(k-2, -1, -1): value *= since; value += np.repeat(rows[:,at+j], count)
-        found[c] = value; at += k
-    if 't' in columns: found['t'] = t
+    since, found, at = np.minimum(t - np.repeat(rows[:, 0], count), np.repeat(time, count)), {}, 1
+    for c, k in zip(smooth, (p.shape[1] for p in polys)):
+        value = np.repeat(rows[:, at + k - 1], count)
+        for j in range(k - 2, -1, -1):
+            value *= since
+            value += np.repeat(rows[:, at + j], count)
+        found[c] = value
+        at += k
+    if "t" in columns:
+        found["t"] = t
     where = np.repeat(segment, count) if any(c in _labels for c in columns) else None
-    labels = dict(layer=lambda: plan.layer[where], line=lambda: plan.line[where], type=lambda: plan.type.codes[where], segment=lambda: where)
+    labels = dict(
+        layer=lambda: plan.layer[where],
+        line=lambda: plan.line[where],
+        type=lambda: plan.type.codes[where],
+        segment=lambda: where,
+    )
     return {c: found[c] if c in found else labels[c]() for c in columns}
 
 # %% ../../nbs/gcode/01_planner.ipynb #649649de
 def sample(
-    plan:Plan, # The motion
-    rate:float=1000., # Samples a second
-    columns=('t','x','y','z','e','v','a','layer','type','line'), # See `sample_blocks`
-    start:float=0., # First time, s
-    stop:float=None, # Time after the last, s
-)->dict: # Column -> array
+    plan: Plan,  # The motion
+    rate: float = 1000.0,  # Samples a second
+    columns=("t", "x", "y", "z", "e", "v", "a", "layer", "type", "line"),  # See `sample_blocks`
+    start: float = 0.0,  # First time, s
+    stop: float = None,  # Time after the last, s
+) -> dict:  # Column -> array
     "Sample the motion at a fixed rate."
     last = plan.duration if stop is None else min(stop, plan.duration)
-    size,whole,at = max(int((last-start)*rate)+3, 0),{},0
+    size, whole, at = max(int((last - start) * rate) + 3, 0), {}, 0
     for block in sample_blocks(plan, rate, columns, start, stop):
-        for c,v in block.items():
-            if c not in whole: whole[c] = np.empty(size, v.dtype)
-            whole[c][at:at+len(v)] = v
+        for c, v in block.items():
+            if c not in whole:
+                whole[c] = np.empty(size, v.dtype)
+            whole[c][at : at + len(v)] = v
         at += len(v)
-    if not whole: raise InputError('sample', 'time', f'a start before the end at {plan.duration:.3f} s', f'{start:g} to {last:g} s')
-    return {c: v[:at] for c,v in whole.items()}
+    if not whole:
+        raise InputError(
+            "sample",
+            "time",
+            f"a start before the end at {plan.duration:.3f} s",
+            f"{start:g} to {last:g} s",
+        )
+    return {c: v[:at] for c, v in whole.items()}
 
 # %% ../../nbs/gcode/01_planner.ipynb #885c50cd
 _seconds = dict(d=86400, h=3600, m=60, s=1)
+
 
 def _comment_value(program, pattern):
     "First group of the first comment that matches."
     return next((m[1] for t in program.comments.text if (m := re.search(pattern, t))), None)
 
-def _clock(text): return sum(float(n)*_seconds[u] for n,u in re.findall(r'([\d.]+)\s*([dhms])', text))
+
+def _clock(text):
+    return sum(float(n) * _seconds[u] for n, u in re.findall(r"([\d.]+)\s*([dhms])", text))
 
 # %% ../../nbs/gcode/01_planner.ipynb #efa52b28
 def slicer_totals(
-    program:Program, # A program
-)->dict: # `filament` in mm, `seconds`, `elapsed`: running time in s at the lines `elapsed_line`; `None` or empty where not written
+    program: Program,  # A program
+) -> dict:  # `filament` in mm, `seconds`, `elapsed`: running time in s at the lines `elapsed_line`; `None` or empty where not written
     "Totals that the slicer wrote into the comments."
-    filament,time = _comment_value(program, r';\s*filament used(?: \[mm\])?\s*=\s*([\d.]+)(?:mm)?'),_comment_value(program, r';\s*estimated printing time(?: \(normal mode\))?\s*=\s*(.*)')
-    plain = _comment_value(program, r'^;TIME:([\d.]+)')
-    metres = _comment_value(program, r'^;Filament used:\s*([\d.]+)m')
-    marks = [(l, float(m[1])) for l,t in zip(program.comments.line.tolist(), program.comments.text) if (m := re.match(r';TIME_ELAPSED:([\d.]+)', t))]
-    return dict(filament=float(filament) if filament else 1000*float(metres) if metres else None, seconds=_clock(time) if time else float(plain) if plain else None,
-                elapsed=np.array([v for _,v in marks]), elapsed_line=np.array([l for l,_ in marks], int))
+    filament, time = (
+        _comment_value(program, r";\s*filament used(?: \[mm\])?\s*=\s*([\d.]+)(?:mm)?"),
+        _comment_value(program, r";\s*estimated printing time(?: \(normal mode\))?\s*=\s*(.*)"),
+    )
+    plain = _comment_value(program, r"^;TIME:([\d.]+)")
+    metres = _comment_value(program, r"^;Filament used:\s*([\d.]+)m")
+    marks = [
+        (l, float(m[1]))
+        for l, t in zip(program.comments.line.tolist(), program.comments.text)
+        if (m := re.match(r";TIME_ELAPSED:([\d.]+)", t))
+    ]
+    return dict(
+        filament=float(filament) if filament else 1000 * float(metres) if metres else None,
+        seconds=_clock(time) if time else float(plain) if plain else None,
+        elapsed=np.array([v for _, v in marks]),
+        elapsed_line=np.array([l for l, _ in marks], int),
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #85c51acc
 def compare_with_slicer(
-    program:Program, # A program with totals
-    plan:Plan, # Its motion
-)->dict: # Ratios plan/slicer: `seconds`, `printing` (after the first `;TIME_ELAPSED:`), `filament`, and `layers`, an array over the times between two marks
+    program: Program,  # A program with totals
+    plan: Plan,  # Its motion
+) -> dict:  # Ratios plan/slicer: `seconds`, `printing` (after the first `;TIME_ELAPSED:`), `filament`, and `layers`, an array over the times between two marks
     "How far the plan is from the slicer's own totals."
     totals = slicer_totals(program)
-    marks = np.searchsorted(plan.line, totals['elapsed_line'])
-    first = np.diff(marks, prepend=-1)>0 # without motion in between a mark repeats the last
-    at,elapsed = np.append(plan.begin-plan.pause[:-1], plan.duration)[marks[first]],totals['elapsed'][first]
-    own,slicer = np.diff(at),np.diff(elapsed)
-    ratio = lambda a,b: a/b if b else None
-    printing = ratio(plan.duration-at[0], totals['seconds']-elapsed[0]) if len(at) and totals['seconds'] else None
-    return dict(seconds=ratio(plan.duration, totals['seconds']), printing=printing, filament=ratio(plan.filament, totals['filament']), layers=own[slicer>0]/slicer[slicer>0])
+    marks = np.searchsorted(plan.line, totals["elapsed_line"])
+    first = np.diff(marks, prepend=-1) > 0  # without motion in between a mark repeats the last
+    at, elapsed = (
+        np.append(plan.begin - plan.pause[:-1], plan.duration)[marks[first]],
+        totals["elapsed"][first],
+    )
+    own, slicer = np.diff(at), np.diff(elapsed)
+
+    def ratio(a, b):
+        return a / b if b else None
+
+    printing = (
+        ratio(plan.duration - at[0], totals["seconds"] - elapsed[0])
+        if len(at) and totals["seconds"]
+        else None
+    )
+    return dict(
+        seconds=ratio(plan.duration, totals["seconds"]),
+        printing=printing,
+        filament=ratio(plan.filament, totals["filament"]),
+        layers=own[slicer > 0] / slicer[slicer > 0],
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #feadbcaa
 def outside(
-    plan:Plan, # The motion
-    low=(0.,0.,0.), # Least x, y, z, mm
-    high=(220.,220.,250.), # Greatest x, y, z, mm
-)->np.ndarray: # Lines, from 0
+    plan: Plan,  # The motion
+    low=(0.0, 0.0, 0.0),  # Least x, y, z, mm
+    high=(220.0, 220.0, 250.0),  # Greatest x, y, z, mm
+) -> np.ndarray:  # Lines, from 0
     "Lines that lead out of the machine's space."
-    end = plan.start[:,:3]+plan.unit[:,:3]*plan.length[:,None]*plan.unit[:,:3].any(1)[:,None]
-    return np.unique(plan.line[((end<np.array(low)-1e-9)|(end>np.array(high)+1e-9)).any(1)])
+    end = (
+        plan.start[:, :3]
+        + plan.unit[:, :3] * plan.length[:, None] * plan.unit[:, :3].any(1)[:, None]
+    )
+    return np.unique(
+        plan.line[((end < np.array(low) - 1e-9) | (end > np.array(high) + 1e-9)).any(1)]
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #64e51249
 def limit_lines(
-    table:dict, # From `limits_of_lines`
-    line:int=-1, # Which line
-    dialect:str='marlin', # `marlin`, `klipper` or `reprapfirmware`
-    deviation:bool=False, # Name the junction deviation
-)->list: # Commands
+    table: dict,  # From `limits_of_lines`
+    line: int = -1,  # Which line
+    dialect: str = "marlin",  # `marlin`, `klipper` or `reprapfirmware`
+    deviation: bool = False,  # Name the junction deviation
+) -> list:  # Commands
     "Commands that set the limits in force on a line."
-    n = lambda v: format_number(v, 5); four = lambda c,k=1.: ' '.join(f'{a}{n(k*v)}' for a,v in zip('XYZE', table[c][line])); minutes = 60. if dialect=='reprapfirmware' else 1.
-    found = [f"M201 {four('acceleration')}", f"M203 {four('speed', minutes)}", 'M204 '+' '.join(f'{a}{n(table[c][line])}' for a,c in zip('PRT', ('printing','retract','travel')))]
-    found += [f"{'M566' if dialect=='reprapfirmware' else 'M205'} {four('jerk', minutes)}"+(f" J{n(table['deviation'][line])}" if deviation else ''), f"M220 S{n(100*table['speed_factor'][line])}", f"M221 S{n(100*table['flow_factor'][line])}"]
-    return found+([f"SET_VELOCITY_LIMIT ACCEL={n(table['printing'][line])} SQUARE_CORNER_VELOCITY={n(table['corner'][line])} MINIMUM_CRUISE_RATIO={n(table['cruise'][line])}"] if dialect=='klipper' else [])
+
+    def n(v):
+        return format_number(v, 5)
+
+    def four(c, k=1.0):
+        return " ".join(f"{a}{n(k * v)}" for a, v in zip("XYZE", table[c][line]))
+
+    minutes = 60.0 if dialect == "reprapfirmware" else 1.0
+    found = [
+        f"M201 {four('acceleration')}",
+        f"M203 {four('speed', minutes)}",
+        "M204 "
+        + " ".join(
+            f"{a}{n(table[c][line])}" for a, c in zip("PRT", ("printing", "retract", "travel"))
+        ),
+    ]
+    found += [
+        f"{'M566' if dialect == 'reprapfirmware' else 'M205'} {four('jerk', minutes)}"
+        + (f" J{n(table['deviation'][line])}" if deviation else ""),
+        f"M220 S{n(100 * table['speed_factor'][line])}",
+        f"M221 S{n(100 * table['flow_factor'][line])}",
+    ]
+    return found + (
+        [
+            f"SET_VELOCITY_LIMIT ACCEL={n(table['printing'][line])} SQUARE_CORNER_VELOCITY={n(table['corner'][line])} MINIMUM_CRUISE_RATIO={n(table['cruise'][line])}"
+        ]
+        if dialect == "klipper"
+        else []
+    )
 
 # %% ../../nbs/gcode/01_planner.ipynb #85f1e960
 def _own_part(p, block, layer, fed):
     "The segments of a block's own lines, counted on."
-    k = int(np.searchsorted(p.line, block.prologue)); wait = p.begin[k]-p.pause[k] if k < len(p) else 0.
-    cut = {c: getattr(p, c)[k:] for c in ('unit','length','entry','peak','exit','acceleration','nominal','row','type','turn')}; start = p.start[k:].copy(); start[:,3] += fed-(start[0,3] if len(start) else 0)
-    return replace(p, **cut, start=start, pause=p.pause[k:], begin=p.begin[k:]-wait, line=p.line[k:]-block.prologue+block.first, layer=p.layer[k:]+layer, issues=[in_file(i, block.prologue, block.first) for i in p.issues])
+    k = int(np.searchsorted(p.line, block.prologue))
+    wait = p.begin[k] - p.pause[k] if k < len(p) else 0.0
+    cut = {
+        c: getattr(p, c)[k:]
+        for c in (
+            "unit",
+            "length",
+            "entry",
+            "peak",
+            "exit",
+            "acceleration",
+            "nominal",
+            "row",
+            "type",
+            "turn",
+        )
+    }
+    start = p.start[k:].copy()
+    start[:, 3] += fed - (start[0, 3] if len(start) else 0)
+    return replace(
+        p,
+        **cut,
+        start=start,
+        pause=p.pause[k:],
+        begin=p.begin[k:] - wait,
+        line=p.line[k:] - block.prologue + block.first,
+        layer=p.layer[k:] + layer,
+        issues=[in_file(i, block.prologue, block.first) for i in p.issues],
+    )
+
 
 def _restate_all(block, p, limits, layer, kind):
     "What holds at the end of a block, for the next one."
     dialect = _dialect(_Lines(block), block)
-    return [*_restated(block)[:-1], *limit_lines(limits_of_lines(block, limits), -1, dialect, p is not None and p.junction=='deviation'), *([f';LAYER:{layer}'] if kind=='number' else []), *([f';TYPE:{p.type[-1]}'] if p is not None and p.type[-1] else []), 'M400']
+    return [
+        *_restated(block)[:-1],
+        *limit_lines(
+            limits_of_lines(block, limits), -1, dialect, p is not None and p.junction == "deviation"
+        ),
+        *([f";LAYER:{layer}"] if kind == "number" else []),
+        *([f";TYPE:{p.type[-1]}"] if p is not None and p.type[-1] else []),
+        "M400",
+    ]
 
 # %% ../../nbs/gcode/01_planner.ipynb #422b4acd
 def _layer_kind(path):
     "How a file marks its layers: `number`, `change`, or not at all."
-    if not Path(path).is_file() or not Path(path).stat().st_size: return ''
-    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for kind,pattern in (('number',_layer_number), ('change',_layer_change)):
-            if re.search(pattern.pattern.encode(), text): return kind
-    return ''
+    if not Path(path).is_file() or not Path(path).stat().st_size:
+        return ""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for kind, pattern in (("number", _layer_number), ("change", _layer_change)):
+            if re.search(pattern.pattern.encode(), text):
+                return kind
+    return ""
 
 # %% ../../nbs/gcode/01_planner.ipynb #811b9b89
 def program_blocks(
-    path, # G-code file
-    lines:int=200_000, # Most lines of a block
-    limits:Limits=Limits(), # What holds until the program says otherwise
-    lenient:bool=False, # See `parse_gcode`
-    **options, # For `plan`
-): # (`Program`, `Plan` of its own lines, whole `Plan` with its prologue) one after the other
+    path,  # G-code file
+    lines: int = 200_000,  # Most lines of a block
+    limits: Limits = Limits(),  # What holds until the program says otherwise
+    lenient: bool = False,  # See `parse_gcode`
+    **options,  # For `plan`
+):  # (`Program`, `Plan` of its own lines, whole `Plan` with its prologue) one after the other
     "Read and plan a large file block by block."
-    last,fed,kind,height,whole = -1,0.,_layer_kind(path),None,None
-    def restate(block): return _restate_all(block, whole, limits, last, kind)
+    last, fed, kind, height, whole = -1, 0.0, _layer_kind(path), None, None
+
+    def restate(block):
+        return _restate_all(block, whole, limits, last, kind)
+
     for block in read_blocks(path, lines, restate, lenient):
-        try: whole = plan(block, limits, **options)
+        try:
+            whole = plan(block, limits, **options)
         except InputError as e:
-            if e.field!='moves': raise in_file(e, block.prologue, block.first) from None
+            if e.field != "moves":
+                raise in_file(e, block.prologue, block.first) from None
             continue
         own = _own_part(whole, block, 0, fed)
-        if not len(own): continue
-        if kind and not len(_marks_of(block, dict(number=_layer_number, change=_layer_change)[kind])[0]): own.layer = np.full(len(own), last)
-        elif kind!='number' and block.first:
-            laid = np.flatnonzero(own.extruding); same = kind=='' and len(laid) and height is not None and abs(own.start[laid[0],2]-height)<1e-6
-            own.layer = own.layer+last+(0 if same else 1)
-        last,fed = int(own.layer[-1]),own.start[-1,3]+own.unit[-1,3]*own.length[-1]
-        laid = np.flatnonzero(own.extruding); height = own.start[laid[-1],2] if len(laid) else height
-        yield block,own,whole
+        if not len(own):
+            continue
+        if kind and not len(
+            _marks_of(block, dict(number=_layer_number, change=_layer_change)[kind])[0]
+        ):
+            own.layer = np.full(len(own), last)
+        elif kind != "number" and block.first:
+            laid = np.flatnonzero(own.extruding)
+            same = (
+                kind == ""
+                and len(laid)
+                and height is not None
+                and abs(own.start[laid[0], 2] - height) < 1e-6
+            )
+            own.layer = own.layer + last + (0 if same else 1)
+        last, fed = int(own.layer[-1]), own.start[-1, 3] + own.unit[-1, 3] * own.length[-1]
+        laid = np.flatnonzero(own.extruding)
+        height = own.start[laid[-1], 2] if len(laid) else height
+        yield block, own, whole

@@ -9,51 +9,62 @@ __all__ = ['Program', 'line_checksum', 'parse_gcode', 'read_gcode', 'to_text', '
            'filament_used', 'arc_sweeps', 'path_points', 'format_number', 'replace_words', 'in_file', 'read_blocks']
 
 # %% ../../nbs/gcode/00_reader.ipynb #20bbd21a
-import io, itertools, re, warnings
+import io
+import itertools
+import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 
 # %% ../../nbs/gcode/00_reader.ipynb #7dc62f18
-_blank,_letter,_digit,_dot,_sign,_end,_star,_slash,_other = range(9)
+_blank, _letter, _digit, _dot, _sign, _end, _star, _slash, _other = range(9)
 _class = np.full(256, _other, np.uint8)
-_class[:33],_class[10] = _blank,_end
-_class[list(range(65,91)) + list(range(97,123))] = _letter
+_class[:33], _class[10] = _blank, _end
+_class[list(range(65, 91)) + list(range(97, 123))] = _letter
 _class[48:58] = _digit
-_class[[46,43,45,42,47]] = _dot,_sign,_sign,_star,_slash
+_class[[46, 43, 45, 42, 47]] = _dot, _sign, _sign, _star, _slash
 
 # %% ../../nbs/gcode/00_reader.ipynb #c15d237d
 def _characters(text):
     "One byte a character; a lone carriage return ends a line, a byte order mark is a blank."
-    chars = np.frombuffer(text.encode('latin-1', 'replace'), np.uint8).copy()
-    if text.startswith('\ufeff'): chars[0] = 32
-    if '\r' in text:
-        returns = np.flatnonzero(chars==13)
-        chars[returns[np.append(chars, 32)[returns+1]!=10]] = 10
+    chars = np.frombuffer(text.encode("latin-1", "replace"), np.uint8).copy()
+    if text.startswith("\ufeff"):
+        chars[0] = 32
+    if "\r" in text:
+        returns = np.flatnonzero(chars == 13)
+        chars[returns[np.append(chars, 32)[returns + 1] != 10]] = 10
     return chars
 
 # %% ../../nbs/gcode/00_reader.ipynb #766171ff
-_comment = re.compile(r';[^\r\n]*|\([^)\r\n]*\)?')
+_comment = re.compile(r";[^\r\n]*|\([^)\r\n]*\)?")
+
 
 def _cut_comments(text, chars):
     "Positions and texts of the comments; their characters become blanks in `chars`."
     found = [(m.start(), m.end(), m.group()) for m in _comment.finditer(text)]
-    start,end,texts = zip(*found) if found else ((), (), ())
-    start,end = np.array(start, dtype=np.int64),np.array(end, dtype=np.int64)
-    edge = np.zeros(len(chars)+1, np.int8)
-    edge[start] += 1; edge[end] -= 1
-    chars[np.cumsum(edge[:-1], dtype=np.int8)>0] = 32
-    return start,list(texts)
+    start, end, texts = zip(*found) if found else ((), (), ())
+    start, end = np.array(start, dtype=np.int64), np.array(end, dtype=np.int64)
+    edge = np.zeros(len(chars) + 1, np.int8)
+    edge[start] += 1
+    edge[end] -= 1
+    chars[np.cumsum(edge[:-1], dtype=np.int8) > 0] = 32
+    return start, list(texts)
 
 # %% ../../nbs/gcode/00_reader.ipynb #687f081f
-_wordlike,_marks = np.zeros(256, bool),np.zeros(256, bool)
-_wordlike[(_class==_letter)|(np.arange(256)==95)] = True
-_marks[[36,37,64]] = True
-_named = re.compile(r'\s*/?\s*(?:N\s*\d+\s*)?(?![A-Z](?:NAN|INF)(?![A-Z]))([A-Z_]{3,}\w*|[$@][^\s=]+|%)', re.I|re.A)
+_wordlike, _marks = np.zeros(256, bool), np.zeros(256, bool)
+_wordlike[(_class == _letter) | (np.arange(256) == 95)] = True
+_marks[[36, 37, 64]] = True
+_named = re.compile(
+    r"\s*/?\s*(?:N\s*\d+\s*)?(?![A-Z](?:NAN|INF)(?![A-Z]))([A-Z_]{3,}\w*|[$@][^\s=]+|%)",
+    re.I | re.A,
+)
 
 # %% ../../nbs/gcode/00_reader.ipynb #8380e410
 def _cut_extended(chars, starts):
@@ -61,256 +72,487 @@ def _cut_extended(chars, starts):
     w = _wordlike[chars]
     at = np.concatenate([np.flatnonzero(w[:-2] & w[1:-1] & w[2:]), np.flatnonzero(_marks[chars])])
     rows = []
-    for line in np.unique(np.searchsorted(starts, at, 'right')-1):
-        a,b = starts[line],starts[line+1] if line+1<len(starts) else len(chars)
-        content = chars[a:b].tobytes().decode('latin-1')
-        if not (m := _named.match(content)): continue
-        checked = re.search(r'\*\d+\s*$', content) if re.match(r'\s*N', content, re.I) else None
+    for line in np.unique(np.searchsorted(starts, at, "right") - 1):
+        a, b = starts[line], starts[line + 1] if line + 1 < len(starts) else len(chars)
+        content = chars[a:b].tobytes().decode("latin-1")
+        if not (m := _named.match(content)):
+            continue
+        checked = re.search(r"\*\d+\s*$", content) if re.match(r"\s*N", content, re.I) else None
         stop = checked.start() if checked else len(content.rstrip())
-        chars[a+m.start(1):a+stop] = 32
-        if m[1]!='%': rows.append((int(line), m[1].upper(), content[m.start(1):stop].strip()))
+        chars[a + m.start(1) : a + stop] = 32
+        if m[1] != "%":
+            rows.append((int(line), m[1].upper(), content[m.start(1) : stop].strip()))
     return rows
 
 # %% ../../nbs/gcode/00_reader.ipynb #cd9305a9
-_powers = 10**np.arange(19, dtype=np.int64)
+_powers = 10 ** np.arange(19, dtype=np.int64)
+
 
 def _numbers(chars, kind, head, length):
     "Value of the number after each position of `head`, and whether it is malformed; NaN where there is none."
-    count = np.cumsum(kind==_digit, dtype=np.int32)
-    last = head+length
-    digits = count[last]-count[head]
-    right = np.repeat(count[last], length+1)-count
-    mantissa = np.add.reduceat(np.where(kind==_digit, (chars-48)*_powers[np.minimum(right, 18)], 0), head)
-    dots,signs = np.flatnonzero(kind==_dot),np.flatnonzero(kind==_sign)
-    dot_of,sign_of = (np.searchsorted(head, q, 'right')-1 for q in (dots, signs))
+    count = np.cumsum(kind == _digit, dtype=np.int32)
+    last = head + length
+    digits = count[last] - count[head]
+    right = np.repeat(count[last], length + 1) - count
+    mantissa = np.add.reduceat(
+        np.where(kind == _digit, (chars - 48) * _powers[np.minimum(right, 18)], 0), head
+    )
+    dots, signs = np.flatnonzero(kind == _dot), np.flatnonzero(kind == _sign)
+    dot_of, sign_of = (np.searchsorted(head, q, "right") - 1 for q in (dots, signs))
     decimals = np.zeros(len(head), np.int32)
-    decimals[dot_of] = count[last[dot_of]]-count[dots]
-    bad = (length>0) & (digits==0)
-    bad[dot_of[1:][dot_of[1:]==dot_of[:-1]]] = True
-    bad[sign_of[signs!=head[sign_of]+1]] = True
-    value = np.where(digits>0, mantissa/10.**np.minimum(decimals, 22), np.nan)
-    for t in np.flatnonzero((digits>15) & ~bad): value[t] = abs(float(chars[head[t]+1:last[t]+1].tobytes()))
+    decimals[dot_of] = count[last[dot_of]] - count[dots]
+    bad = (length > 0) & (digits == 0)
+    bad[dot_of[1:][dot_of[1:] == dot_of[:-1]]] = True
+    bad[sign_of[signs != head[sign_of] + 1]] = True
+    value = np.where(digits > 0, mantissa / 10.0 ** np.minimum(decimals, 22), np.nan)
+    for t in np.flatnonzero((digits > 15) & ~bad):
+        value[t] = abs(float(chars[head[t] + 1 : last[t] + 1].tobytes()))
     bad |= np.isinf(value)
-    minus = sign_of[chars[signs]==45]
+    minus = sign_of[chars[signs] == 45]
     value[minus] *= -1
-    return value,bad
+    return value, bad
 
 # %% ../../nbs/gcode/00_reader.ipynb #aeb4c36e
 def _tokens(chars):
     "All letters and stars with their numbers as a dict of arrays, the places of faults, and of leading slashes."
     at = np.concatenate([[-1], np.flatnonzero(_class[chars])])
-    squeezed = chars[at]; squeezed[0] = 10
+    squeezed = chars[at]
+    squeezed[0] = 10
     kind = _class[squeezed]
-    head = np.flatnonzero((kind<_digit)|(kind>_sign))
-    length = np.diff(np.append(head, len(kind)))-1
-    value,bad = _numbers(squeezed, kind, head, length)
+    head = np.flatnonzero((kind < _digit) | (kind > _sign))
+    length = np.diff(np.append(head, len(kind))) - 1
+    value, bad = _numbers(squeezed, kind, head, length)
     what = kind[head]
     after = np.append(what[1:], _end)
-    before = np.concatenate([[_end], np.where(length[:-1]==0, what[:-1], _other)])
-    slash = (what==_slash) & (before==_end)
-    wrong = bad | (what==_other) | ((what==_slash) & ~slash) | ((what==_end)|(what==_slash)) & (length>0) | (what==_star) & (length==0)
-    glued = (what==_letter) & (length==0) & (after==_letter) & (np.append(at, -9)[head+1]==at[head]+1)
-    keep = (what==_letter)|(what==_star)
-    words = dict(letter=squeezed[head] & 0xDF, value=value, start=at[head], end=at[head+length]+1, glued=glued, wrong=wrong)
-    words['letter'][what==_star] = 42
-    return {k: v[keep] for k,v in words.items()},at[head[wrong]+((what==_end)&(length>0))[wrong]],at[head[slash]]
+    before = np.concatenate([[_end], np.where(length[:-1] == 0, what[:-1], _other)])
+    slash = (what == _slash) & (before == _end)
+    wrong = (
+        bad
+        | (what == _other)
+        | ((what == _slash) & ~slash)
+        | ((what == _end) | (what == _slash)) & (length > 0)
+        | (what == _star) & (length == 0)
+    )
+    glued = (
+        (what == _letter)
+        & (length == 0)
+        & (after == _letter)
+        & (np.append(at, -9)[head + 1] == at[head] + 1)
+    )
+    keep = (what == _letter) | (what == _star)
+    words = dict(
+        letter=squeezed[head] & 0xDF,
+        value=value,
+        start=at[head],
+        end=at[head + length] + 1,
+        glued=glued,
+        wrong=wrong,
+    )
+    words["letter"][what == _star] = 42
+    return (
+        {k: v[keep] for k, v in words.items()},
+        at[head[wrong] + ((what == _end) & (length > 0))[wrong]],
+        at[head[slash]],
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #6c20d0a6
-_G,_M,_N,_T = b'GMNT'
-_plain = [0,1,2,3,7,8,11,15,17,18,19,20,21,40,41,42,43,44,49,50,*range(53,60),59.1,59.2,59.3,61,61.1,62,63,64,69,80,90,90.1,91,91.1,93,94,95,96,97,98,99]
-_takes_axes,_machine_m = np.ones(10001, bool),np.zeros(10001, bool)
-_takes_axes[np.rint(10*np.array(_plain)).astype(int)] = False
-_machine_m[[10*m for m in (0,1,2,3,4,5,6,7,8,9,30,48,49,60)]] = True
+_G, _M, _N, _T = b"GMNT"
+_plain = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    11,
+    15,
+    17,
+    18,
+    19,
+    20,
+    21,
+    40,
+    41,
+    42,
+    43,
+    44,
+    49,
+    50,
+    *range(53, 60),
+    59.1,
+    59.2,
+    59.3,
+    61,
+    61.1,
+    62,
+    63,
+    64,
+    69,
+    80,
+    90,
+    90.1,
+    91,
+    91.1,
+    93,
+    94,
+    95,
+    96,
+    97,
+    98,
+    99,
+]
+_takes_axes, _machine_m = np.ones(10001, bool), np.zeros(10001, bool)
+_takes_axes[np.rint(10 * np.array(_plain)).astype(int)] = False
+_machine_m[[10 * m for m in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 30, 48, 49, 60)]] = True
 
 # %% ../../nbs/gcode/00_reader.ipynb #dc9e437c
 def _code(value):
     "Ten times the number of a command; 10000 for what is no such number."
-    x = 10*np.clip(np.nan_to_num(value, nan=1000.), -1, 1000)
-    return np.where((x>=0) & (np.abs(x-np.rint(x))<1e-6), np.rint(x), 10000).astype(np.int32)
+    x = 10 * np.clip(np.nan_to_num(value, nan=1000.0), -1, 1000)
+    return np.where((x >= 0) & (np.abs(x - np.rint(x)) < 1e-6), np.rint(x), 10000).astype(np.int32)
 
 # %% ../../nbs/gcode/00_reader.ipynb #81e98a34
 def _leading(line, letter):
     "Masks of the line number and of the first other word of each line."
-    first = np.diff(line, prepend=-1)!=0
-    number = first & (letter==_N)
-    return number,(first & ~number)|(np.concatenate([[False], number[:-1]])[:len(line)] & ~first)
+    first = np.diff(line, prepend=-1) != 0
+    number = first & (letter == _N)
+    return number, (first & ~number) | (
+        np.concatenate([[False], number[:-1]])[: len(line)] & ~first
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #636d6bea
 def _sort_words(words, line, faults, fault_line, n):
     "Which words stay, which lines are text commands, and positions (with their lines) that are wrong, in order."
-    letter,value,code = words['letter'],words['value'],_code(words['value'])
-    star = letter==42
-    number,head = _leading(line, letter)
+    letter, value, code = words["letter"], words["value"], _code(words["value"])
+    star = letter == 42
+    number, head = _leading(line, letter)
     argument = np.zeros(n, bool)
-    argument[line[head & (letter==_M) & ~_machine_m[code]]] = True
-    textual = argument.copy(); textual[line[head & ((letter==_M) & np.isin(code, [0,10,300]) | (letter==_T))]] = True
+    argument[line[head & (letter == _M) & ~_machine_m[code]]] = True
+    textual = argument.copy()
+    textual[line[head & ((letter == _M) & np.isin(code, [0, 10, 300]) | (letter == _T))]] = True
     unclean = np.zeros(n, bool)
-    unclean[fault_line] = True; unclean[line[words['glued']]] = True; unclean[line[head & (letter==_M) & ((code==1170)|(code==1180))]] = True
+    unclean[fault_line] = True
+    unclean[line[words["glued"]]] = True
+    unclean[line[head & (letter == _M) & ((code == 1170) | (code == 1180))]] = True
     is_text = textual & unclean
     flags = np.zeros(n, bool)
-    flags[line[(letter==_G) & _takes_axes[code] & (code//10!=92)]] = True
+    flags[line[(letter == _G) & _takes_axes[code] & (code // 10 != 92)]] = True
     flags |= argument
-    lacks = np.isnan(value) & ~is_text[line] & (~flags[line] | number | (letter==_G) | (letter==_M)) | head & words['wrong'] & (letter==_M)
-    numbered = np.zeros(n, bool); numbered[line[number]] = True
-    last = np.append(np.diff(line)!=0, True)
+    lacks = np.isnan(value) & ~is_text[line] & (
+        ~flags[line] | number | (letter == _G) | (letter == _M)
+    ) | head & words["wrong"] & (letter == _M)
+    numbered = np.zeros(n, bool)
+    numbered[line[number]] = True
+    last = np.append(np.diff(line) != 0, True)
     keep = ~is_text[line] | number | head | star & last & numbered[line]
-    broken = [*zip(faults[~is_text[fault_line]], fault_line[~is_text[fault_line]]), *zip(words['start'][lacks & ~star], line[lacks & ~star])]
-    return keep,np.flatnonzero(is_text),sorted(broken)
+    broken = [
+        *zip(faults[~is_text[fault_line]], fault_line[~is_text[fault_line]]),
+        *zip(words["start"][lacks & ~star], line[lacks & ~star]),
+    ]
+    return keep, np.flatnonzero(is_text), sorted(broken)
 
 # %% ../../nbs/gcode/00_reader.ipynb #fdab31ce
 @dataclass
 class Program:
     "A G-code program: its text by lines, and tables of what was found in it."
-    file:str # Where it came from, for error messages
-    lines:list # Lines with their line ends; joined they are the text
-    words:pd.DataFrame # line (from 0), letter, value (NaN: a letter alone), start and end in the line
-    comments:pd.DataFrame # line, start, text with its `;` or parentheses
-    extended:pd.DataFrame # line, name, text of commands kept as text
-    checksums:pd.DataFrame # line, written, computed, start and end in the line
-    deletable:np.ndarray # Lines that begin with `/` (block delete)
-    issues:list = field(default_factory=list, repr=False) # What was left out or looked odd, a sentence each
-    lenient:bool = False # Leave out what cannot be read, and read arcs without a centre as straight lines
-    prologue:int = 0 # Lines at the start that restate what held before, in a block of a larger file
-    first:int = 0 # Line of that file, from 0, that follows them
-    def __repr__(self): return f'Program({self.file}: {len(self.lines)} lines, {len(self.words)} words, {len(self.comments)} comments)'
+
+    file: str  # Where it came from, for error messages
+    lines: list  # Lines with their line ends; joined they are the text
+    words: (
+        pd.DataFrame
+    )  # line (from 0), letter, value (NaN: a letter alone), start and end in the line
+    comments: pd.DataFrame  # line, start, text with its `;` or parentheses
+    extended: pd.DataFrame  # line, name, text of commands kept as text
+    checksums: pd.DataFrame  # line, written, computed, start and end in the line
+    deletable: np.ndarray  # Lines that begin with `/` (block delete)
+    issues: list = field(
+        default_factory=list, repr=False
+    )  # What was left out or looked odd, a sentence each
+    lenient: bool = (
+        False  # Leave out what cannot be read, and read arcs without a centre as straight lines
+    )
+    prologue: int = (
+        0  # Lines at the start that restate what held before, in a block of a larger file
+    )
+    first: int = 0  # Line of that file, from 0, that follows them
+
+    def __repr__(self):
+        return f"Program({self.file}: {len(self.lines)} lines, {len(self.words)} words, {len(self.comments)} comments)"
 
 # %% ../../nbs/gcode/00_reader.ipynb #0d1f9660
 def line_checksum(
-    code:str, # A line up to its `*`
-)->int: # 0 to 255
+    code: str,  # A line up to its `*`
+) -> int:  # 0 to 255
     "Exclusive or of all characters, which RepRap hosts append to a line after `*`."
-    return int(np.bitwise_xor.reduce(np.frombuffer(code.encode('utf-8', 'surrogateescape'), np.uint8))) if code else 0
+    return (
+        int(np.bitwise_xor.reduce(np.frombuffer(code.encode("utf-8", "surrogateescape"), np.uint8)))
+        if code
+        else 0
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #d46bdc41
 _letters = pd.Index([chr(c) for c in range(65, 91)])
 
+
 def _word_table(words, line, starts):
     "The table of words."
     first = starts[line]
-    return pd.DataFrame(dict(line=line, letter=pd.Categorical.from_codes((words['letter']-65).astype(np.int8), _letters), value=words['value'],
-                             start=words['start']-first, end=words['end']-first), copy=False)
+    return pd.DataFrame(
+        dict(
+            line=line,
+            letter=pd.Categorical.from_codes((words["letter"] - 65).astype(np.int8), _letters),
+            value=words["value"],
+            start=words["start"] - first,
+            end=words["end"] - first,
+        ),
+        copy=False,
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #c0cbe75e
 def _checksum_table(words, line, starts, chars, lines):
     "The table of checksums; `chars` still has the comments."
     start = starts[line]
-    spans = np.stack([start, words['start']], 1).ravel()
+    spans = np.stack([start, words["start"]], 1).ravel()
     computed = np.bitwise_xor.reduceat(chars, spans)[::2] if len(line) else np.zeros(0, np.uint8)
-    computed = [int(c) if lines[k].isascii() else line_checksum(lines[k][:e]) for c,k,e in zip(computed, line, words['start']-start)]
-    return pd.DataFrame(dict(line=line, written=words['value'], computed=np.array(computed, np.int64), start=words['start']-start, end=words['end']-start))
+    computed = [
+        int(c) if lines[k].isascii() else line_checksum(lines[k][:e])
+        for c, k, e in zip(computed, line, words["start"] - start)
+    ]
+    return pd.DataFrame(
+        dict(
+            line=line,
+            written=words["value"],
+            computed=np.array(computed, np.int64),
+            start=words["start"] - start,
+            end=words["end"] - start,
+        )
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #ab461c98
 def _word_error(file, lines, starts, place, line):
     "The error for a word that cannot be read."
-    place = place-starts[line]
-    found = re.split(r'[\s;(]', lines[line][place:place+40].strip())[0]
-    letter = lines[line][place:place+1]
-    return InputError(file, f'line {line+1}', f'a number after {letter}' if re.match('[A-Za-z]', letter) else 'words of a letter and a number', f'{found!r} in {lines[line].strip()[:60]!r}')
+    place = place - starts[line]
+    found = re.split(r"[\s;(]", lines[line][place : place + 40].strip())[0]
+    letter = lines[line][place : place + 1]
+    return InputError(
+        file,
+        f"line {line + 1}",
+        f"a number after {letter}"
+        if re.match("[A-Za-z]", letter)
+        else "words of a letter and a number",
+        f"{found!r} in {lines[line].strip()[:60]!r}",
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #a59d43dc
 def _extended_table(named, is_text, words, lines):
     "The table of commands kept as text: those with names, and those whose arguments are text."
-    rows,first = list(named),np.searchsorted(words.line.to_numpy(), is_text)
-    letter,value,start = words.letter.cat.codes.to_numpy(),words.value.to_numpy(),words.start.to_numpy()
-    for line,k in zip(is_text, first):
-        k += letter[k]==_N-65
-        name = chr(letter[k]+65)+('' if np.isnan(value[k]) else f'{value[k]:g}')
-        rows.append((int(line), name, _comment.sub('', lines[line][start[k]:]).strip()))
-    line,name,text = zip(*sorted(rows)) if rows else ((), (), ())
-    return pd.DataFrame(dict(line=np.array(line, np.int64), name=pd.Series(name, dtype=object), text=pd.Series(text, dtype=object)))
+    rows, first = list(named), np.searchsorted(words.line.to_numpy(), is_text)
+    letter, value, start = (
+        words.letter.cat.codes.to_numpy(),
+        words.value.to_numpy(),
+        words.start.to_numpy(),
+    )
+    for line, k in zip(is_text, first):
+        k += letter[k] == _N - 65
+        name = chr(letter[k] + 65) + ("" if np.isnan(value[k]) else f"{value[k]:g}")
+        rows.append((int(line), name, _comment.sub("", lines[line][start[k] :]).strip()))
+    line, name, text = zip(*sorted(rows)) if rows else ((), (), ())
+    return pd.DataFrame(
+        dict(
+            line=np.array(line, np.int64),
+            name=pd.Series(name, dtype=object),
+            text=pd.Series(text, dtype=object),
+        )
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #68e39045
 def _resent(words, checksums, file):
     "Lines of a stream that are not executed, and what is odd about its numbers."
-    if not len(checksums): return np.zeros(0, int),[]
-    number = words[words.letter.eq('N')].drop_duplicates('line').set_index('line').value
-    resets = words.line[words.letter.eq('M') & words.value.eq(110)].to_numpy()
-    line = checksums.line[checksums.line.isin(number.index)].to_numpy(); whole = (checksums.written==checksums.computed)[checksums.line.isin(number.index)].to_numpy()
-    t = pd.DataFrame(dict(line=line, number=number.loc[line].to_numpy(), epoch=np.searchsorted(resets, line, 'right')))
-    good,bad = t[whole],t[~whole]; repeat = good.duplicated(['epoch','number']); done = good[~repeat]
-    comes = bad.merge(done[['epoch','number']], how='left', indicator=True)._merge.eq('both').to_numpy()
-    found = ((good[repeat], 'sent again, executed once'), (bad[comes], 'checksum wrong, sent again'), (bad[~comes], 'checksum wrong, executed as it stands'), (done[(done.number.diff()!=1) & done.epoch.diff().eq(0)], 'a number that does not follow the last'))
-    return np.sort(np.concatenate([good.line[repeat], bad.line[comes]])).astype(int),[f'{file}: line {rows.line.iloc[0]+1}: {text} ({len(rows)} in all)' for rows,text in found if len(rows)]
+    if not len(checksums):
+        return np.zeros(0, int), []
+    number = words[words.letter.eq("N")].drop_duplicates("line").set_index("line").value
+    resets = words.line[words.letter.eq("M") & words.value.eq(110)].to_numpy()
+    line = checksums.line[checksums.line.isin(number.index)].to_numpy()
+    whole = (checksums.written == checksums.computed)[checksums.line.isin(number.index)].to_numpy()
+    t = pd.DataFrame(
+        dict(
+            line=line,
+            number=number.loc[line].to_numpy(),
+            epoch=np.searchsorted(resets, line, "right"),
+        )
+    )
+    good, bad = t[whole], t[~whole]
+    repeat = good.duplicated(["epoch", "number"])
+    done = good[~repeat]
+    comes = (
+        bad.merge(done[["epoch", "number"]], how="left", indicator=True)
+        ._merge.eq("both")
+        .to_numpy()
+    )
+    found = (
+        (good[repeat], "sent again, executed once"),
+        (bad[comes], "checksum wrong, sent again"),
+        (bad[~comes], "checksum wrong, executed as it stands"),
+        (
+            done[(done.number.diff() != 1) & done.epoch.diff().eq(0)],
+            "a number that does not follow the last",
+        ),
+    )
+    return np.sort(np.concatenate([good.line[repeat], bad.line[comes]])).astype(int), [
+        f"{file}: line {rows.line.iloc[0] + 1}: {text} ({len(rows)} in all)"
+        for rows, text in found
+        if len(rows)
+    ]
 
 # %% ../../nbs/gcode/00_reader.ipynb #dbc72742
 def parse_gcode(
-    text:str, # A whole program
-    file='G-code', # Where it came from, for error messages
-    lenient:bool=False, # Leave out lines that cannot be read, instead of raising an error, and say so in `issues`
-)->Program: # Its words, comments and commands
+    text: str,  # A whole program
+    file="G-code",  # Where it came from, for error messages
+    lenient: bool = False,  # Leave out lines that cannot be read, instead of raising an error, and say so in `issues`
+) -> Program:  # Its words, comments and commands
     "Read a program from text."
-    if not text.strip(): raise InputError(file, 'content', 'a G-code program', 'nothing')
-    lines,raw = list(io.StringIO(text, newline='')),_characters(text)
-    starts = np.concatenate([[0], np.flatnonzero(raw==10)+1])[:len(lines)]
-    at = lambda places: np.searchsorted(starts, places, 'right')-1
+    if not text.strip():
+        raise InputError(file, "content", "a G-code program", "nothing")
+    lines, raw = list(io.StringIO(text, newline="")), _characters(text)
+    starts = np.concatenate([[0], np.flatnonzero(raw == 10) + 1])[: len(lines)]
+
+    def at(places):
+        return np.searchsorted(starts, places, "right") - 1
+
     chars = raw.copy()
-    comment_start,comments = _cut_comments(text, chars)
+    comment_start, comments = _cut_comments(text, chars)
     named = _cut_extended(chars, starts)
-    words,faults,slashes = _tokens(chars)
-    line,comment_line = at(words['start']),at(comment_start)
-    keep,is_text,broken = _sort_words(words, line, faults, at(faults), len(lines))
-    errors = {l: _word_error(file, lines, starts, place, l) for place,l in broken[::-1]}
-    if errors and not lenient: raise errors[broken[0][1]]
-    star = keep & (words['letter']==42); keep &= ~star & ~np.isin(line, list(errors))
-    named += [(l, '?', lines[l].strip()) for l in errors]
-    pick = lambda mask: ({k: v[mask] for k,v in words.items()}, line[mask], starts)
-    table,checksums = _word_table(*pick(keep)),_checksum_table(*pick(star), raw, lines)
-    skip,odd = _resent(table, checksums, file)
+    words, faults, slashes = _tokens(chars)
+    line, comment_line = at(words["start"]), at(comment_start)
+    keep, is_text, broken = _sort_words(words, line, faults, at(faults), len(lines))
+    errors = {l: _word_error(file, lines, starts, place, l) for place, l in broken[::-1]}
+    if errors and not lenient:
+        raise errors[broken[0][1]]
+    star = keep & (words["letter"] == 42)
+    keep &= ~star & ~np.isin(line, list(errors))
+    named += [(l, "?", lines[l].strip()) for l in errors]
+
+    def pick(mask):
+        return ({k: v[mask] for k, v in words.items()}, line[mask], starts)
+
+    table, checksums = _word_table(*pick(keep)), _checksum_table(*pick(star), raw, lines)
+    skip, odd = _resent(table, checksums, file)
     extended = _extended_table(named, is_text, table, lines)
-    return Program(str(file), lines, table[~table.line.isin(skip)].reset_index(drop=True) if len(skip) else table, pd.DataFrame(dict(line=comment_line, start=comment_start-starts[comment_line], text=pd.Series(comments, dtype=object))),
-                   extended, checksums, at(slashes), [f'{e}; left out' for _,e in sorted(errors.items())]+odd, lenient)
+    return Program(
+        str(file),
+        lines,
+        table[~table.line.isin(skip)].reset_index(drop=True) if len(skip) else table,
+        pd.DataFrame(
+            dict(
+                line=comment_line,
+                start=comment_start - starts[comment_line],
+                text=pd.Series(comments, dtype=object),
+            )
+        ),
+        extended,
+        checksums,
+        at(slashes),
+        [f"{e}; left out" for _, e in sorted(errors.items())] + odd,
+        lenient,
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #3c3e72e6
 def _check_text(path, data):
     "Raise for bytes that are no text."
     sample = np.frombuffer(data, np.uint8)
-    if b'\0' in data: raise InputError(path, 'content', 'text', f'a NUL byte at byte {data.index(0)}', 'binary G-code has to be converted to text')
-    control = (sample<9)|(sample>126)|(sample>13)&(sample<32)
-    if control.mean()>.3 if len(data) else False: raise InputError(path, 'content', 'text', f'{control.mean():.0%} bytes that are no text')
+    if b"\0" in data:
+        raise InputError(
+            path,
+            "content",
+            "text",
+            f"a NUL byte at byte {data.index(0)}",
+            "binary G-code has to be converted to text",
+        )
+    control = (sample < 9) | (sample > 126) | (sample > 13) & (sample < 32)
+    if control.mean() > 0.3 if len(data) else False:
+        raise InputError(path, "content", "text", f"{control.mean():.0%} bytes that are no text")
 
 # %% ../../nbs/gcode/00_reader.ipynb #e7845ccf
 def read_gcode(
-    source, # Path of a G-code file
-    lenient:bool=False, # See `parse_gcode`
-)->Program: # Its words, comments and commands
+    source,  # Path of a G-code file
+    lenient: bool = False,  # See `parse_gcode`
+) -> Program:  # Its words, comments and commands
     "Read a G-code file; bytes that are no UTF-8 survive the round trip."
     path = Path(source)
-    if not path.is_file(): raise InputError(path, 'file', 'a G-code file', 'a folder' if path.is_dir() else 'nothing there')
-    data = path.read_bytes(); _check_text(path, data)
-    return parse_gcode(data.decode('utf-8', 'surrogateescape'), path, lenient)
+    if not path.is_file():
+        raise InputError(
+            path, "file", "a G-code file", "a folder" if path.is_dir() else "nothing there"
+        )
+    data = path.read_bytes()
+    _check_text(path, data)
+    return parse_gcode(data.decode("utf-8", "surrogateescape"), path, lenient)
 
 # %% ../../nbs/gcode/00_reader.ipynb #c4200967
 def to_text(
-    program:Program, # A program
-)->str: # Its text, character by character as it was read
+    program: Program,  # A program
+) -> str:  # Its text, character by character as it was read
     "The text of a program; write it with `encode('utf-8', 'surrogateescape')` to get the bytes of the file."
-    return ''.join(program.lines)
+    return "".join(program.lines)
 
 # %% ../../nbs/gcode/00_reader.ipynb #ad1e6f96
 def checksum_mismatches(
-    program:Program, # A program
-)->pd.DataFrame: # Rows of `program.checksums` whose two numbers differ
+    program: Program,  # A program
+) -> pd.DataFrame:  # Rows of `program.checksums` whose two numbers differ
     "Lines whose checksum is wrong."
-    return program.checksums[program.checksums.written!=program.checksums.computed]
+    return program.checksums[program.checksums.written != program.checksums.computed]
 
 # %% ../../nbs/gcode/00_reader.ipynb #9cb00df2
-_understood = {'G': {0,10,20,30,170,180,190,200,210,280,530,900,910,901,911,920,921,922,930,940,950}, 'M': {820,830}}
+_understood = {
+    "G": {
+        0,
+        10,
+        20,
+        30,
+        170,
+        180,
+        190,
+        200,
+        210,
+        280,
+        530,
+        900,
+        910,
+        901,
+        911,
+        920,
+        921,
+        922,
+        930,
+        940,
+        950,
+    },
+    "M": {820, 830},
+}
 
 # %% ../../nbs/gcode/00_reader.ipynb #f96842a9
 def unknown_commands(
-    program:Program, # A program
-)->dict: # Name -> how often, most frequent first
+    program: Program,  # A program
+) -> dict:  # Name -> how often, most frequent first
     "Commands that are kept and not interpreted."
-    line,letter,value = program.words.line.to_numpy(),program.words.letter.cat.codes.to_numpy()+65,program.words.value.to_numpy()
-    code,(number,head) = _code(value),_leading(line, letter)
+    line, letter, value = (
+        program.words.line.to_numpy(),
+        program.words.letter.cat.codes.to_numpy() + 65,
+        program.words.value.to_numpy(),
+    )
+    code, (number, head) = _code(value), _leading(line, letter)
     argument = np.zeros(len(program.lines), bool)
-    argument[line[head & (letter==_M) & ~_machine_m[code]]] = True
+    argument[line[head & (letter == _M) & ~_machine_m[code]]] = True
     known = np.zeros(len(line), bool)
-    for kind,codes in _understood.items(): known |= (letter==ord(kind)) & np.isin(code, list(codes))
-    own = np.isin(letter, list(b'GM')) & ~argument[line] | head & ~np.isin(letter, list(b'XYZEABCUVWIJKRFP'))
+    for kind, codes in _understood.items():
+        known |= (letter == ord(kind)) & np.isin(code, list(codes))
+    own = np.isin(letter, list(b"GM")) & ~argument[line] | head & ~np.isin(
+        letter, list(b"XYZEABCUVWIJKRFP")
+    )
     own &= ~known & ~np.isin(line, program.extended.line)
-    names = Counter((chr(a), v) for a,v in zip(letter[own], value[own]))
-    total = Counter({a if a=='S' or np.isnan(v) else f'{a}{v:g}': n for (a,v),n in names.items()})
+    names = Counter((chr(a), v) for a, v in zip(letter[own], value[own]))
+    total = Counter(
+        {a if a == "S" or np.isnan(v) else f"{a}{v:g}": n for (a, v), n in names.items()}
+    )
     total.update(program.extended.name)
     return dict(total.most_common())
 
@@ -318,361 +560,631 @@ def unknown_commands(
 def _hold(value, present, initial):
     "Each entry of `value` where `present`, else the last one before it, else `initial`."
     last = np.maximum.accumulate(np.where(present, np.arange(len(value)), -1))
-    return np.where(last>=0, value[last], initial)
+    return np.where(last >= 0, value[last], initial)
 
 # %% ../../nbs/gcode/00_reader.ipynb #2d0549fa
 class _Lines:
     "The words of a program ready to be spread over its lines."
+
     def __init__(self, program, block_delete=False):
-        self.program,w,self.n = program,program.words,len(program.lines)
-        self.line,self.letter,self.value = w.line.to_numpy(),w.letter.cat.codes.to_numpy().view(np.uint8)+np.uint8(65),w.value.to_numpy()
+        self.program, w, self.n = program, program.words, len(program.lines)
+        self.line, self.letter, self.value = (
+            w.line.to_numpy(),
+            w.letter.cat.codes.to_numpy().view(np.uint8) + np.uint8(65),
+            w.value.to_numpy(),
+        )
         if block_delete and len(program.deletable):
             keep = ~np.isin(self.line, program.deletable)
-            self.line,self.letter,self.value = self.line[keep],self.letter[keep],self.value[keep]
+            self.line, self.letter, self.value = (
+                self.line[keep],
+                self.letter[keep],
+                self.value[keep],
+            )
         head = _leading(self.line, self.letter)[1]
-        command = np.flatnonzero((self.letter==_G)|(self.letter==_M))
-        at,code,is_g = self.line[command],_code(self.value[command]),self.letter[command]==_G
-        self.argument = self.lines(self.line[head & (self.letter==_M)][~_machine_m[_code(self.value[head & (self.letter==_M)])]])
+        command = np.flatnonzero((self.letter == _G) | (self.letter == _M))
+        at, code, is_g = self.line[command], _code(self.value[command]), self.letter[command] == _G
+        self.argument = self.lines(
+            self.line[head & (self.letter == _M)][
+                ~_machine_m[_code(self.value[head & (self.letter == _M)])]
+            ]
+        )
         free = is_g & ~self.argument[at]
-        self.g_line,self.g,self.m_line,self.m = at[free],code[free],at[~is_g],code[~is_g]
+        self.g_line, self.g, self.m_line, self.m = at[free], code[free], at[~is_g], code[~is_g]
         self.owned = self.argument | self.lines(self.g_line[_takes_axes[self.g]])
 
     def lines(self, line):
         "Mask of the lines in `line`."
-        mask = np.zeros(self.n, bool); mask[line] = True
+        mask = np.zeros(self.n, bool)
+        mask[line] = True
         return mask
 
 # %% ../../nbs/gcode/00_reader.ipynb #7bf4adfb
 @patch
-def fault(self:_Lines, error, instead):
+def fault(self: _Lines, error, instead):
     "Raise an error, or note it in a lenient program."
-    if not self.program.lenient: raise error
-    if (text := f'{error}; {instead}') not in self.program.issues: self.program.issues.append(text)
+    if not self.program.lenient:
+        raise error
+    if (text := f"{error}; {instead}") not in self.program.issues:
+        self.program.issues.append(text)
 
 # %% ../../nbs/gcode/00_reader.ipynb #59d66dc8
 @patch
-def has(self:_Lines, codes):
+def has(self: _Lines, codes):
     "Mask of the lines with a G code out of `codes`."
     return self.lines(self.g_line[np.isin(self.g, codes)])
 
 # %% ../../nbs/gcode/00_reader.ipynb #5b96a691
 @patch
-def column(self:_Lines, letter, where):
+def column(self: _Lines, letter, where):
     "Value of the word `letter` on each line of the mask `where`, NaN elsewhere."
-    words,column = np.flatnonzero(self.letter==ord(letter)),np.full(self.n, np.nan)
+    words, column = np.flatnonzero(self.letter == ord(letter)), np.full(self.n, np.nan)
     column[self.line[words]] = self.value[words]
     column[~where] = np.nan
     return column
 
 # %% ../../nbs/gcode/00_reader.ipynb #5fb0e6a6
 @patch
-def group(self:_Lines, codes, initial):
+def group(self: _Lines, codes, initial):
     "The G code out of `codes` that holds on each line."
-    value,member = np.full(self.n, -1, np.int32),np.isin(self.g, codes)
+    value, member = np.full(self.n, -1, np.int32), np.isin(self.g, codes)
     value[self.g_line[member]] = self.g[member]
-    return _hold(value, value>=0, initial)
+    return _hold(value, value >= 0, initial)
 
 # %% ../../nbs/gcode/00_reader.ipynb #5d64a4b7
 def _positions(word, absolute, renamed, cleared, home, machine, apart=False):
     "Position of one axis after each line; all arguments are arrays over lines, `word` and `renamed` NaN where there is none. With `apart`, the program's own coordinate and its offset."
-    before = lambda x: np.concatenate([[0.], x[:-1]])
-    moved,is_renamed = ~np.isnan(word),~np.isnan(renamed)
+
+    def before(x):
+        return np.concatenate([[0.0], x[:-1]])
+
+    moved, is_renamed = ~np.isnan(word), ~np.isnan(renamed)
     is_set = home | is_renamed | cleared | moved & absolute
-    total = np.cumsum(np.where(moved & ~is_set, word, 0.))
-    own,offset = np.zeros((2, len(word)))
+    total = np.cumsum(np.where(moved & ~is_set, word, 0.0))
+    own, offset = np.zeros((2, len(word)))
     while True:
-        setting = np.where(is_renamed, renamed, np.where(cleared, before(own)+before(offset), word-np.where(machine, offset, 0.)))
-        new_own = _hold(np.where(home, 0., setting)-total, is_set, 0.)+total
-        if not is_renamed.any(): return (new_own,0*new_own) if apart else new_own
-        jumps = np.cumsum(np.where(is_renamed | cleared, before(new_own)-np.nan_to_num(setting), 0.))
-        new_offset = jumps+_hold(-jumps, home, 0.)
-        if np.array_equal(own, new_own) and np.array_equal(offset, new_offset): return (own,offset) if apart else own+offset
-        own,offset = new_own,new_offset
+        setting = np.where(
+            is_renamed,
+            renamed,
+            np.where(cleared, before(own) + before(offset), word - np.where(machine, offset, 0.0)),
+        )
+        new_own = _hold(np.where(home, 0.0, setting) - total, is_set, 0.0) + total
+        if not is_renamed.any():
+            return (new_own, 0 * new_own) if apart else new_own
+        jumps = np.cumsum(
+            np.where(is_renamed | cleared, before(new_own) - np.nan_to_num(setting), 0.0)
+        )
+        new_offset = jumps + _hold(-jumps, home, 0.0)
+        if np.array_equal(own, new_own) and np.array_equal(offset, new_offset):
+            return (own, offset) if apart else own + offset
+        own, offset = new_own, new_offset
 
 # %% ../../nbs/gcode/00_reader.ipynb #6d673821
-_axes = {170: (0,1,2), 180: (2,0,1), 190: (1,2,0)}
+_axes = {170: (0, 1, 2), 180: (2, 0, 1), 190: (1, 2, 0)}
+
 
 def _radius_centre(chord, radius, clockwise):
     "Centre relative to the start from `chord` (2, arcs) and signed `radius`."
-    a,b = chord
-    side = -np.sqrt(np.maximum(4*radius**2-a**2-b**2, 0))/np.hypot(a, b)*np.where(clockwise, 1, -1)*np.where(radius<0, -1, 1)
-    return np.stack([a-b*side, b+a*side])/2
+    a, b = chord
+    side = (
+        -np.sqrt(np.maximum(4 * radius**2 - a**2 - b**2, 0))
+        / np.hypot(a, b)
+        * np.where(clockwise, 1, -1)
+        * np.where(radius < 0, -1, 1)
+    )
+    return np.stack([a - b * side, b + a * side]) / 2
 
 # %% ../../nbs/gcode/00_reader.ipynb #43382140
 def _arcs(file, line, start, end, offset, radius, command, plane, tolerance):
     "Centres relative to the start (3, arcs) and radii of arcs; positions are (3, arcs), `offset` and `radius` NaN where not given."
-    fail = lambda bad,expected,found: InputError(file, f'line {line[np.flatnonzero(bad)[0]]+1}', expected, found(np.flatnonzero(bad)[0]))
-    centre,by_radius = np.zeros_like(start),~np.isnan(radius)
-    for code,(a,b,_) in _axes.items():
-        here = plane==code
-        lost = here & ~by_radius & np.isnan(offset[[a,b]]).all(0)
-        if lost.any(): raise fail(lost, f"a centre ({'IJK'[a]} {'IJK'[b]}) or a radius (R) of the arc", lambda k: 'neither')
-        centre[np.ix_([a,b], here)] = np.nan_to_num(offset[np.ix_([a,b], here)])
+
+    def fail(bad, expected, found):
+        return InputError(
+            file,
+            f"line {line[np.flatnonzero(bad)[0]] + 1}",
+            expected,
+            found(np.flatnonzero(bad)[0]),
+        )
+
+    centre, by_radius = np.zeros_like(start), ~np.isnan(radius)
+    for code, (a, b, _) in _axes.items():
+        here = plane == code
+        lost = here & ~by_radius & np.isnan(offset[[a, b]]).all(0)
+        if lost.any():
+            raise fail(
+                lost,
+                f"a centre ({'IJK'[a]} {'IJK'[b]}) or a radius (R) of the arc",
+                lambda k: "neither",
+            )
+        centre[np.ix_([a, b], here)] = np.nan_to_num(offset[np.ix_([a, b], here)])
         k = here & by_radius
-        chord = (end-start)[np.ix_([a,b], k)]; half = np.zeros(len(k)); half[k] = np.hypot(*chord)/2
-        if (k & (half==0)).any(): raise fail(k & (half==0), 'an end apart from the start for an arc given by R', lambda i: 'a chord of length 0')
-        ratio = half/np.where(k & (radius!=0), np.abs(radius), np.where(k, 1e-9, 1.))
-        if (ratio>tolerance).any(): raise fail(ratio>tolerance, 'a radius of at least half the chord', lambda i: f'R {abs(radius[i]):g} mm for a chord of {2*half[i]:g} mm')
-        short = ratio>1+1e-3
-        if short.any(): warnings.warn(f'{file}: line {line[np.flatnonzero(short)[0]]+1}: radius shorter than half the chord, read as a half circle ({short.sum()} such arcs)')
-        if k.any(): centre[np.ix_([a,b], k)] = _radius_centre(chord, radius[k], command[k]==2)
-    return centre,np.sqrt((centre**2).sum(0))
+        chord = (end - start)[np.ix_([a, b], k)]
+        half = np.zeros(len(k))
+        half[k] = np.hypot(*chord) / 2
+        if (k & (half == 0)).any():
+            raise fail(
+                k & (half == 0),
+                "an end apart from the start for an arc given by R",
+                lambda i: "a chord of length 0",
+            )
+        ratio = half / np.where(k & (radius != 0), np.abs(radius), np.where(k, 1e-9, 1.0))
+        if (ratio > tolerance).any():
+            raise fail(
+                ratio > tolerance,
+                "a radius of at least half the chord",
+                lambda i: f"R {abs(radius[i]):g} mm for a chord of {2 * half[i]:g} mm",
+            )
+        short = ratio > 1 + 1e-3
+        if short.any():
+            warnings.warn(
+                f"{file}: line {line[np.flatnonzero(short)[0]] + 1}: radius shorter than half the chord, read as a half circle ({short.sum()} such arcs)",
+                stacklevel=2,
+            )
+        if k.any():
+            centre[np.ix_([a, b], k)] = _radius_centre(chord, radius[k], command[k] == 2)
+    return centre, np.sqrt((centre**2).sum(0))
 
 # %% ../../nbs/gcode/00_reader.ipynb #1bd90492
-_layer_number,_layer_change,_line_type = re.compile(r';\s*LAYER:\s*(-?\d+)'),re.compile(r';\s*(?:LAYER_CHANGE|CHANGE_LAYER)\b'),re.compile(r';\s*(?:TYPE|FEATURE):\s*(.*?)\s*$')
+_layer_number, _layer_change, _line_type = (
+    re.compile(r";\s*LAYER:\s*(-?\d+)"),
+    re.compile(r";\s*(?:LAYER_CHANGE|CHANGE_LAYER)\b"),
+    re.compile(r";\s*(?:TYPE|FEATURE):\s*(.*?)\s*$"),
+)
 
 # %% ../../nbs/gcode/00_reader.ipynb #46f6a569
 def _marks_of(program, pattern):
     "Lines of the comments that match, and what the first group of `pattern` caught."
-    found = [(l, m) for l,m in zip(program.comments.line.tolist(), map(pattern.match, program.comments.text.tolist())) if m]
-    return np.array([l for l,_ in found], dtype=np.int64),[m[1] if pattern.groups else None for _,m in found]
+    found = [
+        (l, m)
+        for l, m in zip(
+            program.comments.line.tolist(), map(pattern.match, program.comments.text.tolist())
+        )
+        if m
+    ]
+    return np.array([l for l, _ in found], dtype=np.int64), [
+        m[1] if pattern.groups else None for _, m in found
+    ]
 
 # %% ../../nbs/gcode/00_reader.ipynb #7131af00
 def _types(program, line):
     "Kind of line of each move, '' before the first comment that names one."
-    at,names = _marks_of(program, _line_type)
-    kinds = list(dict.fromkeys(['', *names]))
+    at, names = _marks_of(program, _line_type)
+    kinds = list(dict.fromkeys(["", *names]))
     codes = np.array([0, *map(kinds.index, names)])
-    return pd.Categorical.from_codes(codes[np.searchsorted(at, line)], pd.Index(kinds, dtype=object))
+    return pd.Categorical.from_codes(
+        codes[np.searchsorted(at, line)], pd.Index(kinds, dtype=object)
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #5cbb0af8
 def _layers(program, line, z, extruding):
     "Layer of each move."
-    at,numbers = _marks_of(program, _layer_number)
-    if len(at): return np.array([-1, *map(int, numbers)])[np.searchsorted(at, line)]
-    at,_ = _marks_of(program, _layer_change)
-    if len(at): return np.searchsorted(at, line)-1
-    if not extruding.any(): return np.zeros(len(line), np.int64)
+    at, numbers = _marks_of(program, _layer_number)
+    if len(at):
+        return np.array([-1, *map(int, numbers)])[np.searchsorted(at, line)]
+    at, _ = _marks_of(program, _layer_change)
+    if len(at):
+        return np.searchsorted(at, line) - 1
+    if not extruding.any():
+        return np.zeros(len(line), np.int64)
     height = np.concatenate([[-1e300], np.where(extruding, z, -1e300)])
-    return np.cumsum(np.diff(np.maximum.accumulate(height))>1e-6)-1
+    return np.cumsum(np.diff(np.maximum.accumulate(height)) > 1e-6) - 1
 
 # %% ../../nbs/gcode/00_reader.ipynb #28278f74
-_motions = [0,10,20,30,50,51,60,330,331,380,382,383,384,385,730,740,760,800,*range(810,900,10)]
-_feed_moves = [50,51,60,310,330,331,382,383,384,385,730,740,760,*range(810,900,10)]
+_motions = [
+    0,
+    10,
+    20,
+    30,
+    50,
+    51,
+    60,
+    330,
+    331,
+    380,
+    382,
+    383,
+    384,
+    385,
+    730,
+    740,
+    760,
+    800,
+    *range(810, 900, 10),
+]
+_feed_moves = [50, 51, 60, 310, 330, 331, 382, 383, 384, 385, 730, 740, 760, *range(810, 900, 10)]
+
 
 def _motion_lines(s, file):
     "Motion code held on each line (10 times the number), lines that are moves, and lines that name their motion."
-    motion,named = s.group(_motions, -1),s.has([0,10,20,30])
-    bare = s.lines(s.line[np.isin(s.letter, list(b'XYZEABCUVW'))]) | s.lines(s.line[np.isin(s.letter, list(b'IJKR'))]) & np.isin(motion, [20,30])
+    motion, named = s.group(_motions, -1), s.has([0, 10, 20, 30])
+    bare = s.lines(s.line[np.isin(s.letter, list(b"XYZEABCUVW"))]) | s.lines(
+        s.line[np.isin(s.letter, list(b"IJKR"))]
+    ) & np.isin(motion, [20, 30])
     bare &= ~s.owned & ~s.has(_motions)
-    lost = np.flatnonzero(bare & ((motion==-1)|(motion==800)))
-    if len(lost): s.fault(InputError(file, f'line {lost[0]+1}', 'G0, G1, G2 or G3 before or on a line of coordinates', 'none'), 'left out')
-    return motion,(named & ~s.owned)|(bare & np.isin(motion, [0,10,20,30])),named
+    lost = np.flatnonzero(bare & ((motion == -1) | (motion == 800)))
+    if len(lost):
+        s.fault(
+            InputError(
+                file,
+                f"line {lost[0] + 1}",
+                "G0, G1, G2 or G3 before or on a line of coordinates",
+                "none",
+            ),
+            "left out",
+        )
+    return motion, (named & ~s.owned) | (bare & np.isin(motion, [0, 10, 20, 30])), named
 
 # %% ../../nbs/gcode/00_reader.ipynb #e7d74bc8
 def _modes(s, units):
     "Millimetres a unit, masks of absolute distance and absolute E, and the feed in mm/min, on each line."
-    unit = np.where(s.group([200,210], 210 if units=='mm' else 200)==200, 25.4, 1.)
+    unit = np.where(s.group([200, 210], 210 if units == "mm" else 200) == 200, 25.4, 1.0)
     mode = np.zeros(s.n, np.int8)
-    for line,code,value in ((s.g_line, s.g, {900: 1, 910: 2}), (s.m_line, s.m, {820: 1, 830: 2})):
-        for c,v in value.items(): mode[line[code==c]] = v
+    for line, code, value in ((s.g_line, s.g, {900: 1, 910: 2}), (s.m_line, s.m, {820: 1, 830: 2})):
+        for c, v in value.items():
+            mode[line[code == c]] = v
     feeding = ~s.owned | s.has(_feed_moves) & ~s.argument
-    f = s.column('F', feeding)*unit
-    feed = np.where(s.group([930,940,950], 940)==940, _hold(f, ~np.isnan(f), np.nan), np.nan)
-    return unit,s.group([900,910], 900)==900,_hold(mode, mode>0, 1)==1,feed
+    f = s.column("F", feeding) * unit
+    feed = np.where(s.group([930, 940, 950], 940) == 940, _hold(f, ~np.isnan(f), np.nan), np.nan)
+    return unit, s.group([900, 910], 900) == 900, _hold(mode, mode > 0, 1) == 1, feed
 
 # %% ../../nbs/gcode/00_reader.ipynb #dcfae766
 def _paths(s, moving, unit, absolute, absolute_e, apart=False):
     "Positions after each line (4, lines: x, y, z, e) in mm, and the steps of E that the words give; with `apart`, (4, 2, lines) of own coordinates and offsets."
-    machine,home,rename,clear = s.has([530]),s.has([280]),s.has([920]),s.has([921,922])
-    home_all = home & ~s.lines(s.line[np.isin(s.letter, list(b'XYZ'))])
+    machine, home, rename, clear = s.has([530]), s.has([280]), s.has([920]), s.has([921, 922])
+    home_all = home & ~s.lines(s.line[np.isin(s.letter, list(b"XYZ"))])
     paths = []
-    for axis in 'XYZE':
-        word,own = s.column(axis, moving)*unit,s.lines(s.line[s.letter==ord(axis)])
-        homes = np.zeros(s.n, bool) if axis=='E' else home_all | home & own
-        fixed = absolute_e if axis=='E' else absolute | machine
-        paths.append(_positions(word, fixed, s.column(axis, rename)*unit, clear & (axis!='E'), homes, machine & (axis!='E'), apart))
-    return np.array(paths),np.where(absolute_e, np.nan, word)
+    for axis in "XYZE":
+        word, own = s.column(axis, moving) * unit, s.lines(s.line[s.letter == ord(axis)])
+        homes = np.zeros(s.n, bool) if axis == "E" else home_all | home & own
+        fixed = absolute_e if axis == "E" else absolute | machine
+        paths.append(
+            _positions(
+                word,
+                fixed,
+                s.column(axis, rename) * unit,
+                clear & (axis != "E"),
+                homes,
+                machine & (axis != "E"),
+                apart,
+            )
+        )
+    return np.array(paths), np.where(absolute_e, np.nan, word)
 
 # %% ../../nbs/gcode/00_reader.ipynb #855850ef
 def _arc_columns(s, file, rows, command, plane, unit, start, end, tolerance):
     "Columns i, j, k, r and turns of the moves on the lines `rows`; NaN and 0 for straight moves."
-    i,j,k,r = columns = np.full((4, len(rows)), np.nan)
-    turns,arc = np.zeros(len(rows), np.int64),command>=2
+    i, j, k, r = columns = np.full((4, len(rows)), np.nan)
+    turns, arc = np.zeros(len(rows), np.int64), command >= 2
     if arc.any():
-        where = s.lines(rows[arc]); pick = lambda letter: s.column(letter, where)[rows[arc]]
+        where = s.lines(rows[arc])
+
+        def pick(letter):
+            return s.column(letter, where)[rows[arc]]
+
         scale = unit[rows[arc]]
-        offset = np.stack([pick(c) for c in 'IJK'])*scale
-        offset -= np.where(s.group([901,911], 911)[rows[arc]]==901, start[:,arc], 0)
+        offset = np.stack([pick(c) for c in "IJK"]) * scale
+        offset -= np.where(s.group([901, 911], 911)[rows[arc]] == 901, start[:, arc], 0)
         try:
-            columns[:3,arc],r[arc] = _arcs(file, rows[arc], start[:,arc], end[:,arc], offset, pick('R')*scale, command[arc], plane[arc], tolerance)
-            if (r[arc]==0).any(): raise InputError(file, f'line {rows[arc][r[arc]==0][0]+1}', 'an arc of some radius', 'its centre at its start')
+            columns[:3, arc], r[arc] = _arcs(
+                file,
+                rows[arc],
+                start[:, arc],
+                end[:, arc],
+                offset,
+                pick("R") * scale,
+                command[arc],
+                plane[arc],
+                tolerance,
+            )
+            if (r[arc] == 0).any():
+                raise InputError(
+                    file,
+                    f"line {rows[arc][r[arc] == 0][0] + 1}",
+                    "an arc of some radius",
+                    "its centre at its start",
+                )
         except InputError as e:
-            s.fault(e, 'read as a straight line'); command[rows==int(e.field.split()[1])-1] = 1
+            s.fault(e, "read as a straight line")
+            command[rows == int(e.field.split()[1]) - 1] = 1
             return _arc_columns(s, file, rows, command, plane, unit, start, end, tolerance)
-        turns[arc] = np.clip(np.nan_to_num(pick('P'), nan=1), 1, 100)
+        turns[arc] = np.clip(np.nan_to_num(pick("P"), nan=1), 1, 100)
     return dict(i=i, j=j, k=k, r=r, turns=turns)
 
 # %% ../../nbs/gcode/00_reader.ipynb #555dde77
 def moves(
-    program:Program, # A program
-    units:str='mm', # Units before the first `G20` or `G21`: `mm` or `inch`
-    block_delete:bool=False, # Skip lines that begin with `/`, as a machine with that switch on
-    radius_tolerance:float=1.5, # How many times half the chord of an arc may exceed its R
-)->pd.DataFrame: # One row a motion command, lengths in mm, feed in mm/min
+    program: Program,  # A program
+    units: str = "mm",  # Units before the first `G20` or `G21`: `mm` or `inch`
+    block_delete: bool = False,  # Skip lines that begin with `/`, as a machine with that switch on
+    radius_tolerance: float = 1.5,  # How many times half the chord of an arc may exceed its R
+) -> pd.DataFrame:  # One row a motion command, lengths in mm, feed in mm/min
     "The moves of a program with their modal state; columns as in the table above."
     s = _Lines(program, block_delete)
-    motion,moving,named = _motion_lines(s, program.file)
-    unit,absolute,absolute_e,feed = _modes(s, units)
-    paths,step = _paths(s, moving, unit, absolute, absolute_e)
+    motion, moving, named = _motion_lines(s, program.file)
+    unit, absolute, absolute_e, feed = _modes(s, units)
+    paths, step = _paths(s, moving, unit, absolute, absolute_e)
     rows = np.flatnonzero(moving)
-    end,start = paths[:,rows],np.where(rows>0, paths[:,rows-1], 0.)
-    de = np.where(np.isnan(step[rows]), end[3]-start[3], step[rows])
-    command,plane = (motion[rows]//10).astype(np.int8),s.group([170,180,190], 170)[rows]
-    arcs = _arc_columns(s, program.file, rows, command, plane, unit, start[:3], end[:3], radius_tolerance)
-    extruding = (de>0) & (end[:2]!=start[:2]).any(0)
-    return pd.DataFrame(dict(line=rows, command=command, x0=start[0], y0=start[1], z0=start[2], x=end[0], y=end[1], z=end[2],
-        e=end[3], de=de, feed=feed[rows], **arcs, plane=plane//10, units=pd.Categorical.from_codes((unit[rows]>1).astype(np.int8), ['mm','inch']),
-        layer=_layers(program, rows, end[2], extruding), type=_types(program, rows), modal=~named[rows]), copy=False)
+    end, start = paths[:, rows], np.where(rows > 0, paths[:, rows - 1], 0.0)
+    de = np.where(np.isnan(step[rows]), end[3] - start[3], step[rows])
+    command, plane = (motion[rows] // 10).astype(np.int8), s.group([170, 180, 190], 170)[rows]
+    arcs = _arc_columns(
+        s, program.file, rows, command, plane, unit, start[:3], end[:3], radius_tolerance
+    )
+    extruding = (de > 0) & (end[:2] != start[:2]).any(0)
+    return pd.DataFrame(
+        dict(
+            line=rows,
+            command=command,
+            x0=start[0],
+            y0=start[1],
+            z0=start[2],
+            x=end[0],
+            y=end[1],
+            z=end[2],
+            e=end[3],
+            de=de,
+            feed=feed[rows],
+            **arcs,
+            plane=plane // 10,
+            units=pd.Categorical.from_codes((unit[rows] > 1).astype(np.int8), ["mm", "inch"]),
+            layer=_layers(program, rows, end[2], extruding),
+            type=_types(program, rows),
+            modal=~named[rows],
+        ),
+        copy=False,
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #19189913
 def filament_used(
-    moves:pd.DataFrame, # Table of `moves`
-)->float: # Length of filament, mm
+    moves: pd.DataFrame,  # Table of `moves`
+) -> float:  # Length of filament, mm
     "Positive E of the moves that also move in X or Y."
-    arc = moves.command.to_numpy()>=2
-    travels = (moves.x!=moves.x0).to_numpy()|(moves.y!=moves.y0).to_numpy()|arc
+    arc = moves.command.to_numpy() >= 2
+    travels = (moves.x != moves.x0).to_numpy() | (moves.y != moves.y0).to_numpy() | arc
     return float(moves.de.to_numpy()[travels].clip(0).sum())
 
 # %% ../../nbs/gcode/00_reader.ipynb #039a81f0
 def arc_sweeps(
-    moves:pd.DataFrame, # Table of `moves`
-)->np.ndarray: # Signed angle of each move in its plane, rad, positive counter-clockwise; 0 for straight moves
+    moves: pd.DataFrame,  # Table of `moves`
+) -> (
+    np.ndarray
+):  # Signed angle of each move in its plane, rad, positive counter-clockwise; 0 for straight moves
     "Angle that each move turns through; an arc that ends where it starts is a full circle."
-    start,end,centre = (moves[c].to_numpy().T for c in (['x0','y0','z0'], ['x','y','z'], ['i','j','k']))
-    sweep,command = np.zeros(len(moves)),moves.command.to_numpy()
-    for code,(a,b,_) in _axes.items():
-        k = (command>=2) & (moves.plane.to_numpy()==code//10)
-        p,q = -centre[:,k][[a,b]],(end-start-centre)[:,k][[a,b]]
-        angle = np.arctan2(p[0]*q[1]-p[1]*q[0], (p*q).sum(0))
-        turn = np.where(command[k]==2, -1., 1.)
-        partial = np.where(angle*turn<=1e-9, angle*turn+2*np.pi, angle*turn)
-        sweep[k] = turn*(partial+2*np.pi*(moves.turns.to_numpy()[k]-1))
+    start, end, centre = (
+        moves[c].to_numpy().T for c in (["x0", "y0", "z0"], ["x", "y", "z"], ["i", "j", "k"])
+    )
+    sweep, command = np.zeros(len(moves)), moves.command.to_numpy()
+    for code, (a, b, _) in _axes.items():
+        k = (command >= 2) & (moves.plane.to_numpy() == code // 10)
+        p, q = -centre[:, k][[a, b]], (end - start - centre)[:, k][[a, b]]
+        angle = np.arctan2(p[0] * q[1] - p[1] * q[0], (p * q).sum(0))
+        turn = np.where(command[k] == 2, -1.0, 1.0)
+        partial = np.where(angle * turn <= 1e-9, angle * turn + 2 * np.pi, angle * turn)
+        sweep[k] = turn * (partial + 2 * np.pi * (moves.turns.to_numpy()[k] - 1))
     return sweep
 
 # %% ../../nbs/gcode/00_reader.ipynb #c719acee
 def path_points(
-    moves:pd.DataFrame, # Table of `moves`
-    tolerance:float=.01, # Largest distance of the polyline from an arc, mm
-)->tuple: # Row of `moves` that each point ends or lies on (n,), points (n, 3) in mm
+    moves: pd.DataFrame,  # Table of `moves`
+    tolerance: float = 0.01,  # Largest distance of the polyline from an arc, mm
+) -> tuple:  # Row of `moves` that each point ends or lies on (n,), points (n, 3) in mm
     "The tool path as points: the end of each move, with arcs cut into chords."
-    sweep,radius = arc_sweeps(moves),np.nan_to_num(moves.r.to_numpy(), nan=1.)
-    chord = 2*np.arccos(np.clip(1-tolerance/radius, 0, 1-1e-9))
-    count = np.maximum(np.ceil(np.abs(sweep)/chord), 1).astype(int)
+    sweep, radius = arc_sweeps(moves), np.nan_to_num(moves.r.to_numpy(), nan=1.0)
+    chord = 2 * np.arccos(np.clip(1 - tolerance / radius, 0, 1 - 1e-9))
+    count = np.maximum(np.ceil(np.abs(sweep) / chord), 1).astype(int)
     row = np.repeat(np.arange(len(moves)), count)
-    share = (np.arange(len(row))-np.repeat(np.cumsum(count)-count, count)+1)/count[row]
-    start,end,centre = (moves[c].to_numpy()[row] for c in (['x0','y0','z0'], ['x','y','z'], ['i','j','k']))
-    points = start+(end-start)*share[:,None]
-    for code,(a,b,_) in _axes.items():
-        k = (count[row]>1) & (moves.plane.to_numpy()[row]==code//10)
-        angle,p,q = (sweep[row]*share)[k],-centre[k][:,[a,b]],(end-start-centre)[k][:,[a,b]]
-        size = 1+share[k]*(np.hypot(*q.T)/np.hypot(*p.T)-1)
-        turned = np.stack([p[:,0]*np.cos(angle)-p[:,1]*np.sin(angle), p[:,0]*np.sin(angle)+p[:,1]*np.cos(angle)], 1)*size[:,None]
-        points[np.ix_(k, [a,b])] = (start+centre)[k][:,[a,b]]+turned
-    return row,points
+    share = (np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + 1) / count[row]
+    start, end, centre = (
+        moves[c].to_numpy()[row] for c in (["x0", "y0", "z0"], ["x", "y", "z"], ["i", "j", "k"])
+    )
+    points = start + (end - start) * share[:, None]
+    for code, (a, b, _) in _axes.items():
+        k = (count[row] > 1) & (moves.plane.to_numpy()[row] == code // 10)
+        angle, p, q = (
+            (sweep[row] * share)[k],
+            -centre[k][:, [a, b]],
+            (end - start - centre)[k][:, [a, b]],
+        )
+        size = 1 + share[k] * (np.hypot(*q.T) / np.hypot(*p.T) - 1)
+        turned = (
+            np.stack(
+                [
+                    p[:, 0] * np.cos(angle) - p[:, 1] * np.sin(angle),
+                    p[:, 0] * np.sin(angle) + p[:, 1] * np.cos(angle),
+                ],
+                1,
+            )
+            * size[:, None]
+        )
+        points[np.ix_(k, [a, b])] = (start + centre)[k][:, [a, b]] + turned
+    return row, points
 
 # %% ../../nbs/gcode/00_reader.ipynb #4295db37
 def format_number(
-    value:float, # A finite number
-    digits:int=5, # Most decimals
-)->str: # Its text, without an exponent
+    value: float,  # A finite number
+    digits: int = 5,  # Most decimals
+) -> str:  # Its text, without an exponent
     "A number as G-code has it: no zeros at the end, no minus before zero."
-    text = f'{value:.{digits}f}'
-    if '.' in text: text = text.rstrip('0').rstrip('.')
-    return '0' if text=='-0' else text
+    text = f"{value:.{digits}f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
 
 # %% ../../nbs/gcode/00_reader.ipynb #799fdf20
 def _render(text, words, checksum, changes, digits):
     "One line with changed words; `words` are (letter, start, end), `checksum` is (start, end) or `None`, a change of `None` removes."
-    pieces,last = [],max(end for _,_,end in words)
-    for letter,value in changes.items():
-        found = [(start, end) for l,start,end in words if l==letter]
-        number = None if value is None else f'{letter}{format_number(value, digits)}'
-        if found and number: pieces.append((*found[0], text[found[0][0]]+number[1:]))
-        elif found: pieces.append((len(text[:found[0][0]].rstrip()) or found[0][0], found[0][1], ''))
-        elif number: pieces.append((last, last, f' {number}'))
-    if checksum: body,tail = text[:checksum[0]],text[checksum[1]:]
-    else: body,tail = text,''
-    for start,end,new in sorted(pieces, key=lambda piece: piece[:2], reverse=True): body = body[:start]+new+body[end:]
-    return f'{body}*{line_checksum(body)}{tail}' if checksum else body
+    pieces, last = [], max(end for _, _, end in words)
+    for letter, value in changes.items():
+        found = [(start, end) for l, start, end in words if l == letter]
+        number = None if value is None else f"{letter}{format_number(value, digits)}"
+        if found and number:
+            pieces.append((*found[0], text[found[0][0]] + number[1:]))
+        elif found:
+            pieces.append((len(text[: found[0][0]].rstrip()) or found[0][0], found[0][1], ""))
+        elif number:
+            pieces.append((last, last, f" {number}"))
+    if checksum:
+        body, tail = text[: checksum[0]], text[checksum[1] :]
+    else:
+        body, tail = text, ""
+    for start, end, new in sorted(pieces, key=lambda piece: piece[:2], reverse=True):
+        body = body[:start] + new + body[end:]
+    return f"{body}*{line_checksum(body)}{tail}" if checksum else body
 
 # %% ../../nbs/gcode/00_reader.ipynb #5091aed7
 def _changes(program, line, words):
     "Changes of words as one array a letter, after checking lines and numbers."
-    has_words = np.zeros(len(program.lines)+1, bool); has_words[program.words.line] = True; has_words[program.extended.line] = False
-    bad = ~has_words[np.where((line>=0) & (line<len(program.lines)), line, len(program.lines))]
-    if bad.any(): raise InputError(program.file, 'line to change', f'a line with words out of 0 to {len(program.lines)-1}', str(line[bad][0]))
+    has_words = np.zeros(len(program.lines) + 1, bool)
+    has_words[program.words.line] = True
+    has_words[program.extended.line] = False
+    bad = ~has_words[np.where((line >= 0) & (line < len(program.lines)), line, len(program.lines))]
+    if bad.any():
+        raise InputError(
+            program.file,
+            "line to change",
+            f"a line with words out of 0 to {len(program.lines) - 1}",
+            str(line[bad][0]),
+        )
     changes = {}
-    for letter,value in words.items():
+    for letter, value in words.items():
         number = np.asarray(np.nan if value is None else value, float)
-        if len(letter)!=1 or not letter.isascii() or not letter.isalpha() or np.isinf(number).any() or value is not None and number.ndim==0 and np.isnan(number):
-            raise InputError(program.file, f'word {letter}', 'one letter and finite numbers', repr(value)[:60])
+        if (
+            len(letter) != 1
+            or not letter.isascii()
+            or not letter.isalpha()
+            or np.isinf(number).any()
+            or value is not None
+            and number.ndim == 0
+            and np.isnan(number)
+        ):
+            raise InputError(
+                program.file, f"word {letter}", "one letter and finite numbers", repr(value)[:60]
+            )
         changes[letter.upper()] = value if value is None else np.broadcast_to(number, line.shape)
     return changes
 
 # %% ../../nbs/gcode/00_reader.ipynb #15e06f97
 def replace_words(
-    program:Program, # A program
-    line, # Line from 0, or an array of distinct lines
-    digits:int=5, # Most decimals of a replaced number
-    **words, # Letter and new value, or an array with one value a line; NaN in an array leaves the word alone, `None` removes it
-)->Program: # A new program; only these lines differ
+    program: Program,  # A program
+    line,  # Line from 0, or an array of distinct lines
+    digits: int = 5,  # Most decimals of a replaced number
+    **words,  # Letter and new value, or an array with one value a line; NaN in an array leaves the word alone, `None` removes it
+) -> Program:  # A new program; only these lines differ
     "Replace, add or remove words; comments stay and a checksum is computed anew."
-    line,table = np.atleast_1d(np.asarray(line, int)),program.words
+    line, table = np.atleast_1d(np.asarray(line, int)), program.words
     changes = _changes(program, line, words)
-    first,stop = (np.searchsorted(table.line.to_numpy(), line, side) for side in ('left', 'right'))
-    spans = list(zip(_letters.to_numpy()[table.letter.cat.codes], table.start.to_numpy(), table.end.to_numpy()))
-    checksums = {k: (a, b) for k,a,b in zip(*(program.checksums[c].tolist() for c in ('line','start','end')))}
+    first, stop = (np.searchsorted(table.line.to_numpy(), line, side) for side in ("left", "right"))
+    spans = list(
+        zip(
+            _letters.to_numpy()[table.letter.cat.codes],
+            table.start.to_numpy(),
+            table.end.to_numpy(),
+        )
+    )
+    checksums = {
+        k: (a, b)
+        for k, a, b in zip(*(program.checksums[c].tolist() for c in ("line", "start", "end")))
+    }
     lines = list(program.lines)
-    for n,(k,a,b) in enumerate(zip(line.tolist(), first, stop)):
-        change = {c: v if v is None else v[n] for c,v in changes.items() if v is None or not np.isnan(v[n])}
+    for n, (k, a, b) in enumerate(zip(line.tolist(), first, stop)):
+        change = {
+            c: v if v is None else v[n]
+            for c, v in changes.items()
+            if v is None or not np.isnan(v[n])
+        }
         lines[k] = _render(lines[k], spans[a:b], checksums.get(k), change, digits)
-    return parse_gcode(''.join(lines), program.file, program.lenient)
+    return parse_gcode("".join(lines), program.file, program.lenient)
 
 # %% ../../nbs/gcode/00_reader.ipynb #807f538e
-def _restated(program, units='mm'):
+def _restated(program, units="mm"):
     "Lines that bring a machine from rest at the origin into the state that a program leaves it in."
-    s = _Lines(program); motion,moving,_ = _motion_lines(s, program.file); unit,absolute,absolute_e,feed = _modes(s, units)
-    own,offset = _paths(s, moving, unit, absolute, absolute_e, True)[0][...,-1].T; place = own+offset; n = lambda v: format_number(v, 6)
-    lines = ['G21 G90 M82', f'G0 X{n(place[0])} Y{n(place[1])} Z{n(place[2])}', 'G92 '+' '.join(f'{a}{n(v)}' for a,v,o in zip('XYZE', own, offset) if o or a=='E'), f"G1 F{n(feed[-1])}" if feed[-1]>0 else 'G1']
-    lines += [f"G{s.group([170,180,190], 170)[-1]//10}", f"G{'90.1' if s.group([901,911], 911)[-1]==901 else '91.1'}", *(['G93'] if s.group([930,940,950], 940)[-1]==930 else []), 'G20' if unit[-1]>1 else 'G21']
-    return [*lines, *(['G0'] if motion[-1]==0 else []), 'G90' if absolute[-1] else 'G91', 'M82' if absolute_e[-1] else 'M83', 'M400']
+    s = _Lines(program)
+    motion, moving, _ = _motion_lines(s, program.file)
+    unit, absolute, absolute_e, feed = _modes(s, units)
+    own, offset = _paths(s, moving, unit, absolute, absolute_e, True)[0][..., -1].T
+    place = own + offset
+
+    def n(v):
+        return format_number(v, 6)
+
+    lines = [
+        "G21 G90 M82",
+        f"G0 X{n(place[0])} Y{n(place[1])} Z{n(place[2])}",
+        "G92 " + " ".join(f"{a}{n(v)}" for a, v, o in zip("XYZE", own, offset) if o or a == "E"),
+        f"G1 F{n(feed[-1])}" if feed[-1] > 0 else "G1",
+    ]
+    lines += [
+        f"G{s.group([170, 180, 190], 170)[-1] // 10}",
+        f"G{'90.1' if s.group([901, 911], 911)[-1] == 901 else '91.1'}",
+        *(["G93"] if s.group([930, 940, 950], 940)[-1] == 930 else []),
+        "G20" if unit[-1] > 1 else "G21",
+    ]
+    return [
+        *lines,
+        *(["G0"] if motion[-1] == 0 else []),
+        "G90" if absolute[-1] else "G91",
+        "M82" if absolute_e[-1] else "M83",
+        "M400",
+    ]
 
 # %% ../../nbs/gcode/00_reader.ipynb #24db2bb8
 def in_file(
-    text, # A sentence or an `InputError` that names a line of a block
-    prologue:int, # Lines at the start of the block that are not in the file
-    first:int, # Line of the file, from 0, that follows them
-): # The same, with the line of the file
+    text,  # A sentence or an `InputError` that names a line of a block
+    prologue: int,  # Lines at the start of the block that are not in the file
+    first: int,  # Line of the file, from 0, that follows them
+):  # The same, with the line of the file
     "Name the line of the file instead of that of the block."
-    shift = lambda t: re.sub(r'(?<=\bline )\d+', lambda m: str(int(m[0])-prologue+first), t)
-    return InputError(text.file, shift(text.field), text.expected, text.found, text.hint) if isinstance(text, InputError) else shift(text)
+
+    def shift(t):
+        return re.sub(r"(?<=\bline )\d+", lambda m: str(int(m[0]) - prologue + first), t)
+
+    return (
+        InputError(text.file, shift(text.field), text.expected, text.found, text.hint)
+        if isinstance(text, InputError)
+        else shift(text)
+    )
 
 # %% ../../nbs/gcode/00_reader.ipynb #a38b48de
 def read_blocks(
-    source, # Path of a G-code file
-    lines:int=200_000, # Most lines of a block
-    restate=_restated, # Lines that restate what a program leaves
-    lenient:bool=False, # See `parse_gcode`
-): # `Program`s, one after the other
+    source,  # Path of a G-code file
+    lines: int = 200_000,  # Most lines of a block
+    restate=_restated,  # Lines that restate what a program leaves
+    lenient: bool = False,  # See `parse_gcode`
+):  # `Program`s, one after the other
     "Read a large file block by block; no more than one block is held."
-    path = Path(source); first,prologue,pending = 0,[],[]
-    if not path.is_file(): raise InputError(path, 'file', 'a G-code file', 'nothing there')
-    with open(path, 'rb') as f:
+    path = Path(source)
+    first, prologue, pending = 0, [], []
+    if not path.is_file():
+        raise InputError(path, "file", "a G-code file", "nothing there")
+    with open(path, "rb") as f:
         while True:
-            pending += [l.decode('utf-8', 'surrogateescape') for l in itertools.islice(f, lines-len(pending))]
-            if not pending and not first: raise InputError(path, 'content', 'a G-code program', 'nothing')
-            if not pending: return
-            if first==0 or len(pending)>1: _check_text(path, ''.join(pending).encode('utf-8', 'surrogateescape'))
-            cut = _block_end(pending) if len(pending)>=lines else len(pending)
-            try: program = parse_gcode(''.join([l+'\n' for l in prologue]+pending[:cut]), path, lenient)
-            except InputError as e: raise in_file(e, len(prologue), first) from None
-            program.prologue,program.first = len(prologue),first
+            pending += [
+                l.decode("utf-8", "surrogateescape")
+                for l in itertools.islice(f, lines - len(pending))
+            ]
+            if not pending and not first:
+                raise InputError(path, "content", "a G-code program", "nothing")
+            if not pending:
+                return
+            if first == 0 or len(pending) > 1:
+                _check_text(path, "".join(pending).encode("utf-8", "surrogateescape"))
+            cut = _block_end(pending) if len(pending) >= lines else len(pending)
+            try:
+                program = parse_gcode(
+                    "".join([l + "\n" for l in prologue] + pending[:cut]), path, lenient
+                )
+            except InputError as e:
+                raise in_file(e, len(prologue), first) from None
+            program.prologue, program.first = len(prologue), first
             yield program
-            prologue,first,pending = restate(program),first+cut,pending[cut:]
+            prologue, first, pending = restate(program), first + cut, pending[cut:]
 
 # %% ../../nbs/gcode/00_reader.ipynb #92459a69
-def _block_end(lines, share=.2):
+def _block_end(lines, share=0.2):
     "Number of lines up to the last one near the end that is no motion."
-    near = range(len(lines)-1, int((1-share)*len(lines)), -1)
-    return next((k for k in near if lines[k].startswith((';LAYER',';TYPE'))), next((k for k in near if re.match(r'\s*(?:;|M|G[09]\b)', lines[k])), next((k for k in near if re.match(r'\s*G1\b', lines[k])), len(lines))))
+    near = range(len(lines) - 1, int((1 - share) * len(lines)), -1)
+    return next(
+        (k for k in near if lines[k].startswith((";LAYER", ";TYPE"))),
+        next(
+            (k for k in near if re.match(r"\s*(?:;|M|G[09]\b)", lines[k])),
+            next((k for k in near if re.match(r"\s*G1\b", lines[k])), len(lines)),
+        ),
+    )

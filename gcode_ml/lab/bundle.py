@@ -10,69 +10,99 @@ __all__ = ['model_card', 'save_bundle', 'Bundle', 'load_bundle']
 # %% ../../nbs/lab/04_bundle.ipynb #2e034a5d
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
 from safetensors.torch import save_file
+
 from ..core.files import atomic_path, write_json
 from ..core.saved import load_saved
 
 # %% ../../nbs/lab/04_bundle.ipynb #8543a850
 def model_card(
-    cls, # The model's class
-    model, # The model
-    facts:dict, # Facts of the run
-)->str: # Markdown
+    cls,  # The model's class
+    model,  # The model
+    facts: dict,  # Facts of the run
+) -> str:  # Markdown
     "Model card from the facts of a run."
     size = sum(p.numel() for p in model.parameters())
-    metrics = '\n'.join(f'| {k} | {v} |' for k,v in facts.get('metrics', {}).items())
-    sources = facts.get('trained_on', [])
+    metrics = "\n".join(f"| {k} | {v} |" for k, v in facts.get("metrics", {}).items())
+    sources = facts.get("trained_on", [])
     return f"""# {cls.__name__}
 
-{(cls.__doc__ or '').splitlines()[0]}
+{(cls.__doc__ or "").splitlines()[0]}
 
-- domain: {facts.get('domain')}
+- domain: {facts.get("domain")}
 - parameters: {size:,}
-- trained on {len(sources)} sources: {', '.join(sources)}
-- data checksum: {facts.get('data', {}).get('checksum', 'none')}
+- trained on {len(sources)} sources: {", ".join(sources)}
+- data checksum: {facts.get("data", {}).get("checksum", "none")}
 
 | metric | value |
 |---|---|
 {metrics}
 
-{facts.get('limits', '')}
-{_programs_table(facts.get('programs', {}))}"""
+{facts.get("limits", "")}
+{_programs_table(facts.get("programs", {}))}"""
+
 
 def _programs_table(programs):
     "Exported programs and how far they are from the model."
-    rows = [f"| programs/{k} | {max((r.get('difference', 0) for r in p['compared']), default=0):.1e} | {'yes' if p['within'] else 'no'} |" for k,p in programs.items()]
-    return '\n'.join(['', '| program | largest difference from the model | within its tolerance |', '|---|---|---|', *rows, '']) if rows else ''
+    rows = [
+        f"| programs/{k} | {max((r.get('difference', 0) for r in p['compared']), default=0):.1e} | {'yes' if p['within'] else 'no'} |"
+        for k, p in programs.items()
+    ]
+    return (
+        "\n".join(
+            [
+                "",
+                "| program | largest difference from the model | within its tolerance |",
+                "|---|---|---|",
+                *rows,
+                "",
+            ]
+        )
+        if rows
+        else ""
+    )
 
 # %% ../../nbs/lab/04_bundle.ipynb #c07d5f2a
 def save_bundle(
-    folder, # Folder to write
-    model:torch.nn.Module, # Trained model of a `models` page
-    arguments:dict, # What its class was called with
-    preprocessing:dict, # JSON-able state that turns raw data into inputs
-    facts:dict, # `domain`, `trained_on` (sources), `metrics`, `limits`, …
+    folder,  # Folder to write
+    model: torch.nn.Module,  # Trained model of a `models` page
+    arguments: dict,  # What its class was called with
+    preprocessing: dict,  # JSON-able state that turns raw data into inputs
+    facts: dict,  # `domain`, `trained_on` (sources), `metrics`, `limits`, …
 ):
     "Write a bundle, the description last."
-    folder,cls = Path(folder),type(model)
-    with atomic_path(folder/'model.safetensors') as f: save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, f)
-    with atomic_path(folder/'README.md') as f: f.write_text(model_card(cls, model, facts), encoding='utf-8')
-    write_json(folder/'bundle.json', dict(format=1, model=f'{cls.__module__}.{cls.__qualname__}', arguments=arguments, preprocessing=preprocessing, facts=facts))
+    folder, cls = Path(folder), type(model)
+    with atomic_path(folder / "model.safetensors") as f:
+        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, f)
+    with atomic_path(folder / "README.md") as f:
+        f.write_text(model_card(cls, model, facts), encoding="utf-8")
+    write_json(
+        folder / "bundle.json",
+        dict(
+            format=1,
+            model=f"{cls.__module__}.{cls.__qualname__}",
+            arguments=arguments,
+            preprocessing=preprocessing,
+            facts=facts,
+        ),
+    )
 
 # %% ../../nbs/lab/04_bundle.ipynb #1e785e96
 @dataclass
 class Bundle:
     "A loaded bundle."
-    model:torch.nn.Module # In evaluation mode
-    preprocessing:dict # State of the preprocessing
-    facts:dict # Domain, data, sources, metrics
-    folder:Path # Where it was read from
+
+    model: torch.nn.Module  # In evaluation mode
+    preprocessing: dict  # State of the preprocessing
+    facts: dict  # Domain, data, sources, metrics
+    folder: Path  # Where it was read from
 
 # %% ../../nbs/lab/04_bundle.ipynb #a7b546a9
 def load_bundle(
-    folder, # A bundle's folder, or a run's folder that has one
-)->Bundle: # Ready to predict
+    folder,  # A bundle's folder, or a run's folder that has one
+) -> Bundle:  # Ready to predict
     "Read a bundle; runs no code but the package's own."
-    model,about,folder = load_saved(folder)
-    return Bundle(model, about['preprocessing'], about['facts'], folder)
+    model, about, folder = load_saved(folder)
+    return Bundle(model, about["preprocessing"], about["facts"], folder)

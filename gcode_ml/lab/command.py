@@ -10,26 +10,38 @@ __all__ = ['show_result', 'run_command', 'parameters_command', 'runs_command', '
            'main']
 
 # %% ../../nbs/lab/07_command.ipynb #ac7eab01
-import argparse, importlib, inspect, sys, warnings
+import argparse
+import importlib
+import inspect
+import sys
+import warnings
 from pathlib import Path
+
 from ..core.errors import InputError, check_choice
 
 # %% ../../nbs/lab/07_command.ipynb #e7631b5e
 def _short(path):
     "`path` relative to the current folder where that is shorter."
     import os
+
     path = Path(path).resolve()
     return min(str(path), os.path.relpath(path), key=len)
 
 # %% ../../nbs/lab/07_command.ipynb #c94598a7
 def show_result(
-    run, # A finished run
-    result:dict, # Its result
+    run,  # A finished run
+    result: dict,  # Its result
 ):
     "Print the run's table and where its pictures are."
     from gcode_ml.lab.reports import result_table, wide_table
-    print(wide_table(result_table(result)).to_string(index=False, float_format=lambda x: f'{x:.3f}', na_rep=''))
-    for f in sorted(run.path('figures').glob('*.png')): print(f'picture  {_short(f)}')
+
+    print(
+        wide_table(result_table(result)).to_string(
+            index=False, float_format=lambda x: f"{x:.3f}", na_rep=""
+        )
+    )
+    for f in sorted(run.path("figures").glob("*.png")):
+        print(f"picture  {_short(f)}")
     print(f"result   {_short(run.path('result.json'))}\nnotebook {_short(run.path('run.ipynb'))}")
 
 # %% ../../nbs/lab/07_command.ipynb #865e5792
@@ -37,11 +49,22 @@ def run_command(a):
     "`gcode_ml run`: start an experiment, or carry on with one."
     from gcode_ml.lab.experiment import resume_experiment, run_experiment
     from gcode_ml.lab.parameters import given_values
-    if a.resume and (a.parameter or a.config or a.name or a.processes): raise InputError('--resume', a.resume, 'no parameters beside it', 'some', 'a resumed run keeps its parameters')
-    if a.resume: run,result = resume_experiment(a.domain, a.resume, a.runs, a.quiet)
+
+    if a.resume and (a.parameter or a.config or a.name or a.processes):
+        raise InputError(
+            "--resume",
+            a.resume,
+            "no parameters beside it",
+            "some",
+            "a resumed run keeps its parameters",
+        )
+    if a.resume:
+        run, result = resume_experiment(a.domain, a.resume, a.runs, a.quiet)
     else:
-        values = given_values(a.parameter, a.config) | ({} if a.processes is None else dict(processes=a.processes))
-        run,result = run_experiment(a.domain, values, a.name, a.runs, a.replace, a.quiet)
+        values = given_values(a.parameter, a.config) | (
+            {} if a.processes is None else dict(processes=a.processes)
+        )
+        run, result = run_experiment(a.domain, values, a.name, a.runs, a.replace, a.quiet)
     show_result(run, result)
 
 # %% ../../nbs/lab/07_command.ipynb #00c29c3d
@@ -49,88 +72,144 @@ def parameters_command(a):
     "`gcode_ml parameters`: what an experiment can be told."
     from gcode_ml.lab.experiment import experiment_notebook
     from gcode_ml.lab.parameters import read_parameters
+
     notebook = experiment_notebook(a.domain)
-    all_,own = read_parameters(notebook),read_parameters(notebook, shared=False)
+    all_, own = read_parameters(notebook), read_parameters(notebook, shared=False)
+
     def show(names):
-        for p in (all_[n] for n in names): print(f'{p.name} = {p.default!r:14} {p.help}{" "*bool(p.limits)}{p.limits}')
-    show(k for k in own if k != 'run_dir')
-    if len(all_) > len(own): print('\noptions of every fit')
+        for p in (all_[n] for n in names):
+            print(f"{p.name} = {p.default!r:14} {p.help}{' ' * bool(p.limits)}{p.limits}")
+
+    show(k for k in own if k != "run_dir")
+    if len(all_) > len(own):
+        print("\noptions of every fit")
     show(k for k in all_ if k not in own)
 
 # %% ../../nbs/lab/07_command.ipynb #b5064da1
 def runs_command(a):
     "`gcode_ml runs`: a table of all runs."
     from gcode_ml.lab.runs import runs_table
-    print(runs_table(a.runs, a.domain or '').to_string(index=False, na_rep='', float_format=lambda x: f'{x:.3f}'))
+
+    print(
+        runs_table(a.runs, a.domain or "").to_string(
+            index=False, na_rep="", float_format=lambda x: f"{x:.3f}"
+        )
+    )
 
 # %% ../../nbs/lab/07_command.ipynb #34852d04
 def report_command(a):
     "`gcode_ml report` and `gcode_ml compare`: a page computed from runs, or from a sweep."
-    if a.command == 'report' and len(a.names) == 1 and (sweep := _sweep_folder(a.names[0], a.runs)): return _report_sweep(sweep, a.output)
+    if a.command == "report" and len(a.names) == 1 and (sweep := _sweep_folder(a.names[0], a.runs)):
+        return _report_sweep(sweep, a.output)
     from gcode_ml.lab.reports import changed_parameters, compare_runs, report
     from gcode_ml.lab.runs import find_run
-    if a.command == 'compare':
+
+    if a.command == "compare":
         found = [find_run(n, a.runs) for n in a.names]
-        print(compare_runs(found).to_string(index=False, float_format=lambda x: f'{x:.3f}', na_rep=''))
-        if len(changed := changed_parameters(found)): print(f'\nparameters that differ\n{changed.to_string()}')
-    print(f'page {_short(report(a.names, a.command, a.runs, a.output))}')
+        print(
+            compare_runs(found).to_string(index=False, float_format=lambda x: f"{x:.3f}", na_rep="")
+        )
+        if len(changed := changed_parameters(found)):
+            print(f"\nparameters that differ\n{changed.to_string()}")
+    print(f"page {_short(report(a.names, a.command, a.runs, a.output))}")
 
 # %% ../../nbs/lab/07_command.ipynb #683e6b32
 def _sweep_folder(name, runs):
     "Folder of a sweep of that name, `None` if there is none; whether it is one can be seen without Optuna."
     from gcode_ml.lab.settings import runs_folder
-    places = [Path(name), Path(runs or runs_folder())/'sweeps'/name]
-    return next((p for p in places if (p/'sweep.json').exists()), None)
+
+    places = [Path(name), Path(runs or runs_folder()) / "sweeps" / name]
+    return next((p for p in places if (p / "sweep.json").exists()), None)
+
 
 def _report_sweep(folder, output):
     "Page of a sweep."
     from gcode_ml.lab.sweep_reports import report_sweep
     from gcode_ml.lab.sweeps import Sweep
+
     page = report_sweep(Sweep(folder), output)
-    print(f"table {_short(folder/'sweep.csv')}\npage {_short(page)}")
+    print(f"table {_short(folder / 'sweep.csv')}\npage {_short(page)}")
 
 # %% ../../nbs/lab/07_command.ipynb #17b4a867
 def check_command(a):
     "`gcode_ml check`: one sentence a fault; exit code 2 if there is any."
-    from gcode_ml.lab.experiment import domain_recipe
     from tqdm.auto import tqdm
-    check,words = domain_recipe(a.domain).check,_typed_words(a.parameter)
-    for name in words: check_choice('check', 'parameter', name, [k for k in inspect.signature(check).parameters if k not in ('path','progress')])
+
+    from gcode_ml.lab.experiment import domain_recipe
+
+    check, words = domain_recipe(a.domain).check, _typed_words(a.parameter)
+    for name in words:
+        check_choice(
+            "check",
+            "parameter",
+            name,
+            [k for k in inspect.signature(check).parameters if k not in ("path", "progress")],
+        )
     faults = check(a.path, progress=None if a.quiet else tqdm, **words)
-    print('\n'.join([*faults, getattr(faults, 'summary', '')]).strip() if faults or hasattr(faults, 'summary') else f'{a.path}: no fault found')
+    print(
+        "\n".join([*faults, getattr(faults, "summary", "")]).strip()
+        if faults or hasattr(faults, "summary")
+        else f"{a.path}: no fault found"
+    )
     return 2 if faults else 0
+
 
 def _typed_words(pairs):
     "Values of `NAME=VALUE`, as YAML reads them."
     import yaml
+
     from gcode_ml.lab.parameters import given_values
-    return {k: yaml.safe_load(v) if isinstance(v, str) else v for k,v in given_values(pairs).items()}
+
+    return {
+        k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in given_values(pairs).items()
+    }
 
 # %% ../../nbs/lab/07_command.ipynb #8332a749
 def evaluate_command(a):
     "`gcode_ml evaluate`: score a finished run's model on another data folder."
+    from gcode_ml.core.files import write_json
     from gcode_ml.lab.bundle import load_bundle
     from gcode_ml.lab.experiment import domain_recipe
     from gcode_ml.lab.reports import finished_result
     from gcode_ml.lab.runs import find_run, table_records
-    from gcode_ml.core.files import write_json
-    run = find_run(a.run, a.runs); finished_result(run)
+
+    run = find_run(a.run, a.runs)
+    finished_result(run)
     from tqdm.auto import tqdm
-    table,facts = domain_recipe(run.domain).evaluate_bundle(load_bundle(run.folder), a.data, progress=None if a.quiet else tqdm)
-    file = Path(a.output) if a.output else run.path('evaluations', f'{Path(a.data).resolve().name}.json')
-    write_json(file, dict(run=f'{run.domain}/{run.name}', data=str(a.data), table=table_records(table), **facts))
-    print(table.to_string(index=False, float_format=lambda x: f'{x:.3f}', na_rep=''))
-    print(f'result {_short(file)}')
+
+    table, facts = domain_recipe(run.domain).evaluate_bundle(
+        load_bundle(run.folder), a.data, progress=None if a.quiet else tqdm
+    )
+    file = (
+        Path(a.output)
+        if a.output
+        else run.path("evaluations", f"{Path(a.data).resolve().name}.json")
+    )
+    write_json(
+        file,
+        dict(run=f"{run.domain}/{run.name}", data=str(a.data), table=table_records(table), **facts),
+    )
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", na_rep=""))
+    print(f"result {_short(file)}")
 
 # %% ../../nbs/lab/07_command.ipynb #786c9bcb
-def _commands(page='commands'):
+def _commands(page="commands"):
     "Modules in which the parts of the package describe commands of their own, by the name of the part."
     import gcode_ml
-    return {p.parent.name: importlib.import_module(f'gcode_ml.{p.parent.name}.{page}') for p in sorted(Path(gcode_ml.__file__).parent.glob(f'*/{page}.py'))}
+
+    return {
+        p.parent.name: importlib.import_module(f"gcode_ml.{p.parent.name}.{page}")
+        for p in sorted(Path(gcode_ml.__file__).parent.glob(f"*/{page}.py"))
+    }
+
 
 def _exports(modules):
     "Formats that parts of the package write themselves, with their functions."
-    return {k: function for module in modules.values() for k,function in getattr(module, 'EXPORTS', {}).items()}
+    return {
+        k: function
+        for module in modules.values()
+        for k, function in getattr(module, "EXPORTS", {}).items()
+    }
 
 # %% ../../nbs/lab/07_command.ipynb #08f99f57
 def export_command(a):
@@ -139,34 +218,50 @@ def export_command(a):
     from gcode_ml.lab.export import export_bundle, program_table
     from gcode_ml.lab.reports import finished_result
     from gcode_ml.lab.runs import find_run
-    run = find_run(a.run, a.runs); finished_result(run)
-    if own := _exports(_commands()).get(a.format): return print(f'files {_short(own(run, a.output))}')
+
+    run = find_run(a.run, a.runs)
+    finished_result(run)
+    if own := _exports(_commands()).get(a.format):
+        return print(f"files {_short(own(run, a.output))}")
     bundle = load_bundle(run.folder)
-    print(program_table(export_bundle(bundle, a.format, a.output)).to_string(index=False, float_format=lambda x: f'{x:.1e}', na_rep=''))
-    print(f"programs {_short(a.output or bundle.folder/'programs')}")
+    print(
+        program_table(export_bundle(bundle, a.format, a.output)).to_string(
+            index=False, float_format=lambda x: f"{x:.1e}", na_rep=""
+        )
+    )
+    print(f"programs {_short(a.output or bundle.folder / 'programs')}")
 
 # %% ../../nbs/lab/07_command.ipynb #6270bf62
 def predict_command(a):
     "`gcode_ml predict`: apply a bundle to one input; a CSV table on standard output."
     from gcode_ml.lab.bundle import load_bundle
-    bundle = load_bundle(a.bundle); arrays = _prepared(bundle, a.input)
-    if a.format and not arrays: raise InputError('--format', a.format, 'an .npz of prepared arrays', a.input)
+
+    bundle = load_bundle(a.bundle)
+    arrays = _prepared(bundle, a.input)
+    if a.format and not arrays:
+        raise InputError("--format", a.format, "an .npz of prepared arrays", a.input)
     if arrays:
         from gcode_ml.lab.export import predict_arrays
+
         table = predict_arrays(bundle, a.input, a.format, a.trust)
     else:
         from gcode_ml.lab.experiment import domain_recipe
-        table = domain_recipe(bundle.facts['domain']).predict_bundle(bundle, a.input)
-    table.to_csv(sys.stdout, index=False, float_format='%.6g')
-    return 2 if table.attrs.get('faults') else 0 # a domain answers what it can read
+
+        table = domain_recipe(bundle.facts["domain"]).predict_bundle(bundle, a.input)
+    table.to_csv(sys.stdout, index=False, float_format="%.6g")
+    return 2 if table.attrs.get("faults") else 0  # a domain answers what it can read
+
 
 def _prepared(bundle, file):
     "Whether a file holds arrays as the model takes them: an `.npz` with the name of one of its inputs."
     import zipfile
-    if Path(file).suffix.lower() != '.npz' or not zipfile.is_zipfile(file): return Path(file).suffix.lower() == '.npz'
+
+    if Path(file).suffix.lower() != ".npz" or not zipfile.is_zipfile(file):
+        return Path(file).suffix.lower() == ".npz"
     from gcode_ml.lab.export import program_inputs
-    inputs = {k for program in program_inputs(bundle.model).values() for k in program}-{'mask'}
-    return bool(inputs & {n.removesuffix('.npy') for n in zipfile.ZipFile(file).namelist()})
+
+    inputs = {k for program in program_inputs(bundle.model).values() for k in program} - {"mask"}
+    return bool(inputs & {n.removesuffix(".npy") for n in zipfile.ZipFile(file).namelist()})
 
 # %% ../../nbs/lab/07_command.ipynb #6540f46e
 def record_command(a):
@@ -174,106 +269,209 @@ def record_command(a):
     from gcode_ml.lab.experiment import experiment_notebook
     from gcode_ml.lab.reports import keep_outputs
     from gcode_ml.lab.runs import find_run
-    run = find_run(a.run, a.runs); notebook = experiment_notebook(run.domain)
-    pictures = notebook.parent.parent/'images'; pictures.mkdir(exist_ok=True)
-    print(f'{keep_outputs(run, notebook, pictures)} cells of {_short(notebook)} show {run.domain}/{run.name}; `nbdev-clean` tidies it')
+
+    run = find_run(a.run, a.runs)
+    notebook = experiment_notebook(run.domain)
+    pictures = notebook.parent.parent / "images"
+    pictures.mkdir(exist_ok=True)
+    print(
+        f"{keep_outputs(run, notebook, pictures)} cells of {_short(notebook)} show {run.domain}/{run.name}; `nbdev-clean` tidies it"
+    )
 
 # %% ../../nbs/lab/07_command.ipynb #88f3a8bb
 def _own_values(function, values):
     "Given values, checked against the defaults in a function's signature."
     import inspect
+
     from gcode_ml.core.options import Parameter, check_parameters
-    known = {k: Parameter(k, p.default) for k,p in inspect.signature(function).parameters.items() if p.default is not p.empty and k != 'progress'}
-    return check_parameters(known, values, of='simulation')
+
+    known = {
+        k: Parameter(k, p.default)
+        for k, p in inspect.signature(function).parameters.items()
+        if p.default is not p.empty and k != "progress"
+    }
+    return check_parameters(known, values, of="simulation")
 
 # %% ../../nbs/lab/07_command.ipynb #26bc180a
 def simulate_command(a):
     "`gcode_ml simulate`: data as a machine would give them, for a domain, or of one file."
     from gcode_ml.lab.experiment import domain_recipe, domains
     from gcode_ml.lab.parameters import given_values
+
     suffix = Path(a.target).suffix.lower()
-    of_files = {s: module for module in _commands().values() for s in getattr(module, 'SIMULATES', ())}
-    if suffix in of_files: return of_files[suffix].simulate_file(a.target, a)
-    if a.target not in domains(): raise InputError('simulate', 'target', f"one of {', '.join(domains())}" + (f", or a file {' '.join(sorted(of_files))}" if of_files else ''), repr(a.target))
-    simulate = getattr(domain_recipe(a.target), 'simulate', None)
-    if simulate is None: raise InputError('simulate', a.target, 'a domain with a simulation', 'one without')
-    if not a.output: raise InputError('simulate', '--output', 'a folder for the data', 'none')
+    of_files = {
+        s: module for module in _commands().values() for s in getattr(module, "SIMULATES", ())
+    }
+    if suffix in of_files:
+        return of_files[suffix].simulate_file(a.target, a)
+    if a.target not in domains():
+        raise InputError(
+            "simulate",
+            "target",
+            f"one of {', '.join(domains())}"
+            + (f", or a file {' '.join(sorted(of_files))}" if of_files else ""),
+            repr(a.target),
+        )
+    simulate = getattr(domain_recipe(a.target), "simulate", None)
+    if simulate is None:
+        raise InputError("simulate", a.target, "a domain with a simulation", "one without")
+    if not a.output:
+        raise InputError("simulate", "--output", "a folder for the data", "none")
     values = _own_values(simulate, given_values(a.parameter))
     from tqdm.auto import tqdm
-    if 'progress' in simulate.__code__.co_varnames and not a.quiet: values['progress'] = tqdm
+
+    if "progress" in simulate.__code__.co_varnames and not a.quiet:
+        values["progress"] = tqdm
     simulate(a.output, **values)
     print(f"{sum(f.is_file() for f in Path(a.output).rglob('*'))} files below {_short(a.output)}")
 
 # %% ../../nbs/lab/07_command.ipynb #2d4f94a4
 class _Commands:
     "Adds commands to a parser and remembers them by group, for the help."
+
     def __init__(self, top):
-        self.commands,self.groups,self.group = top.add_subparsers(dest='command', required=True, metavar='COMMAND'),{},''
-    def __call__(self, name, function, help, *words, group=''):
-        sub = self.commands.add_parser(name, description=function.__doc__); sub.set_defaults(function=function)
+        self.commands, self.groups, self.group = (
+            top.add_subparsers(dest="command", required=True, metavar="COMMAND"),
+            {},
+            "",
+        )
+
+    def __call__(self, name, function, help, *words, group=""):
+        sub = self.commands.add_parser(name, description=function.__doc__)
+        sub.set_defaults(function=function)
         self.groups.setdefault(group or self.group, {})[name] = help
-        for w in words: sub.add_argument(w)
-        sub.add_argument('--runs', help='folder of runs (settings.ini: runs)')
-        sub.add_argument('--quiet', action='store_true', help='no progress bar')
+        for w in words:
+            sub.add_argument(w)
+        sub.add_argument("--runs", help="folder of runs (settings.ini: runs)")
+        sub.add_argument("--quiet", action="store_true", help="no progress bar")
         return sub
-    def __str__(self): return '\n\n'.join('\n'.join([f'{group}:'] + [f'  {name:12} {help}' for name,help in of.items()]) for group,of in self.groups.items())
+
+    def __str__(self):
+        return "\n\n".join(
+            "\n".join([f"{group}:"] + [f"  {name:12} {help}" for name, help in of.items()])
+            for group, of in self.groups.items()
+        )
 
 # %% ../../nbs/lab/07_command.ipynb #533b4878
 def _run_words(command):
     "Commands that start runs."
-    run = command('run', run_command, 'start an experiment, or carry on with one', 'domain')
-    run.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE', help='parameter of the experiment')
-    run.add_argument('--config', help='YAML or JSON file of parameters'); run.add_argument('--name', default='', help='name of the run')
-    run.add_argument('--processes', type=int, help='processes of each fit, the same as -p processes=N')
-    run.add_argument('--resume', metavar='RUN', help='carry on with this run'); run.add_argument('--replace', action='store_true', help='replace a run of the same name')
-    command('parameters', parameters_command, 'parameters of an experiment', 'domain')
+    run = command("run", run_command, "start an experiment, or carry on with one", "domain")
+    run.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter of the experiment",
+    )
+    run.add_argument("--config", help="YAML or JSON file of parameters")
+    run.add_argument("--name", default="", help="name of the run")
+    run.add_argument(
+        "--processes", type=int, help="processes of each fit, the same as -p processes=N"
+    )
+    run.add_argument("--resume", metavar="RUN", help="carry on with this run")
+    run.add_argument("--replace", action="store_true", help="replace a run of the same name")
+    command("parameters", parameters_command, "parameters of an experiment", "domain")
+
 
 def _result_words(command):
     "Commands that look at runs."
-    command('runs', runs_command, 'all runs').add_argument('domain', nargs='?')
-    for name,help in (('report','a page about runs'),('compare','runs side by side')):
-        sub = command(name, report_command, help); sub.add_argument('names', nargs='+'); sub.add_argument('-o', '--output', help='HTML file')
-    sub = command('evaluate', evaluate_command, 'score a finished run on other data', 'run'); sub.add_argument('--data', required=True); sub.add_argument('-o', '--output', help='JSON file')
-    command('record', record_command, 'show a run on the page of its experiment', 'run')
+    command("runs", runs_command, "all runs").add_argument("domain", nargs="?")
+    for name, help in (("report", "a page about runs"), ("compare", "runs side by side")):
+        sub = command(name, report_command, help)
+        sub.add_argument("names", nargs="+")
+        sub.add_argument("-o", "--output", help="HTML file")
+    sub = command("evaluate", evaluate_command, "score a finished run on other data", "run")
+    sub.add_argument("--data", required=True)
+    sub.add_argument("-o", "--output", help="JSON file")
+    command("record", record_command, "show a run on the page of its experiment", "run")
 
 # %% ../../nbs/lab/07_command.ipynb #bceeeb4f
 def _model_words(command, modules):
     "Commands about trained models."
-    sub = command('export', export_command, 'the model of a finished run as programs', 'run'); sub.add_argument('-o', '--output', help='folder of the programs')
-    sub.add_argument('--format', default='all', choices=['exported','onnx','torchscript','all',*_exports(modules)], help='which programs')
-    sub = command('predict', predict_command, 'apply a bundle', 'bundle', 'input'); sub.add_argument('--format', default='', choices=['exported','onnx','int8','torchscript'], help='a program of the bundle instead of the model, for an .npz')
-    sub.add_argument('--trust', action='store_true', help='the bundle is your own: programs that can run code may be opened')
+    sub = command("export", export_command, "the model of a finished run as programs", "run")
+    sub.add_argument("-o", "--output", help="folder of the programs")
+    sub.add_argument(
+        "--format",
+        default="all",
+        choices=["exported", "onnx", "torchscript", "all", *_exports(modules)],
+        help="which programs",
+    )
+    sub = command("predict", predict_command, "apply a bundle", "bundle", "input")
+    sub.add_argument(
+        "--format",
+        default="",
+        choices=["exported", "onnx", "int8", "torchscript"],
+        help="a program of the bundle instead of the model, for an .npz",
+    )
+    sub.add_argument(
+        "--trust",
+        action="store_true",
+        help="the bundle is your own: programs that can run code may be opened",
+    )
+
 
 def _data_words(command, modules):
     "Commands about data."
-    sub = command('check', check_command, 'check data', 'domain', 'path'); sub.add_argument('parameter', nargs='*', metavar='NAME=VALUE', help='parameter of the check')
-    sub = command('simulate', simulate_command, 'simulated data of a domain, or of a file', 'target'); sub.add_argument('-o', '--output', help='folder to write')
-    sub.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE', help='parameter of the simulation')
+    sub = command("check", check_command, "check data", "domain", "path")
+    sub.add_argument("parameter", nargs="*", metavar="NAME=VALUE", help="parameter of the check")
+    sub = command(
+        "simulate", simulate_command, "simulated data of a domain, or of a file", "target"
+    )
+    sub.add_argument("-o", "--output", help="folder to write")
+    sub.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter of the simulation",
+    )
     for module in modules:
-        if hasattr(module, 'add_simulate_options'): module.add_simulate_options(sub)
+        if hasattr(module, "add_simulate_options"):
+            module.add_simulate_options(sub)
 
 # %% ../../nbs/lab/07_command.ipynb #784a09fe
-def parser()->argparse.ArgumentParser: # For all commands
+def parser() -> argparse.ArgumentParser:  # For all commands
     "The command line's grammar."
-    top = argparse.ArgumentParser('gcode_ml', description='Experiments on machine signals and sequences.', formatter_class=argparse.RawDescriptionHelpFormatter)
-    command,modules = _Commands(top),_commands()
-    for command.group,words in (('experiments', _run_words), ('results', _result_words)): words(command)
-    command.group = 'models'; _model_words(command, modules)
-    command.group = 'data'; _data_words(command, modules.values())
-    for part,module in modules.items():
-        command.group = 'experiments' if part == 'lab' else part; module.add_commands(command)
-    top.epilog = f'{command}\n\n`gcode_ml COMMAND --help` tells the words of a command.'
+    top = argparse.ArgumentParser(
+        "gcode_ml",
+        description="Experiments on machine signals and sequences.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command, modules = _Commands(top), _commands()
+    for command.group, words in (("experiments", _run_words), ("results", _result_words)):
+        words(command)
+    command.group = "models"
+    _model_words(command, modules)
+    command.group = "data"
+    _data_words(command, modules.values())
+    for part, module in modules.items():
+        command.group = "experiments" if part == "lab" else part
+        module.add_commands(command)
+    top.epilog = f"{command}\n\n`gcode_ml COMMAND --help` tells the words of a command."
     return top
 
 # %% ../../nbs/lab/07_command.ipynb #0983e92e
 def main(
-    argv:list=None, # Words of the command line
-)->int: # Exit code
+    argv: list = None,  # Words of the command line
+) -> int:  # Exit code
     "Entry point of `gcode_ml`."
     a = parser().parse_args(argv)
-    warnings.showwarning = lambda message, *where: print(f'gcode_ml: {message}', file=sys.stderr)
-    try: return a.function(a) or 0
-    except InputError as e: print(f'gcode_ml: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print(f'\ngcode_ml: interrupted{"; go on with `gcode_ml run "+a.domain+" --resume NAME`, `gcode_ml runs` tells the name" if a.command == "run" else ""}', file=sys.stderr); return 130
-    except BrokenPipeError: return 0
-    except (RuntimeError,OSError) as e: print(f'gcode_ml: {e}', file=sys.stderr); return 1
+    warnings.showwarning = lambda message, *where: print(f"gcode_ml: {message}", file=sys.stderr)
+    try:
+        return a.function(a) or 0
+    except InputError as e:
+        print(f"gcode_ml: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\ngcode_ml: interrupted{'; go on with `gcode_ml run ' + a.domain + ' --resume NAME`, `gcode_ml runs` tells the name' if a.command == 'run' else ''}",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (RuntimeError, OSError) as e:
+        print(f"gcode_ml: {e}", file=sys.stderr)
+        return 1

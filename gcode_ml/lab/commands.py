@@ -9,68 +9,146 @@ __all__ = ['sweep_command', 'agent_command', 'show_sweep', 'paper_command', 'add
 
 # %% ../../nbs/lab/15_commands.ipynb #d6af2338
 import sys
+
 from ..core.errors import InputError
 
 # %% ../../nbs/lab/15_commands.ipynb #1b695a8c
 def sweep_command(a):
     "`gcode_ml sweep`: begin a sweep, or continue the one of that name."
     from tqdm.auto import tqdm
+
     from gcode_ml.lab.parameters import given_values
     from gcode_ml.lab.sweeps import Workers, cluster_client, local_cluster, new_sweep
-    if a.workers < 1: raise InputError('sweep', '--workers', 'at least 1', str(a.workers))
-    sweep = new_sweep(a.domain, a.space, a.name, a.runs, a.method, a.trials, given_values(a.parameter), a.storage, a.prune, a.seed)
+
+    if a.workers < 1:
+        raise InputError("sweep", "--workers", "at least 1", str(a.workers))
+    sweep = new_sweep(
+        a.domain,
+        a.space,
+        a.name,
+        a.runs,
+        a.method,
+        a.trials,
+        given_values(a.parameter),
+        a.storage,
+        a.prune,
+        a.seed,
+    )
     workers = Workers(cluster_client(a.scheduler) if a.scheduler else local_cluster(a.workers))
-    try: sweep.drive(workers, a.workers, progress=None if a.quiet else tqdm)
-    finally: workers.close()
+    try:
+        sweep.drive(workers, a.workers, progress=None if a.quiet else tqdm)
+    finally:
+        workers.close()
     show_sweep(sweep)
 
 # %% ../../nbs/lab/15_commands.ipynb #420e4331
 def agent_command(a):
     "`gcode_ml agent`: work on a sweep from this terminal, beside whoever else does."
     from tqdm.auto import tqdm
+
     from gcode_ml.lab.sweeps import Workers, find_sweep
-    sweep,workers = find_sweep(a.sweep, a.runs),Workers()
-    try: sweep.drive(workers, 1, progress=None if a.quiet else tqdm)
-    finally: workers.close()
+
+    sweep, workers = find_sweep(a.sweep, a.runs), Workers()
+    try:
+        sweep.drive(workers, 1, progress=None if a.quiet else tqdm)
+    finally:
+        workers.close()
     show_sweep(sweep)
 
 # %% ../../nbs/lab/15_commands.ipynb #fe38f970
 def show_sweep(
-    sweep, # A sweep
+    sweep,  # A sweep
 ):
     "Print the best trials of a sweep and where its page is."
     from gcode_ml.lab.sweep_reports import report_sweep, sweep_table
+
     table = sweep_table(sweep)
-    print(table.sort_values(sweep.space.metric, ascending=sweep.space.goal == 'minimize').head(10).to_string(index=False, float_format=lambda x: f'{x:.5g}', na_rep=''))
-    failed = (table.state == 'fail').sum()
-    if failed: print(f'{failed} of {len(table)} trials failed, the first with: {table.error[table.state == "fail"].iloc[0]}', file=sys.stderr)
-    print(f'page {report_sweep(sweep)}')
+    print(
+        table.sort_values(sweep.space.metric, ascending=sweep.space.goal == "minimize")
+        .head(10)
+        .to_string(index=False, float_format=lambda x: f"{x:.5g}", na_rep="")
+    )
+    failed = (table.state == "fail").sum()
+    if failed:
+        print(
+            f"{failed} of {len(table)} trials failed, the first with: {table.error[table.state == 'fail'].iloc[0]}",
+            file=sys.stderr,
+        )
+    print(f"page {report_sweep(sweep)}")
 
 # %% ../../nbs/lab/15_commands.ipynb #7309018a
 def paper_command(a):
     "`gcode_ml paper`: compute write-ups from their results, or take these from the runs again."
-    from gcode_ml.lab.papers import altered_results, collect, paper_names, papers_folder, render_paper, unaccounted_numbers
+    from gcode_ml.lab.papers import (
+        altered_results,
+        collect,
+        paper_names,
+        papers_folder,
+        render_paper,
+        unaccounted_numbers,
+    )
+
     for name in a.names or paper_names():
-        paper = papers_folder()/name
-        if not (paper/'paper.ipynb').is_file(): raise InputError('paper', 'name', 'one of ' + ', '.join(paper_names()), name)
-        if a.collect: print(f'{name}: {len(collect(paper, a.runs))} tables taken from runs')
-        faults = altered_results(paper) + unaccounted_numbers(paper/'paper.ipynb')
-        if faults: raise InputError(paper, 'numbers', 'each from a recorded run', '; '.join(faults))
-        for f in render_paper(paper, a.output) if not a.collect else (): print(f)
+        paper = papers_folder() / name
+        if not (paper / "paper.ipynb").is_file():
+            raise InputError("paper", "name", "one of " + ", ".join(paper_names()), name)
+        if a.collect:
+            print(f"{name}: {len(collect(paper, a.runs))} tables taken from runs")
+        faults = altered_results(paper) + unaccounted_numbers(paper / "paper.ipynb")
+        if faults:
+            raise InputError(paper, "numbers", "each from a recorded run", "; ".join(faults))
+        for f in render_paper(paper, a.output) if not a.collect else ():
+            print(f)
 
 # %% ../../nbs/lab/15_commands.ipynb #68856cc8
 def add_commands(
-    command, # `command(name, function, help, *words)` makes a command
+    command,  # `command(name, function, help, *words)` makes a command
 ):
     "The commands of this page."
-    sub = command('sweep', sweep_command, 'many runs under one study; the same command continues it', 'domain')
-    sub.add_argument('--space', required=True, metavar='FILE', help='YAML file of what varies'); sub.add_argument('--name', default='', help='name of the sweep')
-    sub.add_argument('--method', default='', choices=['grid','random','tpe','bayes','gp'], help='instead of the file\'s')
-    sub.add_argument('--trials', type=int, default=0, help='how many'); sub.add_argument('--workers', type=int, default=1, help='trials at once')
-    sub.add_argument('--scheduler', default='', metavar='ADDRESS', help='a Dask scheduler, tcp://host:port or a scheduler file; a cluster on this machine otherwise')
-    sub.add_argument('--storage', default='', metavar='URL', help='sqlite:///... or postgresql+psycopg2://...; a journal in the sweep\'s folder otherwise')
-    sub.add_argument('--prune', nargs='?', const='median', default='', choices=['median','hyperband'], help='stop trials that are behind')
-    sub.add_argument('--seed', type=int, default=0, help='seed of the sampler'); sub.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE', help='parameter that all trials share')
-    command('agent', agent_command, 'work on a sweep from another terminal or machine', 'sweep')
-    sub = command('paper', paper_command, 'write-ups, computed from their recorded results'); sub.add_argument('names', nargs='*', help='papers; all by default')
-    sub.add_argument('--collect', action='store_true', help='take the results from the runs again'); sub.add_argument('-o', '--output', default='_papers', help='folder of the pages')
+    sub = command(
+        "sweep", sweep_command, "many runs under one study; the same command continues it", "domain"
+    )
+    sub.add_argument("--space", required=True, metavar="FILE", help="YAML file of what varies")
+    sub.add_argument("--name", default="", help="name of the sweep")
+    sub.add_argument(
+        "--method",
+        default="",
+        choices=["grid", "random", "tpe", "bayes", "gp"],
+        help="instead of the file's",
+    )
+    sub.add_argument("--trials", type=int, default=0, help="how many")
+    sub.add_argument("--workers", type=int, default=1, help="trials at once")
+    sub.add_argument(
+        "--scheduler",
+        default="",
+        metavar="ADDRESS",
+        help="a Dask scheduler, tcp://host:port or a scheduler file; a cluster on this machine otherwise",
+    )
+    sub.add_argument(
+        "--storage",
+        default="",
+        metavar="URL",
+        help="sqlite:///... or postgresql+psycopg2://...; a journal in the sweep's folder otherwise",
+    )
+    sub.add_argument(
+        "--prune",
+        nargs="?",
+        const="median",
+        default="",
+        choices=["median", "hyperband"],
+        help="stop trials that are behind",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="seed of the sampler")
+    sub.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter that all trials share",
+    )
+    command("agent", agent_command, "work on a sweep from another terminal or machine", "sweep")
+    sub = command("paper", paper_command, "write-ups, computed from their recorded results")
+    sub.add_argument("names", nargs="*", help="papers; all by default")
+    sub.add_argument("--collect", action="store_true", help="take the results from the runs again")
+    sub.add_argument("-o", "--output", default="_papers", help="folder of the pages")

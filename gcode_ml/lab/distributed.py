@@ -8,14 +8,21 @@ Docs: https://example.org/gcode_ml/lab/distributed.html.md"""
 __all__ = ['BatchShare', 'SharedFit', 'SharedSnapshot', 'join_fit', 'fit_processes']
 
 # %% ../../nbs/lab/10_distributed.ipynb #ad978ec9
-import importlib.util, os, subprocess, sys, threading, time
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+
 import torch
-from torch import distributed
 from fastai.torch_core import apply
 from fastcore.basics import patch
+from torch import distributed
+
 from ..core.callbacks import History, save_checkpoint
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
@@ -25,187 +32,351 @@ from .experiment import KernelInputError
 from .runs import Run, RunProgress
 from .snapshot import Snapshot, generator_states, pack, set_generator_states, unpack
 from .tracking import Tracking
-if importlib.util.find_spec('accelerate') is None: raise InputError('module', 'gcode_ml.lab.distributed', 'accelerate to be installed', 'no such module', "pip install 'gcode_ml[distributed]'")
+
+if importlib.util.find_spec("accelerate") is None:
+    raise InputError(
+        "module",
+        "gcode_ml.lab.distributed",
+        "accelerate to be installed",
+        "no such module",
+        "pip install 'gcode_ml[distributed]'",
+    )
 from fastai.distributed import DistributedDL, DistributedTrainer
 
 # %% ../../nbs/lab/10_distributed.ipynb #c17fcf54
 class BatchShare(DistributedDL):
     "The share of one process in the batches of a loader."
+
     rng = property(lambda self: self.dl.rng)
+
     def __len__(self):
-        size = self.bs*self.world_size
-        return self.dl.n//size if self.drop_last else -(-self.dl.n//size)
+        size = self.bs * self.world_size
+        return self.dl.n // size if self.drop_last else -(-self.dl.n // size)
+
     def _broadcast(self, index, rank):
-        if not distributed.is_initialized(): return list(index)
-        index = torch.tensor(index, device='cuda' if distributed.get_backend() == 'nccl' else 'cpu') # fastai's own always takes a GPU
+        if not distributed.is_initialized():
+            return list(index)
+        index = torch.tensor(
+            index, device="cuda" if distributed.get_backend() == "nccl" else "cpu"
+        )  # fastai's own always takes a GPU
         distributed.broadcast(index, rank)
         return index.tolist()
+
     def get_idxs(self):
-        size = self.bs*self.world_size
+        size = self.bs * self.world_size
         index = self._broadcast(self._order(size), 0)
         self.n = len(index)
-        index += index[:-self.n % self.world_size]; self.n_padded = len(index)
-        batches = [index[i:i+size] for i in range(0, len(index), size)]
-        return [j for b in batches for j in b[self.rank*len(b)//self.world_size:(self.rank+1)*len(b)//self.world_size]]
+        index += index[: -self.n % self.world_size]
+        self.n_padded = len(index)
+        batches = [index[i : i + size] for i in range(0, len(index), size)]
+        return [
+            j
+            for b in batches
+            for j in b[
+                self.rank * len(b) // self.world_size : (self.rank + 1) * len(b) // self.world_size
+            ]
+        ]
 
 # %% ../../nbs/lab/10_distributed.ipynb #4b82b720
 @patch
-def _order(self:BatchShare, size):
+def _order(self: BatchShare, size):
     "Order of the items for batches of all processes together, so that those of like length are met at the same time."
-    own,self.dl.bs = self.dl.bs,size
-    try: return list(self.dl.get_idxs())
-    finally: self.dl.bs = own
+    own, self.dl.bs = self.dl.bs, size
+    try:
+        return list(self.dl.get_idxs())
+    finally:
+        self.dl.bs = own
 
 # %% ../../nbs/lab/10_distributed.ipynb #b6377c45
 @patch
-def to_detach(self:BatchShare, b, cpu=True, gather=True):
+def to_detach(self: BatchShare, b, cpu=True, gather=True):
     "Results of all processes in the order of the batch, without the filling."
     b = self._to_detach(b, cpu, gather)
-    extra = self.n_padded-self.n if gather and hasattr(self, 'i') and self.i >= self.n_padded//self.world_size else 0
-    return apply(lambda t: t[:len(t)-extra] if t.ndim else t, b)
+    extra = (
+        self.n_padded - self.n
+        if gather and hasattr(self, "i") and self.i >= self.n_padded // self.world_size
+        else 0
+    )
+    return apply(lambda t: t[: len(t) - extra] if t.ndim else t, b)
 
 # %% ../../nbs/lab/10_distributed.ipynb #b093e83d
 class SharedFit(DistributedTrainer):
     "fastai's `DistributedTrainer` with shares of batches."
-    def _wrap_dl(self, dl): return dl if isinstance(dl, BatchShare) else BatchShare(dl)
+
+    def _wrap_dl(self, dl):
+        return dl if isinstance(dl, BatchShare) else BatchShare(dl)
 
 # %% ../../nbs/lab/10_distributed.ipynb #daa6815a
 class SharedSnapshot(Snapshot):
     "Snapshot of a fit on several processes, which continues with the same number of them."
-    def __init__(self,
-        path, # The snapshot's file, `.safetensors`
-        batches:int=0, # Also after this many batches of an epoch; 0 does not count
-    ): super().__init__(path, seconds=1e9, batches=batches)
+
+    def __init__(
+        self,
+        path,  # The snapshot's file, `.safetensors`
+        batches: int = 0,  # Also after this many batches of an epoch; 0 does not count
+    ):
+        super().__init__(path, seconds=1e9, batches=batches)
+
     def save(self, epoch, batch):
-        self.everyone = [None]*distributed.get_world_size()
-        distributed.all_gather_object(self.everyone, dict(generators=generator_states(self.dls), epoch_start=self.epoch_start))
+        self.everyone = [None] * distributed.get_world_size()
+        distributed.all_gather_object(
+            self.everyone, dict(generators=generator_states(self.dls), epoch_start=self.epoch_start)
+        )
         if distributed.get_rank() == 0:
-            with self._plain_model(): super().save(epoch, batch)
-        else: self.since = 0
-    def _state(self, tensors): return dict(super()._state(tensors), everyone=pack(self.everyone, tensors))
+            with self._plain_model():
+                super().save(epoch, batch)
+        else:
+            self.since = 0
+
+    def _state(self, tensors):
+        return dict(super()._state(tensors), everyone=pack(self.everyone, tensors))
+
     def _restore(self, header, tensors, at_epoch_start):
-        everyone = unpack(header['state'].get('everyone', {'list': []}), tensors)
-        if len(everyone) != distributed.get_world_size(): raise InputError(self.path, 'processes', f'{max(len(everyone), 1)}, as before the interruption', str(distributed.get_world_size()))
-        with self._plain_model(): super()._restore(header, tensors, at_epoch_start)
+        everyone = unpack(header["state"].get("everyone", {"list": []}), tensors)
+        if len(everyone) != distributed.get_world_size():
+            raise InputError(
+                self.path,
+                "processes",
+                f"{max(len(everyone), 1)}, as before the interruption",
+                str(distributed.get_world_size()),
+            )
+        with self._plain_model():
+            super()._restore(header, tensors, at_epoch_start)
         mine = everyone[distributed.get_rank()]
-        self.epoch_start = mine['epoch_start']
-        set_generator_states(mine['epoch_start' if at_epoch_start else 'generators'], self.dls)
+        self.epoch_start = mine["epoch_start"]
+        set_generator_states(mine["epoch_start" if at_epoch_start else "generators"], self.dls)
 
 # %% ../../nbs/lab/10_distributed.ipynb #8b5b81ec
 @patch
 @contextmanager
-def _plain_model(self:SharedSnapshot):
+def _plain_model(self: SharedSnapshot):
     "The model without its wrapper."
     wrapped = self.learn.model
     self.learn.model = wrapped.module
-    try: yield
-    finally: self.learn.model = wrapped
+    try:
+        yield
+    finally:
+        self.learn.model = wrapped
 
 # %% ../../nbs/lab/10_distributed.ipynb #6b084e15
 def _named(dotted):
     "The object of a dotted name."
-    module,_,name = dotted.rpartition('.')
+    module, _, name = dotted.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
 
 def _end_with_parent():
     "End this process as soon as its standard input closes."
-    def wait(): os.read(0, 1); os._exit(1)
+
+    def wait():
+        os.read(0, 1)
+        os._exit(1)
+
     threading.Thread(target=wait, daemon=True).start()
+
 
 def _join(learn, folder, rank, processes, seconds):
     "Meet the other processes, over NCCL or gloo as the learner's device says."
-    kind,gpus = torch.device(learn.dls.device).type,torch.cuda.device_count()
-    if kind not in ('cpu','cuda'): raise InputError('parameter', 'device', 'cpu or cuda for several processes', kind)
-    if kind == 'cuda' and processes > gpus: raise InputError('parameter', 'processes', f'at most {gpus}, one a GPU', str(processes))
-    cuda = kind == 'cuda'
-    distributed.init_process_group('nccl' if cuda else 'gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=processes, timeout=timedelta(seconds=seconds))
-    if rank: set_seed(torch.initial_seed()+rank)
+    kind, gpus = torch.device(learn.dls.device).type, torch.cuda.device_count()
+    if kind not in ("cpu", "cuda"):
+        raise InputError("parameter", "device", "cpu or cuda for several processes", kind)
+    if kind == "cuda" and processes > gpus:
+        raise InputError("parameter", "processes", f"at most {gpus}, one a GPU", str(processes))
+    cuda = kind == "cuda"
+    distributed.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=seconds),
+    )
+    if rank:
+        set_seed(torch.initial_seed() + rank)
     learn.add_cb(SharedFit(sync_bn=cuda, cpu=not cuda))
 
 # %% ../../nbs/lab/10_distributed.ipynb #7887166a
 def _check_equal(model):
     "All processes have the same weights; anything else is a fault of the model, for instance of weights that depend on the batch."
-    mine = torch.stack([f(p.detach().double()) for p in model.parameters() for f in (torch.sum, torch.linalg.vector_norm)])
+    mine = torch.stack(
+        [
+            f(p.detach().double())
+            for p in model.parameters()
+            for f in (torch.sum, torch.linalg.vector_norm)
+        ]
+    )
     others = [torch.zeros_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(others, mine)
-    if not all(torch.allclose(o, mine, rtol=1e-6) for o in others): raise RuntimeError('the processes have come to different weights')
+    if not all(torch.allclose(o, mine, rtol=1e-6) for o in others):
+        raise RuntimeError("the processes have come to different weights")
+
 
 def _fit(job, folder, rank):
     "Build the learner, fit it together with the others, and keep the weights."
-    if torch.cuda.is_available(): torch.cuda.set_device(rank % torch.cuda.device_count())
-    learn = _named(job['recipe'])(**job['arguments'])
-    _join(learn, folder, rank, job['processes'], job['timeout'])
-    run,name = Run(job['folder']),job['name']
-    learn.add_cb(SharedSnapshot(run.path('snapshot', f'{name}.safetensors'), job['snapshot_batches']))
-    learn.add_cbs([_named(dotted)(**values) for dotted,values in job['callbacks'] + job['first']*(rank == 0)])
-    if rank == 0: learn.add_cbs([History(run.path('history.csv'), name), RunProgress(run, name, job['part'], job['parts']), Tracking(run.tracker, fit=name)])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    learn = _named(job["recipe"])(**job["arguments"])
+    _join(learn, folder, rank, job["processes"], job["timeout"])
+    run, name = Run(job["folder"]), job["name"]
+    learn.add_cb(
+        SharedSnapshot(run.path("snapshot", f"{name}.safetensors"), job["snapshot_batches"])
+    )
+    learn.add_cbs(
+        [
+            _named(dotted)(**values)
+            for dotted, values in job["callbacks"] + job["first"] * (rank == 0)
+        ]
+    )
+    if rank == 0:
+        learn.add_cbs(
+            [
+                History(run.path("history.csv"), name),
+                RunProgress(run, name, job["part"], job["parts"]),
+                Tracking(run.tracker, fit=name),
+            ]
+        )
     with learn.no_bar(), learn.no_logging():
-        if 'options' in vars(learn): fit(learn)
-        else: learn.fit(job['epochs'])
+        if "options" in vars(learn):
+            fit(learn)
+        else:
+            learn.fit(job["epochs"])
     run.close_tracker()
     _check_equal(learn.model)
-    if rank == 0: save_checkpoint(folder/'weights.safetensors', learn.model, epochs=job['epochs'], processes=job['processes'])
-    distributed.barrier(); distributed.destroy_process_group()
+    if rank == 0:
+        save_checkpoint(
+            folder / "weights.safetensors",
+            learn.model,
+            epochs=job["epochs"],
+            processes=job["processes"],
+        )
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 # %% ../../nbs/lab/10_distributed.ipynb #6679977a
 def join_fit(
-    job, # `job.json` in the folder of the processes
-    rank:int, # Number of this process
+    job,  # `job.json` in the folder of the processes
+    rank: int,  # Number of this process
 ):
     "What each process does; the first that fails says why in `failed.json`."
     folder = Path(job).parent
     _end_with_parent()
-    try: _fit(read_json(job), folder, rank)
+    try:
+        _fit(read_json(job), folder, rank)
     except Exception as e:
-        try: write_json(folder/f'failed_{time.time_ns()}.json', dict(rank=rank, input=isinstance(e, InputError), sentence=str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'))
-        finally: raise
+        try:
+            write_json(
+                folder / f"failed_{time.time_ns()}.json",
+                dict(
+                    rank=rank,
+                    input=isinstance(e, InputError),
+                    sentence=str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}",
+                ),
+            )
+        finally:
+            raise
 
 # %% ../../nbs/lab/10_distributed.ipynb #37efcee0
 def _start(folder, rank, processes):
     "Start one process; its output goes to a file of its own."
-    threads = max(1, (os.cpu_count() or 1)//processes)
-    environment = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT='0', OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', str(threads)))
-    if sys.platform in ('linux','darwin'): environment.setdefault('GLOO_SOCKET_IFNAME', 'lo' if sys.platform == 'linux' else 'lo0')
-    command = 'import sys; from gcode_ml.lab.distributed import join_fit; join_fit(sys.argv[1], int(sys.argv[2]))'
-    with open(folder/f'process_{rank}.log', 'w') as log: return subprocess.Popen([sys.executable, '-c', command, str(folder/'job.json'), str(rank)], stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = dict(
+        os.environ,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+        OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(threads)),
+    )
+    if sys.platform in ("linux", "darwin"):
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    command = "import sys; from gcode_ml.lab.distributed import join_fit; join_fit(sys.argv[1], int(sys.argv[2]))"
+    with open(folder / f"process_{rank}.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", command, str(folder / "job.json"), str(rank)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+        )
+
 
 def _watch(started, folder):
     "Wait until all are done; raise as soon as one has failed."
-    while any(p.poll() is None for p in started) and not any(p.poll() for p in started): time.sleep(.05)
+    while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
+        time.sleep(0.05)
     ends = [p.poll() for p in started]
-    if not any(ends): return
-    time.sleep(.2) # the others may be about to say something
-    killed = [r for r,code in enumerate(ends) if code and code < 0]
-    said = [read_json(f) for f in sorted(folder.glob('failed_*.json'))]
-    if said and said[0]['input'] and not killed: raise KernelInputError(said[0]['sentence'])
-    rank = killed[0] if killed else said[0]['rank'] if said else next(r for r,code in enumerate(ends) if code)
-    why = f'was killed by signal {-ends[rank]}' if killed else f"failed with {said[0]['sentence'].splitlines()[0][:300]}" if said else f'ended with exit code {ends[rank]}'
-    raise RuntimeError(f'process {rank} of {len(started)} {why}; the others were stopped (see {folder}/process_{rank}.log)')
+    if not any(ends):
+        return
+    time.sleep(0.2)  # the others may be about to say something
+    killed = [r for r, code in enumerate(ends) if code and code < 0]
+    said = [read_json(f) for f in sorted(folder.glob("failed_*.json"))]
+    if said and said[0]["input"] and not killed:
+        raise KernelInputError(said[0]["sentence"])
+    rank = (
+        killed[0]
+        if killed
+        else said[0]["rank"]
+        if said
+        else next(r for r, code in enumerate(ends) if code)
+    )
+    why = (
+        f"was killed by signal {-ends[rank]}"
+        if killed
+        else f"failed with {said[0]['sentence'].splitlines()[0][:300]}"
+        if said
+        else f"ended with exit code {ends[rank]}"
+    )
+    raise RuntimeError(
+        f"process {rank} of {len(started)} {why}; the others were stopped (see {folder}/process_{rank}.log)"
+    )
 
 # %% ../../nbs/lab/10_distributed.ipynb #e1f7aaee
 def fit_processes(
-    recipe:str, # Dotted name of a function that returns a `Learner`
-    arguments:dict, # Its arguments, as JSON can hold them; its batches are those of one process
-    epochs:int, # Epochs of the fit; a learner of `core.training` goes by its own options
-    folder, # Run folder: receives history, progress, snapshot, and `processes/<name>/`
-    name:str='fit', # Name of the fit in the history
-    processes:int=2, # Number of processes; on GPUs not more than there are
-    callbacks=(), # Pairs of dotted name and arguments: callbacks of every process, such as a schedule
-    first=(), # The same, of the first process alone: callbacks that write
-    snapshot_batches:int=0, # Batches between two snapshots within an epoch
-    part:int=0, parts:int=1, # Which part of the run this fit is, for its progress
-    timeout:float=600, # Seconds that a process waits for the others
-)->Path: # File of the weights, for `load_checkpoint`
+    recipe: str,  # Dotted name of a function that returns a `Learner`
+    arguments: dict,  # Its arguments, as JSON can hold them; its batches are those of one process
+    epochs: int,  # Epochs of the fit; a learner of `core.training` goes by its own options
+    folder,  # Run folder: receives history, progress, snapshot, and `processes/<name>/`
+    name: str = "fit",  # Name of the fit in the history
+    processes: int = 2,  # Number of processes; on GPUs not more than there are
+    callbacks=(),  # Pairs of dotted name and arguments: callbacks of every process, such as a schedule
+    first=(),  # The same, of the first process alone: callbacks that write
+    snapshot_batches: int = 0,  # Batches between two snapshots within an epoch
+    part: int = 0,
+    parts: int = 1,  # Which part of the run this fit is, for its progress
+    timeout: float = 600,  # Seconds that a process waits for the others
+) -> Path:  # File of the weights, for `load_checkpoint`
     "Fit a recipe on several processes of this machine, from the beginning or from its snapshot."
-    if processes < 1: raise InputError('parameter', 'processes', '1 or more', str(processes))
-    own = Path(folder).resolve()/'processes'/name; own.mkdir(parents=True, exist_ok=True)
-    for f in (own/'meeting', own/'weights.safetensors', *own.glob('failed_*.json')): f.unlink(missing_ok=True)
-    write_json(own/'job.json', dict(recipe=recipe, arguments=arguments, epochs=epochs, folder=str(Path(folder).resolve()), name=name, processes=processes, callbacks=[list(c) for c in callbacks],
-        first=[list(c) for c in first], snapshot_batches=snapshot_batches, part=part, parts=parts, timeout=timeout))
+    if processes < 1:
+        raise InputError("parameter", "processes", "1 or more", str(processes))
+    own = Path(folder).resolve() / "processes" / name
+    own.mkdir(parents=True, exist_ok=True)
+    for f in (own / "meeting", own / "weights.safetensors", *own.glob("failed_*.json")):
+        f.unlink(missing_ok=True)
+    write_json(
+        own / "job.json",
+        dict(
+            recipe=recipe,
+            arguments=arguments,
+            epochs=epochs,
+            folder=str(Path(folder).resolve()),
+            name=name,
+            processes=processes,
+            callbacks=[list(c) for c in callbacks],
+            first=[list(c) for c in first],
+            snapshot_batches=snapshot_batches,
+            part=part,
+            parts=parts,
+            timeout=timeout,
+        ),
+    )
     started = []
     try:
-        for rank in range(processes): started.append(_start(own, rank, processes))
+        for rank in range(processes):
+            started.append(_start(own, rank, processes))
         _watch(started, own)
     finally:
-        for p in started: p.kill(); p.wait(); p.stdin.close()
-    return own/'weights.safetensors'
+        for p in started:
+            p.kill()
+            p.wait()
+            p.stdin.close()
+    return own / "weights.safetensors"

@@ -9,10 +9,18 @@ __all__ = ['domains', 'domain_recipe', 'experiment_notebook', 'experiments', 'ch
            'carry_out', 'experiment_parameters', 'run_experiment', 'resume_experiment']
 
 # %% ../../nbs/lab/05_experiment.ipynb #cfb7734e
-import importlib, json, logging, os, shlex, sys, threading
+import importlib
+import json
+import logging
+import os
+import shlex
+import sys
+import threading
 from pathlib import Path
-import gcode_ml
+
 from tqdm.auto import tqdm
+
+import gcode_ml
 from ..core.errors import InputError
 from ..core.files import read_json, sweep_temporary
 from .parameters import check_parameters, read_parameters
@@ -20,130 +28,192 @@ from .runs import Run, find_run, new_run
 from .settings import settings, workspace_root
 
 # %% ../../nbs/lab/05_experiment.ipynb #02c22b9e
-def domains()->list: # Names
+def domains() -> list:  # Names
     "Domains of the package."
-    return sorted(p.parent.name for p in Path(gcode_ml.__file__).parent.glob('*/recipe.py'))
+    return sorted(p.parent.name for p in Path(gcode_ml.__file__).parent.glob("*/recipe.py"))
 
 # %% ../../nbs/lab/05_experiment.ipynb #b8c274a5
 def domain_recipe(
-    domain:str, # Name of a domain
-): # Its `recipe` module
+    domain: str,  # Name of a domain
+):  # Its `recipe` module
     "Import a domain's recipe page."
-    if domain not in domains(): raise InputError('command', 'domain', f"one of {', '.join(domains())}", repr(domain))
-    return importlib.import_module(f'gcode_ml.{domain}.recipe')
+    if domain not in domains():
+        raise InputError("command", "domain", f"one of {', '.join(domains())}", repr(domain))
+    return importlib.import_module(f"gcode_ml.{domain}.recipe")
 
 # %% ../../nbs/lab/05_experiment.ipynb #ca7d29fd
 def experiment_notebook(
-    name:str, # Domain, or `report`, `compare`
-)->Path: # Its notebook
+    name: str,  # Domain, or `report`, `compare`
+) -> Path:  # Its notebook
     "Notebook of an experiment."
     root = workspace_root()
-    file = root/settings(root)['workspace']['experiments']/f'{name}.ipynb'
-    if not file.is_file(): raise InputError(file, 'notebook', f'the experiment of {name}', 'nothing there')
+    file = root / settings(root)["workspace"]["experiments"] / f"{name}.ipynb"
+    if not file.is_file():
+        raise InputError(file, "notebook", f"the experiment of {name}", "nothing there")
     return file
 
 # %% ../../nbs/lab/05_experiment.ipynb #78ca2782
-def experiments()->list: # Names of notebooks that can be run
+def experiments() -> list:  # Names of notebooks that can be run
     "Experiments: those of the domains, and further studies."
     root = workspace_root()
-    files = (root/settings(root)['workspace']['experiments']).glob('*.ipynb')
-    return sorted(f.stem for f in files if 'run_dir = ' in f.read_text(encoding='utf-8'))
+    files = (root / settings(root)["workspace"]["experiments"]).glob("*.ipynb")
+    return sorted(f.stem for f in files if "run_dir = " in f.read_text(encoding="utf-8"))
+
 
 def check_experiment(
-    name:str, # Name of an experiment
-)->str: # The name
+    name: str,  # Name of an experiment
+) -> str:  # The name
     "Refuse what cannot be run."
-    if name not in experiments(): raise InputError('command', 'domain', f"one of {', '.join(experiments())}", repr(name))
+    if name not in experiments():
+        raise InputError("command", "domain", f"one of {', '.join(experiments())}", repr(name))
     return name
 
 # %% ../../nbs/lab/05_experiment.ipynb #95a0c55b
 class KernelInputError(InputError):
     "An `InputError` that was raised in a kernel: only its sentence came back."
-    def __init__(self, sentence): ValueError.__init__(self, sentence); self.sentence = sentence
+
+    def __init__(self, sentence):
+        ValueError.__init__(self, sentence)
+        self.sentence = sentence
 
 # %% ../../nbs/lab/05_experiment.ipynb #ee6468bb
 def execute(
-    notebook, # Notebook to execute
-    output, # Where the executed copy goes
-    parameters:dict, # Values for its `parameters` cell
-    **engine # For papermill's engine: `km`, a kernel that is there already
+    notebook,  # Notebook to execute
+    output,  # Where the executed copy goes
+    parameters: dict,  # Values for its `parameters` cell
+    **engine,  # For papermill's engine: `km`, a kernel that is there already
 ):
     "Execute a notebook with papermill; an `InputError` inside is raised here as the same sentence."
     import papermill
-    logging.getLogger('papermill').setLevel(logging.ERROR)
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # waiting threads that spin slow down whatever else the machine does
-    try: papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False, cwd=os.getcwd(), kernel_name='python3', extra_arguments=['--log-level=ERROR'], **engine)
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # waiting threads that spin slow down whatever else the machine does
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(output),
+            parameters,
+            progress_bar=False,
+            cwd=os.getcwd(),
+            kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],
+            **engine,
+        )
     except papermill.PapermillExecutionError as e:
-        if e.ename in {c.__name__ for c in (InputError, *InputError.__subclasses__())}: raise KernelInputError(e.evalue) from None
-        raise RuntimeError(f'cell {e.exec_count} failed with {e.ename}: {e.evalue} (see {output})') from None
+        if e.ename in {c.__name__ for c in (InputError, *InputError.__subclasses__())}:
+            raise KernelInputError(e.evalue) from None
+        raise RuntimeError(
+            f"cell {e.exec_count} failed with {e.ename}: {e.evalue} (see {output})"
+        ) from None
 
 # %% ../../nbs/lab/05_experiment.ipynb #079b4d6a
 def _watch(run, stop, quiet):
     "Show the run's `progress.json` as a bar until `stop` is set."
-    bar,file = None,run.path('progress.json')
-    while not stop.wait(.3 if sys.stderr.isatty() or not bar else 10) and not quiet: # in a log each state is a line
-        try: now = json.loads(file.read_text())
-        except (OSError,ValueError): continue
-        bar = bar or tqdm(total=now['total'], unit='', file=sys.stderr, bar_format='{desc}: {percentage:3.0f}%|{bar:24}| {elapsed}', mininterval=.2)
-        bar.total,bar.n = now['total'],now['done']; bar.set_description_str(f"{run.domain}/{run.name} {now['text']}", refresh=False); bar.refresh()
-    if bar: bar.close()
+    bar, file = None, run.path("progress.json")
+    while (
+        not stop.wait(0.3 if sys.stderr.isatty() or not bar else 10) and not quiet
+    ):  # in a log each state is a line
+        try:
+            now = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        bar = bar or tqdm(
+            total=now["total"],
+            unit="",
+            file=sys.stderr,
+            bar_format="{desc}: {percentage:3.0f}%|{bar:24}| {elapsed}",
+            mininterval=0.2,
+        )
+        bar.total, bar.n = now["total"], now["done"]
+        bar.set_description_str(f"{run.domain}/{run.name} {now['text']}", refresh=False)
+        bar.refresh()
+    if bar:
+        bar.close()
 
 # %% ../../nbs/lab/05_experiment.ipynb #63bbd809
 def carry_out(
-    run:Run, # A run with `params.json`
-    notebook, # Its notebook
-    quiet:bool=False, # No progress bar
-)->dict: # The result
+    run: Run,  # A run with `params.json`
+    notebook,  # Its notebook
+    quiet: bool = False,  # No progress bar
+) -> dict:  # The result
     "Execute the run's notebook and return what it wrote last."
     stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(run, stop, quiet), daemon=True); watcher.start()
-    try: execute(notebook, run.path('run.ipynb'), dict(read_json(run.path('params.json'))['parameters'], run_dir=str(run.folder.resolve())))
-    finally: stop.set(); watcher.join()
-    if not run.path('result.json').exists(): raise RuntimeError(f"{run.path('run.ipynb')} ended without a result.json: its kernel was killed; continue with `gcode_ml run {run.domain} --resume {run.name}`")
-    return read_json(run.path('result.json'))
+    watcher = threading.Thread(target=_watch, args=(run, stop, quiet), daemon=True)
+    watcher.start()
+    try:
+        execute(
+            notebook,
+            run.path("run.ipynb"),
+            dict(
+                read_json(run.path("params.json"))["parameters"], run_dir=str(run.folder.resolve())
+            ),
+        )
+    finally:
+        stop.set()
+        watcher.join()
+    if not run.path("result.json").exists():
+        raise RuntimeError(
+            f"{run.path('run.ipynb')} ended without a result.json: its kernel was killed; continue with `gcode_ml run {run.domain} --resume {run.name}`"
+        )
+    return read_json(run.path("result.json"))
 
 # %% ../../nbs/lab/05_experiment.ipynb #63c45829
 def _checked_together(name, parameters):
     "The parameters, after the check of the part of the package that knows this experiment."
-    for page in sorted(Path(gcode_ml.__file__).parent.glob('*/commands.py')):
-        check = getattr(importlib.import_module(f'gcode_ml.{page.parent.name}.commands'), 'CHECKS', {}).get(name)
-        if check: check(**parameters)
+    for page in sorted(Path(gcode_ml.__file__).parent.glob("*/commands.py")):
+        check = getattr(
+            importlib.import_module(f"gcode_ml.{page.parent.name}.commands"), "CHECKS", {}
+        ).get(name)
+        if check:
+            check(**parameters)
     return parameters
 
 # %% ../../nbs/lab/05_experiment.ipynb #32566b81
 def experiment_parameters(
-    domain:str, # Domain
-    values:dict, # Given values
-)->dict: # All parameters of the run
+    domain: str,  # Domain
+    values: dict,  # Given values
+) -> dict:  # All parameters of the run
     "Check given values against the notebook's cell; seed, device and workers come from `settings.ini` unless given."
-    known = {k: p for k,p in read_parameters(experiment_notebook(domain)).items() if k != 'run_dir'}
-    defaults = {k: v for k,v in settings()['defaults'].items() if k in known}
+    known = {
+        k: p for k, p in read_parameters(experiment_notebook(domain)).items() if k != "run_dir"
+    }
+    defaults = {k: v for k, v in settings()["defaults"].items() if k in known}
     return _checked_together(domain, check_parameters(known, {**defaults, **values}))
 
 # %% ../../nbs/lab/05_experiment.ipynb #e7ea8963
 def run_experiment(
-    domain:str, # Domain
-    values:dict=None, # Given parameters
-    name:str='', # Name of the run
-    runs=None, # Folder of runs
-    replace:bool=False, # Replace a run of the same name
-    quiet:bool=False, # No progress bar
-)->tuple: # The run and its result
+    domain: str,  # Domain
+    values: dict = None,  # Given parameters
+    name: str = "",  # Name of the run
+    runs=None,  # Folder of runs
+    replace: bool = False,  # Replace a run of the same name
+    quiet: bool = False,  # No progress bar
+) -> tuple:  # The run and its result
     "Check, make the run folder, and carry the experiment out."
     check_experiment(domain)
-    parameters,notebook = experiment_parameters(domain, values or {}),experiment_notebook(domain)
-    run = new_run(domain, parameters, name, runs, replace, command=' '.join(map(shlex.quote, ['gcode_ml', *sys.argv[1:]])))
+    parameters, notebook = experiment_parameters(domain, values or {}), experiment_notebook(domain)
+    run = new_run(
+        domain,
+        parameters,
+        name,
+        runs,
+        replace,
+        command=" ".join(map(shlex.quote, ["gcode_ml", *sys.argv[1:]])),
+    )
     return run, carry_out(run, notebook, quiet)
 
 # %% ../../nbs/lab/05_experiment.ipynb #9419c650
 def resume_experiment(
-    domain:str, # Domain
-    name:str, # The run
-    runs=None, # Folder of runs
-    quiet:bool=False, # No progress bar
-)->tuple: # The run and its result
+    domain: str,  # Domain
+    name: str,  # The run
+    runs=None,  # Folder of runs
+    quiet: bool = False,  # No progress bar
+) -> tuple:  # The run and its result
     "Carry on with an interrupted run; a finished one is only read."
     run = find_run(name, runs, domain)
-    if run.status == 'finished': return run, read_json(run.path('result.json'))
-    sweep_temporary(run.folder) # what a kill has left half-written
+    if run.status == "finished":
+        return run, read_json(run.path("result.json"))
+    sweep_temporary(run.folder)  # what a kill has left half-written
     return run, carry_out(run, experiment_notebook(domain), quiet)

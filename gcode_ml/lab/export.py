@@ -10,11 +10,22 @@ __all__ = ['SUFFIXES', 'FORMATS', 'program_inputs', 'example_inputs', 'Program',
            'bundle_programs', 'answer_table', 'predict_arrays']
 
 # %% ../../nbs/lab/08_export.ipynb #1843e02e
-import contextlib, importlib, inspect, io, logging, re, tempfile, warnings, zipfile
+import contextlib
+import importlib
+import inspect
+import io
+import logging
+import re
+import tempfile
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import nn
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path, checksum, read_arrays, read_json, write_json
 from ..core.layers import length_mask
@@ -24,394 +35,652 @@ from .bundle import load_bundle, model_card
 def _step_size(model):
     "Numbers a step that the first layer of `model` takes."
     for m in model.modules():
-        for k in ('in_channels','in_features','input_size'):
-            if hasattr(m, k): return getattr(m, k)
+        for k in ("in_channels", "in_features", "input_size"):
+            if hasattr(m, k):
+                return getattr(m, k)
 
 # %% ../../nbs/lab/08_export.ipynb #b573fc17
 def program_inputs(
-    model:nn.Module, # Model of a `models` page
-)->dict: # Method -> input -> type and axes
+    model: nn.Module,  # Model of a `models` page
+) -> dict:  # Method -> input -> type and axes
     "What the programs of a model take."
-    if hasattr(model, 'program_inputs'): return model.program_inputs()
-    if list(inspect.signature(model.forward).parameters) == ['x','mask']: return dict(forward=dict(x=f'float32[batch,length,{_step_size(model)}]', mask='bool[batch,length]'))
-    raise InputError(type(model).__name__, 'program_inputs', 'a method that names the inputs of each program', 'none')
+    if hasattr(model, "program_inputs"):
+        return model.program_inputs()
+    if list(inspect.signature(model.forward).parameters) == ["x", "mask"]:
+        return dict(
+            forward=dict(x=f"float32[batch,length,{_step_size(model)}]", mask="bool[batch,length]")
+        )
+    raise InputError(
+        type(model).__name__,
+        "program_inputs",
+        "a method that names the inputs of each program",
+        "none",
+    )
 
 # %% ../../nbs/lab/08_export.ipynb #d6739546
-_spec = re.compile(r'(float32|int64|bool)\[([^\]]+)\](?:<(\d+))?')
+_spec = re.compile(r"(float32|int64|bool)\[([^\]]+)\](?:<(\d+))?")
+
 
 def _parse(name, spec):
     "Type, axes (a name, its least size; or a number) and upper bound of an input."
     found = _spec.fullmatch(spec)
-    if not found: raise InputError(name, 'program_inputs', 'such as float32[batch,length,6] or int64[batch,tokens]<42', repr(spec))
-    axes = [int(a) if a.isdigit() else (a.partition('>=')[0], int(a.partition('>=')[2] or 1)) for a in found[2].replace(' ', '').split(',')]
-    return found[1], axes, int(found[3] or (0 if found[1] == 'float32' else 2))
+    if not found:
+        raise InputError(
+            name,
+            "program_inputs",
+            "such as float32[batch,length,6] or int64[batch,tokens]<42",
+            repr(spec),
+        )
+    axes = [
+        int(a) if a.isdigit() else (a.partition(">=")[0], int(a.partition(">=")[2] or 1))
+        for a in found[2].replace(" ", "").split(",")
+    ]
+    return found[1], axes, int(found[3] or (0 if found[1] == "float32" else 2))
+
 
 def _axes(inputs):
     "Least size of each axis that has a name; `batch` first, as in every input."
     least = {}
-    for k,s in inputs.items():
+    for k, s in inputs.items():
         for a in _parse(k, s)[1]:
-            if isinstance(a, tuple): least[a[0]] = max(a[1], least.get(a[0], 1))
+            if isinstance(a, tuple):
+                least[a[0]] = max(a[1], least.get(a[0], 1))
     return least
 
 # %% ../../nbs/lab/08_export.ipynb #876eb07b
 def example_inputs(
-    inputs:dict, # Input -> type and axes
-    sizes:dict, # Axis -> size
-    seed:int=0, # Seed
-)->dict: # Input -> tensor
+    inputs: dict,  # Input -> type and axes
+    sizes: dict,  # Axis -> size
+    seed: int = 0,  # Seed
+) -> dict:  # Input -> tensor
     "Random inputs of a program."
     g = torch.Generator().manual_seed(seed)
+
     def example(name, spec):
-        kind,axes,high = _parse(name, spec); shape = [a if isinstance(a, int) else sizes[a[0]] for a in axes]
-        if kind == 'float32': return high*(.5+.5*torch.rand(shape, generator=g)) if high else torch.randn(shape, generator=g)
-        if kind == 'int64': return torch.randint(high, shape, generator=g)
-        if name != 'mask': return torch.rand(shape, generator=g) < .8
-        return length_mask(torch.randint(1, shape[1]+1, shape[:1], generator=g).index_fill(0, torch.tensor(0), shape[1]), shape[1])
-    return {k: example(k, s) for k,s in inputs.items()}
+        kind, axes, high = _parse(name, spec)
+        shape = [a if isinstance(a, int) else sizes[a[0]] for a in axes]
+        if kind == "float32":
+            return (
+                high * (0.5 + 0.5 * torch.rand(shape, generator=g))
+                if high
+                else torch.randn(shape, generator=g)
+            )
+        if kind == "int64":
+            return torch.randint(high, shape, generator=g)
+        if name != "mask":
+            return torch.rand(shape, generator=g) < 0.8
+        return length_mask(
+            torch.randint(1, shape[1] + 1, shape[:1], generator=g).index_fill(
+                0, torch.tensor(0), shape[1]
+            ),
+            shape[1],
+        )
+
+    return {k: example(k, s) for k, s in inputs.items()}
 
 # %% ../../nbs/lab/08_export.ipynb #f570a647
 @dataclass
 class Program:
     "Named arrays in, named arrays out."
-    call:object # From arrays in the order of `inputs` to arrays in the order of `outputs`
-    inputs:dict # Input -> type and axes
-    outputs:list # Names
-    def __call__(self, arrays): return dict(zip(self.outputs, self.call([np.asarray(arrays[k]) for k in self.inputs])))
+
+    call: object  # From arrays in the order of `inputs` to arrays in the order of `outputs`
+    inputs: dict  # Input -> type and axes
+    outputs: list  # Names
+
+    def __call__(self, arrays):
+        return dict(zip(self.outputs, self.call([np.asarray(arrays[k]) for k in self.inputs])))
 
 # %% ../../nbs/lab/08_export.ipynb #f37b3c8c
 def _named(out):
     "Outputs of a model by name."
-    if torch.is_tensor(out): return dict(output=out)
-    return dict(out) if isinstance(out, dict) else {f'output_{i}': v for i,v in enumerate(out)}
+    if torch.is_tensor(out):
+        return dict(output=out)
+    return dict(out) if isinstance(out, dict) else {f"output_{i}": v for i, v in enumerate(out)}
 
 # %% ../../nbs/lab/08_export.ipynb #12d7d74b
 class FlatModel(nn.Module):
     "One method of a model, from tensors to tensors."
-    def __init__(self,
-        model:nn.Module, # The model
-        method:str, # Its method
-        names:list, # Names of the inputs in their order
+
+    def __init__(
+        self,
+        model: nn.Module,  # The model
+        method: str,  # Its method
+        names: list,  # Names of the inputs in their order
     ):
         super().__init__()
-        self.model,self.method,self.names = model,method,list(names)
+        self.model, self.method, self.names = model, method, list(names)
         self.own = [n for n in names if n in inspect.signature(getattr(model, method)).parameters]
+
     def named(self, *tensors):
-        given = dict(zip(self.names, tensors)); rest = {k: given[k] for k in self.names if k not in self.own}
-        return _named(getattr(self.model, self.method)(**{k: given[k] for k in self.own}, **(dict(inputs=rest) if rest else {})))
-    def forward(self, *tensors): return tuple(self.named(*tensors).values())
+        given = dict(zip(self.names, tensors))
+        rest = {k: given[k] for k in self.names if k not in self.own}
+        return _named(
+            getattr(self.model, self.method)(
+                **{k: given[k] for k in self.own}, **(dict(inputs=rest) if rest else {})
+            )
+        )
+
+    def forward(self, *tensors):
+        return tuple(self.named(*tensors).values())
 
 # %% ../../nbs/lab/08_export.ipynb #df14eb93
 def _tensor_call(function):
     "Call a function of tensors with arrays."
+
     @torch.no_grad()
-    def call(arrays): return [v.numpy() for v in function(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))]
+    def call(arrays):
+        return [
+            v.numpy()
+            for v in function(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+        ]
+
     return call
+
 
 def _flat(model, method):
     "The flat model, its inputs, and the names of its outputs."
     inputs = program_inputs(model)[method]
     flat = FlatModel(model, method, inputs).eval()
-    with torch.no_grad(): return flat, inputs, list(flat.named(*example_inputs(inputs, _sizes(inputs)).values()))
+    with torch.no_grad():
+        return flat, inputs, list(flat.named(*example_inputs(inputs, _sizes(inputs)).values()))
+
 
 def _sizes(inputs, factor=1, batch=3):
     "Sizes to export with, or others: the batch is `batch`, every other axis has a size of its own."
-    rest = {a: least+factor*(6-2*i if i < 3 else 7+i) for i,(a,least) in enumerate((a,n) for a,n in _axes(inputs).items() if a != 'batch')}
+    rest = {
+        a: least + factor * (6 - 2 * i if i < 3 else 7 + i)
+        for i, (a, least) in enumerate((a, n) for a, n in _axes(inputs).items() if a != "batch")
+    }
     return dict(batch=batch) | rest
 
 # %% ../../nbs/lab/08_export.ipynb #a3a464d7
 def eager_programs(
-    model:nn.Module, # The model
-)->dict: # Method -> program
+    model: nn.Module,  # The model
+) -> dict:  # Method -> program
     "The model itself, called as its programs are."
     flats = {k: _flat(model, k) for k in program_inputs(model)}
-    return {k: Program(_tensor_call(flat), inputs, outputs) for k,(flat,inputs,outputs) in flats.items()}
+    return {
+        k: Program(_tensor_call(flat), inputs, outputs)
+        for k, (flat, inputs, outputs) in flats.items()
+    }
 
 # %% ../../nbs/lab/08_export.ipynb #d8522789
 @contextlib.contextmanager
 def _quiet():
     "No gradients, no remarks; recurrent layers keep a variable length."
-    from torch.export._patches import register_gru_while_loop_decomposition, register_lstm_while_loop_decomposition
-    noise = logging.root.manager.disable; logging.disable(logging.WARNING)
+    from torch.export._patches import (
+        register_gru_while_loop_decomposition,
+        register_lstm_while_loop_decomposition,
+    )
+
+    noise = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), register_lstm_while_loop_decomposition(), register_gru_while_loop_decomposition():
-            warnings.simplefilter('ignore'); yield
-    finally: logging.disable(noise)
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            register_lstm_while_loop_decomposition(),
+            register_gru_while_loop_decomposition(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(noise)
+
 
 def _graph(flat, inputs):
     "Exported graph with variable axes, without the places in the source."
-    dims = {a: torch.export.Dim(a, min=n) if n > 1 else torch.export.Dim(a) for a,n in _axes(inputs).items()}
-    shapes = tuple({i: dims[a[0]] for i,a in enumerate(_parse(k, s)[1]) if isinstance(a, tuple)} for k,s in inputs.items())
-    graph = torch.export.export(flat, tuple(example_inputs(inputs, _sizes(inputs)).values()), dynamic_shapes=(shapes,))
-    for node in graph.graph.nodes: node.meta.pop('stack_trace', None)
-    graph._guards_code = [g for g in graph._guards_code if '%' not in g] # whether sizes divide each other decided how views were followed; no operation depends on it
+    dims = {
+        a: torch.export.Dim(a, min=n) if n > 1 else torch.export.Dim(a)
+        for a, n in _axes(inputs).items()
+    }
+    shapes = tuple(
+        {i: dims[a[0]] for i, a in enumerate(_parse(k, s)[1]) if isinstance(a, tuple)}
+        for k, s in inputs.items()
+    )
+    graph = torch.export.export(
+        flat, tuple(example_inputs(inputs, _sizes(inputs)).values()), dynamic_shapes=(shapes,)
+    )
+    for node in graph.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    graph._guards_code = [
+        g for g in graph._guards_code if "%" not in g
+    ]  # whether sizes divide each other decided how views were followed; no operation depends on it
     return graph
 
 # %% ../../nbs/lab/08_export.ipynb #b008b141
-SUFFIXES = dict(exported='.pt2', onnx='.onnx', int8='.int8.onnx', torchscript='.ts')
+SUFFIXES = dict(exported=".pt2", onnx=".onnx", int8=".int8.onnx", torchscript=".ts")
 
 # %% ../../nbs/lab/08_export.ipynb #a18c8ad7
 def _exported(graph):
-    file = io.BytesIO(); torch.export.save(graph, file)
+    file = io.BytesIO()
+    torch.export.save(graph, file)
     return file.getvalue()
 
+
 def _torchscript(flat, inputs):
-    file,clean = io.BytesIO(),io.BytesIO()
-    torch.jit.save(torch.jit.trace(flat, tuple(example_inputs(inputs, _sizes(inputs)).values()), check_trace=False), file)
-    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(clean, 'w') as z:
+    file, clean = io.BytesIO(), io.BytesIO()
+    torch.jit.save(
+        torch.jit.trace(
+            flat, tuple(example_inputs(inputs, _sizes(inputs)).values()), check_trace=False
+        ),
+        file,
+    )
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(clean, "w") as z:
         for f in whole.infolist():
-            if not f.filename.endswith('.debug_pkl'): z.writestr(f.filename, whole.read(f)) # places in the source
+            if not f.filename.endswith(".debug_pkl"):
+                z.writestr(f.filename, whole.read(f))  # places in the source
     return clean.getvalue()
+
 
 def _onnx(graph, inputs, outputs):
     file = io.BytesIO()
-    torch.onnx.export(graph, (), dynamo=True, input_names=list(inputs), output_names=outputs, verbose=False).save(file)
+    torch.onnx.export(
+        graph, (), dynamo=True, input_names=list(inputs), output_names=outputs, verbose=False
+    ).save(file)
     return _name_axes(file.getvalue(), inputs)
 
 # %% ../../nbs/lab/08_export.ipynb #99627fc2
 def _name_axes(data, inputs):
     "Give the variable axes of an ONNX graph the names of `inputs`, and leave notes of the exporter out."
     import onnx
-    model = onnx.load_from_string(data); graph = model.graph
-    names = {d.dim_param: a[0] for v in graph.input for d,a in zip(v.type.tensor_type.shape.dim, _parse(v.name, inputs[v.name])[1]) if d.dim_param}
+
+    model = onnx.load_from_string(data)
+    graph = model.graph
+    names = {
+        d.dim_param: a[0]
+        for v in graph.input
+        for d, a in zip(v.type.tensor_type.shape.dim, _parse(v.name, inputs[v.name])[1])
+        if d.dim_param
+    }
     for v in (*graph.input, *graph.output):
         for d in v.type.tensor_type.shape.dim:
-            if d.dim_param in names: d.dim_param = names[d.dim_param]
-    for node in graph.node: del node.metadata_props[:]
+            if d.dim_param in names:
+                d.dim_param = names[d.dim_param]
+    for node in graph.node:
+        del node.metadata_props[:]
     del graph.value_info[:]
     return model.SerializeToString()
 
 # %% ../../nbs/lab/08_export.ipynb #fddb8825
 def _own_weights(model):
     "Give each `Gemm` node its own copy of a shared weight."
-    weights,seen = {w.name: w for w in model.graph.initializer},set()
+    weights, seen = {w.name: w for w in model.graph.initializer}, set()
     for node in model.graph.node:
-        for i,k in enumerate(node.input):
-            if node.op_type != 'Gemm' or k not in weights: continue
-            if k in seen: copy = model.graph.initializer.add(); copy.CopyFrom(weights[k]); copy.name = node.input[i] = f'{k}_{node.name}'
+        for i, k in enumerate(node.input):
+            if node.op_type != "Gemm" or k not in weights:
+                continue
+            if k in seen:
+                copy = model.graph.initializer.add()
+                copy.CopyFrom(weights[k])
+                copy.name = node.input[i] = f"{k}_{node.name}"
             seen.add(k)
     return model
+
 
 def _int8(data):
     "Dynamic int8 version of an ONNX program; weights of 7 bits, because x86 processors without VNNI overflow in sums of products of 8 bits."
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
+
     with tempfile.TemporaryDirectory() as folder:
-        quantize_dynamic(_own_weights(onnx.load_from_string(data)), Path(folder)/'int8.onnx', weight_type=QuantType.QInt8, reduce_range=True)
-        return (Path(folder)/'int8.onnx').read_bytes()
+        quantize_dynamic(
+            _own_weights(onnx.load_from_string(data)),
+            Path(folder) / "int8.onnx",
+            weight_type=QuantType.QInt8,
+            reduce_range=True,
+        )
+        return (Path(folder) / "int8.onnx").read_bytes()
 
 # %% ../../nbs/lab/08_export.ipynb #b7f1798e
-FORMATS = 'exported','onnx','torchscript'
+FORMATS = "exported", "onnx", "torchscript"
 
 # %% ../../nbs/lab/08_export.ipynb #5d9f6faf
 def _check_packages(*packages):
     for p in packages:
-        if not importlib.util.find_spec(p): raise InputError('--format', 'onnx', f"the packages {', '.join(packages)}", f'no {p}', "pip install 'gcode_ml[export]'")
+        if not importlib.util.find_spec(p):
+            raise InputError(
+                "--format",
+                "onnx",
+                f"the packages {', '.join(packages)}",
+                f"no {p}",
+                "pip install 'gcode_ml[export]'",
+            )
+
 
 def _make(flat, inputs, outputs, formats):
     "Bytes of each format; graphs are made once."
     made = {}
     with _quiet():
-        graph = _graph(flat, inputs) if {'exported','onnx'} & set(formats) else None
-        if 'exported' in formats: made['exported'] = _exported(graph)
-        if 'onnx' in formats: made['onnx'] = _onnx(graph, inputs, outputs); made['int8'] = _int8(made['onnx'])
-        if 'torchscript' in formats: made['torchscript'] = _torchscript(flat, inputs)
+        graph = _graph(flat, inputs) if {"exported", "onnx"} & set(formats) else None
+        if "exported" in formats:
+            made["exported"] = _exported(graph)
+        if "onnx" in formats:
+            made["onnx"] = _onnx(graph, inputs, outputs)
+            made["int8"] = _int8(made["onnx"])
+        if "torchscript" in formats:
+            made["torchscript"] = _torchscript(flat, inputs)
     return made
 
 # %% ../../nbs/lab/08_export.ipynb #8fff71b8
 def make_programs(
-    model:nn.Module, # The model
-    method:str='forward', # Which of its `program_inputs`
-    format:str='all', # `exported`, `onnx`, `torchscript`, or `all`
-)->dict: # Format -> bytes of the file; `onnx` gives `int8` too
+    model: nn.Module,  # The model
+    method: str = "forward",  # Which of its `program_inputs`
+    format: str = "all",  # `exported`, `onnx`, `torchscript`, or `all`
+) -> dict:  # Format -> bytes of the file; `onnx` gives `int8` too
     "Make the programs of a method."
-    formats = FORMATS if check_choice('export', '--format', format, (*FORMATS,'all')) == 'all' else (format,)
-    if 'onnx' in formats: _check_packages('onnx', 'onnxscript', 'onnxruntime')
-    try: return _make(*_flat(model, method), formats)
-    except Exception as e: raise RuntimeError(f"{type(model).__name__}.{method} cannot be exported as {', '.join(formats)}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+    formats = (
+        FORMATS
+        if check_choice("export", "--format", format, (*FORMATS, "all")) == "all"
+        else (format,)
+    )
+    if "onnx" in formats:
+        _check_packages("onnx", "onnxscript", "onnxruntime")
+    try:
+        return _make(*_flat(model, method), formats)
+    except Exception as e:
+        raise RuntimeError(
+            f"{type(model).__name__}.{method} cannot be exported as {', '.join(formats)}: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        ) from e
 
 # %% ../../nbs/lab/08_export.ipynb #d1a90d8c
 def read_program(
-    data:bytes, # Content of the file
-    format:str, # `exported`, `onnx`, `int8` or `torchscript`
-    inputs:dict, # Input -> type and axes
-    outputs:list, # Names of the outputs
-    trusted:bool=False, # The file is known to be one's own
-)->Program: # Ready to be called
+    data: bytes,  # Content of the file
+    format: str,  # `exported`, `onnx`, `int8` or `torchscript`
+    inputs: dict,  # Input -> type and axes
+    outputs: list,  # Names of the outputs
+    trusted: bool = False,  # The file is known to be one's own
+) -> Program:  # Ready to be called
     "Read a program; formats that can run a stranger's code only if `trusted`."
-    check_choice('program', 'format', format, SUFFIXES)
-    if format in ('exported','torchscript') and not trusted: raise InputError('program', 'format', 'onnx or int8, which run no code on loading', format, 'trust it explicitly if you made it yourself, or export it again from the weights')
-    if format == 'exported': return Program(_tensor_call(torch.export.load(io.BytesIO(data)).module()), inputs, outputs)
-    if format == 'torchscript':
-        with warnings.catch_warnings(): warnings.simplefilter('ignore', DeprecationWarning); return Program(_tensor_call(torch.jit.load(io.BytesIO(data), map_location='cpu')), inputs, outputs)
-    _check_packages('onnxruntime')
+    check_choice("program", "format", format, SUFFIXES)
+    if format in ("exported", "torchscript") and not trusted:
+        raise InputError(
+            "program",
+            "format",
+            "onnx or int8, which run no code on loading",
+            format,
+            "trust it explicitly if you made it yourself, or export it again from the weights",
+        )
+    if format == "exported":
+        return Program(_tensor_call(torch.export.load(io.BytesIO(data)).module()), inputs, outputs)
+    if format == "torchscript":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return Program(
+                _tensor_call(torch.jit.load(io.BytesIO(data), map_location="cpu")), inputs, outputs
+            )
+    _check_packages("onnxruntime")
     import onnxruntime
-    options = onnxruntime.SessionOptions(); options.log_severity_level = 3; options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return Program(lambda arrays: session.run(outputs, dict(zip(inputs, arrays))), inputs, outputs)
 
 # %% ../../nbs/lab/08_export.ipynb #4a435365
 def compare_program(
-    eager:Program, # The model
-    program:Program, # The program
-    int8:bool=False, # Compare as quantised
-)->dict: # Tolerance, whether it holds, and a row for each output at each of the sizes
+    eager: Program,  # The model
+    program: Program,  # The program
+    int8: bool = False,  # Compare as quantised
+) -> dict:  # Tolerance, whether it holds, and a row for each output at each of the sizes
     "Largest differences between a program and its model at sizes it was not exported with."
     rows = []
     for sizes in (_sizes(eager.inputs, 2, 5), _sizes(eager.inputs, 3, 1)):
-        arrays = {k: v.numpy() for k,v in example_inputs(eager.inputs, sizes, seed=1).items()}
-        try: wanted,found = eager(arrays),program(arrays); rows += [dict(output=k, **sizes, **_difference(wanted[k], found[k], int8)) for k in wanted]
-        except Exception as e: rows.append(dict(output=', '.join(eager.outputs), **sizes, within=False, fault=' '.join(str(e).split())[:200]))
-    return dict(tolerance=.1 if int8 else 1e-4, within=all(r['within'] for r in rows), compared=rows)
+        arrays = {k: v.numpy() for k, v in example_inputs(eager.inputs, sizes, seed=1).items()}
+        try:
+            wanted, found = eager(arrays), program(arrays)
+            rows += [
+                dict(output=k, **sizes, **_difference(wanted[k], found[k], int8)) for k in wanted
+            ]
+        except Exception as e:
+            rows.append(
+                dict(
+                    output=", ".join(eager.outputs),
+                    **sizes,
+                    within=False,
+                    fault=" ".join(str(e).split())[:200],
+                )
+            )
+    return dict(
+        tolerance=0.1 if int8 else 1e-4, within=all(r["within"] for r in rows), compared=rows
+    )
+
 
 def _difference(wanted, found, int8):
-    if wanted.shape != found.shape: return dict(within=False, fault=f'shape {found.shape} instead of {wanted.shape}')
-    if wanted.dtype.kind != 'f': other = float((wanted != found).mean()); return dict(differ=other, within=int8 or other == 0)
-    difference,largest = float(np.abs(wanted-found).max(initial=0)),float(np.abs(wanted).max(initial=0))
-    if not np.isfinite(difference): return dict(within=False, fault='values that are not finite')
-    return dict(difference=difference, largest=largest, within=difference <= (.1*largest if int8 else 1e-4*max(1, largest)))
+    if wanted.shape != found.shape:
+        return dict(within=False, fault=f"shape {found.shape} instead of {wanted.shape}")
+    if wanted.dtype.kind != "f":
+        other = float((wanted != found).mean())
+        return dict(differ=other, within=int8 or other == 0)
+    difference, largest = (
+        float(np.abs(wanted - found).max(initial=0)),
+        float(np.abs(wanted).max(initial=0)),
+    )
+    if not np.isfinite(difference):
+        return dict(within=False, fault="values that are not finite")
+    return dict(
+        difference=difference,
+        largest=largest,
+        within=difference <= (0.1 * largest if int8 else 1e-4 * max(1, largest)),
+    )
 
 # %% ../../nbs/lab/08_export.ipynb #de13df91
 def export_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    format:str='all', # `exported`, `onnx`, `torchscript`, or `all`
-    folder=None, # Where the programs go; `programs` in the bundle by default
-)->dict: # File -> format, program, inputs, outputs, and what the comparison gave
+    bundle,  # From `lab.bundle.load_bundle`
+    format: str = "all",  # `exported`, `onnx`, `torchscript`, or `all`
+    folder=None,  # Where the programs go; `programs` in the bundle by default
+) -> dict:  # File -> format, program, inputs, outputs, and what the comparison gave
     "Make programs, compare them, write them; the findings go into the facts of the bundle."
-    folder,found = Path(folder or bundle.folder/'programs'),{}
-    for method,eager in eager_programs(bundle.model).items():
-        for kind,data in make_programs(bundle.model, method, format).items():
-            file = folder/f'{method}{SUFFIXES[kind]}'
-            program = read_program(data, kind, eager.inputs, eager.outputs, trusted=True) # made a moment ago
-            found[file.name] = dict(format=kind, program=method, inputs=eager.inputs, outputs=eager.outputs, bytes=len(data), **compare_program(eager, program, kind == 'int8'))
-            if kind != 'int8' and not found[file.name]['within']: raise RuntimeError(f'{file.name} differs from the model: {_worst(found[file.name])}; it is not written')
-            with atomic_path(file) as f: f.write_bytes(data)
-            found[file.name]['checksum'] = checksum([file])
+    folder, found = Path(folder or bundle.folder / "programs"), {}
+    for method, eager in eager_programs(bundle.model).items():
+        for kind, data in make_programs(bundle.model, method, format).items():
+            file = folder / f"{method}{SUFFIXES[kind]}"
+            program = read_program(
+                data, kind, eager.inputs, eager.outputs, trusted=True
+            )  # made a moment ago
+            found[file.name] = dict(
+                format=kind,
+                program=method,
+                inputs=eager.inputs,
+                outputs=eager.outputs,
+                bytes=len(data),
+                **compare_program(eager, program, kind == "int8"),
+            )
+            if kind != "int8" and not found[file.name]["within"]:
+                raise RuntimeError(
+                    f"{file.name} differs from the model: {_worst(found[file.name])}; it is not written"
+                )
+            with atomic_path(file) as f:
+                f.write_bytes(data)
+            found[file.name]["checksum"] = checksum([file])
     _note(bundle, folder, found)
     return found
 
 # %% ../../nbs/lab/08_export.ipynb #220512c8
 def _worst(about):
     "What to say about a comparison."
-    bad = [r for r in about['compared'] if not r['within']] or about['compared']
-    row = max(bad, key=lambda r: r.get('difference', r.get('differ', 0)))
-    return row.get('fault') or f"{row['output']} by {row.get('difference', row.get('differ')):.1e}"
+    bad = [r for r in about["compared"] if not r["within"]] or about["compared"]
+    row = max(bad, key=lambda r: r.get("difference", r.get("differ", 0)))
+    return row.get("fault") or f"{row['output']} by {row.get('difference', row.get('differ')):.1e}"
+
 
 def _note(bundle, folder, found):
     "Write what was found beside the programs and into the bundle's description and card."
-    listing = folder/'programs.json'
+    listing = folder / "programs.json"
     write_json(listing, (read_json(listing) if listing.exists() else {}) | found)
-    about = read_json(bundle.folder/'bundle.json')
-    bundle.facts = about['facts'] = about['facts'] | dict(programs=about['facts'].get('programs', {}) | found)
-    write_json(bundle.folder/'bundle.json', about)
-    with atomic_path(bundle.folder/'README.md') as f: f.write_text(model_card(type(bundle.model), bundle.model, bundle.facts), encoding='utf-8')
+    about = read_json(bundle.folder / "bundle.json")
+    bundle.facts = about["facts"] = about["facts"] | dict(
+        programs=about["facts"].get("programs", {}) | found
+    )
+    write_json(bundle.folder / "bundle.json", about)
+    with atomic_path(bundle.folder / "README.md") as f:
+        f.write_text(model_card(type(bundle.model), bundle.model, bundle.facts), encoding="utf-8")
 
 # %% ../../nbs/lab/08_export.ipynb #77e443f7
 def program_table(
-    found:dict, # From `export_bundle`
-): # DataFrame, one row a program
+    found: dict,  # From `export_bundle`
+):  # DataFrame, one row a program
     "How large the programs are, and how far they are from the model."
     import pandas as pd
-    def worst(about, key): return max((r[key] for r in about['compared'] if key in r), default=None)
-    return pd.DataFrame([dict(program=k, kilobytes=round(v['bytes']/1024), difference=worst(v, 'difference'), integers_that_differ=worst(v, 'differ'), tolerance=v['tolerance'], within=v['within']) for k,v in found.items()])
+
+    def worst(about, key):
+        return max((r[key] for r in about["compared"] if key in r), default=None)
+
+    return pd.DataFrame(
+        [
+            dict(
+                program=k,
+                kilobytes=round(v["bytes"] / 1024),
+                difference=worst(v, "difference"),
+                integers_that_differ=worst(v, "differ"),
+                tolerance=v["tolerance"],
+                within=v["within"],
+            )
+            for k, v in found.items()
+        ]
+    )
 
 # %% ../../nbs/lab/08_export.ipynb #8f5d6792
 def run_programs(
-    programs:dict, # Method -> program, in their order
-    arrays:dict, # Input -> array
-    longest:int=256, # Most columns of what grows
-)->dict: # Output -> array
+    programs: dict,  # Method -> program, in their order
+    arrays: dict,  # Input -> array
+    longest: int = 256,  # Most columns of what grows
+) -> dict:  # Output -> array
     "Carry out a chain of programs."
     given = dict(arrays)
     for p in programs.values():
-        growing = [k for k in p.inputs if f'next_{k}' in p.outputs]
+        growing = [k for k in p.inputs if f"next_{k}" in p.outputs]
         given |= {growing[0]: _grow(p, given, growing[0], longest)} if growing else p(given)
-    return {k: v for k,v in given.items() if k not in arrays}
+    return {k: v for k, v in given.items() if k not in arrays}
+
 
 def _grow(program, given, name, longest):
     "Columns that a program writes one after the other."
     grown = np.zeros((len(next(iter(given.values()))), 1), np.int64)
-    while grown.shape[1] <= longest and (grown.shape[1] == 1 or grown[:,-1].any()):
-        grown = np.concatenate([grown, program(given | {name: grown})[f'next_{name}'][:,None]], 1)
-    return grown[:,1:]
+    while grown.shape[1] <= longest and (grown.shape[1] == 1 or grown[:, -1].any()):
+        grown = np.concatenate([grown, program(given | {name: grown})[f"next_{name}"][:, None]], 1)
+    return grown[:, 1:]
 
 # %% ../../nbs/lab/08_export.ipynb #a563b447
 def check_inputs(
-    inputs:dict, # Input -> type and axes, of all programs
-    arrays:dict, # What a file holds
-    file='arrays', # Its name
-)->dict: # Input -> array of the right type
+    inputs: dict,  # Input -> type and axes, of all programs
+    arrays: dict,  # What a file holds
+    file="arrays",  # Its name
+) -> dict:  # Input -> array of the right type
     "Arrays that programs can take."
-    sizes,checked = {},{}
-    for name,spec in sorted(inputs.items(), key=lambda i: i[1].startswith('bool')):
-        kind,axes,high = _parse(name, spec)
-        if name not in arrays and kind == 'bool' and all(isinstance(a, int) or a[0] in sizes for a in axes): checked[name] = np.ones([a if isinstance(a, int) else sizes[a[0]] for a in axes], bool); continue
-        if name not in arrays: raise InputError(file, f'array {name}', spec, ', '.join(arrays) or 'nothing')
+    sizes, checked = {}, {}
+    for name, spec in sorted(inputs.items(), key=lambda i: i[1].startswith("bool")):
+        kind, axes, high = _parse(name, spec)
+        if (
+            name not in arrays
+            and kind == "bool"
+            and all(isinstance(a, int) or a[0] in sizes for a in axes)
+        ):
+            checked[name] = np.ones([a if isinstance(a, int) else sizes[a[0]] for a in axes], bool)
+            continue
+        if name not in arrays:
+            raise InputError(file, f"array {name}", spec, ", ".join(arrays) or "nothing")
         a = arrays[name]
-        fits = a.ndim == len(axes) and all(n == (w if isinstance(w, int) else sizes.setdefault(w[0], n)) and n >= (0 if isinstance(w, int) else w[1]) for n,w in zip(a.shape, axes))
-        if not fits or a.dtype.kind not in dict(float32='fiu', int64='iu', bool='b')[kind]: raise InputError(file, f'array {name}', spec, f"{a.dtype}[{','.join(map(str, a.shape))}]")
-        if kind == 'float32' and not np.isfinite(a).all(): raise InputError(file, f'array {name}', 'finite numbers', 'others')
-        if kind == 'int64' and a.size and not 0 <= a.min() <= a.max() < high: raise InputError(file, f'array {name}', f'0 to {high-1}', f'{a.min()} to {a.max()}')
+        fits = a.ndim == len(axes) and all(
+            n == (w if isinstance(w, int) else sizes.setdefault(w[0], n))
+            and n >= (0 if isinstance(w, int) else w[1])
+            for n, w in zip(a.shape, axes)
+        )
+        if not fits or a.dtype.kind not in dict(float32="fiu", int64="iu", bool="b")[kind]:
+            raise InputError(
+                file, f"array {name}", spec, f"{a.dtype}[{','.join(map(str, a.shape))}]"
+            )
+        if kind == "float32" and not np.isfinite(a).all():
+            raise InputError(file, f"array {name}", "finite numbers", "others")
+        if kind == "int64" and a.size and not 0 <= a.min() <= a.max() < high:
+            raise InputError(file, f"array {name}", f"0 to {high - 1}", f"{a.min()} to {a.max()}")
         checked[name] = a.astype(kind)
     return checked
 
 # %% ../../nbs/lab/08_export.ipynb #348d79a9
 def bundle_programs(
-    bundle, # From `lab.bundle.load_bundle`
-    format:str='', # The model itself, or one of the formats that were exported
-    trusted:bool=False, # The bundle is one's own
-)->dict: # Method -> program
+    bundle,  # From `lab.bundle.load_bundle`
+    format: str = "",  # The model itself, or one of the formats that were exported
+    trusted: bool = False,  # The bundle is one's own
+) -> dict:  # Method -> program
     "The programs of a bundle; the model itself unless a format is asked for."
-    if not format: return eager_programs(bundle.model)
+    if not format:
+        return eager_programs(bundle.model)
     programs = {}
-    for method,inputs in program_inputs(bundle.model).items():
-        name = f'{method}{SUFFIXES[check_choice("program", "format", format, SUFFIXES)]}'; file = bundle.folder/'programs'/name
-        about = bundle.facts.get('programs', {}).get(name)
-        if not about or not file.is_file(): raise InputError(bundle.folder, 'programs', name, 'no such program', 'make it with `gcode_ml export`')
-        if checksum([file]) != about.get('checksum'): raise InputError(file, 'content', 'what was exported', 'something else', 'export it again')
-        programs[method] = read_program(file.read_bytes(), format, inputs, about['outputs'], trusted)
+    for method, inputs in program_inputs(bundle.model).items():
+        name = f"{method}{SUFFIXES[check_choice('program', 'format', format, SUFFIXES)]}"
+        file = bundle.folder / "programs" / name
+        about = bundle.facts.get("programs", {}).get(name)
+        if not about or not file.is_file():
+            raise InputError(
+                bundle.folder, "programs", name, "no such program", "make it with `gcode_ml export`"
+            )
+        if checksum([file]) != about.get("checksum"):
+            raise InputError(
+                file, "content", "what was exported", "something else", "export it again"
+            )
+        programs[method] = read_program(
+            file.read_bytes(), format, inputs, about["outputs"], trusted
+        )
     return programs
 
 # %% ../../nbs/lab/08_export.ipynb #adc1efec
 def answer_table(
-    bundle, # From `lab.bundle.load_bundle`
-    outputs:dict, # From `run_programs`
-): # DataFrame, one row an item
+    bundle,  # From `lab.bundle.load_bundle`
+    outputs: dict,  # From `run_programs`
+):  # DataFrame, one row an item
     "Outputs as a table."
     import pandas as pd
-    columns,state = {},bundle.preprocessing
-    for k,v in outputs.items():
-        names = state.get(f'{k}s', state.get('classes'))
-        if v.ndim == 1: columns[k] = v
-        elif v.ndim == 2 and v.dtype.kind == 'i': columns['text' if 'tokenizer' in state else k] = _texts(bundle, v)
-        elif v.ndim == 2 and names and len(names) == v.shape[1]: columns[k],columns[f'{k}_value'] = np.array(names)[v.argmax(1)],v.max(1)
-        elif v.ndim == 2: columns |= {f'{k}_{i}': c for i,c in enumerate(v.T)}
+
+    columns, state = {}, bundle.preprocessing
+    for k, v in outputs.items():
+        names = state.get(f"{k}s", state.get("classes"))
+        if v.ndim == 1:
+            columns[k] = v
+        elif v.ndim == 2 and v.dtype.kind == "i":
+            columns["text" if "tokenizer" in state else k] = _texts(bundle, v)
+        elif v.ndim == 2 and names and len(names) == v.shape[1]:
+            columns[k], columns[f"{k}_value"] = np.array(names)[v.argmax(1)], v.max(1)
+        elif v.ndim == 2:
+            columns |= {f"{k}_{i}": c for i, c in enumerate(v.T)}
     return pd.DataFrame(columns)
+
 
 def _texts(bundle, ids):
     "Text of token ids, or the ids as text."
-    if 'tokenizer' not in bundle.preprocessing: return [' '.join(map(str, row)) for row in ids]
+    if "tokenizer" not in bundle.preprocessing:
+        return [" ".join(map(str, row)) for row in ids]
     page = importlib.import_module(f"{type(bundle.model).__module__.rpartition('.')[0]}.tokens")
-    return page.tokenizer_from_json(bundle.preprocessing['tokenizer']).decode_batch(ids)
+    return page.tokenizer_from_json(bundle.preprocessing["tokenizer"]).decode_batch(ids)
 
 # %% ../../nbs/lab/08_export.ipynb #65567c95
 def predict_arrays(
-    bundle, # From `lab.bundle.load_bundle`
-    file, # `.npz` with the inputs by name
-    format:str='', # The model itself, or one of the formats that were exported
-    trusted:bool=False, # The bundle is one's own
-    batch_size:int=128, # Items at a time
-): # DataFrame, one row an item
+    bundle,  # From `lab.bundle.load_bundle`
+    file,  # `.npz` with the inputs by name
+    format: str = "",  # The model itself, or one of the formats that were exported
+    trusted: bool = False,  # The bundle is one's own
+    batch_size: int = 128,  # Items at a time
+):  # DataFrame, one row an item
     "Answers for prepared arrays; needs PyTorch, or ONNX Runtime, but no recipe of a domain."
     programs = bundle_programs(bundle, format, trusted)
-    made = {k for p in programs.values() for o in p.outputs for k in (o, o.removeprefix('next_'))}
-    wanted = {k: s for p in programs.values() for k,s in p.inputs.items() if k not in made}
+    made = {k for p in programs.values() for o in p.outputs for k in (o, o.removeprefix("next_"))}
+    wanted = {k: s for p in programs.values() for k, s in p.inputs.items() if k not in made}
     arrays = check_inputs(wanted, read_arrays(file), file)
-    longest,parts = int(bundle.preprocessing.get('length', 256)),[]
-    for i in range(0, len(next(iter(arrays.values()))), batch_size): parts.append(run_programs(programs, {k: v[i:i+batch_size] for k,v in arrays.items()}, longest))
-    return answer_table(bundle, {k: _stack([p[k] for p in parts]) for k in parts[0] if parts[0][k].ndim < 3})
+    longest, parts = int(bundle.preprocessing.get("length", 256)), []
+    for i in range(0, len(next(iter(arrays.values()))), batch_size):
+        parts.append(
+            run_programs(programs, {k: v[i : i + batch_size] for k, v in arrays.items()}, longest)
+        )
+    return answer_table(
+        bundle, {k: _stack([p[k] for p in parts]) for k in parts[0] if parts[0][k].ndim < 3}
+    )
+
 
 def _stack(parts):
     "One array of several; shorter rows of tokens are filled up with zeros."
     width = max(p.shape[-1] for p in parts)
-    return np.concatenate([np.pad(p, ((0,0), (0,width-p.shape[1]))) if p.ndim == 2 else p for p in parts])
+    return np.concatenate(
+        [np.pad(p, ((0, 0), (0, width - p.shape[1]))) if p.ndim == 2 else p for p in parts]
+    )

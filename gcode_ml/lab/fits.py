@@ -9,6 +9,7 @@ __all__ = ['fit_callbacks', 'fit_recipe']
 
 # %% ../../nbs/lab/11_fits.ipynb #7c1343fa
 import json
+
 from ..core.callbacks import History, load_checkpoint
 from ..core.errors import InputError
 from ..core.training import fit
@@ -18,40 +19,87 @@ from .tracking import Tracking
 
 # %% ../../nbs/lab/11_fits.ipynb #09ccc62c
 def fit_callbacks(
-    run:Run, # The run
-    name:str='fit', # Name of the fit: its rows in `history.csv`, its snapshot
-    part:int=0, # Which part of the run this fit is
-    parts:int=1, # How many parts the run has
-)->list: # Callbacks for the recipe
+    run: Run,  # The run
+    name: str = "fit",  # Name of the fit: its rows in `history.csv`, its snapshot
+    part: int = 0,  # Which part of the run this fit is
+    parts: int = 1,  # How many parts the run has
+) -> list:  # Callbacks for the recipe
     "History, snapshot, progress, and what the run's tracker is told."
-    return [History(run.path('history.csv'), name), Snapshot(run.path('snapshot', f'{name}.safetensors')), RunProgress(run, name, part, parts),
-            Tracking(run.tracker, gradients_every=100, fit=name)]
+    return [
+        History(run.path("history.csv"), name),
+        Snapshot(run.path("snapshot", f"{name}.safetensors")),
+        RunProgress(run, name, part, parts),
+        Tracking(run.tracker, gradients_every=100, fit=name),
+    ]
 
 # %% ../../nbs/lab/11_fits.ipynb #4d15056d
-_alone = 'averaging','adversarial','compile_model','gradient_checkpointing','save_best','restore_best','checkpoint_every','text_log','train_metrics','unique_tokens','scheduled_sampling'
+_alone = (
+    "averaging",
+    "adversarial",
+    "compile_model",
+    "gradient_checkpointing",
+    "save_best",
+    "restore_best",
+    "checkpoint_every",
+    "text_log",
+    "train_metrics",
+    "unique_tokens",
+    "scheduled_sampling",
+)
+
 
 def _shared_arguments(learn, arguments):
     "Arguments of the recipe in each of the processes."
     options = learn.options
-    if found := options.changed(*_alone): raise InputError('parameter', found[0], 'its default with several processes', repr(options.values[found[0]]), 'set processes=1')
-    if options.batch_size % options.processes: raise InputError('parameter', 'batch_size', f'a multiple of processes ({options.processes})', str(options.batch_size))
-    try: json.dumps(arguments)
-    except TypeError as e: raise InputError('fit_recipe', 'arguments', 'what JSON can hold', str(e)) from None
-    return {**arguments, 'batch_size': options.batch_size//options.processes, 'processes': 1}
+    if found := options.changed(*_alone):
+        raise InputError(
+            "parameter",
+            found[0],
+            "its default with several processes",
+            repr(options.values[found[0]]),
+            "set processes=1",
+        )
+    if options.batch_size % options.processes:
+        raise InputError(
+            "parameter",
+            "batch_size",
+            f"a multiple of processes ({options.processes})",
+            str(options.batch_size),
+        )
+    try:
+        json.dumps(arguments)
+    except TypeError as e:
+        raise InputError("fit_recipe", "arguments", "what JSON can hold", str(e)) from None
+    return {**arguments, "batch_size": options.batch_size // options.processes, "processes": 1}
 
 # %% ../../nbs/lab/11_fits.ipynb #a95edafe
 def fit_recipe(
-    learn, # Learner of the recipe, with the options of the fit
-    recipe:str, # Dotted name of the recipe
-    arguments:dict, # What it was called with but for callbacks, as JSON can hold it
-    run:Run, # The run
-    name:str='fit', # Name of the fit
-    part:int=0, parts:int=1, # Which part of the run it is
+    learn,  # Learner of the recipe, with the options of the fit
+    recipe: str,  # Dotted name of the recipe
+    arguments: dict,  # What it was called with but for callbacks, as JSON can hold it
+    run: Run,  # The run
+    name: str = "fit",  # Name of the fit
+    part: int = 0,
+    parts: int = 1,  # Which part of the run it is
 ):
     "Fit a learner as its options say, in this process or, with `processes`, in several; its model has the weights afterwards."
     with learn.no_bar(), learn.no_logging():
-        if learn.options.processes == 1: return fit(learn)
+        if learn.options.processes == 1:
+            return fit(learn)
     shared = _shared_arguments(learn, arguments)
-    from gcode_ml.lab.distributed import fit_processes # needs the package accelerate
-    run.close_tracker() # the first process tells it
-    load_checkpoint(learn.model, fit_processes(recipe, shared, learn.options.max_epochs, run.folder, name, learn.options.processes, part=part, parts=parts))
+    from gcode_ml.lab.distributed import fit_processes  # needs the package accelerate
+
+    run.close_tracker()  # the first process tells it
+    load_checkpoint(
+        learn.model,
+        fit_processes(
+            recipe,
+            shared,
+            learn.options.max_epochs,
+            run.folder,
+            name,
+            learn.options.processes,
+            part=part,
+            parts=parts,
+        ),
+    )

@@ -9,170 +9,301 @@ __all__ = ['papers_folder', 'paper_names', 'result_part', 'collect', 'Results', 
            'altered_results', 'say', 'pipe_table', 'paper_markdown', 'render_paper']
 
 # %% ../../nbs/lab/16_papers.ipynb #864a20e1
-import json, re
+import re
 from pathlib import Path
-import pandas as pd, yaml
+
+import pandas as pd
+import yaml
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 from ..core.files import atomic_path, checksum, read_json, write_json
 from .settings import settings, workspace_root
 
 # %% ../../nbs/lab/16_papers.ipynb #430781f3
-def papers_folder()->Path: # Folder of all papers
+def papers_folder() -> Path:  # Folder of all papers
     "Where papers are, as `settings.ini` tells."
     root = workspace_root()
-    return (root/settings(root)['workspace'].get('papers', 'papers')).resolve()
+    return (root / settings(root)["workspace"].get("papers", "papers")).resolve()
 
-def paper_names()->list: # Sorted
+
+def paper_names() -> list:  # Sorted
     "Papers that there are."
-    return sorted(p.parent.name for p in papers_folder().glob('*/paper.ipynb'))
+    return sorted(p.parent.name for p in papers_folder().glob("*/paper.ipynb"))
 
 # %% ../../nbs/lab/16_papers.ipynb #0752f8ac
 def _at(result, key):
     "What a result holds under a dotted key."
-    for k in key.split('.'):
-        if not isinstance(result, dict) or k not in result: raise KeyError(key)
+    for k in key.split("."):
+        if not isinstance(result, dict) or k not in result:
+            raise KeyError(key)
         result = result[k]
     return result
 
 # %% ../../nbs/lab/16_papers.ipynb #d5099a91
 def result_part(
-    result:dict, # A `result.json`, or another JSON file with measured results
-    source:dict, # `table`: a key of it; or `facts`: keys of single values
-    name='', # What the result is of, for a message
-)->pd.DataFrame: # The table, or one row a fact with columns `fact` and `value`
+    result: dict,  # A `result.json`, or another JSON file with measured results
+    source: dict,  # `table`: a key of it; or `facts`: keys of single values
+    name="",  # What the result is of, for a message
+) -> pd.DataFrame:  # The table, or one row a fact with columns `fact` and `value`
     "A table out of a result."
     try:
-        if 'facts' in source: return pd.DataFrame([dict(fact=k, value=_at(result, k)) for k in source['facts']])
-        found = _at(result, source['table'])
-    except KeyError as e: raise InputError(name, 'result', 'what the paper asks for', f'no {e.args[0]}') from None
-    if isinstance(found, list): return pd.json_normalize(found)
-    return pd.json_normalize([dict(name=k, **(v if isinstance(v, dict) else dict(value=v))) for k,v in found.items()])
+        if "facts" in source:
+            return pd.DataFrame([dict(fact=k, value=_at(result, k)) for k in source["facts"]])
+        found = _at(result, source["table"])
+    except KeyError as e:
+        raise InputError(name, "result", "what the paper asks for", f"no {e.args[0]}") from None
+    if isinstance(found, list):
+        return pd.json_normalize(found)
+    return pd.json_normalize(
+        [dict(name=k, **(v if isinstance(v, dict) else dict(value=v))) for k, v in found.items()]
+    )
 
 # %% ../../nbs/lab/16_papers.ipynb #9bd69470
 def _told(result, of):
     "What made a result, as far as a reader can repeat it."
-    kept = {k: result[k] for k in ('created', 'finished', 'seed', 'seeds', 'versions', 'machine') if k in result}
-    command = re.sub(r' --(quiet|replace|runs \S+)', '', result.get('command', '')) # how it was shown and where it lay
-    split,data = result.get('split'),result.get('data')
-    return dict(of=of, command=command, **kept, split=split.get('kind') if isinstance(split, dict) else split,
-                data=data.get('checksum') if isinstance(data, dict) else None, seconds=result.get('durations', {}).get('total'))
+    kept = {
+        k: result[k]
+        for k in ("created", "finished", "seed", "seeds", "versions", "machine")
+        if k in result
+    }
+    command = re.sub(
+        r" --(quiet|replace|runs \S+)", "", result.get("command", "")
+    )  # how it was shown and where it lay
+    split, data = result.get("split"), result.get("data")
+    return dict(
+        of=of,
+        command=command,
+        **kept,
+        split=split.get("kind") if isinstance(split, dict) else split,
+        data=data.get("checksum") if isinstance(data, dict) else None,
+        seconds=result.get("durations", {}).get("total"),
+    )
+
 
 def _tables(source, runs):
     "The tables that a source names, each with what made it; `None` where a run is not here."
     from gcode_ml.lab.reports import finished_result
-    from gcode_ml.lab.runs import find_run # here, for the kernel of a paper needs no fastai
-    if 'file' in source:
-        result = read_json(workspace_root()/source['file']) | dict(command=source['command'])
-        return [(result_part(result, source, source['file']), _told(result, source['file']))]
-    try: found = [find_run(r, runs) for r in (source['runs'] if 'runs' in source else [source['run']])]
-    except InputError: return None
-    of = {f'{r.domain}/{r.name}': (finished_result(r), r) for r in found}
+    from gcode_ml.lab.runs import find_run  # here, for the kernel of a paper needs no fastai
+
+    if "file" in source:
+        result = read_json(workspace_root() / source["file"]) | dict(command=source["command"])
+        return [(result_part(result, source, source["file"]), _told(result, source["file"]))]
+    try:
+        found = [
+            find_run(r, runs) for r in (source["runs"] if "runs" in source else [source["run"]])
+        ]
+    except InputError:
+        return None
+    of = {f"{r.domain}/{r.name}": (finished_result(r), r) for r in found}
+
     def part(name, result, run):
-        table = pd.read_csv(run.path(source['table'])) if source.get('table', '').endswith('.csv') else result_part(result, source, run.folder)
-        return (table.assign(run=run.name) if 'runs' in source else table), _told(result, name)
-    return [part(k, *v) for k,v in of.items()]
+        table = (
+            pd.read_csv(run.path(source["table"]))
+            if source.get("table", "").endswith(".csv")
+            else result_part(result, source, run.folder)
+        )
+        return (table.assign(run=run.name) if "runs" in source else table), _told(result, name)
+
+    return [part(k, *v) for k, v in of.items()]
 
 # %% ../../nbs/lab/16_papers.ipynb #2d990e43
 def collect(
-    paper, # Folder of a paper, with `results/sources.yaml`
-    runs=None, # Folder of runs; from the settings by default
-)->list: # Names of the tables that were written
+    paper,  # Folder of a paper, with `results/sources.yaml`
+    runs=None,  # Folder of runs; from the settings by default
+) -> list:  # Names of the tables that were written
     "Take the tables of a paper from its runs; those of runs that are not here stay as they are."
-    folder,written = Path(paper)/'results',[]
-    sources = yaml.safe_load((folder/'sources.yaml').read_text(encoding='utf-8'))
-    told = read_json(folder/'provenance.json') if (folder/'provenance.json').exists() else {}
-    for name,source in sources.items():
-        if (tables := _tables(source, runs)) is None: continue
-        with atomic_path(folder/f'{name}.csv') as f: pd.concat([t for t,_ in tables]).to_csv(f, index=False)
-        told[name] = dict(made_by=[m for _,m in tables], checksum=checksum([folder/f'{name}.csv']))
+    folder, written = Path(paper) / "results", []
+    sources = yaml.safe_load((folder / "sources.yaml").read_text(encoding="utf-8"))
+    told = read_json(folder / "provenance.json") if (folder / "provenance.json").exists() else {}
+    for name, source in sources.items():
+        if (tables := _tables(source, runs)) is None:
+            continue
+        with atomic_path(folder / f"{name}.csv") as f:
+            pd.concat([t for t, _ in tables]).to_csv(f, index=False)
+        told[name] = dict(
+            made_by=[m for _, m in tables], checksum=checksum([folder / f"{name}.csv"])
+        )
         written.append(name)
-    write_json(folder/'provenance.json', {k: told[k] for k in sources if k in told})
+    write_json(folder / "provenance.json", {k: told[k] for k in sources if k in told})
     return written
 
 # %% ../../nbs/lab/16_papers.ipynb #6a673aa3
 class Results:
     "The tables of a paper and the numbers that it quotes, for the cells of its notebook."
-    def __init__(self,
-        paper='.', # Folder of the paper
+
+    def __init__(
+        self,
+        paper=".",  # Folder of the paper
     ):
         self.folder = Path(paper)
-        self.provenance = read_json(self.folder/'results'/'provenance.json')
-        self.given = given_numbers(self.folder/'paper.ipynb')
-    def __getitem__(self, name): return pd.read_csv(self.folder/'results'/f'{name}.csv')
-    def value(self, table, column='value', **where):
+        self.provenance = read_json(self.folder / "results" / "provenance.json")
+        self.given = given_numbers(self.folder / "paper.ipynb")
+
+    def __getitem__(self, name):
+        return pd.read_csv(self.folder / "results" / f"{name}.csv")
+
+    def value(self, table, column="value", **where):
         rows = self[table]
-        for k,v in where.items(): rows = rows[rows[k] == v]
-        if len(rows) != 1: raise InputError(f'{table}.csv', f'{column} where {where}', 'one row', f'{len(rows)} rows')
+        for k, v in where.items():
+            rows = rows[rows[k] == v]
+        if len(rows) != 1:
+            raise InputError(
+                f"{table}.csv", f"{column} where {where}", "one row", f"{len(rows)} rows"
+            )
         return rows[column].iloc[0]
+
     def fact(self, table, fact):
         text = self.value(table, fact=fact)
-        try: return float(text)
-        except ValueError: return text
+        try:
+            return float(text)
+        except ValueError:
+            return text
 
 # %% ../../nbs/lab/16_papers.ipynb #7c3646ed
 @patch
-def made_by(self:Results)->pd.DataFrame: # One row a run: table, command, seeds, split, seconds, day
+def made_by(
+    self: Results,
+) -> pd.DataFrame:  # One row a run: table, command, seeds, split, seconds, day
     "Which command made which table."
-    rows = [dict(table=k, command=f"`{r.get('command')}`", seeds=r.get('seeds', 1), split=r.get('split'), seconds=r.get('seconds'), day=(r.get('finished') or '')[:10])
-            for k,v in self.provenance.items() for r in v['made_by']]
-    return pd.DataFrame(rows).groupby(['command', 'seeds', 'split', 'seconds', 'day'], sort=False, dropna=False).table.agg(', '.join).reset_index()[['table', 'command', 'seeds', 'split', 'seconds', 'day']]
+    rows = [
+        dict(
+            table=k,
+            command=f"`{r.get('command')}`",
+            seeds=r.get("seeds", 1),
+            split=r.get("split"),
+            seconds=r.get("seconds"),
+            day=(r.get("finished") or "")[:10],
+        )
+        for k, v in self.provenance.items()
+        for r in v["made_by"]
+    ]
+    return (
+        pd.DataFrame(rows)
+        .groupby(["command", "seeds", "split", "seconds", "day"], sort=False, dropna=False)
+        .table.agg(", ".join)
+        .reset_index()[["table", "command", "seeds", "split", "seconds", "day"]]
+    )
 
 # %% ../../nbs/lab/16_papers.ipynb #c28cb374
 def given_numbers(
-    notebook, # Notebook of a paper
-)->dict: # Name -> (value as written, source)
+    notebook,  # Notebook of a paper
+) -> dict:  # Name -> (value as written, source)
     "Numbers that a paper quotes from elsewhere, from `given` in the first cell."
-    first = ''.join(read_json(notebook)['cells'][0]['source'])
-    return {k: tuple(v) for k,v in (yaml.safe_load(first.strip().strip('-')) or {}).get('given', {}).items()}
+    first = "".join(read_json(notebook)["cells"][0]["source"])
+    return {
+        k: tuple(v)
+        for k, v in (yaml.safe_load(first.strip().strip("-")) or {}).get("given", {}).items()
+    }
 
 # %% ../../nbs/lab/16_papers.ipynb #7236219f
-_INLINE = re.compile(r'`\{python\} ([^`]+)`')
-_ASIDE = re.compile(r'`[^`]*`|\$[^$]+\$|\[[^\]]*@[^\]]*\]|\]\([^)]*\)|https?://\S+|^#+ .*$|<!--[\s\S]*?-->|@[\w:-]+', re.M)
-_NUMBER = re.compile(r'(?<![\w.-])[-+]?\d[\d,]*(?:\.\d+)?(?![\w])')
+_INLINE = re.compile(r"`\{python\} ([^`]+)`")
+_ASIDE = re.compile(
+    r"`[^`]*`|\$[^$]+\$|\[[^\]]*@[^\]]*\]|\]\([^)]*\)|https?://\S+|^#+ .*$|<!--[\s\S]*?-->|@[\w:-]+",
+    re.M,
+)
+_NUMBER = re.compile(r"(?<![\w.-])[-+]?\d[\d,]*(?:\.\d+)?(?![\w])")
 
 # %% ../../nbs/lab/16_papers.ipynb #fa6e273a
 def _typed(code):
     "Fractions and large whole numbers that a cell says itself, but for sizes and positions of a figure."
     import ast
-    try: tree = ast.parse(re.sub(r'^#\|.*$', '', code, flags=re.M))
-    except SyntaxError as e: raise InputError('paper', 'code', 'Python', f'{code.strip()[:60]!r}: {e.msg}') from None
-    drawn = {id(c) for call in ast.walk(tree) if isinstance(call, ast.Call) for k in call.keywords if k.arg in _DRAWING for c in ast.walk(k)}
-    numbers = [c for c in ast.walk(tree) if isinstance(c, ast.Constant) and isinstance(c.value, (int,float)) and not isinstance(c.value, bool) and id(c) not in drawn]
-    return [ast.unparse(c) for c in numbers if c.value not in (100, 1000, 60, 3600) and (isinstance(c.value, float) or c.value > 12)]
 
-_DRAWING = {'figsize', 'alpha', 'width', 'height', 'rotation', 'linewidth', 'lw', 'fontsize', 'size', 's', 'labelsize', 'capsize', 'pad', 'xlim', 'ylim', 'loc', 'bbox_to_anchor', 'color'}
+    try:
+        tree = ast.parse(re.sub(r"^#\|.*$", "", code, flags=re.M))
+    except SyntaxError as e:
+        raise InputError("paper", "code", "Python", f"{code.strip()[:60]!r}: {e.msg}") from None
+    drawn = {
+        id(c)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        for k in call.keywords
+        if k.arg in _DRAWING
+        for c in ast.walk(k)
+    }
+    numbers = [
+        c
+        for c in ast.walk(tree)
+        if isinstance(c, ast.Constant)
+        and isinstance(c.value, (int, float))
+        and not isinstance(c.value, bool)
+        and id(c) not in drawn
+    ]
+    return [
+        ast.unparse(c)
+        for c in numbers
+        if c.value not in (100, 1000, 60, 3600) and (isinstance(c.value, float) or c.value > 12)
+    ]
+
+
+_DRAWING = {
+    "figsize",
+    "alpha",
+    "width",
+    "height",
+    "rotation",
+    "linewidth",
+    "lw",
+    "fontsize",
+    "size",
+    "s",
+    "labelsize",
+    "capsize",
+    "pad",
+    "xlim",
+    "ylim",
+    "loc",
+    "bbox_to_anchor",
+    "color",
+}
 
 # %% ../../nbs/lab/16_papers.ipynb #c04006d5
 def unaccounted_numbers(
-    notebook, # Notebook of a paper
-)->list: # One sentence a number
+    notebook,  # Notebook of a paper
+) -> list:  # One sentence a number
     "Numbers in a paper that are neither computed nor declared with a source."
-    given,bad = {v for v,_ in given_numbers(notebook).values()},[]
-    for i,c in enumerate(read_json(notebook)['cells'][1:], 1):
-        text = ''.join(c['source'])
-        found = _typed(text) if c['cell_type'] == 'code' else _NUMBER.findall(_ASIDE.sub(' ', text)) + [n for e in _INLINE.findall(text) for n in _typed(e)]
-        bad += [f'cell {i}: {n} is neither computed nor declared' for n in found if n.lstrip('+') not in given]
+    given, bad = {v for v, _ in given_numbers(notebook).values()}, []
+    for i, c in enumerate(read_json(notebook)["cells"][1:], 1):
+        text = "".join(c["source"])
+        found = (
+            _typed(text)
+            if c["cell_type"] == "code"
+            else _NUMBER.findall(_ASIDE.sub(" ", text))
+            + [n for e in _INLINE.findall(text) for n in _typed(e)]
+        )
+        bad += [
+            f"cell {i}: {n} is neither computed nor declared"
+            for n in found
+            if n.lstrip("+") not in given
+        ]
     return bad
 
 # %% ../../nbs/lab/16_papers.ipynb #5e576d0c
 def altered_results(
-    paper, # Folder of a paper
-)->list: # One sentence a table
+    paper,  # Folder of a paper
+) -> list:  # One sentence a table
     "Tables of a paper that are not as their run left them, or of which the run is not told."
-    folder,told = Path(paper)/'results',read_json(Path(paper)/'results'/'provenance.json')
-    named = yaml.safe_load((folder/'sources.yaml').read_text(encoding='utf-8'))
-    files = {f.stem for f in folder.glob('*.csv')}
-    return ([f'{n}.csv: no run is told' for n in sorted(files-told.keys())] + [f'{n}.csv: named in sources.yaml and not there' for n in sorted(named.keys()-files)]
-            + [f'{n}.csv: changed after it was taken from {told[n]["made_by"][0]["of"]}' for n in sorted(files & told.keys()) if checksum([folder/f'{n}.csv']) != told[n]['checksum']])
+    folder, told = Path(paper) / "results", read_json(Path(paper) / "results" / "provenance.json")
+    named = yaml.safe_load((folder / "sources.yaml").read_text(encoding="utf-8"))
+    files = {f.stem for f in folder.glob("*.csv")}
+    return (
+        [f"{n}.csv: no run is told" for n in sorted(files - told.keys())]
+        + [f"{n}.csv: named in sources.yaml and not there" for n in sorted(named.keys() - files)]
+        + [
+            f"{n}.csv: changed after it was taken from {told[n]['made_by'][0]['of']}"
+            for n in sorted(files & told.keys())
+            if checksum([folder / f"{n}.csv"]) != told[n]["checksum"]
+        ]
+    )
 
 # %% ../../nbs/lab/16_papers.ipynb #004563bd
 def say(
-    text:str, # Markdown with inline expressions
-    names:dict, # What the expressions may use
+    text: str,  # Markdown with inline expressions
+    names: dict,  # What the expressions may use
 ):
     "Markdown with the expressions replaced by what they give; a cell that ends in it shows the text."
     from IPython.display import Markdown
+
     return Markdown(_INLINE.sub(lambda m: str(eval(m[1], names)), text))
 
 # %% ../../nbs/lab/16_papers.ipynb #c2426b03
@@ -180,76 +311,167 @@ def _executed(paper):
     "The cells of a paper's notebook with their outputs, texts computed."
     import nbformat
     from nbclient import NotebookClient
-    nb = nbformat.read(paper/'paper.ipynb', as_version=4)
-    def computed(c): return nbformat.v4.new_code_cell(f'from gcode_ml.lab.papers import say\nsay({c.source!r}, globals())', id=c.id)
-    nb.cells = [computed(c) if c.cell_type == 'markdown' and _INLINE.search(c.source) else c for c in nb.cells]
+
+    nb = nbformat.read(paper / "paper.ipynb", as_version=4)
+
+    def computed(c):
+        return nbformat.v4.new_code_cell(
+            f"from gcode_ml.lab.papers import say\nsay({c.source!r}, globals())", id=c.id
+        )
+
+    nb.cells = [
+        computed(c) if c.cell_type == "markdown" and _INLINE.search(c.source) else c
+        for c in nb.cells
+    ]
     NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=str(paper)))).execute()
     return nb.cells
 
+
 def _labels(cells):
     "`fig-x` -> `Figure 1`, in the order of the cells."
-    found = [m[1] for c in cells if c.cell_type == 'code' and (m := re.search(r'^#\| label: ((?:fig|tbl)-\S+)', c.source, re.M))]
-    kinds = dict(fig='Figure', tbl='Table')
-    return {n: f'{kinds[n[:3]]} {sum(o[:3] == n[:3] for o in found[:i+1])}' for i,n in enumerate(found)}
+    found = [
+        m[1]
+        for c in cells
+        if c.cell_type == "code"
+        and (m := re.search(r"^#\| label: ((?:fig|tbl)-\S+)", c.source, re.M))
+    ]
+    kinds = dict(fig="Figure", tbl="Table")
+    return {
+        n: f"{kinds[n[:3]]} {sum(o[:3] == n[:3] for o in found[: i + 1])}"
+        for i, n in enumerate(found)
+    }
 
 # %% ../../nbs/lab/16_papers.ipynb #fee6e3f8
 def pipe_table(
-    frame:pd.DataFrame, # Table, its index left out
-    digits:int=3, # Digits after the point of fractions
-)->str: # Markdown
+    frame: pd.DataFrame,  # Table, its index left out
+    digits: int = 3,  # Digits after the point of fractions
+) -> str:  # Markdown
     "A table in Markdown, numbers on the right."
-    def cell(v): return '' if pd.isna(v) else f'{v:.{digits}f}' if isinstance(v, float) else str(v).replace('|', r'\|')
-    rows = [list(map(str, frame.columns)), *([cell(v) for v in row] for row in frame.itertuples(index=False))]
-    widths = [min(40, max(3, *(len(r[i]) for r in rows))) for i in range(len(frame.columns))] # dashes: Pandoc shares the width of a page by them
-    rows.insert(1, ['-'*w + ':' if pd.api.types.is_numeric_dtype(frame[c]) else ':' + '-'*w for c,w in zip(frame, widths)])
-    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
+
+    def cell(v):
+        return (
+            ""
+            if pd.isna(v)
+            else f"{v:.{digits}f}"
+            if isinstance(v, float)
+            else str(v).replace("|", r"\|")
+        )
+
+    rows = [
+        list(map(str, frame.columns)),
+        *([cell(v) for v in row] for row in frame.itertuples(index=False)),
+    ]
+    widths = [
+        min(40, max(3, *(len(r[i]) for r in rows))) for i in range(len(frame.columns))
+    ]  # dashes: Pandoc shares the width of a page by them
+    rows.insert(
+        1,
+        [
+            "-" * w + ":" if pd.api.types.is_numeric_dtype(frame[c]) else ":" + "-" * w
+            for c, w in zip(frame, widths)
+        ],
+    )
+    return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
 # %% ../../nbs/lab/16_papers.ipynb #02e8b2cc
 def _shown(cell, folder, label):
     "The output of a cell as Markdown: text, table or picture, with its caption."
     import base64
-    option = {m[1]: m[2].strip('"\'') for m in re.finditer(r'^#\| ([\w-]+): (.+)$', cell.source, re.M)}
+
+    option = {
+        m[1]: m[2].strip("\"'") for m in re.finditer(r"^#\| ([\w-]+): (.+)$", cell.source, re.M)
+    }
     parts = []
     for o in cell.outputs:
-        data = o.get('data', {})
-        if 'image/png' in data:
-            name = f"{option.get('label', cell.id)}.png"; (folder/name).write_bytes(base64.b64decode(data['image/png']))
+        data = o.get("data", {})
+        if "image/png" in data:
+            name = f"{option.get('label', cell.id)}.png"
+            (folder / name).write_bytes(base64.b64decode(data["image/png"]))
             parts.append(f"![{label}: {option.get('fig-cap', '')}]({name}){{width=85%}}")
-        elif 'text/markdown' in data: parts.append(data['text/markdown'])
-    if 'tbl-cap' in option: parts.append(f": {label}: {option['tbl-cap']}")
-    return '\n\n'.join(parts)
+        elif "text/markdown" in data:
+            parts.append(data["text/markdown"])
+    if "tbl-cap" in option:
+        parts.append(f": {label}: {option['tbl-cap']}")
+    return "\n\n".join(parts)
 
 # %% ../../nbs/lab/16_papers.ipynb #7f67c710
 def paper_markdown(
-    paper, # Folder of a paper
-    folder, # Where its pictures go
-)->str: # Pandoc's Markdown, with the front matter
+    paper,  # Folder of a paper
+    folder,  # Where its pictures go
+) -> str:  # Pandoc's Markdown, with the front matter
     "Compute a paper."
-    paper,folder = Path(paper).resolve(),Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    cells = _executed(paper); labels = _labels(cells)
+    paper, folder = Path(paper).resolve(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = _executed(paper)
+    labels = _labels(cells)
+
     def part(c):
-        if c.cell_type != 'code': return c.source
-        label = re.search(r'^#\| label: (\S+)', c.source, re.M)
-        return _shown(c, folder, labels[label[1]] if label and label[1] in labels else '')
-    text = '\n\n'.join(filter(None, map(part, cells)))
-    return re.sub(r'@((?:fig|tbl)-[\w-]+)', lambda m: labels[m[1]], text)
+        if c.cell_type != "code":
+            return c.source
+        label = re.search(r"^#\| label: (\S+)", c.source, re.M)
+        return _shown(c, folder, labels[label[1]] if label and label[1] in labels else "")
+
+    text = "\n\n".join(filter(None, map(part, cells)))
+    return re.sub(r"@((?:fig|tbl)-[\w-]+)", lambda m: labels[m[1]], text)
 
 # %% ../../nbs/lab/16_papers.ipynb #c2842a3c
 def render_paper(
-    paper, # Folder of a paper
-    folder='_papers', # Where the pages go
-)->list: # The HTML page and, from the same text, the PDF
+    paper,  # Folder of a paper
+    folder="_papers",  # Where the pages go
+) -> list:  # The HTML page and, from the same text, the PDF
     "A paper as one HTML file, which loads nothing, and as a PDF."
-    try: import pypandoc, typst
-    except ModuleNotFoundError as e: raise InputError('paper', 'tools', 'pypandoc_binary and typst', f'no module {e.name}', "pip install 'gcode_ml[papers]'") from None
-    paper,folder = Path(paper).resolve(),Path(folder).resolve(); parts = folder/paper.name
+    try:
+        import pypandoc
+        import typst
+    except ModuleNotFoundError as e:
+        raise InputError(
+            "paper",
+            "tools",
+            "pypandoc_binary and typst",
+            f"no module {e.name}",
+            "pip install 'gcode_ml[papers]'",
+        ) from None
+    paper, folder = Path(paper).resolve(), Path(folder).resolve()
+    parts = folder / paper.name
     text = paper_markdown(paper, parts)
-    page,pdf = folder/f'{paper.name}.html',folder/f'{paper.name}.pdf'
-    common = ['--standalone', '--citeproc', f'--resource-path={paper}:{parts}', f'--bibliography={paper/"references.bib"}']
-    with atomic_path(page) as f: f.write_text(pypandoc.convert_text(text, 'html5', 'markdown', [*common, '--mathml', '--embed-resources', '--metadata=lang:en']), encoding='utf-8')
-    source = parts/f'{paper.name}.typ'
-    text = re.sub(r'(?m)^(: |!\[)(?:Table|Figure) \d+: ', r'\1', text) # Typst numbers them itself
-    look = '#show figure: set block(breakable: true)\n#show table: set text(size: 8pt)\n#set table(inset: 3pt)'
-    source.write_text(pypandoc.convert_text(text, 'typst', 'markdown', [*common, '--metadata=lang:en', '-V', 'papersize=a4', '-V', 'fontsize=10pt', '-V', f'header-includes={look}']), encoding='utf-8')
-    with atomic_path(pdf) as f: f.write_bytes(typst.compile(str(source), root=str(parts)))
+    page, pdf = folder / f"{paper.name}.html", folder / f"{paper.name}.pdf"
+    common = [
+        "--standalone",
+        "--citeproc",
+        f"--resource-path={paper}:{parts}",
+        f"--bibliography={paper / 'references.bib'}",
+    ]
+    with atomic_path(page) as f:
+        f.write_text(
+            pypandoc.convert_text(
+                text,
+                "html5",
+                "markdown",
+                [*common, "--mathml", "--embed-resources", "--metadata=lang:en"],
+            ),
+            encoding="utf-8",
+        )
+    source = parts / f"{paper.name}.typ"
+    text = re.sub(r"(?m)^(: |!\[)(?:Table|Figure) \d+: ", r"\1", text)  # Typst numbers them itself
+    look = "#show figure: set block(breakable: true)\n#show table: set text(size: 8pt)\n#set table(inset: 3pt)"
+    source.write_text(
+        pypandoc.convert_text(
+            text,
+            "typst",
+            "markdown",
+            [
+                *common,
+                "--metadata=lang:en",
+                "-V",
+                "papersize=a4",
+                "-V",
+                "fontsize=10pt",
+                "-V",
+                f"header-includes={look}",
+            ],
+        ),
+        encoding="utf-8",
+    )
+    with atomic_path(pdf) as f:
+        f.write_bytes(typst.compile(str(source), root=str(parts)))
     return [page, pdf]

@@ -10,7 +10,9 @@ __all__ = ['shared_parameters', 'read_parameters', 'given_values']
 # %% ../../nbs/lab/01_parameters.ipynb #12bedd5d
 import ast
 from pathlib import Path
+
 import yaml
+
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.options import Parameter, check_parameters, described
@@ -18,51 +20,75 @@ from ..core.options import Parameter, check_parameters, described
 # %% ../../nbs/lab/01_parameters.ipynb #a2b2a5bf
 def _parameter(name, default, help):
     "A parameter from the source of its default and its comment."
-    try: value = ast.literal_eval(default)
-    except ValueError: raise InputError('parameters cell', name, 'a literal default', default) from None
+    try:
+        value = ast.literal_eval(default)
+    except ValueError:
+        raise InputError("parameters cell", name, "a literal default", default) from None
     return described(name, value, help)
 
 # %% ../../nbs/lab/01_parameters.ipynb #a80c2704
 def shared_parameters(
-    notebook, # Path of an experiment's notebook
-)->dict: # Name -> `Parameter`
+    notebook,  # Path of an experiment's notebook
+) -> dict:  # Name -> `Parameter`
     "Parameters that a notebook has without a line of its own: the options of every fit where it collects them, the tracker where it opens a run."
-    code = '\n'.join(''.join(c['source']) for c in read_json(notebook)['cells'] if c['cell_type'] == 'code')
+    code = "\n".join(
+        "".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "code"
+    )
     found = {}
-    if 'training_values(' in code:
+    if "training_values(" in code:
         from gcode_ml.core.training import TRAINING
-        found |= {k: p for k,p in TRAINING.items() if k != 'checkpoint_folder'}
-    if 'open_run(' in code: found['tracking'] = described('tracking', 'none', 'Tool that is told how the fits go {none, tensorboard, mlflow, wandb}')
+
+        found |= {k: p for k, p in TRAINING.items() if k != "checkpoint_folder"}
+    if "open_run(" in code:
+        found["tracking"] = described(
+            "tracking",
+            "none",
+            "Tool that is told how the fits go {none, tensorboard, mlflow, wandb}",
+        )
     return found
 
 # %% ../../nbs/lab/01_parameters.ipynb #2d4a339c
 def read_parameters(
-    notebook, # Path of an experiment's notebook
-    shared:bool=True, # Also those without a line in its cell
-)->dict: # Name -> `Parameter`
+    notebook,  # Path of an experiment's notebook
+    shared: bool = True,  # Also those without a line in its cell
+) -> dict:  # Name -> `Parameter`
     "Parameters of a notebook, by papermill's own inspection."
     from papermill import inspect_notebook
-    if not Path(notebook).is_file(): raise InputError(notebook, 'file', 'a notebook', 'nothing there')
+
+    if not Path(notebook).is_file():
+        raise InputError(notebook, "file", "a notebook", "nothing there")
     found = inspect_notebook(str(notebook))
-    if not found: raise InputError(notebook, 'tag parameters', 'one cell that has it', 'none')
-    own = {k: _parameter(k, v['default'], v['help'].lstrip('# ')) for k,v in found.items()}
-    return own | ({k: p for k,p in shared_parameters(notebook).items() if k not in own} if shared else {})
+    if not found:
+        raise InputError(notebook, "tag parameters", "one cell that has it", "none")
+    own = {k: _parameter(k, v["default"], v["help"].lstrip("# ")) for k, v in found.items()}
+    return own | (
+        {k: p for k, p in shared_parameters(notebook).items() if k not in own} if shared else {}
+    )
 
 # %% ../../nbs/lab/01_parameters.ipynb #dac547b2
 def given_values(
-    pairs=(), # Texts `name=value`
-    config=None, # YAML or JSON file of names and values; `pairs` win over it
-)->dict: # Name -> value or text
+    pairs=(),  # Texts `name=value`
+    config=None,  # YAML or JSON file of names and values; `pairs` win over it
+) -> dict:  # Name -> value or text
     "Values from a file and from `-p name=value`."
     values = {}
     if config:
         config = Path(config)
-        if not config.is_file(): raise InputError(config, 'file', 'a YAML or JSON file of parameters', 'nothing there')
-        try: values = read_json(config) if config.suffix == '.json' else yaml.safe_load(config.read_text(encoding='utf-8')) or {}
-        except yaml.YAMLError as e: raise InputError(config, 'content', 'YAML', str(e).splitlines()[0]) from None
-        if not isinstance(values, dict): raise InputError(config, 'content', 'names and values', type(values).__name__)
+        if not config.is_file():
+            raise InputError(config, "file", "a YAML or JSON file of parameters", "nothing there")
+        try:
+            values = (
+                read_json(config)
+                if config.suffix == ".json"
+                else yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+            )
+        except yaml.YAMLError as e:
+            raise InputError(config, "content", "YAML", str(e).splitlines()[0]) from None
+        if not isinstance(values, dict):
+            raise InputError(config, "content", "names and values", type(values).__name__)
     for pair in pairs:
-        name,equals,value = pair.partition('=')
-        if not equals: raise InputError('-p', pair, 'name=value', 'no equals sign')
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError("-p", pair, "name=value", "no equals sign")
         values[name.strip()] = value
     return values

@@ -11,100 +11,152 @@ __all__ = ['finished_result', 'result_table', 'wide_table', 'compare_runs', 'cha
 # %% ../../nbs/lab/06_reports.ipynb #4808bbbe
 import shutil
 from pathlib import Path
+
 import pandas as pd
 from fastcore.basics import listify
+
 from ..core.errors import InputError
 from ..core.files import atomic_path, read_json
 from .runs import Run, find_run
 
 # %% ../../nbs/lab/06_reports.ipynb #ba6cf789
 def finished_result(
-    run:Run, # A run
-)->dict: # Its `result.json`
+    run: Run,  # A run
+) -> dict:  # Its `result.json`
     "Result of a finished run."
-    if run.status != 'finished': raise InputError(run.folder, 'result.json', 'a finished run', f'one that is {run.status}', f'continue it with `gcode_ml run {run.domain} --resume {run.name}`')
-    return read_json(run.path('result.json'))
+    if run.status != "finished":
+        raise InputError(
+            run.folder,
+            "result.json",
+            "a finished run",
+            f"one that is {run.status}",
+            f"continue it with `gcode_ml run {run.domain} --resume {run.name}`",
+        )
+    return read_json(run.path("result.json"))
 
 # %% ../../nbs/lab/06_reports.ipynb #fd558d1f
 def result_table(
-    result:dict, # From `finished_result`
-)->pd.DataFrame: # The run's own table
+    result: dict,  # From `finished_result`
+) -> pd.DataFrame:  # The run's own table
     "The table that a run ended with."
-    return pd.DataFrame(result['table'])
+    return pd.DataFrame(result["table"])
 
 # %% ../../nbs/lab/06_reports.ipynb #0cc212cb
 def wide_table(
-    table:pd.DataFrame, # From `result_table`
-)->pd.DataFrame: # One column a split, where there are splits
+    table: pd.DataFrame,  # From `result_table`
+) -> pd.DataFrame:  # One column a split, where there are splits
     "The splits of a result side by side; a table without splits stays as it is."
-    if not {'measure','name','split','value'} <= set(table): return table
-    wide = table.pivot_table(index=['measure','name'], columns='split', values='value', sort=False).rename_axis(columns=None).reset_index()
-    return wide.sort_values('measure', key=lambda m: m.map({k: i for i,k in enumerate(table.measure.unique())}), kind='stable', ignore_index=True)
+    if not {"measure", "name", "split", "value"} <= set(table):
+        return table
+    wide = (
+        table.pivot_table(index=["measure", "name"], columns="split", values="value", sort=False)
+        .rename_axis(columns=None)
+        .reset_index()
+    )
+    return wide.sort_values(
+        "measure",
+        key=lambda m: m.map({k: i for i, k in enumerate(table.measure.unique())}),
+        kind="stable",
+        ignore_index=True,
+    )
 
 # %% ../../nbs/lab/06_reports.ipynb #4de723ea
 def compare_runs(
-    runs:list, # Runs of one domain
-)->pd.DataFrame: # One row a measure and split, one column a run
+    runs: list,  # Runs of one domain
+) -> pd.DataFrame:  # One row a measure and split, one column a run
     "Tables of several runs side by side."
-    tables = {f'{r.domain}/{r.name}': result_table(finished_result(r)) for r in runs}
-    keys = [c for c in next(iter(tables.values())).columns if c in ('measure','split','name')]
-    for name,t in tables.items():
-        if 'value' not in t or not set(keys) <= set(t): raise InputError(name, 'table', f"columns {', '.join(keys)} and value", ', '.join(t.columns))
-    return pd.concat([t.set_index(keys)['value'].rename(name) for name,t in tables.items()], axis=1).reset_index()
+    tables = {f"{r.domain}/{r.name}": result_table(finished_result(r)) for r in runs}
+    keys = [c for c in next(iter(tables.values())).columns if c in ("measure", "split", "name")]
+    for name, t in tables.items():
+        if "value" not in t or not set(keys) <= set(t):
+            raise InputError(
+                name, "table", f"columns {', '.join(keys)} and value", ", ".join(t.columns)
+            )
+    return pd.concat(
+        [t.set_index(keys)["value"].rename(name) for name, t in tables.items()], axis=1
+    ).reset_index()
 
 # %% ../../nbs/lab/06_reports.ipynb #e18ac4fb
 def changed_parameters(
-    runs:list, # Runs
-)->pd.DataFrame: # One row a parameter that is not the same in all of them
+    runs: list,  # Runs
+) -> pd.DataFrame:  # One row a parameter that is not the same in all of them
     "Parameters in which runs differ."
-    all = pd.DataFrame({f'{r.domain}/{r.name}': read_json(r.path('params.json'))['parameters'] for r in runs})
+    all = pd.DataFrame(
+        {f"{r.domain}/{r.name}": read_json(r.path("params.json"))["parameters"] for r in runs}
+    )
     return all[all.astype(str).nunique(axis=1) > 1]
 
 # %% ../../nbs/lab/06_reports.ipynb #75f45a61
 def html_page(
-    notebook, # Executed notebook
-    page, # HTML file to write
-    title:str='', # Title of the page
-)->Path: # `page`
+    notebook,  # Executed notebook
+    page,  # HTML file to write
+    title: str = "",  # Title of the page
+) -> Path:  # `page`
     "One HTML file, without input cells and without requests to other servers."
     import nbformat
     from nbconvert import HTMLExporter
-    exporter = HTMLExporter(template_name='classic', exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True, mathjax_url='', require_js_url='', jquery_url='', mermaid_js_url='')
+
+    exporter = HTMLExporter(
+        template_name="classic",
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        embed_images=True,
+        mathjax_url="",
+        require_js_url="",
+        jquery_url="",
+        mermaid_js_url="",
+    )
     nb = nbformat.read(notebook, as_version=4)
-    nb.cells = [c for c in nb.cells if 'injected-parameters' not in c.metadata.get('tags', [])]
-    html,_ = exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=title or Path(notebook).stem)))
-    with atomic_path(page) as f: f.write_text(html, encoding='utf-8')
+    nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    html, _ = exporter.from_notebook_node(
+        nb, resources=dict(metadata=dict(name=title or Path(notebook).stem))
+    )
+    with atomic_path(page) as f:
+        f.write_text(html, encoding="utf-8")
     return Path(page)
 
 # %% ../../nbs/lab/06_reports.ipynb #d10a9b88
 def report(
-    names, # One run or several
-    kind:str='report', # `report` or `compare`
-    runs=None, # Folder of runs
-    output=None, # HTML file; in the first run's folder by default
-)->Path: # The page
+    names,  # One run or several
+    kind: str = "report",  # `report` or `compare`
+    runs=None,  # Folder of runs
+    output=None,  # HTML file; in the first run's folder by default
+) -> Path:  # The page
     "Compute a page from runs."
     from gcode_ml.lab.experiment import execute, experiment_notebook
+
     found = [find_run(n, runs) for n in listify(names)]
-    for r in found: finished_result(r)
-    page = Path(output) if output else found[0].path(f'{kind}.html')
-    notebook = page.with_suffix('.ipynb')
-    execute(experiment_notebook(kind), notebook, dict(runs=[str(r.folder.resolve()) for r in found]))
+    for r in found:
+        finished_result(r)
+    page = Path(output) if output else found[0].path(f"{kind}.html")
+    notebook = page.with_suffix(".ipynb")
+    execute(
+        experiment_notebook(kind), notebook, dict(runs=[str(r.folder.resolve()) for r in found])
+    )
     return html_page(notebook, page, f"{kind} of {', '.join(r.name for r in found)}")
 
 # %% ../../nbs/lab/06_reports.ipynb #1cca0676
 def keep_outputs(
-    run:Run, # A finished run
-    notebook, # The experiment's notebook
-    pictures=None, # Folder for copies of the run's pictures, named `<domain>_<picture>`
-)->int: # Cells that have outputs now
+    run: Run,  # A finished run
+    notebook,  # The experiment's notebook
+    pictures=None,  # Folder for copies of the run's pictures, named `<domain>_<picture>`
+) -> int:  # Cells that have outputs now
     "Put the outputs of a run into the page of its experiment."
     import nbformat
+
     finished_result(run)
-    done = {c.id: c.outputs for c in nbformat.read(run.path('run.ipynb'), as_version=4).cells if c.cell_type == 'code'}
+    done = {
+        c.id: c.outputs
+        for c in nbformat.read(run.path("run.ipynb"), as_version=4).cells
+        if c.cell_type == "code"
+    }
     page = nbformat.read(notebook, as_version=4)
     for c in page.cells:
-        if c.cell_type == 'code': c.outputs = [o for o in done.get(c.id, []) if o.output_type != 'stream']
-    with atomic_path(notebook) as f: nbformat.write(page, f)
-    for f in run.path('figures').glob('*.png') if pictures else (): shutil.copy(f, Path(pictures)/f'{run.domain}_{f.name}')
-    return sum(bool(c.get('outputs')) for c in page.cells)
+        if c.cell_type == "code":
+            c.outputs = [o for o in done.get(c.id, []) if o.output_type != "stream"]
+    with atomic_path(notebook) as f:
+        nbformat.write(page, f)
+    for f in run.path("figures").glob("*.png") if pictures else ():
+        shutil.copy(f, Path(pictures) / f"{run.domain}_{f.name}")
+    return sum(bool(c.get("outputs")) for c in page.cells)

@@ -9,13 +9,22 @@ __all__ = ['Run', 'check_name', 'new_run', 'find_run', 'open_run', 'TrialPruned'
            'table_records', 'runs_table']
 
 # %% ../../nbs/lab/02_runs.ipynb #0a9cc682
-import json, os, platform, re, shutil, tempfile, time, uuid
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+import uuid
 from importlib.metadata import version
 from pathlib import Path
+
 import pandas as pd
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+
 from ..core.callbacks import in_fit
 from ..core.errors import InputError
 from ..core.files import atomic_path, read_json, write_json
@@ -24,243 +33,390 @@ from .settings import runs_folder
 # %% ../../nbs/lab/02_runs.ipynb #cf08256c
 class Run:
     "A run folder, as its notebook sees it."
-    def __init__(self,
-        folder, # The folder; made if it is not there
+
+    def __init__(
+        self,
+        folder,  # The folder; made if it is not there
     ):
-        self.folder = Path(folder); self.folder.mkdir(parents=True, exist_ok=True)
-        self.began,self._told = time.time(),0.
-        self._lock = FileLock(self.folder/'.lock')
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.began, self._told = time.time(), 0.0
+        self._lock = FileLock(self.folder / ".lock")
+
     @property
-    def name(self): return self.folder.name
+    def name(self):
+        return self.folder.name
+
     @property
-    def domain(self): return self.folder.parent.name
-    def path(self, *parts): return self.folder.joinpath(*parts)
-    def __repr__(self): return f'Run({self.domain}/{self.name}: {self.status})'
+    def domain(self):
+        return self.folder.parent.name
+
+    def path(self, *parts):
+        return self.folder.joinpath(*parts)
+
+    def __repr__(self):
+        return f"Run({self.domain}/{self.name}: {self.status})"
 
 # %% ../../nbs/lab/02_runs.ipynb #0b350cba
 @patch(as_prop=True)
-def status(self:Run)->str: # `finished`, `running`, `interrupted` or `new`
+def status(self: Run) -> str:  # `finished`, `running`, `interrupted` or `new`
     "How far the run is: `finished` is read from `result.json` alone, `running` from a lock that its process holds."
-    if self.path('result.json').exists(): return 'finished'
+    if self.path("result.json").exists():
+        return "finished"
     try:
-        with FileLock(self.folder/'.lock', timeout=0): return 'interrupted' if self.path('params.json').exists() else 'new'
-    except Timeout: return 'running'
+        with FileLock(self.folder / ".lock", timeout=0):
+            return "interrupted" if self.path("params.json").exists() else "new"
+    except Timeout:
+        return "running"
 
 # %% ../../nbs/lab/02_runs.ipynb #8a06c7df
 @patch
-def hold(self:Run,
-    seconds:float=15, # How long to wait for a process that is just ending
-)->Run: # The run itself
+def hold(
+    self: Run,
+    seconds: float = 15,  # How long to wait for a process that is just ending
+) -> Run:  # The run itself
     "Take the run's lock for the life of this process; the system lets go of it even after `kill -9`."
-    try: self._lock.acquire(timeout=seconds)
-    except Timeout: raise InputError(self.folder, 'lock', 'a run that nothing else works on', 'another process that holds it', 'wait for it or stop it') from None
+    try:
+        self._lock.acquire(timeout=seconds)
+    except Timeout:
+        raise InputError(
+            self.folder,
+            "lock",
+            "a run that nothing else works on",
+            "another process that holds it",
+            "wait for it or stop it",
+        ) from None
     return self
 
 # %% ../../nbs/lab/02_runs.ipynb #d229d657
 def check_name(
-    name:str, # Name of a run or a sweep
-    option:str='--name', # Option that gave it, for the message
-)->str: # The name
+    name: str,  # Name of a run or a sweep
+    option: str = "--name",  # Option that gave it, for the message
+) -> str:  # The name
     "Refuse a name that is not one path component: `..` would name the folder of all runs."
-    if not re.fullmatch(r'\w[\w.+-]*', name):
-        raise InputError(option, name, 'letters, digits and . _ + -, the first a letter or a digit', 'other characters')
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise InputError(
+            option,
+            name,
+            "letters, digits and . _ + -, the first a letter or a digit",
+            "other characters",
+        )
     return name
 
 # %% ../../nbs/lab/02_runs.ipynb #4d6d405d
 @patch
-def set_aside(self:Run)->Path: # Where the folder is now, beside the others under a name that no run has
+def set_aside(
+    self: Run,
+) -> Path:  # Where the folder is now, beside the others under a name that no run has
     "Rename a run's folder away; raises `InputError` when it is not the folder of a run."
-    params = read_json(self.path('params.json')) if self.path('params.json').exists() else {}
-    found = '/'.join(str(params.get(key)) for key in ('domain', 'name'))
-    if found != f'{self.domain}/{self.name}':
-        raise InputError(self.folder, 'params.json', f'those of the run {self.domain}/{self.name}', found if params else 'none', 'only a run is replaced; choose another --name')
-    aside = self.folder.with_name(f'.{self.name}.replaced.{uuid.uuid4().hex[:8]}')
+    params = read_json(self.path("params.json")) if self.path("params.json").exists() else {}
+    found = "/".join(str(params.get(key)) for key in ("domain", "name"))
+    if found != f"{self.domain}/{self.name}":
+        raise InputError(
+            self.folder,
+            "params.json",
+            f"those of the run {self.domain}/{self.name}",
+            found if params else "none",
+            "only a run is replaced; choose another --name",
+        )
+    aside = self.folder.with_name(f".{self.name}.replaced.{uuid.uuid4().hex[:8]}")
     os.replace(self.folder, aside)
     return aside
 
 # %% ../../nbs/lab/02_runs.ipynb #7683d8e7
 def new_run(
-    domain:str, # Domain
-    parameters:dict, # Parameters as used
-    name:str='', # Name; date and time by default
-    runs=None, # Folder of runs; from the settings by default
-    replace:bool=False, # Remove a run of the same name
-    **more # Kept in `params.json`: the command, the notebook
-)->Run: # The new run
+    domain: str,  # Domain
+    parameters: dict,  # Parameters as used
+    name: str = "",  # Name; date and time by default
+    runs=None,  # Folder of runs; from the settings by default
+    replace: bool = False,  # Remove a run of the same name
+    **more,  # Kept in `params.json`: the command, the notebook
+) -> Run:  # The new run
     "Make a run folder and write its parameters."
-    name = check_name(name or time.strftime('%Y%m%d-%H%M%S'))
-    run = Run(Path(runs or runs_folder())/check_name(domain, 'domain')/name)
-    if run.status == 'running': raise InputError(run.folder, 'run', 'a free name', 'a run that is going on')
-    if run.status != 'new':
-        if not replace: raise InputError(run.folder, 'run', 'a free name', f'a run that is {run.status}', 'choose another --name, or --resume it, or --replace it')
+    name = check_name(name or time.strftime("%Y%m%d-%H%M%S"))
+    run = Run(Path(runs or runs_folder()) / check_name(domain, "domain") / name)
+    if run.status == "running":
+        raise InputError(run.folder, "run", "a free name", "a run that is going on")
+    if run.status != "new":
+        if not replace:
+            raise InputError(
+                run.folder,
+                "run",
+                "a free name",
+                f"a run that is {run.status}",
+                "choose another --name, or --resume it, or --replace it",
+            )
         shutil.rmtree(run.set_aside())
         run = Run(run.folder)
-    write_json(run.path('params.json'), dict(domain=domain, name=name, parameters=parameters, created=time.strftime('%Y-%m-%dT%H:%M:%S%z'), **more))
+    write_json(
+        run.path("params.json"),
+        dict(
+            domain=domain,
+            name=name,
+            parameters=parameters,
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **more,
+        ),
+    )
     return run
 
 # %% ../../nbs/lab/02_runs.ipynb #1adfbc7c
 def find_run(
-    name, # `domain/name`, a unique `name`, or a folder
-    runs=None, # Folder of runs
-    domain:str='', # Look in this domain alone
-)->Run: # The run
+    name,  # `domain/name`, a unique `name`, or a folder
+    runs=None,  # Folder of runs
+    domain: str = "",  # Look in this domain alone
+) -> Run:  # The run
     "Find a run."
     runs = Path(runs or runs_folder())
-    found = [p.parent for p in ([Path(name)/'params.json'] if (Path(name)/'params.json').exists() else runs.glob(f'{domain or "*"}/{name}/params.json' if '/' not in str(name) else f'{name}/params.json'))]
-    if len(found) != 1: raise InputError(runs, f'run {name}', 'one run of that name', f'{len(found)}', '`gcode_ml runs` lists them')
+    found = [
+        p.parent
+        for p in (
+            [Path(name) / "params.json"]
+            if (Path(name) / "params.json").exists()
+            else runs.glob(
+                f"{domain or '*'}/{name}/params.json"
+                if "/" not in str(name)
+                else f"{name}/params.json"
+            )
+        )
+    ]
+    if len(found) != 1:
+        raise InputError(
+            runs,
+            f"run {name}",
+            "one run of that name",
+            f"{len(found)}",
+            "`gcode_ml runs` lists them",
+        )
     return Run(found[0])
 
 # %% ../../nbs/lab/02_runs.ipynb #4c8ac399
 @patch(as_prop=True)
-def tracker(self:Run): # Of `lab.tracking`
+def tracker(self: Run):  # Of `lab.tracking`
     "The tracker that the run's parameters name."
-    if 'open_tracker' not in vars(self):
+    if "open_tracker" not in vars(self):
         from gcode_ml.lab.tracking import tracker
-        parameters = read_json(self.path('params.json'))['parameters'] if self.path('params.json').exists() else {}
-        self.open_tracker = tracker(parameters.get('tracking', 'none'), self.folder, parameters)
+
+        parameters = (
+            read_json(self.path("params.json"))["parameters"]
+            if self.path("params.json").exists()
+            else {}
+        )
+        self.open_tracker = tracker(parameters.get("tracking", "none"), self.folder, parameters)
     return self.open_tracker
 
 # %% ../../nbs/lab/02_runs.ipynb #f42b3d1f
 @patch
-def close_tracker(self:Run):
+def close_tracker(self: Run):
     "Close the tracker, if there is one; it is opened again when it is asked for."
-    if 'open_tracker' in vars(self): vars(self).pop('open_tracker').close()
+    if "open_tracker" in vars(self):
+        vars(self).pop("open_tracker").close()
 
 # %% ../../nbs/lab/02_runs.ipynb #1697dbe8
 def open_run(
-    folder='', # The parameter `run_dir`; empty when a notebook is tried out
-)->Run: # The run, held by this process
+    folder="",  # The parameter `run_dir`; empty when a notebook is tried out
+) -> Run:  # The run, held by this process
     "What the first cell of an experiment calls; without a folder it works in a temporary one."
-    run = Run(folder or Path(tempfile.mkdtemp())/'scratch'/'run').hold()
-    run.tracker # a tool that is not installed is found at once
+    run = Run(folder or Path(tempfile.mkdtemp()) / "scratch" / "run").hold()
+    run.tracker  # a tool that is not installed is found at once
     return run
 
 # %% ../../nbs/lab/02_runs.ipynb #363d1a2d
 @patch
-def log(self:Run,
-    text:str, # One line
+def log(
+    self: Run,
+    text: str,  # One line
 ):
     "Append a line to `log.txt`."
-    with open(self.path('log.txt'), 'a', encoding='utf-8') as f: f.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    with open(self.path("log.txt"), "a", encoding="utf-8") as f:
+        f.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 # %% ../../nbs/lab/02_runs.ipynb #183949ad
 @patch
-def stage(self:Run,
-    name:str, # Name of the stage
-    compute, # Called without arguments; returns what JSON can hold
-): # Its result
+def stage(
+    self: Run,
+    name: str,  # Name of the stage
+    compute,  # Called without arguments; returns what JSON can hold
+):  # Its result
     "Result of a stage, computed once."
-    file = self.path('stages', f'{name}.json')
+    file = self.path("stages", f"{name}.json")
     if not file.exists():
         from gcode_ml.core.monitors import peak_memory
+
         began = time.time()
-        self.log(f'{name} ...')
+        self.log(f"{name} ...")
         value = compute()
-        write_json(file, dict(value=value, seconds=round(time.time()-began, 2), peak_memory_mb=peak_memory()))
-        self.log(f'{name} done in {time.time()-began:.1f} s')
-    return read_json(file)['value']
+        write_json(
+            file,
+            dict(value=value, seconds=round(time.time() - began, 2), peak_memory_mb=peak_memory()),
+        )
+        self.log(f"{name} done in {time.time() - began:.1f} s")
+    return read_json(file)["value"]
 
 # %% ../../nbs/lab/02_runs.ipynb #5ccfa8b8
 @patch
-def progress(self:Run,
-    text:str, # What is being done
-    done:float, # How much of it
-    total:float, # Of how much
-    every:float=.5, # Seconds between two writes
+def progress(
+    self: Run,
+    text: str,  # What is being done
+    done: float,  # How much of it
+    total: float,  # Of how much
+    every: float = 0.5,  # Seconds between two writes
 ):
     "Tell whoever watches the run how far it is."
-    if time.time()-self._told < every and done < total: return
+    if time.time() - self._told < every and done < total:
+        return
     self._told = time.time()
-    write_json(self.path('progress.json'), dict(text=text, done=done, total=total))
+    write_json(self.path("progress.json"), dict(text=text, done=done, total=total))
 
 # %% ../../nbs/lab/02_runs.ipynb #57286edb
 class TrialPruned(RuntimeError):
     "Raised where a run is told to stop before its end."
 
+
 @patch
-def report_epoch(self:Run,
-    **values # What was measured in the epoch
+def report_epoch(
+    self: Run,
+    **values,  # What was measured in the epoch
 ):
     "Append a line to `epochs.jsonl`, which a sweep reads; raises `TrialPruned` when the sweep has given the run up."
-    with open(self.path('epochs.jsonl'), 'a', encoding='utf-8') as f: f.write(json.dumps(values)+'\n')
-    if self.path('STOP').exists(): raise TrialPruned('the sweep has given this run up')
+    with open(self.path("epochs.jsonl"), "a", encoding="utf-8") as f:
+        f.write(json.dumps(values) + "\n")
+    if self.path("STOP").exists():
+        raise TrialPruned("the sweep has given this run up")
 
 # %% ../../nbs/lab/02_runs.ipynb #39ad417c
 class RunProgress(Callback):
     "Tell the run's progress after each training batch, and its epochs' losses and metrics."
-    order,run_valid = 60,False
-    def __init__(self,
-        run:Run, # The run
-        text:str='', # What is being fitted
-        part:int=0, # Which part of the run this fit is
-        parts:int=1, # How many parts the run has
-    ): self.run_,self.text,self.part,self.parts = run,text,part,parts
+
+    order, run_valid = 60, False
+
+    def __init__(
+        self,
+        run: Run,  # The run
+        text: str = "",  # What is being fitted
+        part: int = 0,  # Which part of the run this fit is
+        parts: int = 1,  # How many parts the run has
+    ):
+        self.run_, self.text, self.part, self.parts = run, text, part, parts
+
     def after_batch(self):
-        share = (self.epoch*self.n_iter+self.iter+1)/(self.n_epoch*self.n_iter)
-        self.run_.progress(f'{self.text}, epoch {self.epoch+1} of {self.n_epoch}', round(self.part+share, 3), self.parts)
+        share = (self.epoch * self.n_iter + self.iter + 1) / (self.n_epoch * self.n_iter)
+        self.run_.progress(
+            f"{self.text}, epoch {self.epoch + 1} of {self.n_epoch}",
+            round(self.part + share, 3),
+            self.parts,
+        )
+
     def after_epoch(self):
-        if not in_fit(self.learn): return
-        values = {k: float(v) for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.values[-1]) if v is not None}
+        if not in_fit(self.learn):
+            return
+        values = {
+            k: float(v)
+            for k, v in zip(self.recorder.metric_names[1:-1], self.recorder.values[-1])
+            if v is not None
+        }
         self.run_.report_epoch(fit=self.text, epoch=self.epoch, **values)
 
 # %% ../../nbs/lab/02_runs.ipynb #dbd5e4bf
 @patch
-def figure(self:Run,
-    name:str, # File name without suffix
-    axes, # Axes or figure
-    dpi:int=100, # Dots per inch
-): # The axes, so that the notebook shows them
+def figure(
+    self: Run,
+    name: str,  # File name without suffix
+    axes,  # Axes or figure
+    dpi: int = 100,  # Dots per inch
+):  # The axes, so that the notebook shows them
     "Save a picture under `figures/`, and show it to the tracker."
-    figure = getattr(axes, 'figure', axes)
+    figure = getattr(axes, "figure", axes)
     self.tracker.figures({name: figure}, 0)
-    with atomic_path(self.path('figures', f'{name}.png')) as f: figure.savefig(f, dpi=dpi, bbox_inches='tight', format='png')
+    with atomic_path(self.path("figures", f"{name}.png")) as f:
+        figure.savefig(f, dpi=dpi, bbox_inches="tight", format="png")
     return axes
 
 # %% ../../nbs/lab/02_runs.ipynb #48d79d5b
-def library_versions()->dict: # Name -> version
+def library_versions() -> dict:  # Name -> version
     "Versions that a result depends on."
-    return {'python': platform.python_version(), **{k: version(k) for k in ('gcode_ml','torch','fastai','numpy','pandas','scikit-learn')}}
+    return {
+        "python": platform.python_version(),
+        **{
+            k: version(k)
+            for k in ("gcode_ml", "torch", "fastai", "numpy", "pandas", "scikit-learn")
+        },
+    }
 
 # %% ../../nbs/lab/02_runs.ipynb #6ac0ebf8
 def table_records(
-    table:pd.DataFrame, # A result table
-)->list: # One dict a row, None where a value is missing
+    table: pd.DataFrame,  # A result table
+) -> list:  # One dict a row, None where a value is missing
     "A table as JSON holds it."
-    return table.astype(object).where(table.notna(), None).to_dict('records')
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 # %% ../../nbs/lab/02_runs.ipynb #12f6ef36
 @patch
-def finish(self:Run,
-    table:pd.DataFrame, # The result in one table, shown at the end of the run
-    **result # Everything else: metrics, baselines, split, audit, data
-)->dict: # What was written
+def finish(
+    self: Run,
+    table: pd.DataFrame,  # The result in one table, shown at the end of the run
+    **result,  # Everything else: metrics, baselines, split, audit, data
+) -> dict:  # What was written
     "Write `result.json`: the last thing a run does."
     import torch
+
     from gcode_ml.core.monitors import peak_memory
-    stages = {p.stem: read_json(p) for p in sorted(self.path('stages').glob('*.json'))}
-    seconds = {k: v['seconds'] for k,v in stages.items()}
-    peak = max((m for m in (peak_memory(), *(v.get('peak_memory_mb') for v in stages.values())) if m), default=None) # stages may be another process's, from before a resume
-    params = read_json(self.path('params.json')) if self.path('params.json').exists() else {}
-    params = {k: params[k] for k in ('parameters','command','created') if k in params}
-    result = dict(status='finished', domain=self.domain, name=self.name, **params, **result, table=table_records(table),
-        durations=dict(stages=seconds, total=round(sum(seconds.values()), 2)), peak_memory_mb=peak, versions=library_versions(),
-        machine=dict(processors=os.cpu_count(), threads=torch.get_num_threads(), accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'),
-        finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
+
+    stages = {p.stem: read_json(p) for p in sorted(self.path("stages").glob("*.json"))}
+    seconds = {k: v["seconds"] for k, v in stages.items()}
+    peak = max(
+        (m for m in (peak_memory(), *(v.get("peak_memory_mb") for v in stages.values())) if m),
+        default=None,
+    )  # stages may be another process's, from before a resume
+    params = read_json(self.path("params.json")) if self.path("params.json").exists() else {}
+    params = {k: params[k] for k in ("parameters", "command", "created") if k in params}
+    result = dict(
+        status="finished",
+        domain=self.domain,
+        name=self.name,
+        **params,
+        **result,
+        table=table_records(table),
+        durations=dict(stages=seconds, total=round(sum(seconds.values()), 2)),
+        peak_memory_mb=peak,
+        versions=library_versions(),
+        machine=dict(
+            processors=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        ),
+        finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
     self.close_tracker()
-    write_json(self.path('result.json'), result)
+    write_json(self.path("result.json"), result)
     return result
 
 # %% ../../nbs/lab/02_runs.ipynb #e29d49b6
 def runs_table(
-    runs=None, # Folder of runs
-    domain:str='', # Only this domain
-)->pd.DataFrame: # One row a run, newest last
+    runs=None,  # Folder of runs
+    domain: str = "",  # Only this domain
+) -> pd.DataFrame:  # One row a run, newest last
     "Table of all runs."
     rows = []
-    for f in Path(runs or runs_folder()).glob(f'{domain or "*"}/*/params.json'):
-        if f.parent.name.startswith('.'): continue # set aside, to be removed
-        run,params = Run(f.parent),read_json(f)
-        result = read_json(run.path('result.json')) if run.status == 'finished' else {}
-        rows.append(dict(run=f'{run.domain}/{run.name}', status=run.status, created=params['created'], seconds=result.get('durations', {}).get('total'),
-                         **{r['measure']: r.get('value', r.get('model')) for r in result.get('table', [])[:1] if 'measure' in r}))
-    return pd.DataFrame(sorted(rows, key=lambda r: r['created']), columns=None if rows else ['run','status','created','seconds'])
+    for f in Path(runs or runs_folder()).glob(f"{domain or '*'}/*/params.json"):
+        if f.parent.name.startswith("."):
+            continue  # set aside, to be removed
+        run, params = Run(f.parent), read_json(f)
+        result = read_json(run.path("result.json")) if run.status == "finished" else {}
+        rows.append(
+            dict(
+                run=f"{run.domain}/{run.name}",
+                status=run.status,
+                created=params["created"],
+                seconds=result.get("durations", {}).get("total"),
+                **{
+                    r["measure"]: r.get("value", r.get("model"))
+                    for r in result.get("table", [])[:1]
+                    if "measure" in r
+                },
+            )
+        )
+    return pd.DataFrame(
+        sorted(rows, key=lambda r: r["created"]),
+        columns=None if rows else ["run", "status", "created", "seconds"],
+    )

@@ -11,46 +11,52 @@ __all__ = ['workspace_root', 'settings', 'data_folder', 'runs_folder']
 import os
 from configparser import ConfigParser
 from pathlib import Path
+
 import gcode_ml
 from ..core.errors import InputError
 
 # %% ../../nbs/lab/00_settings.ipynb #3c5bbc00
 def workspace_root(
-    start=None, # Folder to start from; the current one by default
-)->Path: # The folder that holds `settings.ini`
+    start=None,  # Folder to start from; the current one by default
+) -> Path:  # The folder that holds `settings.ini`
     "The workspace at or above `start`, else the one that the package was installed from."
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents, Path(gcode_ml.__file__).resolve().parents[1]):
-        if (folder/'settings.ini').is_file(): return folder
-    raise InputError(start, 'workspace', 'settings.ini here or above', 'none', 'change to a clone of gcode_ml')
+        if (folder / "settings.ini").is_file():
+            return folder
+    raise InputError(
+        start, "workspace", "settings.ini here or above", "none", "change to a clone of gcode_ml"
+    )
 
 # %% ../../nbs/lab/00_settings.ipynb #138bb092
 def settings(
-    start=None, # Where to look for the workspace
-)->ConfigParser: # Sections `workspace` and `defaults`
+    start=None,  # Where to look for the workspace
+) -> ConfigParser:  # Sections `workspace` and `defaults`
     "Read `settings.ini`."
-    parser,file = ConfigParser(), workspace_root(start)/'settings.ini'
-    parser.read(file, encoding='utf-8')
-    for section in ('workspace', 'defaults'):
-        if section not in parser: raise InputError(file, f'section [{section}]', 'to be there', 'no such section')
+    parser, file = ConfigParser(), workspace_root(start) / "settings.ini"
+    parser.read(file, encoding="utf-8")
+    for section in ("workspace", "defaults"):
+        if section not in parser:
+            raise InputError(file, f"section [{section}]", "to be there", "no such section")
     return parser
 
 # %% ../../nbs/lab/00_settings.ipynb #c2b809d7
 def _folder(key, variable):
     "A folder named by an environment variable or, relative to its own place, by `settings.ini`."
-    if variable in os.environ: return Path(os.environ[variable]).expanduser() if os.environ[variable] else None
+    if variable in os.environ:
+        return Path(os.environ[variable]).expanduser() if os.environ[variable] else None
     root = workspace_root()
-    return (root/settings(root)['workspace'][key]).resolve()
+    return (root / settings(root)["workspace"][key]).resolve()
 
 # %% ../../nbs/lab/00_settings.ipynb #89f83947
 def data_folder(
-    name:str, # Data set, for instance `cnc_fingerprint`
-)->Path|None: # Its folder, or `None` where the data is absent
+    name: str,  # Data set, for instance `cnc_fingerprint`
+) -> Path | None:  # Its folder, or `None` where the data is absent
     "Folder of a real data set."
-    root = _folder('data', 'GCODE_ML_DATA')
-    return root/name if root is not None and (root/name).is_dir() else None
+    root = _folder("data", "GCODE_ML_DATA")
+    return root / name if root is not None and (root / name).is_dir() else None
 
 # %% ../../nbs/lab/00_settings.ipynb #05d90006
-def runs_folder()->Path: # Folder of all runs
+def runs_folder() -> Path:  # Folder of all runs
     "Where run folders are made."
-    return _folder('runs', 'GCODE_ML_RUNS') or workspace_root()/'runs'
+    return _folder("runs", "GCODE_ML_RUNS") or workspace_root() / "runs"

@@ -8,175 +8,246 @@ Docs: https://example.org/gcode_ml/lab/snapshot.html.md"""
 __all__ = ['pack', 'unpack', 'generator_states', 'set_generator_states', 'Snapshot']
 
 # %% ../../nbs/lab/03_snapshot.ipynb #26b0cb2d
-import json, random, time
-import numpy as np, torch
+import json
+import random
+import time
 from pathlib import Path
-from fastcore.basics import patch
-from fastcore.foundation import L
+
+import numpy as np
+import torch
 from fastai.callback.core import Callback
 from fastai.metrics import Metric
+from fastcore.basics import patch
+from fastcore.foundation import L
 from safetensors import safe_open
 from safetensors.torch import save_file
+
 from ..core.errors import InputError
 from ..core.files import atomic_path
 
-# %% ../../nbs/lab/03_snapshot.ipynb #5c4dc7e3
-def _pack_tensor(value, tensors):
-    "Keep a tensor or an array under a number."
-    name = str(len(tensors))
-    tensor = torch.as_tensor(value.astype('int64') if isinstance(value, np.ndarray) and value.dtype == np.uint32 else value)
-    tensors[name] = tensor.detach().cpu().clone().contiguous()
-    return {'tensor': name, 'array': value.dtype.name if isinstance(value, np.ndarray) else ''}
-
-def _pack_attributes(obj, tensors):
-    "The attributes of `obj` that a snapshot can keep; open files, functions and views of the learner are left out."
-    kept = {}
-    for k,v in vars(obj).items():
-        if k in ('learn', 'func'): continue
-        try: kept[k] = pack(v, tensors)
-        except TypeError: pass
-    return kept
-
 # %% ../../nbs/lab/03_snapshot.ipynb #e35fa70a
 def pack(
-    value, # Numbers, strings, tensors, arrays, containers and fastai metrics, nested
-    tensors:dict, # Receives the tensors under new names
-): # What `json.dumps` takes
+    value,  # Numbers, strings, tensors, arrays, containers and fastai metrics, nested
+    tensors: dict,  # Receives the tensors under new names
+):  # What `json.dumps` takes
     "Turn a nested value into JSON and named tensors; `TypeError` for anything else."
-    if value is None or isinstance(value, (bool,str)): return value
-    if isinstance(value, np.generic): value = value.item()
-    if isinstance(value, (int,float)): return value
-    if torch.is_tensor(value) or isinstance(value, np.ndarray): return _pack_tensor(value, tensors)
-    if isinstance(value, dict): return {'dict': [[pack(k, tensors), pack(v, tensors)] for k,v in value.items()]}
-    if isinstance(value, (L,list,tuple)): return {type(value).__name__: [pack(v, tensors) for v in value]}
-    if isinstance(value, torch.nn.Module): return {'module': pack(dict(value.state_dict()), tensors)}
-    if isinstance(value, Metric): return {'metric': _pack_attributes(value, tensors)}
-    raise TypeError(f'{type(value).__name__} cannot be kept in a snapshot')
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (int, float)):
+        return value
+    if torch.is_tensor(value) or isinstance(value, np.ndarray):
+        return _pack_tensor(value, tensors)
+    if isinstance(value, dict):
+        return {"dict": [[pack(k, tensors), pack(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, (L, list, tuple)):
+        return {type(value).__name__: [pack(v, tensors) for v in value]}
+    if isinstance(value, torch.nn.Module):
+        return {"module": pack(dict(value.state_dict()), tensors)}
+    if isinstance(value, Metric):
+        return {"metric": _pack_attributes(value, tensors)}
+    raise TypeError(f"{type(value).__name__} cannot be kept in a snapshot")
 
 # %% ../../nbs/lab/03_snapshot.ipynb #a9d0dfa6
 def _unpack_attributes(obj, kept, tensors):
     "Put attributes back on `obj`."
-    for k,v in kept.items(): vars(obj)[k] = unpack(v, tensors, getattr(obj, k, None)) # fastai warns of `setattr`, its own recorder's loss included
+    for k, v in kept.items():
+        vars(obj)[k] = unpack(
+            v, tensors, getattr(obj, k, None)
+        )  # fastai warns of `setattr`, its own recorder's loss included
     return obj
 
 # %% ../../nbs/lab/03_snapshot.ipynb #17516641
 def unpack(
-    value, # Result of `pack`, through JSON
-    tensors, # Name -> tensor
-    old=None, # Object whose state it is: modules and metrics are filled in place
-): # The value
+    value,  # Result of `pack`, through JSON
+    tensors,  # Name -> tensor
+    old=None,  # Object whose state it is: modules and metrics are filled in place
+):  # The value
     "Undo `pack`."
-    if not isinstance(value, dict): return value
-    (kind,v),*_ = value.items()
-    if kind == 'tensor': return tensors[v].numpy().astype(value['array']) if value['array'] else tensors[v]
-    if kind == 'dict': return {unpack(k, tensors): unpack(o, tensors) for k,o in v}
-    if kind == 'module': old.load_state_dict(unpack(v, tensors)); return old
-    if kind == 'metric': return _unpack_attributes(old, v, tensors)
-    return {'L':L,'list':list,'tuple':tuple}[kind](unpack(o, tensors) for o in v)
+    if not isinstance(value, dict):
+        return value
+    (kind, v), *_ = value.items()
+    if kind == "tensor":
+        return tensors[v].numpy().astype(value["array"]) if value["array"] else tensors[v]
+    if kind == "dict":
+        return {unpack(k, tensors): unpack(o, tensors) for k, o in v}
+    if kind == "module":
+        old.load_state_dict(unpack(v, tensors))
+        return old
+    if kind == "metric":
+        return _unpack_attributes(old, v, tensors)
+    return {"L": L, "list": list, "tuple": tuple}[kind](unpack(o, tensors) for o in v)
 
 # %% ../../nbs/lab/03_snapshot.ipynb #e9976afb
 def generator_states(
-    dls, # Loaders, each with its own generator
-)->dict: # State of every generator that a fit draws from
+    dls,  # Loaders, each with its own generator
+) -> dict:  # State of every generator that a fit draws from
     "States of Python's, NumPy's, torch's and the loaders' generators."
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                loaders=[dl.rng.getstate() for dl in dls.loaders])
+    return dict(
+        python=random.getstate(),
+        numpy=np.random.get_state(),
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        loaders=[dl.rng.getstate() for dl in dls.loaders],
+    )
 
 # %% ../../nbs/lab/03_snapshot.ipynb #f2a25940
 def set_generator_states(
-    states:dict, # From `generator_states`
-    dls, # Loaders
+    states: dict,  # From `generator_states`
+    dls,  # Loaders
 ):
     "Put every generator back."
-    random.setstate(states['python']); np.random.set_state(states['numpy']); torch.set_rng_state(states['torch'])
-    if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states['cuda'])
-    for dl,state in zip(dls.loaders, states['loaders']): dl.rng.setstate(state)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    for dl, state in zip(dls.loaders, states["loaders"]):
+        dl.rng.setstate(state)
 
 # %% ../../nbs/lab/03_snapshot.ipynb #9b68d41a
 class Snapshot(Callback):
     "Write the state of a fit to `path` and continue from there."
+
     order = 1000
-    def __init__(self,
-        path, # The snapshot's file, `.safetensors`
-        seconds:float=60., # Longest time without a snapshot
-        batches:int=0, # Also after this many batches; 0 does not count
+
+    def __init__(
+        self,
+        path,  # The snapshot's file, `.safetensors`
+        seconds: float = 60.0,  # Longest time without a snapshot
+        batches: int = 0,  # Also after this many batches; 0 does not count
     ):
-        self.path,self.seconds,self.batches = Path(path),seconds,batches
+        self.path, self.seconds, self.batches = Path(path), seconds, batches
+
     def before_fit(self):
-        self.run = self.learn.fitting and not hasattr(self.learn, 'lr_finder')
-        if not self.run: return
+        self.run = self.learn.fitting and not hasattr(self.learn, "lr_finder")
+        if not self.run:
+            return
         self.epoch_start = generator_states(self.dls)
-        self.since,self.saved = 0,time.monotonic()
-        if self.path.exists(): self.load()
+        self.since, self.saved = 0, time.monotonic()
+        if self.path.exists():
+            self.load()
+
     def after_batch(self):
-        if not self.training or self.iter+1 == self.n_iter: return
+        if not self.training or self.iter + 1 == self.n_iter:
+            return
         self.since += 1
-        if (self.batches and self.since >= self.batches) or time.monotonic()-self.saved >= self.seconds: self.save(self.epoch, self.iter+1)
+        if (
+            self.batches and self.since >= self.batches
+        ) or time.monotonic() - self.saved >= self.seconds:
+            self.save(self.epoch, self.iter + 1)
+
     def after_epoch(self):
         self.epoch_start = generator_states(self.dls)
-        self.save(self.epoch+1, 0)
+        self.save(self.epoch + 1, 0)
 
 # %% ../../nbs/lab/03_snapshot.ipynb #feb23c19
 @patch
-def _kept_callbacks(self:Snapshot):
+def _kept_callbacks(self: Snapshot):
     "The other callbacks by name; the second and the third of a class have a number."
     named = {}
     for cb in self.learn.cbs:
-        if cb is self: continue
-        same = sum(k.partition(' ')[0] == cb.name for k in named)
-        named[f'{cb.name} {same+1}' if same else cb.name] = cb
+        if cb is self:
+            continue
+        same = sum(k.partition(" ")[0] == cb.name for k in named)
+        named[f"{cb.name} {same + 1}" if same else cb.name] = cb
     return named
 
+
 @patch
-def _state(self:Snapshot, tensors):
+def _state(self: Snapshot, tensors):
     "Everything that the next batch depends on."
     learn = self.learn
-    return dict(model=pack(learn.model.state_dict(), tensors), opt=pack(learn.opt.state_dict(), tensors),
-        loss=pack(learn.loss_func.state_dict() if isinstance(learn.loss_func, torch.nn.Module) else {}, tensors),
-        grads=pack({k: p.grad for k,p in learn.model.named_parameters() if p.grad is not None and p.grad.any()}, tensors), # gathered by `GradientAccumulation`
-        generators=pack(generator_states(learn.dls), tensors), epoch_start=pack(self.epoch_start, tensors),
-        learner={k: pack(getattr(learn, k), tensors) for k in ('pct_train','train_iter','n_epoch')},
-        callbacks={name: _pack_attributes(cb, tensors) for name,cb in self._kept_callbacks().items()})
+    return dict(
+        model=pack(learn.model.state_dict(), tensors),
+        opt=pack(learn.opt.state_dict(), tensors),
+        loss=pack(
+            learn.loss_func.state_dict() if isinstance(learn.loss_func, torch.nn.Module) else {},
+            tensors,
+        ),
+        grads=pack(
+            {
+                k: p.grad
+                for k, p in learn.model.named_parameters()
+                if p.grad is not None and p.grad.any()
+            },
+            tensors,
+        ),  # gathered by `GradientAccumulation`
+        generators=pack(generator_states(learn.dls), tensors),
+        epoch_start=pack(self.epoch_start, tensors),
+        learner={
+            k: pack(getattr(learn, k), tensors) for k in ("pct_train", "train_iter", "n_epoch")
+        },
+        callbacks={
+            name: _pack_attributes(cb, tensors) for name, cb in self._kept_callbacks().items()
+        },
+    )
 
 # %% ../../nbs/lab/03_snapshot.ipynb #add9881f
 @patch
-def save(self:Snapshot,
-    epoch:int, # Epoch to begin with
-    batch:int, # Batch of it to begin with
+def save(
+    self: Snapshot,
+    epoch: int,  # Epoch to begin with
+    batch: int,  # Batch of it to begin with
 ):
     "Write the snapshot."
-    if any(not getattr(cb, 'resumable', True) for cb in self.learn.cbs): return
+    if any(not getattr(cb, "resumable", True) for cb in self.learn.cbs):
+        return
     tensors = {}
     header = json.dumps(dict(epoch=epoch, batch=batch, state=self._state(tensors)))
-    with atomic_path(self.path) as f: save_file(tensors, f, metadata=dict(snapshot=header))
-    self.since,self.saved = 0,time.monotonic()
+    with atomic_path(self.path) as f:
+        save_file(tensors, f, metadata=dict(snapshot=header))
+    self.since, self.saved = 0, time.monotonic()
 
 # %% ../../nbs/lab/03_snapshot.ipynb #04ed3dbc
 @patch
-def _restore(self:Snapshot, header, tensors, at_epoch_start):
+def _restore(self: Snapshot, header, tensors, at_epoch_start):
     "Put everything back; at the start of an epoch its order of items is drawn anew, from the states of that moment."
-    learn,state = self.learn,header['state']
-    learn.model.load_state_dict(unpack(state['model'], tensors))
-    learn.opt.load_state_dict(unpack(state['opt'], tensors))
-    grads = unpack(state['grads'], tensors)
-    for k,p in learn.model.named_parameters(): p.grad = grads[k].to(p, copy=True) if k in grads else None
-    if isinstance(learn.loss_func, torch.nn.Module): learn.loss_func.load_state_dict(unpack(state['loss'], tensors))
-    for name,cb in self._kept_callbacks().items():
-        if name in state['callbacks']: _unpack_attributes(cb, state['callbacks'][name], tensors)
-    for k,v in state['learner'].items(): setattr(learn, k, unpack(v, tensors))
-    self.epoch_start = unpack(state['epoch_start'], tensors)
-    set_generator_states(self.epoch_start if at_epoch_start else unpack(state['generators'], tensors), learn.dls)
+    learn, state = self.learn, header["state"]
+    learn.model.load_state_dict(unpack(state["model"], tensors))
+    learn.opt.load_state_dict(unpack(state["opt"], tensors))
+    grads = unpack(state["grads"], tensors)
+    for k, p in learn.model.named_parameters():
+        p.grad = grads[k].to(p, copy=True) if k in grads else None
+    if isinstance(learn.loss_func, torch.nn.Module):
+        learn.loss_func.load_state_dict(unpack(state["loss"], tensors))
+    for name, cb in self._kept_callbacks().items():
+        if name in state["callbacks"]:
+            _unpack_attributes(cb, state["callbacks"][name], tensors)
+    for k, v in state["learner"].items():
+        setattr(learn, k, unpack(v, tensors))
+    self.epoch_start = unpack(state["epoch_start"], tensors)
+    set_generator_states(
+        self.epoch_start if at_epoch_start else unpack(state["generators"], tensors), learn.dls
+    )
 
 # %% ../../nbs/lab/03_snapshot.ipynb #b0d78375
 @patch
-def load(self:Snapshot):
+def load(self: Snapshot):
     "Read the snapshot and tell the learner where to begin."
     try:
-        with safe_open(self.path, 'pt') as f:
-            header = json.loads(f.metadata()['snapshot'])
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except Exception as e: raise InputError(self.path, 'content', 'a snapshot of a fit', f'{type(e).__name__}: {str(e)[:90]}', 'delete it to begin the fit anew') from None
-    if header['state']['learner']['n_epoch'] != self.n_epoch:
-        raise InputError(self.path, 'n_epoch', str(self.n_epoch), str(header['state']['learner']['n_epoch']), 'continue with the same number of epochs')
-    self.learn.resume_from = header['epoch'], header['batch'], lambda at_epoch_start: self._restore(header, tensors, at_epoch_start)
+        with safe_open(self.path, "pt") as f:
+            header = json.loads(f.metadata()["snapshot"])
+            tensors = {k: f.get_tensor(k) for k in f}
+    except Exception as e:
+        raise InputError(
+            self.path,
+            "content",
+            "a snapshot of a fit",
+            f"{type(e).__name__}: {str(e)[:90]}",
+            "delete it to begin the fit anew",
+        ) from None
+    if header["state"]["learner"]["n_epoch"] != self.n_epoch:
+        raise InputError(
+            self.path,
+            "n_epoch",
+            str(self.n_epoch),
+            str(header["state"]["learner"]["n_epoch"]),
+            "continue with the same number of epochs",
+        )
+    self.learn.resume_from = (
+        header["epoch"],
+        header["batch"],
+        lambda at_epoch_start: self._restore(header, tensors, at_epoch_start),
+    )

@@ -8,132 +8,248 @@ Docs: https://example.org/gcode_ml/lab/spaces.html.md"""
 __all__ = ['METHODS', 'Dimension', 'dimension', 'Space', 'read_space']
 
 # %% ../../nbs/lab/12_spaces.ipynb #ce009e04
-import itertools, math
+import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import yaml
+
 from ..core.errors import InputError, check_choice
 
 # %% ../../nbs/lab/12_spaces.ipynb #be8aae72
 @dataclass
 class Dimension:
     "What one parameter may be."
-    name:str # Name of the parameter
-    values:list = None # A list of values; `None`: a range
-    low:float = None # Smallest value of a range
-    high:float = None # Largest value of a range
-    log:bool = False # Drawn evenly in the logarithm
-    step:float = None # Distance of the values of a range
-    whole:bool = False # Whole numbers
+
+    name: str  # Name of the parameter
+    values: list = None  # A list of values; `None`: a range
+    low: float = None  # Smallest value of a range
+    high: float = None  # Largest value of a range
+    log: bool = False  # Drawn evenly in the logarithm
+    step: float = None  # Distance of the values of a range
+    whole: bool = False  # Whole numbers
 
 # %% ../../nbs/lab/12_spaces.ipynb #76df870e
-_ranges = { # name of a distribution -> what is special about it
-    'uniform': {}, 'q_uniform': {}, 'log_uniform_values': dict(log=True), 'q_log_uniform_values': dict(log=True),
-    'int_uniform': dict(whole=True), 'log_uniform': dict(log=True)}
-_keys = ('value','values','distribution','min','max','q')
+_ranges = {  # name of a distribution -> what is special about it
+    "uniform": {},
+    "q_uniform": {},
+    "log_uniform_values": dict(log=True),
+    "q_log_uniform_values": dict(log=True),
+    "int_uniform": dict(whole=True),
+    "log_uniform": dict(log=True),
+}
+_keys = ("value", "values", "distribution", "min", "max", "q")
+
 
 def _bounds(file, name, entry, kind):
     "The two ends of a range."
-    for k in ('min','max'):
-        if not isinstance(entry.get(k), (int,float)) or isinstance(entry.get(k), bool): raise InputError(file, f'{name}.{k}', 'a number', repr(entry.get(k)), 'YAML reads 1e-4 as text: write 1.0e-4' if isinstance(entry.get(k), str) else '')
-    low,high = (math.exp(entry[k]) if kind == 'log_uniform' else entry[k] for k in ('min','max'))
-    if not low < high: raise InputError(file, f'{name}.min, max', 'the smaller one first', f"{entry['min']!r}, {entry['max']!r}")
-    if _ranges[kind].get('log') and low <= 0: raise InputError(file, f'{name}.min', 'a positive number, for a logarithm', repr(low))
-    return low,high
+    for k in ("min", "max"):
+        if not isinstance(entry.get(k), (int, float)) or isinstance(entry.get(k), bool):
+            raise InputError(
+                file,
+                f"{name}.{k}",
+                "a number",
+                repr(entry.get(k)),
+                "YAML reads 1e-4 as text: write 1.0e-4" if isinstance(entry.get(k), str) else "",
+            )
+    low, high = (math.exp(entry[k]) if kind == "log_uniform" else entry[k] for k in ("min", "max"))
+    if not low < high:
+        raise InputError(
+            file, f"{name}.min, max", "the smaller one first", f"{entry['min']!r}, {entry['max']!r}"
+        )
+    if _ranges[kind].get("log") and low <= 0:
+        raise InputError(file, f"{name}.min", "a positive number, for a logarithm", repr(low))
+    return low, high
 
 # %% ../../nbs/lab/12_spaces.ipynb #2bc2c431
 def dimension(
-    name:str, # Name of the parameter
-    entry:dict, # Its entry in a space file
-    file='space', # For error messages
-)->Dimension:
+    name: str,  # Name of the parameter
+    entry: dict,  # Its entry in a space file
+    file="space",  # For error messages
+) -> Dimension:
     "One parameter of a space."
-    if not isinstance(entry, dict): raise InputError(file, name, 'value, values, or a distribution with min and max', repr(entry))
-    for key in entry: check_choice(file, name, key, _keys)
-    if 'value' in entry: return Dimension(name, [entry['value']])
-    if 'values' in entry:
-        if not isinstance(entry['values'], list) or not entry['values']: raise InputError(file, f'{name}.values', 'a list with something in it', repr(entry['values']))
-        return Dimension(name, entry['values'])
-    ends = (entry.get('min'), entry.get('max'))
-    kind = entry.get('distribution', 'int_uniform' if all(type(e) is int for e in ends) else 'uniform')
-    low,high = _bounds(file, name, entry, check_choice(file, f'{name}.distribution', kind, _ranges))
-    return Dimension(name, None, low, high, step=entry.get('q', 1 if _ranges[kind].get('whole') else None), **_ranges[kind])
+    if not isinstance(entry, dict):
+        raise InputError(
+            file, name, "value, values, or a distribution with min and max", repr(entry)
+        )
+    for key in entry:
+        check_choice(file, name, key, _keys)
+    if "value" in entry:
+        return Dimension(name, [entry["value"]])
+    if "values" in entry:
+        if not isinstance(entry["values"], list) or not entry["values"]:
+            raise InputError(
+                file, f"{name}.values", "a list with something in it", repr(entry["values"])
+            )
+        return Dimension(name, entry["values"])
+    ends = (entry.get("min"), entry.get("max"))
+    kind = entry.get(
+        "distribution", "int_uniform" if all(type(e) is int for e in ends) else "uniform"
+    )
+    low, high = _bounds(
+        file, name, entry, check_choice(file, f"{name}.distribution", kind, _ranges)
+    )
+    return Dimension(
+        name,
+        None,
+        low,
+        high,
+        step=entry.get("q", 1 if _ranges[kind].get("whole") else None),
+        **_ranges[kind],
+    )
 
 # %% ../../nbs/lab/12_spaces.ipynb #3ac6e149
 from fastcore.basics import patch
 
 # %% ../../nbs/lab/12_spaces.ipynb #ec894d64
 @patch
-def grid(self:Dimension)->list: # Values
+def grid(self: Dimension) -> list:  # Values
     "All values of a dimension, for a grid."
-    if self.values is not None: return self.values
-    if not self.step or self.log: raise InputError('space', self.name, 'values, or a range with q, for a grid', 'a range without steps')
-    return [self.low+i*self.step for i in range(int((self.high-self.low)/self.step+1e-9)+1)]
+    if self.values is not None:
+        return self.values
+    if not self.step or self.log:
+        raise InputError(
+            "space", self.name, "values, or a range with q, for a grid", "a range without steps"
+        )
+    return [
+        self.low + i * self.step for i in range(int((self.high - self.low) / self.step + 1e-9) + 1)
+    ]
 
 # %% ../../nbs/lab/12_spaces.ipynb #61cd6080
 @patch
-def suggest(self:Dimension,
-    trial, # A trial of Optuna
-): # Its value
+def suggest(
+    self: Dimension,
+    trial,  # A trial of Optuna
+):  # Its value
     "Let Optuna choose."
-    if self.values is not None: return trial.suggest_categorical(self.name, self.values) if len(self.values) > 1 else self.values[0]
+    if self.values is not None:
+        return (
+            trial.suggest_categorical(self.name, self.values)
+            if len(self.values) > 1
+            else self.values[0]
+        )
     draw = trial.suggest_int if self.whole else trial.suggest_float
-    return draw(self.name, self.low, self.high, log=self.log, **({'step': self.step} if self.step and not self.log else {}))
+    return draw(
+        self.name,
+        self.low,
+        self.high,
+        log=self.log,
+        **({"step": self.step} if self.step and not self.log else {}),
+    )
 
 # %% ../../nbs/lab/12_spaces.ipynb #96ca364c
-METHODS = dict(grid='grid', random='random', tpe='tpe', bayes='tpe', gp='gp') # W&B's word for Bayesian search is bayes
+METHODS = dict(
+    grid="grid", random="random", tpe="tpe", bayes="tpe", gp="gp"
+)  # W&B's word for Bayesian search is bayes
+
 
 @dataclass
 class Space:
     "What a sweep varies and how it is judged."
-    dimensions:dict # Name -> `Dimension`
-    metric:str = 'valid_loss' # A column of `history.csv`, or a name under `validation` in `result.json`
-    goal:str = 'minimize' # `minimize` or `maximize`
-    method:str = 'tpe' # Value of `METHODS`
-    seeds:list = field(default_factory=list) # Seeds of each trial, whose mean is judged; empty: the experiment's own
-    trials:int = 0 # How many, unless the command says so
+
+    dimensions: dict  # Name -> `Dimension`
+    metric: str = (
+        "valid_loss"  # A column of `history.csv`, or a name under `validation` in `result.json`
+    )
+    goal: str = "minimize"  # `minimize` or `maximize`
+    method: str = "tpe"  # Value of `METHODS`
+    seeds: list = field(
+        default_factory=list
+    )  # Seeds of each trial, whose mean is judged; empty: the experiment's own
+    trials: int = 0  # How many, unless the command says so
 
 # %% ../../nbs/lab/12_spaces.ipynb #1e8d41f2
 def _load(file):
     "The mapping in a YAML file."
     file = Path(file)
-    if not file.is_file(): raise InputError(file, 'file', 'a YAML file of a sweep', 'nothing there')
-    try: found = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except (yaml.YAMLError,UnicodeDecodeError) as e: raise InputError(file, 'content', 'YAML', str(e).splitlines()[0]) from None
-    if not isinstance(found, dict) or not isinstance(found.get('parameters'), dict) or not found['parameters']: raise InputError(file, 'parameters', 'names with their values', 'none')
+    if not file.is_file():
+        raise InputError(file, "file", "a YAML file of a sweep", "nothing there")
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(file, "content", "YAML", str(e).splitlines()[0]) from None
+    if (
+        not isinstance(found, dict)
+        or not isinstance(found.get("parameters"), dict)
+        or not found["parameters"]
+    ):
+        raise InputError(file, "parameters", "names with their values", "none")
     return found
 
 # %% ../../nbs/lab/12_spaces.ipynb #9bf3e473
 def read_space(
-    file, # YAML file
-)->Space:
+    file,  # YAML file
+) -> Space:
     "Read a space file; entries that only W&B needs (`program`, `project`, `command`, `run_cap`) are passed over."
     found = _load(file)
-    for key in found: check_choice(file, 'entry', key, ('method','metric','parameters','seeds','trials','program','project','name','description','command','run_cap','early_terminate'))
-    metric = found.get('metric') or {}
-    if not isinstance(metric, dict): raise InputError(file, 'metric', 'a name and a goal', repr(metric))
-    seeds = found.get('seeds') or []
-    if not isinstance(seeds, list) or any(type(s) is not int for s in seeds): raise InputError(file, 'seeds', 'a list of whole numbers', repr(seeds))
-    return Space({k: dimension(k, v, file) for k,v in found['parameters'].items()}, metric.get('name', 'valid_loss'),
-                 check_choice(file, 'metric.goal', metric.get('goal', 'minimize'), ('minimize','maximize')),
-                 METHODS[check_choice(file, 'method', found.get('method', 'tpe'), METHODS)], seeds, found.get('trials', found.get('run_cap', 0)))
+    for key in found:
+        check_choice(
+            file,
+            "entry",
+            key,
+            (
+                "method",
+                "metric",
+                "parameters",
+                "seeds",
+                "trials",
+                "program",
+                "project",
+                "name",
+                "description",
+                "command",
+                "run_cap",
+                "early_terminate",
+            ),
+        )
+    metric = found.get("metric") or {}
+    if not isinstance(metric, dict):
+        raise InputError(file, "metric", "a name and a goal", repr(metric))
+    seeds = found.get("seeds") or []
+    if not isinstance(seeds, list) or any(type(s) is not int for s in seeds):
+        raise InputError(file, "seeds", "a list of whole numbers", repr(seeds))
+    return Space(
+        {k: dimension(k, v, file) for k, v in found["parameters"].items()},
+        metric.get("name", "valid_loss"),
+        check_choice(file, "metric.goal", metric.get("goal", "minimize"), ("minimize", "maximize")),
+        METHODS[check_choice(file, "method", found.get("method", "tpe"), METHODS)],
+        seeds,
+        found.get("trials", found.get("run_cap", 0)),
+    )
 
 # %% ../../nbs/lab/12_spaces.ipynb #9fcf2744
 @patch
-def points(self:Space)->list: # One dict of values a point
+def points(self: Space) -> list:  # One dict of values a point
     "All points of a grid, in order."
-    return [dict(zip(self.dimensions, values)) for values in itertools.product(*(d.grid() for d in self.dimensions.values()))]
+    return [
+        dict(zip(self.dimensions, values))
+        for values in itertools.product(*(d.grid() for d in self.dimensions.values()))
+    ]
 
 # %% ../../nbs/lab/12_spaces.ipynb #7fa13bdb
 @patch
-def check(self:Space,
-    parameters:dict, # Of the experiment, name -> `Parameter`
-    file='space', # For error messages
+def check(
+    self: Space,
+    parameters: dict,  # Of the experiment, name -> `Parameter`
+    file="space",  # For error messages
 ):
     "Refuse names that the experiment does not have, and values that it would refuse."
     from gcode_ml.core.options import check_value
-    for name,d in self.dimensions.items():
-        if name not in parameters: raise InputError(file, name, f"a parameter of the experiment ({', '.join(parameters)})", 'a name that it does not have')
-        if name == 'seed' and self.seeds: raise InputError(file, 'seed', 'seeds, or seed among the parameters', 'both')
+
+    for name, d in self.dimensions.items():
+        if name not in parameters:
+            raise InputError(
+                file,
+                name,
+                f"a parameter of the experiment ({', '.join(parameters)})",
+                "a name that it does not have",
+            )
+        if name == "seed" and self.seeds:
+            raise InputError(file, "seed", "seeds, or seed among the parameters", "both")
         for value in d.values if d.values is not None else (d.low, d.high):
-            check_value(parameters[name], int(value) if d.whole and float(value).is_integer() else value, file)
+            check_value(
+                parameters[name],
+                int(value) if d.whole and float(value).is_integer() else value,
+                file,
+            )

@@ -10,116 +10,208 @@ __all__ = ['SWEEP_PICTURES', 'sweep_table', 'parameter_importance', 'sweep_pictu
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #18dd1fbe
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..core.errors import InputError, check_choice
-from ..core.files import atomic_path, read_json
+from ..core.files import atomic_path
 from .runs import Run
 from .sweeps import Sweep
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #a5ecfab5
 def sweep_table(
-    sweep:Sweep, # A sweep
-)->pd.DataFrame: # One row a trial that has ended: run, state, the metric, parameters, `seconds`, `final_loss`
+    sweep: Sweep,  # A sweep
+) -> (
+    pd.DataFrame
+):  # One row a trial that has ended: run, state, the metric, parameters, `seconds`, `final_loss`
     "Trials of a sweep, in the order of their numbers."
     rows = []
     for t in sweep._settled(sweep.study().get_trials(deepcopy=False)):
-        number = t.user_attrs.get('run', t.number)
-        rows.append({'run': f'{sweep.name}-{number:04d}', 'state': t.state.name.lower(), sweep.space.metric: t.value, **t.params,
-                     'seconds': t.user_attrs.get('seconds'), 'final_loss': _final_loss(sweep, number), 'error': t.user_attrs.get('error', '')})
+        number = t.user_attrs.get("run", t.number)
+        rows.append(
+            {
+                "run": f"{sweep.name}-{number:04d}",
+                "state": t.state.name.lower(),
+                sweep.space.metric: t.value,
+                **t.params,
+                "seconds": t.user_attrs.get("seconds"),
+                "final_loss": _final_loss(sweep, number),
+                "error": t.user_attrs.get("error", ""),
+            }
+        )
     table = pd.DataFrame(rows)
-    return table if len(table) and table.error.any() else table.drop(columns='error', errors='ignore')
+    return (
+        table if len(table) and table.error.any() else table.drop(columns="error", errors="ignore")
+    )
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #13c790f6
 def _final_loss(sweep, number):
     "Mean of the last validation losses of a trial's runs."
     found = []
-    for file in sweep.folder.parent.parent.glob(f'*/{sweep.name}-{number:04d}*/history.csv'):
+    for file in sweep.folder.parent.parent.glob(f"*/{sweep.name}-{number:04d}*/history.csv"):
         history = pd.read_csv(file)
-        if 'valid_loss' in history and len(history): found.append(history.groupby('fit').valid_loss.last().mean() if 'fit' in history else history.valid_loss.iloc[-1])
+        if "valid_loss" in history and len(history):
+            found.append(
+                history.groupby("fit").valid_loss.last().mean()
+                if "fit" in history
+                else history.valid_loss.iloc[-1]
+            )
     return float(np.mean(found)) if found else None
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #4b3a1f93
 def parameter_importance(
-    sweep:Sweep, # A sweep
-)->pd.Series: # Share of each parameter, largest first; empty where it cannot be told
+    sweep: Sweep,  # A sweep
+) -> pd.Series:  # Share of each parameter, largest first; empty where it cannot be told
     "Which parameters matter, by fANOVA; Hutter, Hoos and Leyton-Brown 2014."
     from optuna.importance import get_param_importances
-    try: found = get_param_importances(sweep.study())
-    except (ValueError,RuntimeError): found = {} # one trial, one parameter value, or all scores the same
-    return pd.Series(found, name='importance', dtype=float)
+
+    try:
+        found = get_param_importances(sweep.study())
+    except (ValueError, RuntimeError):
+        found = {}  # one trial, one parameter value, or all scores the same
+    return pd.Series(found, name="importance", dtype=float)
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #2428d2c1
-SWEEP_PICTURES = ('history','importance','parallel','contour','slice')
+SWEEP_PICTURES = ("history", "importance", "parallel", "contour", "slice")
+
 
 def sweep_picture(
-    sweep:Sweep, # A sweep
-    kind:str, # One of `SWEEP_PICTURES`
-): # Axes, or `None` where there is too little to draw
+    sweep: Sweep,  # A sweep
+    kind: str,  # One of `SWEEP_PICTURES`
+):  # Axes, or `None` where there is too little to draw
     "One picture of a sweep, Optuna's own."
     import warnings
+
     from optuna import visualization
-    draw = dict(history=visualization.matplotlib.plot_optimization_history, importance=visualization.matplotlib.plot_param_importances,
-                parallel=visualization.matplotlib.plot_parallel_coordinate, contour=visualization.matplotlib.plot_contour, slice=visualization.matplotlib.plot_slice)
-    study,important = sweep.study(),list(parameter_importance(sweep).index[:2])
-    check_choice('sweep', 'picture', kind, SWEEP_PICTURES)
-    if len([t for t in study.get_trials(deepcopy=False) if t.value is not None]) < 2 or kind in ('importance','contour') and len(important) < 2: return None
+
+    draw = dict(
+        history=visualization.matplotlib.plot_optimization_history,
+        importance=visualization.matplotlib.plot_param_importances,
+        parallel=visualization.matplotlib.plot_parallel_coordinate,
+        contour=visualization.matplotlib.plot_contour,
+        slice=visualization.matplotlib.plot_slice,
+    )
+    study, important = sweep.study(), list(parameter_importance(sweep).index[:2])
+    check_choice("sweep", "picture", kind, SWEEP_PICTURES)
+    if (
+        len([t for t in study.get_trials(deepcopy=False) if t.value is not None]) < 2
+        or kind in ("importance", "contour")
+        and len(important) < 2
+    ):
+        return None
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # experimental, says Optuna
-        return draw[kind](study, **({'params': important} if kind == 'contour' else {}))
+        warnings.simplefilter("ignore")  # experimental, says Optuna
+        return draw[kind](study, **({"params": important} if kind == "contour" else {}))
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #38991790
 def report_sweep(
-    sweep:Sweep, # A sweep
-    output=None, # HTML file; in the sweep's folder by default
-)->Path: # The page
+    sweep: Sweep,  # A sweep
+    output=None,  # HTML file; in the sweep's folder by default
+) -> Path:  # The page
     "Write table, pictures and page of a sweep."
     from gcode_ml.lab.experiment import execute, experiment_notebook
     from gcode_ml.lab.reports import html_page
+
     table = sweep_table(sweep)
-    if not len(table): raise InputError(sweep.folder, 'trials', 'at least one that has ended', 'none')
-    with atomic_path(sweep.path('sweep.csv')) as f: table.to_csv(f, index=False)
-    page = Path(output) if output else sweep.path('report.html')
-    execute(experiment_notebook('sweep'), page.with_suffix('.ipynb'), dict(sweep=str(sweep.folder.resolve())))
-    return html_page(page.with_suffix('.ipynb'), page, f'sweep {sweep.name}')
+    if not len(table):
+        raise InputError(sweep.folder, "trials", "at least one that has ended", "none")
+    with atomic_path(sweep.path("sweep.csv")) as f:
+        table.to_csv(f, index=False)
+    page = Path(output) if output else sweep.path("report.html")
+    execute(
+        experiment_notebook("sweep"),
+        page.with_suffix(".ipynb"),
+        dict(sweep=str(sweep.folder.resolve())),
+    )
+    return html_page(page.with_suffix(".ipynb"), page, f"sweep {sweep.name}")
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #3dfdf55a
 def paired_comparison(
-    first, # Scores of one way, one a seed (or a seed and fold)
-    second, # Scores of the other, in the same order
-    larger_is_better:bool=True, # What counts as a win
-    seed:int=0, # Seed of the interval
-)->dict: # `pairs`, `difference` (second minus first), `low`, `high`, `wins`, `p_wilcoxon`, `p_t`
+    first,  # Scores of one way, one a seed (or a seed and fold)
+    second,  # Scores of the other, in the same order
+    larger_is_better: bool = True,  # What counts as a win
+    seed: int = 0,  # Seed of the interval
+) -> dict:  # `pairs`, `difference` (second minus first), `low`, `high`, `wins`, `p_wilcoxon`, `p_t`
     "Compare two ways by pairs."
     from scipy.stats import ttest_rel, wilcoxon
+
     from gcode_ml.core.metrics import bootstrap_interval
-    first,second = np.asarray(first, float),np.asarray(second, float)
-    if first.shape != second.shape or first.ndim != 1 or len(first) < 2: raise InputError('comparison', 'scores', 'two lists of one length, at least 2', f'{first.shape} and {second.shape}')
-    d = second-first
+
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
+        raise InputError(
+            "comparison",
+            "scores",
+            "two lists of one length, at least 2",
+            f"{first.shape} and {second.shape}",
+        )
+    d = second - first
     mean = bootstrap_interval(d, seed=seed)
     same = not d.any()
-    return dict(pairs=len(d), difference=d.mean(), low=mean.low, high=mean.high, wins=int((d > 0).sum() if larger_is_better else (d < 0).sum()),
-                p_wilcoxon=1. if same else float(wilcoxon(d).pvalue), p_t=1. if same else float(ttest_rel(second, first).pvalue))
+    return dict(
+        pairs=len(d),
+        difference=d.mean(),
+        low=mean.low,
+        high=mean.high,
+        wins=int((d > 0).sum() if larger_is_better else (d < 0).sum()),
+        p_wilcoxon=1.0 if same else float(wilcoxon(d).pvalue),
+        p_t=1.0 if same else float(ttest_rel(second, first).pvalue),
+    )
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #adbcbb5f
 def compare_groups(
-    groups:dict, # Name -> runs, the same seeds in each
-    measure:str, # Name of a measure in their result tables
-    split:str='', # Of this split, where there are several
-)->pd.DataFrame: # One row a group beside the first
+    groups: dict,  # Name -> runs, the same seeds in each
+    measure: str,  # Name of a measure in their result tables
+    split: str = "",  # Of this split, where there are several
+) -> pd.DataFrame:  # One row a group beside the first
     "Groups of runs against the first of them, paired by seed."
-    scores = {name: {r['seed']: v for run in runs for r,v in [_measured(run, measure, split)]} for name,runs in groups.items()}
-    first,*others = scores
+    scores = {
+        name: {r["seed"]: v for run in runs for r, v in [_measured(run, measure, split)]}
+        for name, runs in groups.items()
+    }
+    first, *others = scores
     for name in others:
-        if scores[name].keys() != scores[first].keys(): raise InputError(name, 'seeds', f'{sorted(scores[first])}, as in {first}', str(sorted(scores[name])))
+        if scores[name].keys() != scores[first].keys():
+            raise InputError(
+                name, "seeds", f"{sorted(scores[first])}, as in {first}", str(sorted(scores[name]))
+            )
     order = sorted(scores[first])
-    return pd.DataFrame([dict(first=first, second=name, measure=measure, mean_first=np.mean([scores[first][s] for s in order]), mean_second=np.mean([scores[name][s] for s in order]),
-                              **paired_comparison([scores[first][s] for s in order], [scores[name][s] for s in order])) for name in others])
+    return pd.DataFrame(
+        [
+            dict(
+                first=first,
+                second=name,
+                measure=measure,
+                mean_first=np.mean([scores[first][s] for s in order]),
+                mean_second=np.mean([scores[name][s] for s in order]),
+                **paired_comparison(
+                    [scores[first][s] for s in order], [scores[name][s] for s in order]
+                ),
+            )
+            for name in others
+        ]
+    )
 
 # %% ../../nbs/lab/14_sweep_reports.ipynb #2c77448d
 def _measured(run, measure, split):
     "Result and value of one run."
     from gcode_ml.lab.reports import finished_result
+
     result = finished_result(run)
-    rows = [r for r in result['table'] if r.get('measure') == measure and (not split or r.get('split') == split) and r.get('name', 'model') == 'model']
-    if len(rows) != 1: raise InputError(run.folder, f'measure {measure}', 'one value of the model', str(len(rows)), 'name a split as well' if len(rows) > 1 else '')
-    return result,rows[0]['value']
+    rows = [
+        r
+        for r in result["table"]
+        if r.get("measure") == measure
+        and (not split or r.get("split") == split)
+        and r.get("name", "model") == "model"
+    ]
+    if len(rows) != 1:
+        raise InputError(
+            run.folder,
+            f"measure {measure}",
+            "one value of the model",
+            str(len(rows)),
+            "name a split as well" if len(rows) > 1 else "",
+        )
+    return result, rows[0]["value"]

@@ -9,12 +9,20 @@ __all__ = ['repair_journal', 'open_storage', 'create_sampler', 'create_pruner', 
            'run_trial', 'local_cluster', 'cluster_client', 'Workers', 'find_sweep']
 
 # %% ../../nbs/lab/13_sweeps.ipynb #d26e5462
-import json, math, os, time, uuid, zlib
+import json
+import math
+import os
+import time
+import uuid
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+
 from ..core.errors import InputError, check_choice
 from ..core.files import read_json, write_json
 from .runs import Run, TrialPruned, check_name, new_run
@@ -23,472 +31,800 @@ from .spaces import METHODS, Space, dimension, read_space
 
 # %% ../../nbs/lab/13_sweeps.ipynb #40a6b4e4
 def repair_journal(
-    file, # Journal of a study; may be absent
-)->int: # Bytes cut off
+    file,  # Journal of a study; may be absent
+) -> int:  # Bytes cut off
     "Cut half a line off the end of a journal; `InputError` where a line in the middle is broken."
     file = Path(file)
-    if not file.exists(): return 0
+    if not file.exists():
+        return 0
     data = file.read_bytes()
-    whole = data.rfind(b'\n')+1
-    for number,line in enumerate(data[:whole].splitlines(), 1):
-        try: json.loads(line)
-        except ValueError: raise InputError(file, f'line {number}', 'a JSON object', line[:40].decode(errors='replace'), 'restore the file, or begin a sweep of another name') from None
-    if whole < len(data): os.truncate(file, whole)
-    return len(data)-whole
+    whole = data.rfind(b"\n") + 1
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            raise InputError(
+                file,
+                f"line {number}",
+                "a JSON object",
+                line[:40].decode(errors="replace"),
+                "restore the file, or begin a sweep of another name",
+            ) from None
+    if whole < len(data):
+        os.truncate(file, whole)
+    return len(data) - whole
 
 # %% ../../nbs/lab/13_sweeps.ipynb #46f77086
 def open_storage(
-    place, # A `.journal` file, or a URL such as `sqlite:///study.db` or `postgresql+psycopg2://user@host/name`
-): # Storage of Optuna
+    place,  # A `.journal` file, or a URL such as `sqlite:///study.db` or `postgresql+psycopg2://user@host/name`
+):  # Storage of Optuna
     "Where a study is kept."
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-    if '://' in str(place):
-        try: return RDBStorage(str(place), engine_kwargs=dict(pool_pre_ping=True))
-        except ImportError as e: raise InputError('--storage', str(place).split('@')[-1], 'a database whose driver is installed', str(e), 'pip install gcode_ml[sweep]') from None
-        except Exception as e: raise InputError('--storage', str(place).split('@')[-1], 'a database that answers', str(e).splitlines()[0]) from None
+
+    if "://" in str(place):
+        try:
+            return RDBStorage(str(place), engine_kwargs=dict(pool_pre_ping=True))
+        except ImportError as e:
+            raise InputError(
+                "--storage",
+                str(place).split("@")[-1],
+                "a database whose driver is installed",
+                str(e),
+                "pip install gcode_ml[sweep]",
+            ) from None
+        except Exception as e:
+            raise InputError(
+                "--storage",
+                str(place).split("@")[-1],
+                "a database that answers",
+                str(e).splitlines()[0],
+            ) from None
     file = str(place)
-    with FileLock(f'{file}.repair'): repair_journal(file)
+    with FileLock(f"{file}.repair"):
+        repair_journal(file)
     return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
 
 # %% ../../nbs/lab/13_sweeps.ipynb #651a4f72
 def create_sampler(
-    method:str, # Value of `METHODS`
-    seed:int=0, # Seed of what it draws
-): # Sampler of Optuna
+    method: str,  # Value of `METHODS`
+    seed: int = 0,  # Seed of what it draws
+):  # Sampler of Optuna
     "A sampler by name; a grid draws nothing, its points are handed out one by one."
     from optuna.samplers import GPSampler, RandomSampler, TPESampler
-    check_choice('sweep', 'method', method, set(METHODS.values()))
-    if method == 'tpe': return TPESampler(seed=seed, constant_liar=True)
-    return GPSampler(seed=seed) if method == 'gp' else RandomSampler(seed=seed)
+
+    check_choice("sweep", "method", method, set(METHODS.values()))
+    if method == "tpe":
+        return TPESampler(seed=seed, constant_liar=True)
+    return GPSampler(seed=seed) if method == "gp" else RandomSampler(seed=seed)
 
 # %% ../../nbs/lab/13_sweeps.ipynb #62a07dcf
 def create_pruner(
-    name:str='', # `median`, `hyperband`, or nothing
-): # Pruner of Optuna
+    name: str = "",  # `median`, `hyperband`, or nothing
+):  # Pruner of Optuna
     "A pruner by name."
     from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
-    pruners = {'': NopPruner, 'median': lambda: MedianPruner(n_startup_trials=3, n_warmup_steps=1), 'hyperband': lambda: HyperbandPruner(min_resource=1, reduction_factor=3)}
-    return pruners[check_choice('sweep', 'prune', name, pruners)]()
+
+    pruners = {
+        "": NopPruner,
+        "median": lambda: MedianPruner(n_startup_trials=3, n_warmup_steps=1),
+        "hyperband": lambda: HyperbandPruner(min_resource=1, reduction_factor=3),
+    }
+    return pruners[check_choice("sweep", "prune", name, pruners)]()
 
 # %% ../../nbs/lab/13_sweeps.ipynb #ba5d7b27
 class Sweep:
     "A sweep on disk: `sweep.json`, the study, and who works on it."
-    def __init__(self,
-        folder, # The sweep's folder
+
+    def __init__(
+        self,
+        folder,  # The sweep's folder
     ):
         self.folder = Path(folder)
-        if not self.path('sweep.json').exists(): raise InputError(self.folder, 'sweep', 'a folder with sweep.json', 'nothing there')
-        self.facts = read_json(self.path('sweep.json'))
-        self.space = Space({k: dimension(k, v) for k,v in self.facts['parameters'].items()}, **{k: self.facts[k] for k in ('metric','goal','method','seeds','trials')})
+        if not self.path("sweep.json").exists():
+            raise InputError(self.folder, "sweep", "a folder with sweep.json", "nothing there")
+        self.facts = read_json(self.path("sweep.json"))
+        self.space = Space(
+            {k: dimension(k, v) for k, v in self.facts["parameters"].items()},
+            **{k: self.facts[k] for k in ("metric", "goal", "method", "seeds", "trials")},
+        )
         self.owner = uuid.uuid4().hex[:12]
+
     @property
-    def name(self): return self.folder.name
+    def name(self):
+        return self.folder.name
+
     @property
-    def domain(self): return self.facts['domain']
-    def path(self, *parts): return self.folder.joinpath(*parts)
-    def __repr__(self): return f'Sweep({self.domain}/{self.name}: {self.space.method}, {self.space.trials} trials)'
+    def domain(self):
+        return self.facts["domain"]
+
+    def path(self, *parts):
+        return self.folder.joinpath(*parts)
+
+    def __repr__(self):
+        return f"Sweep({self.domain}/{self.name}: {self.space.method}, {self.space.trials} trials)"
 
 # %% ../../nbs/lab/13_sweeps.ipynb #42650e2e
 def new_sweep(
-    domain:str, # Domain, or path of a notebook with a `parameters` cell
-    space, # YAML file
-    name:str='', # Name of the sweep
-    runs=None, # Folder of runs
-    method:str='', # Instead of the file's
-    trials:int=0, # Instead of the file's
-    values:dict=None, # Parameters that all trials share
-    storage:str='', # URL of a database; a journal in the folder by default
-    prune:str='', # `median` or `hyperband`
-    seed:int=0, # Seed of the sampler
-)->Sweep: # A new sweep, or the one of that name if it is the same
+    domain: str,  # Domain, or path of a notebook with a `parameters` cell
+    space,  # YAML file
+    name: str = "",  # Name of the sweep
+    runs=None,  # Folder of runs
+    method: str = "",  # Instead of the file's
+    trials: int = 0,  # Instead of the file's
+    values: dict = None,  # Parameters that all trials share
+    storage: str = "",  # URL of a database; a journal in the folder by default
+    prune: str = "",  # `median` or `hyperband`
+    seed: int = 0,  # Seed of the sampler
+) -> Sweep:  # A new sweep, or the one of that name if it is the same
     "Make a sweep's folder; everything is checked before."
     import yaml
+
     known = _parameters(domain)
-    found = read_space(space); found.check(known, space)
-    found.method = METHODS[check_choice('sweep', 'method', method or found.method, METHODS)]
-    found.trials = len(found.points()) if found.method == 'grid' else trials or found.trials
-    if found.trials < 1: raise InputError('sweep', '--trials', 'at least 1', str(found.trials), 'give --trials N, or trials in the space file')
-    values = {k: v for k,v in _checked(known, values or {}).items() if k in (values or {})}
-    facts = dict(domain=str(domain), method=found.method, metric=found.metric, goal=found.goal, seeds=found.seeds, trials=found.trials, prune=prune, seed=seed,
-                 parameters=yaml.safe_load(Path(space).read_text(encoding='utf-8'))['parameters'], values=values, storage=storage)
+    found = read_space(space)
+    found.check(known, space)
+    found.method = METHODS[check_choice("sweep", "method", method or found.method, METHODS)]
+    found.trials = len(found.points()) if found.method == "grid" else trials or found.trials
+    if found.trials < 1:
+        raise InputError(
+            "sweep",
+            "--trials",
+            "at least 1",
+            str(found.trials),
+            "give --trials N, or trials in the space file",
+        )
+    values = {k: v for k, v in _checked(known, values or {}).items() if k in (values or {})}
+    facts = dict(
+        domain=str(domain),
+        method=found.method,
+        metric=found.metric,
+        goal=found.goal,
+        seeds=found.seeds,
+        trials=found.trials,
+        prune=prune,
+        seed=seed,
+        parameters=yaml.safe_load(Path(space).read_text(encoding="utf-8"))["parameters"],
+        values=values,
+        storage=storage,
+    )
     create_pruner(prune)
-    return _kept(Path(runs or runs_folder()).resolve()/'sweeps'/check_name(name or f'{_stem(domain)}-{found.method}'), facts)
+    return _kept(
+        Path(runs or runs_folder()).resolve()
+        / "sweeps"
+        / check_name(name or f"{_stem(domain)}-{found.method}"),
+        facts,
+    )
 
 # %% ../../nbs/lab/13_sweeps.ipynb #0ce003df
-def _stem(domain): return Path(domain).stem if str(domain).endswith('.ipynb') else domain
+def _stem(domain):
+    return Path(domain).stem if str(domain).endswith(".ipynb") else domain
+
 
 def _notebook(domain):
     "Notebook of a domain, or the one that is named."
     from gcode_ml.lab.experiment import check_experiment, experiment_notebook
-    if str(domain).endswith('.ipynb'): return Path(domain)
+
+    if str(domain).endswith(".ipynb"):
+        return Path(domain)
     return experiment_notebook(check_experiment(domain))
+
 
 def _parameters(domain):
     "Parameters of an experiment."
     from gcode_ml.lab.parameters import read_parameters
-    return {k: p for k,p in read_parameters(_notebook(domain)).items() if k != 'run_dir'}
+
+    return {k: p for k, p in read_parameters(_notebook(domain)).items() if k != "run_dir"}
+
 
 def _checked(known, values):
     "All parameters of one run, those of `settings.ini` included."
     from gcode_ml.lab.parameters import check_parameters
     from gcode_ml.lab.settings import settings
-    return check_parameters(known, {**{k: v for k,v in settings()['defaults'].items() if k in known}, **values})
+
+    return check_parameters(
+        known, {**{k: v for k, v in settings()["defaults"].items() if k in known}, **values}
+    )
 
 # %% ../../nbs/lab/13_sweeps.ipynb #8554674e
 def _kept(folder, facts):
     "The sweep in `folder`, made with `facts`; refused where there is another one."
-    with FileLock(_made(folder)/'.lock'):
-        file = folder/'sweep.json'
-        if not file.exists(): write_json(file, dict(facts, created=time.strftime('%Y-%m-%dT%H:%M:%S%z')))
+    with FileLock(_made(folder) / ".lock"):
+        file = folder / "sweep.json"
+        if not file.exists():
+            write_json(file, dict(facts, created=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
         old = read_json(file)
-        differs = [k for k,v in facts.items() if k not in ('trials','storage') and old.get(k) != json.loads(json.dumps(v))]
-        if differs: raise InputError(folder, differs[0], f'{old.get(differs[0])!r}, as the sweep of that name began', repr(facts[differs[0]]), 'choose another --name')
-        if facts['trials'] > old['trials']: write_json(file, dict(old, trials=facts['trials']))
+        differs = [
+            k
+            for k, v in facts.items()
+            if k not in ("trials", "storage") and old.get(k) != json.loads(json.dumps(v))
+        ]
+        if differs:
+            raise InputError(
+                folder,
+                differs[0],
+                f"{old.get(differs[0])!r}, as the sweep of that name began",
+                repr(facts[differs[0]]),
+                "choose another --name",
+            )
+        if facts["trials"] > old["trials"]:
+            write_json(file, dict(old, trials=facts["trials"]))
     return Sweep(folder)
 
-def _made(folder): folder.mkdir(parents=True, exist_ok=True); return folder
+
+def _made(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 # %% ../../nbs/lab/13_sweeps.ipynb #586feb61
 @patch
-def study(self:Sweep): # Study of Optuna
+def study(self: Sweep):  # Study of Optuna
     "Open the study, or make it."
     import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try: found = optuna.create_study(storage=open_storage(self.facts['storage'] or self.path('study.journal')), study_name=self.name, direction=self.space.goal,
-                                     pruner=create_pruner(self.facts['prune']), load_if_exists=True)
-    except InputError: raise
-    except Exception as e: raise InputError(self.path('study.journal'), 'study', 'one that Optuna can read', f'{type(e).__name__}: {e}') from None
-    drawn = self.facts['seed']+len(found.trials)+(zlib.crc32(self.owner.encode()) if found.trials else 0) # a continued sweep draws anew
+    try:
+        found = optuna.create_study(
+            storage=open_storage(self.facts["storage"] or self.path("study.journal")),
+            study_name=self.name,
+            direction=self.space.goal,
+            pruner=create_pruner(self.facts["prune"]),
+            load_if_exists=True,
+        )
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(
+            self.path("study.journal"),
+            "study",
+            "one that Optuna can read",
+            f"{type(e).__name__}: {e}",
+        ) from None
+    drawn = (
+        self.facts["seed"]
+        + len(found.trials)
+        + (zlib.crc32(self.owner.encode()) if found.trials else 0)
+    )  # a continued sweep draws anew
     found.sampler = create_sampler(self.space.method, drawn)
     return found
 
 # %% ../../nbs/lab/13_sweeps.ipynb #2449f79d
 @patch
-def hold(self:Sweep)->FileLock: # Keep it for as long as the process works on the sweep
+def hold(self: Sweep) -> FileLock:  # Keep it for as long as the process works on the sweep
     "Take the lock that tells the others that this process is alive; the system lets go of it even after `kill -9`."
-    lock = FileLock(_made(self.path('owners'))/f'{self.owner}.lock')
+    lock = FileLock(_made(self.path("owners")) / f"{self.owner}.lock")
     lock.acquire(timeout=0)
     return lock
 
+
 @patch
-def _alive(self:Sweep, owner):
+def _alive(self: Sweep, owner):
     "Whether a process still holds its lock."
-    if owner == self.owner: return True
-    file = self.path('owners', f'{owner}.lock')
-    if not owner or not file.exists(): return False
+    if owner == self.owner:
+        return True
+    file = self.path("owners", f"{owner}.lock")
+    if not owner or not file.exists():
+        return False
     try:
-        with FileLock(file, timeout=0): return False
-    except Timeout: return True
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 # %% ../../nbs/lab/13_sweeps.ipynb #950a642d
 @patch
-def _owner(self:Sweep, number):
+def _owner(self: Sweep, number):
     "Owner of a trial; empty when its owner died before writing it down."
-    file = self.path('trials', f'{number:05d}.json')
-    return read_json(file)['owner'] if file.exists() else ''
+    file = self.path("trials", f"{number:05d}.json")
+    return read_json(file)["owner"] if file.exists() else ""
+
 
 @patch
-def _requeue(self:Sweep, study):
+def _requeue(self: Sweep, study):
     "Put trials of the dead back into the queue."
     from optuna.trial import TrialState as S
+
     trials = study.get_trials(deepcopy=False)
     for t in trials:
-        if t.state != S.RUNNING or self._alive(self._owner(t.number)): continue
-        run,whole = t.user_attrs.get('run', t.number),set(t.params) == {k for k,d in self.space.dimensions.items() if d.values is None or len(d.values) > 1}
-        follows = any(o.number > t.number and o.user_attrs.get('run') == run for o in trials)
-        more = {'point': t.user_attrs['point']} if 'point' in t.user_attrs else {}
-        if whole and not follows: study.enqueue_trial(t.params, user_attrs=dict(run=run, **more)) # before the next line: killed between the two, nothing is lost
+        if t.state != S.RUNNING or self._alive(self._owner(t.number)):
+            continue
+        run, whole = (
+            t.user_attrs.get("run", t.number),
+            set(t.params)
+            == {
+                k for k, d in self.space.dimensions.items() if d.values is None or len(d.values) > 1
+            },
+        )
+        follows = any(o.number > t.number and o.user_attrs.get("run") == run for o in trials)
+        more = {"point": t.user_attrs["point"]} if "point" in t.user_attrs else {}
+        if whole and not follows:
+            study.enqueue_trial(
+                t.params, user_attrs=dict(run=run, **more)
+            )  # before the next line: killed between the two, nothing is lost
         study.tell(t.number, state=S.FAIL)
 
 # %% ../../nbs/lab/13_sweeps.ipynb #3f6062d4
 @patch
-def _settled(self:Sweep, trials):
+def _settled(self: Sweep, trials):
     "Trials that have an end: complete, pruned, or failed by an error of their own."
     from optuna.trial import TrialState as S
-    return [t for t in trials if t.state in (S.COMPLETE,S.PRUNED) or t.state == S.FAIL and 'error' in t.user_attrs]
+
+    return [
+        t
+        for t in trials
+        if t.state in (S.COMPLETE, S.PRUNED) or t.state == S.FAIL and "error" in t.user_attrs
+    ]
+
 
 @patch
-def _enqueue_point(self:Sweep, study, trials):
+def _enqueue_point(self: Sweep, study, trials):
     "Queue the first point of the grid that nobody has; returns whether there was one."
     from optuna.trial import TrialState as S
+
     ended = {t.number for t in self._settled(trials)}
-    taken = {t.user_attrs.get('point') for t in trials if t.state in (S.RUNNING,S.WAITING) or t.number in ended}
+    taken = {
+        t.user_attrs.get("point")
+        for t in trials
+        if t.state in (S.RUNNING, S.WAITING) or t.number in ended
+    }
     rest = [i for i in range(self.space.trials) if i not in taken]
-    if rest: study.enqueue_trial(_varying(self.space, self.space.points()[rest[0]]), user_attrs={'point': rest[0]})
+    if rest:
+        study.enqueue_trial(
+            _varying(self.space, self.space.points()[rest[0]]), user_attrs={"point": rest[0]}
+        )
     return bool(rest)
 
-def _varying(space, values): return {k: v for k,v in values.items() if space.dimensions[k].values is None or len(space.dimensions[k].values) > 1}
+
+def _varying(space, values):
+    return {
+        k: v
+        for k, v in values.items()
+        if space.dimensions[k].values is None or len(space.dimensions[k].values) > 1
+    }
 
 # %% ../../nbs/lab/13_sweeps.ipynb #681a59bf
 @patch
-def claim(self:Sweep,
-    study, # From `study`
-): # A trial of Optuna with its parameters drawn, or `None` when nothing is left to begin
+def claim(
+    self: Sweep,
+    study,  # From `study`
+):  # A trial of Optuna with its parameters drawn, or `None` when nothing is left to begin
     "Take the next trial, alone."
     from optuna.trial import TrialState as S
-    with FileLock(self.path('claim.lock')):
+
+    with FileLock(self.path("claim.lock")):
         self._requeue(study)
         trials = study.get_trials(deepcopy=False)
         going = [t for t in trials if t.state == S.RUNNING]
         if not any(t.state == S.WAITING for t in trials):
-            if len(self._settled(trials))+len(going) >= self.space.trials: return None
-            if self.space.method == 'grid' and not self._enqueue_point(study, trials): return None
+            if len(self._settled(trials)) + len(going) >= self.space.trials:
+                return None
+            if self.space.method == "grid" and not self._enqueue_point(study, trials):
+                return None
         trial = study.ask()
-        write_json(self.path('trials', f'{trial.number:05d}.json'), dict(owner=self.owner))
+        write_json(self.path("trials", f"{trial.number:05d}.json"), dict(owner=self.owner))
         self.values(trial)
     return trial
 
+
 @patch
-def values(self:Sweep, trial)->dict:
+def values(self: Sweep, trial) -> dict:
     "Parameters of a trial."
-    return {k: d.suggest(trial) for k,d in self.space.dimensions.items()}
+    return {k: d.suggest(trial) for k, d in self.space.dimensions.items()}
 
 # %% ../../nbs/lab/13_sweeps.ipynb #a37b81f0
 class WarmKernel:
     "A kernel that several notebooks are executed in."
-    def __init__(self, imports:str='import gcode_ml.lab.runs, gcode_ml.core.learner'): self.imports,self.manager = imports,None
-    def ready(self): # Kernel manager for papermill
+
+    def __init__(self, imports: str = "import gcode_ml.lab.runs, gcode_ml.core.learner"):
+        self.imports, self.manager = imports, None
+
+    def ready(self):  # Kernel manager for papermill
         "A living kernel with nothing in its namespace."
-        from nbclient.util import run_sync
         from jupyter_client.manager import AsyncKernelManager
+        from nbclient.util import run_sync
+
         if self.manager is None or not run_sync(self.manager.is_alive)():
-            self.manager = AsyncKernelManager(kernel_name='python3')
-            os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-            run_sync(self.manager.start_kernel)(extra_arguments=['--log-level=ERROR'])
+            self.manager = AsyncKernelManager(kernel_name="python3")
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            run_sync(self.manager.start_kernel)(extra_arguments=["--log-level=ERROR"])
             self.tell(self.imports)
-        else: self.tell("import sys\nif 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')\nget_ipython().run_line_magic('reset', '-sf')\nimport gc; gc.collect()")
+        else:
+            self.tell(
+                "import sys\nif 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')\nget_ipython().run_line_magic('reset', '-sf')\nimport gc; gc.collect()"
+            )
         return self.manager
+
     def close(self):
         "End the kernel."
         from nbclient.util import run_sync
-        if self.manager is not None: run_sync(self.manager.shutdown_kernel)(now=True)
+
+        if self.manager is not None:
+            run_sync(self.manager.shutdown_kernel)(now=True)
         self.manager = None
 
 # %% ../../nbs/lab/13_sweeps.ipynb #3029b110
 @patch
-def tell(self:WarmKernel, code):
+def tell(self: WarmKernel, code):
     "Execute code and wait until it is done."
     import nbformat
     from nbclient import NotebookClient
-    client = NotebookClient(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), km=self.manager, kernel_name='python3', timeout=300)
-    try: client.execute()
-    finally: _hang_up(client)
+
+    client = NotebookClient(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]),
+        km=self.manager,
+        kernel_name="python3",
+        timeout=300,
+    )
+    try:
+        client.execute()
+    finally:
+        _hang_up(client)
+
 
 def _hang_up(client):
     "Close the sockets of a client; nbclient leaves them open when the kernel is not its own."
-    if client.kc is not None: client.kc.stop_channels(); client.kc.context.destroy(linger=0) if client.kc._created_context else None
+    if client.kc is not None:
+        client.kc.stop_channels()
+        client.kc.context.destroy(linger=0) if client.kc._created_context else None
 
 # %% ../../nbs/lab/13_sweeps.ipynb #1b1b523e
 @patch
-def execute(self:WarmKernel,
-    notebook, # Notebook
-    output, # Where the executed copy goes
-    parameters:dict, # Values for its `parameters` cell
+def execute(
+    self: WarmKernel,
+    notebook,  # Notebook
+    output,  # Where the executed copy goes
+    parameters: dict,  # Values for its `parameters` cell
 ):
     "Execute a notebook with papermill in this kernel."
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
+
     from gcode_ml.lab.experiment import execute
+
     class WarmEngine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, manager, kernel_name, log_output=False, start_timeout=60, **unused):
-            client = PapermillNotebookClient(manager, km=self.manager, kernel_name=kernel_name, startup_timeout=start_timeout)
-            try: return client.execute()
-            finally: _hang_up(client)
-    self.ready(); papermill_engines.register(f'warm-{id(self)}', WarmEngine)
-    execute(notebook, output, parameters, engine_name=f'warm-{id(self)}')
+        def execute_managed_notebook(
+            cls, manager, kernel_name, log_output=False, start_timeout=60, **unused
+        ):
+            client = PapermillNotebookClient(
+                manager, km=self.manager, kernel_name=kernel_name, startup_timeout=start_timeout
+            )
+            try:
+                return client.execute()
+            finally:
+                _hang_up(client)
+
+    self.ready()
+    papermill_engines.register(f"warm-{id(self)}", WarmEngine)
+    execute(notebook, output, parameters, engine_name=f"warm-{id(self)}")
 
 # %% ../../nbs/lab/13_sweeps.ipynb #cb7b9143
 def score(
-    run:Run, # A finished run
-    metric:str, # Name under `validation` in its result, or a column of its history
-)->float:
+    run: Run,  # A finished run
+    metric: str,  # Name under `validation` in its result, or a column of its history
+) -> float:
     "What a sweep judges a run by: never anything that was measured on a test set."
-    result = read_json(run.path('result.json'))
-    if metric in result.get('validation', {}): value = result['validation'][metric]
+    result = read_json(run.path("result.json"))
+    if metric in result.get("validation", {}):
+        value = result["validation"][metric]
     else:
-        history = pd.read_csv(run.path('history.csv')) if run.path('history.csv').exists() else pd.DataFrame()
-        if metric not in history: raise InputError(run.path('history.csv'), metric, f"a column of the history or a name under validation", ', '.join([*history.columns, *result.get('validation', {})]) or 'no history')
-        value = history.groupby('fit')[metric].last().mean() if 'fit' in history else history[metric].iloc[-1]
-    if not math.isfinite(value): raise InputError(run.folder, metric, 'a finite number', str(value))
+        history = (
+            pd.read_csv(run.path("history.csv"))
+            if run.path("history.csv").exists()
+            else pd.DataFrame()
+        )
+        if metric not in history:
+            raise InputError(
+                run.path("history.csv"),
+                metric,
+                "a column of the history or a name under validation",
+                ", ".join([*history.columns, *result.get("validation", {})]) or "no history",
+            )
+        value = (
+            history.groupby("fit")[metric].last().mean()
+            if "fit" in history
+            else history[metric].iloc[-1]
+        )
+    if not math.isfinite(value):
+        raise InputError(run.folder, metric, "a finite number", str(value))
     return float(value)
 
 # %% ../../nbs/lab/13_sweeps.ipynb #3061ff7c
 def run_trial(
-    job:dict, # `domain`, `runs`, `names`, `parameters` (one dict a name), `metric`
-    kernel=None, # A `WarmKernel`; one for each process by default
-    attempts:int=6, # How often a dead kernel is replaced
-)->dict: # `value`, `values`, `seconds`; or `error`, or `pruned`
+    job: dict,  # `domain`, `runs`, `names`, `parameters` (one dict a name), `metric`
+    kernel=None,  # A `WarmKernel`; one for each process by default
+    attempts: int = 6,  # How often a dead kernel is replaced
+) -> dict:  # `value`, `values`, `seconds`; or `error`, or `pruned`
     "Carry out the runs of one trial; what is finished is only read."
-    began,values = time.time(),[]
+    began, values = time.time(), []
     try:
-        for name,parameters in zip(job['names'], job['parameters']): values.append(score(_finished(job, name, parameters, kernel or _own_kernel(), attempts), job['metric']))
-    except TrialPruned: return dict(pruned=True, seconds=time.time()-began)
-    except (InputError,RuntimeError) as e: return dict(error=str(e), seconds=time.time()-began)
-    return dict(value=float(np.mean(values)), values=values, seconds=time.time()-began)
+        for name, parameters in zip(job["names"], job["parameters"]):
+            values.append(
+                score(
+                    _finished(job, name, parameters, kernel or _own_kernel(), attempts),
+                    job["metric"],
+                )
+            )
+    except TrialPruned:
+        return dict(pruned=True, seconds=time.time() - began)
+    except (InputError, RuntimeError) as e:
+        return dict(error=str(e), seconds=time.time() - began)
+    return dict(value=float(np.mean(values)), values=values, seconds=time.time() - began)
 
 # %% ../../nbs/lab/13_sweeps.ipynb #308cb9a8
 _kernels = {}
 
+
 def _own_kernel():
     "The warm kernel of this process and thread."
     import threading
+
     key = (os.getpid(), threading.get_ident())
     return _kernels.setdefault(key, WarmKernel())
 
+
 def _finished(job, name, parameters, kernel, attempts):
     "The run of that name, carried out if it is not finished."
-    run = Run(Path(job['runs'])/_stem(job['domain'])/name)
-    for attempt in range(attempts):
-        if run.path('result.json').exists(): return run
-        if not run.path('params.json').exists(): new_run(_stem(job['domain']), parameters, name, job['runs'], sweep=job['sweep'])
-        try: _carry_out(run, job, kernel)
-        except _dead_kernels() as e: died = e
-        if run.path('STOP').exists(): raise TrialPruned(name)
-    raise RuntimeError(f'{run.folder}: its kernel died {attempts} times, at last with {died}')
+    run = Run(Path(job["runs"]) / _stem(job["domain"]) / name)
+    for _attempt in range(attempts):
+        if run.path("result.json").exists():
+            return run
+        if not run.path("params.json").exists():
+            new_run(_stem(job["domain"]), parameters, name, job["runs"], sweep=job["sweep"])
+        try:
+            _carry_out(run, job, kernel)
+        except _dead_kernels() as e:
+            died = e
+        if run.path("STOP").exists():
+            raise TrialPruned(name)
+    raise RuntimeError(f"{run.folder}: its kernel died {attempts} times, at last with {died}")
+
 
 def _dead_kernels():
     "What is raised when a kernel dies."
     from nbclient.exceptions import DeadKernelError
+
     return (DeadKernelError, ConnectionError)
 
 # %% ../../nbs/lab/13_sweeps.ipynb #03ea3428
 def _carry_out(run, job, kernel):
     "Execute the notebook of a run in a warm kernel."
-    try: kernel.execute(_notebook(job['domain']), run.path('run.ipynb'), dict(read_json(run.path('params.json'))['parameters'], run_dir=str(run.folder)))
+    try:
+        kernel.execute(
+            _notebook(job["domain"]),
+            run.path("run.ipynb"),
+            dict(read_json(run.path("params.json"))["parameters"], run_dir=str(run.folder)),
+        )
     except RuntimeError as e:
-        if 'TrialPruned' in str(e): raise TrialPruned(run.name) from None
+        if "TrialPruned" in str(e):
+            raise TrialPruned(run.name) from None
         raise
-    finally: kernel.tell("globals().get('run') and run._lock.release()") if kernel.alive() else None # the next run may be the same one again
-    if not run.path('result.json').exists(): raise ConnectionError('no result.json')
+    finally:
+        kernel.tell(
+            "globals().get('run') and run._lock.release()"
+        ) if kernel.alive() else None  # the next run may be the same one again
+    if not run.path("result.json").exists():
+        raise ConnectionError("no result.json")
+
 
 @patch
-def alive(self:WarmKernel):
+def alive(self: WarmKernel):
     "Whether the kernel lives."
     from nbclient.util import run_sync
+
     return self.manager is not None and run_sync(self.manager.is_alive)()
 
 # %% ../../nbs/lab/13_sweeps.ipynb #4b38ab84
 @patch
-def job(self:Sweep,
-    trial, # A trial with its parameters
-)->dict: # For `run_trial`
+def job(
+    self: Sweep,
+    trial,  # A trial with its parameters
+) -> dict:  # For `run_trial`
     "What a worker needs to know of a trial."
-    number,values,known = trial.user_attrs.get('run', trial.number),self.values(trial),_parameters(self.domain)
+    number, values, known = (
+        trial.user_attrs.get("run", trial.number),
+        self.values(trial),
+        _parameters(self.domain),
+    )
     seeds = self.space.seeds or [None]
-    names = [f'{self.name}-{number:04d}'+('' if s is None else f'-s{s}') for s in seeds]
-    parameters = [_checked(known, {**self.facts['values'], **values, **({} if s is None else {'seed': s})}) for s in seeds]
-    return dict(sweep=self.name, domain=self.domain, runs=str(self.folder.parent.parent), names=names, parameters=parameters, metric=self.space.metric)
+    names = [f"{self.name}-{number:04d}" + ("" if s is None else f"-s{s}") for s in seeds]
+    parameters = [
+        _checked(known, {**self.facts["values"], **values, **({} if s is None else {"seed": s})})
+        for s in seeds
+    ]
+    return dict(
+        sweep=self.name,
+        domain=self.domain,
+        runs=str(self.folder.parent.parent),
+        names=names,
+        parameters=parameters,
+        metric=self.space.metric,
+    )
 
 # %% ../../nbs/lab/13_sweeps.ipynb #ab33d648
 def local_cluster(
-    workers:int, # Processes
-): # Client of Dask
+    workers: int,  # Processes
+):  # Client of Dask
     "A cluster on this machine; a worker that is killed is started again."
     import dask
     from dask.distributed import Client, LocalCluster
-    dask.config.set({'distributed.scheduler.allowed-failures': 20, 'distributed.comm.retry.count': 3})
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    return Client(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=50))
+
+    dask.config.set(
+        {"distributed.scheduler.allowed-failures": 20, "distributed.comm.retry.count": 3}
+    )
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return Client(
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=50
+        )
+    )
+
 
 def cluster_client(
-    address:str, # `tcp://host:port`, or a scheduler file
-    seconds:float=30, # How long to wait for it
-): # Client of Dask
+    address: str,  # `tcp://host:port`, or a scheduler file
+    seconds: float = 30,  # How long to wait for it
+):  # Client of Dask
     "The cluster of a scheduler that is already there."
     from dask.distributed import Client
-    try: return Client(scheduler_file=address, timeout=seconds) if Path(address).is_file() else Client(address, timeout=seconds)
-    except (OSError,ValueError,TimeoutError) as e: raise InputError('--scheduler', address, 'a Dask scheduler that answers', str(e) or type(e).__name__) from None
+
+    try:
+        return (
+            Client(scheduler_file=address, timeout=seconds)
+            if Path(address).is_file()
+            else Client(address, timeout=seconds)
+        )
+    except (OSError, ValueError, TimeoutError) as e:
+        raise InputError(
+            "--scheduler", address, "a Dask scheduler that answers", str(e) or type(e).__name__
+        ) from None
 
 # %% ../../nbs/lab/13_sweeps.ipynb #7b015767
 class Workers:
     "Where jobs are carried out: on a Dask cluster, or in this process."
+
     def __init__(self, client=None):
-        self.client,self.pool = client,None if client else ThreadPoolExecutor(1)
+        self.client, self.pool = client, None if client else ThreadPoolExecutor(1)
+
     def submit(self, job, key, work=run_trial):
         "Start a job."
-        return self.client.submit(work, job, key=key, pure=False, retries=5) if self.client else self.pool.submit(work, job)
+        return (
+            self.client.submit(work, job, key=key, pure=False, retries=5)
+            if self.client
+            else self.pool.submit(work, job)
+        )
+
     @property
-    def size(self): return sum(self.client.nthreads().values()) if self.client else 1
+    def size(self):
+        return sum(self.client.nthreads().values()) if self.client else 1
+
     def close(self):
         "Let the workers go."
-        if self.pool: self.pool.shutdown()
-        elif self.client.cluster: self.client.cluster.close()
-        if self.client: self.client.close()
+        if self.pool:
+            self.pool.shutdown()
+        elif self.client.cluster:
+            self.client.cluster.close()
+        if self.client:
+            self.client.close()
 
 # %% ../../nbs/lab/13_sweeps.ipynb #3c733367
 @patch
-def drive(self:Sweep,
-    workers:Workers, # Where trials are carried out
-    most:int=0, # As many at once; 0: one a worker
-    every:float=.2, # Seconds between two looks
-    progress=None, # For instance `tqdm`
-    work=run_trial, # What carries a job out
+def drive(
+    self: Sweep,
+    workers: Workers,  # Where trials are carried out
+    most: int = 0,  # As many at once; 0: one a worker
+    every: float = 0.2,  # Seconds between two looks
+    progress=None,  # For instance `tqdm`
+    work=run_trial,  # What carries a job out
 ):
     "Work on the sweep until nothing is left to begin and everything begun here has ended."
-    held,study,live = self.hold(),self.study(),{}
-    bar = progress(total=self.space.trials, desc=self.name, unit='trial') if progress else None
+    held, study, live = self.hold(), self.study(), {}
+    bar = progress(total=self.space.trials, desc=self.name, unit="trial") if progress else None
     try:
         while True:
-            while len(live) < (most or max(1, workers.size)) and (trial := self.claim(study)) is not None:
+            while (
+                len(live) < (most or max(1, workers.size))
+                and (trial := self.claim(study)) is not None
+            ):
                 job = self.job(trial)
-                live[trial.number] = trial,job,workers.submit(job, f'{self.name}-{trial.number}-{self.owner}', work),set()
-            for number,(trial,job,future,_) in list(live.items()):
-                if future.done(): self._tell(study, trial, future); del live[number]
-                else: self._prune(trial, job, live[number][3])
-            if bar: bar.n = len(self._settled(study.get_trials(deepcopy=False))); bar.refresh()
-            if not live and not self._more(study): return
+                live[trial.number] = (
+                    trial,
+                    job,
+                    workers.submit(job, f"{self.name}-{trial.number}-{self.owner}", work),
+                    set(),
+                )
+            for number, (trial, job, future, _) in list(live.items()):
+                if future.done():
+                    self._tell(study, trial, future)
+                    del live[number]
+                else:
+                    self._prune(trial, job, live[number][3])
+            if bar:
+                bar.n = len(self._settled(study.get_trials(deepcopy=False)))
+                bar.refresh()
+            if not live and not self._more(study):
+                return
             time.sleep(every)
     finally:
-        if bar: bar.close()
+        if bar:
+            bar.close()
         held.release()
 
 # %% ../../nbs/lab/13_sweeps.ipynb #2c6acfa4
 @patch
-def _more(self:Sweep, study):
+def _more(self: Sweep, study):
     "Whether anything is left to begin, as far as it can be seen without taking it."
     from optuna.trial import TrialState as S
+
     trials = study.get_trials(deepcopy=False)
     dead = [t for t in trials if t.state == S.RUNNING and not self._alive(self._owner(t.number))]
-    return bool(dead) or any(t.state == S.WAITING for t in trials) or len(self._settled(trials))+sum(t.state == S.RUNNING for t in trials) < self.space.trials
+    return (
+        bool(dead)
+        or any(t.state == S.WAITING for t in trials)
+        or len(self._settled(trials)) + sum(t.state == S.RUNNING for t in trials)
+        < self.space.trials
+    )
+
 
 @patch
-def _tell(self:Sweep, study, trial, future):
+def _tell(self: Sweep, study, trial, future):
     "Write down how a trial has ended."
     from optuna.trial import TrialState as S
-    try: found = future.result()
-    except Exception as e: found = dict(error=f'{type(e).__name__}: {e}', seconds=None)
-    trial.set_user_attr('seconds', found['seconds'])
-    if 'error' in found: trial.set_user_attr('error', found['error'])
-    if 'values' in found: trial.set_user_attr('values', found['values'])
-    if 'value' in found: study.tell(trial, found['value'])
-    else: study.tell(trial, state=S.PRUNED if found.get('pruned') else S.FAIL)
+
+    try:
+        found = future.result()
+    except Exception as e:
+        found = dict(error=f"{type(e).__name__}: {e}", seconds=None)
+    trial.set_user_attr("seconds", found["seconds"])
+    if "error" in found:
+        trial.set_user_attr("error", found["error"])
+    if "values" in found:
+        trial.set_user_attr("values", found["values"])
+    if "value" in found:
+        study.tell(trial, found["value"])
+    else:
+        study.tell(trial, state=S.PRUNED if found.get("pruned") else S.FAIL)
 
 # %% ../../nbs/lab/13_sweeps.ipynb #5de8ee2e
 @patch
-def _prune(self:Sweep, trial, job, seen):
+def _prune(self: Sweep, trial, job, seen):
     "Tell Optuna what a running trial has reported, and stop the trial where it is behind."
-    if not self.facts['prune']: return
-    for name in job['names']:
-        run = Path(job['runs'])/_stem(job['domain'])/name
-        file = run/'epochs.jsonl'
+    if not self.facts["prune"]:
+        return
+    for name in job["names"]:
+        run = Path(job["runs"]) / _stem(job["domain"]) / name
+        file = run / "epochs.jsonl"
         news = False
         for line in file.read_text().splitlines() if file.exists() else ():
-            try: told = json.loads(line)
-            except ValueError: break # half a line, for the next look
-            key,value = (name, told.get('fit'), told.get('epoch')),told.get(self.space.metric)
-            if key in seen or value is None or not math.isfinite(value): continue # a resumed run may tell an epoch twice
-            trial.report(value, len(seen)); seen.add(key); news = True
-        if news and trial.should_prune(): (run/'STOP').touch()
-        if not (run/'result.json').exists(): return # seeds follow one another
+            try:
+                told = json.loads(line)
+            except ValueError:
+                break  # half a line, for the next look
+            key, value = (name, told.get("fit"), told.get("epoch")), told.get(self.space.metric)
+            if key in seen or value is None or not math.isfinite(value):
+                continue  # a resumed run may tell an epoch twice
+            trial.report(value, len(seen))
+            seen.add(key)
+            news = True
+        if news and trial.should_prune():
+            (run / "STOP").touch()
+        if not (run / "result.json").exists():
+            return  # seeds follow one another
 
 # %% ../../nbs/lab/13_sweeps.ipynb #9518e461
 def find_sweep(
-    name, # Its name or folder
-    runs=None, # Folder of runs
-)->Sweep:
+    name,  # Its name or folder
+    runs=None,  # Folder of runs
+) -> Sweep:
     "Find a sweep."
-    folder = Path(name) if (Path(name)/'sweep.json').exists() else Path(runs or runs_folder()).resolve()/'sweeps'/str(name)
-    if not (folder/'sweep.json').exists(): raise InputError(folder.parent, f'sweep {name}', 'a sweep of that name', ', '.join(sorted(p.parent.name for p in folder.parent.glob('*/sweep.json'))) or 'none')
+    folder = (
+        Path(name)
+        if (Path(name) / "sweep.json").exists()
+        else Path(runs or runs_folder()).resolve() / "sweeps" / str(name)
+    )
+    if not (folder / "sweep.json").exists():
+        raise InputError(
+            folder.parent,
+            f"sweep {name}",
+            "a sweep of that name",
+            ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/sweep.json"))) or "none",
+        )
     return Sweep(folder)

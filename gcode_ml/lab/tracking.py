@@ -8,12 +8,19 @@ Docs: https://example.org/gcode_ml/lab/tracking.html.md"""
 __all__ = ['TRACKERS', 'Tracker', 'LocalTracker', 'TensorBoard', 'MLflow', 'WeightsAndBiases', 'tracker', 'Tracking']
 
 # %% ../../nbs/lab/09_tracking.ipynb #81c3d6b6
-import json, logging, os, posixpath, shutil
+import json
+import logging
+import os
+import posixpath
+import shutil
 from pathlib import Path
 from uuid import uuid4
-import numpy as np, torch
+
+import numpy as np
+import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+
 from ..core.callbacks import epoch_table, in_fit
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path, read_json, write_json
@@ -21,16 +28,29 @@ from ..core.files import atomic_path, read_json, write_json
 # %% ../../nbs/lab/09_tracking.ipynb #74c7e3e8
 class Tracker:
     "Takes what a run has to tell, and keeps it to itself."
-    def __init__(self,
-        run_folder=None, # The run's folder, `runs/<domain>/<name>`
-        parameters:dict=None, # Parameters of the run
-        project:str='gcode_ml', # Name under which the tool gathers runs
-    ): pass
-    def scalars(self, values, step): "Numbers, by name."
-    def histograms(self, values, step): "Tensors or arrays of which the distribution matters, by name."
-    def figures(self, values, step): "Matplotlib figures, by name."
-    def parameters(self, values): "Parameters of the run, by name; the first ones count."
-    def close(self): "The run has finished."
+
+    def __init__(
+        self,
+        run_folder=None,  # The run's folder, `runs/<domain>/<name>`
+        parameters: dict = None,  # Parameters of the run
+        project: str = "gcode_ml",  # Name under which the tool gathers runs
+    ):
+        pass
+
+    def scalars(self, values, step):
+        "Numbers, by name."
+
+    def histograms(self, values, step):
+        "Tensors or arrays of which the distribution matters, by name."
+
+    def figures(self, values, step):
+        "Matplotlib figures, by name."
+
+    def parameters(self, values):
+        "Parameters of the run, by name; the first ones count."
+
+    def close(self):
+        "The run has finished."
 
 # %% ../../nbs/lab/09_tracking.ipynb #b949a0d5
 def _finite(values):
@@ -41,172 +61,312 @@ def _finite(values):
 # %% ../../nbs/lab/09_tracking.ipynb #11ded493
 class LocalTracker(Tracker):
     "Hands each step once to a tool that writes local files."
-    def __init__(self, run_folder, parameters=None, project='gcode_ml'):
-        self.folder,self.project = Path(run_folder).resolve()/'tracking',project
-        self.title = '/'.join(self.folder.parts[-3:-1])
-        self.file = self.folder/f'{type(self).__name__.lower()}.json'
-        self.note = read_json(self.file) if self.file.exists() else dict(id='', steps={})
+
+    def __init__(self, run_folder, parameters=None, project="gcode_ml"):
+        self.folder, self.project = Path(run_folder).resolve() / "tracking", project
+        self.title = "/".join(self.folder.parts[-3:-1])
+        self.file = self.folder / f"{type(self).__name__.lower()}.json"
+        self.note = read_json(self.file) if self.file.exists() else dict(id="", steps={})
         self.open()
         write_json(self.file, self.note)
         self.parameters(parameters or {})
-    def scalars(self, values, step): self.once('scalars', {k: float(v) for k,v in values.items() if v == v}, step)
+
+    def scalars(self, values, step):
+        self.once("scalars", {k: float(v) for k, v in values.items() if v == v}, step)
+
     def histograms(self, values, step):
-        arrays = {k: _finite(v) for k,v in values.items()}
-        self.once('histograms', {k: v for k,v in arrays.items() if len(v)}, step)
-    def figures(self, values, step): self.once('figures', values, step)
-    def parameters(self, values): self.once('parameters', {k: v if isinstance(v, (bool,int,float,str)) else str(v) for k,v in values.items()}, 0)
+        arrays = {k: _finite(v) for k, v in values.items()}
+        self.once("histograms", {k: v for k, v in arrays.items() if len(v)}, step)
+
+    def figures(self, values, step):
+        self.once("figures", values, step)
+
+    def parameters(self, values):
+        self.once(
+            "parameters",
+            {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()},
+            0,
+        )
 
 # %% ../../nbs/lab/09_tracking.ipynb #eeb1cb63
 @patch
-def once(self:LocalTracker,
-    kind:str, # `scalars`, `histograms`, `figures` or `parameters`
-    values:dict, # What the tool takes, by name
-    step:int, # Where the fit is
+def once(
+    self: LocalTracker,
+    kind: str,  # `scalars`, `histograms`, `figures` or `parameters`
+    values: dict,  # What the tool takes, by name
+    step: int,  # Where the fit is
 ):
     "Have the tool write values that it does not have from before an interruption."
     names = sorted(values)
-    key = f"{kind} {names[0] if kind == 'figures' else posixpath.dirname(names[0])}" if names else ''
-    if not names or step <= self.note['steps'].get(key, -1): return
-    getattr(self, f'write_{kind}')(values, int(step))
-    self.note['steps'][key] = int(step)
+    key = (
+        f"{kind} {names[0] if kind == 'figures' else posixpath.dirname(names[0])}" if names else ""
+    )
+    if not names or step <= self.note["steps"].get(key, -1):
+        return
+    getattr(self, f"write_{kind}")(values, int(step))
+    self.note["steps"][key] = int(step)
     write_json(self.file, self.note)
 
 # %% ../../nbs/lab/09_tracking.ipynb #6f152ed8
 class TensorBoard(LocalTracker):
     "Event files in `tracking/tensorboard` of the run folder."
+
     def open(self):
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(self.folder/'tensorboard'))
+
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+
     def write_scalars(self, values, step):
-        for k,v in values.items(): self.writer.add_scalar(k, v, step)
+        for k, v in values.items():
+            self.writer.add_scalar(k, v, step)
         self.writer.flush()
+
     def write_histograms(self, values, step):
-        for k,v in values.items(): self.writer.add_histogram(k, v, step)
+        for k, v in values.items():
+            self.writer.add_histogram(k, v, step)
         self.writer.flush()
+
     def write_figures(self, values, step):
-        for k,v in values.items(): self.writer.add_figure(k, v, step, close=False)
+        for k, v in values.items():
+            self.writer.add_figure(k, v, step, close=False)
         self.writer.flush()
-    def write_parameters(self, values, step): self.writer.add_hparams({k: str(v) if isinstance(v, bool) else v for k,v in values.items()}, {}, run_name='.') # torch would write 1.0 for True
-    def close(self): self.writer.close()
+
+    def write_parameters(self, values, step):
+        self.writer.add_hparams(
+            {k: str(v) if isinstance(v, bool) else v for k, v in values.items()}, {}, run_name="."
+        )  # torch would write 1.0 for True
+
+    def close(self):
+        self.writer.close()
 
 # %% ../../nbs/lab/09_tracking.ipynb #7842b2a2
 class MLflow(LocalTracker):
     "A run in the SQLite store `mlflow.db` of the folder of runs."
+
     def open(self):
-        os.environ.update(MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='true')
-        import alembic, sqlalchemy # mlflow-skinny does not bring them
+        os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
         from mlflow import MlflowClient
-        for name in ('mlflow','alembic'): logging.getLogger(name).setLevel(logging.WARNING)
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         runs = self.folder.parents[2]
-        self.client = MlflowClient(tracking_uri=f"sqlite:///{runs/'mlflow.db'}")
-        if self.note['id']: self.client.update_run(self.note['id'], status='RUNNING')
-        else: self.note['id'] = self.client.create_run(self._experiment(runs), run_name=self.title).info.run_id
-    def write_scalars(self, values, step): self._metrics(values, step)
-    def write_histograms(self, values, step): self._metrics({f'{k}/q{q:02d}': np.quantile(v, q/100) for k,v in values.items() for q in (5,50,95)}, step)
+        self.client = MlflowClient(tracking_uri=f"sqlite:///{runs / 'mlflow.db'}")
+        if self.note["id"]:
+            self.client.update_run(self.note["id"], status="RUNNING")
+        else:
+            self.note["id"] = self.client.create_run(
+                self._experiment(runs), run_name=self.title
+            ).info.run_id
+
+    def write_scalars(self, values, step):
+        self._metrics(values, step)
+
+    def write_histograms(self, values, step):
+        self._metrics(
+            {
+                f"{k}/q{q:02d}": np.quantile(v, q / 100)
+                for k, v in values.items()
+                for q in (5, 50, 95)
+            },
+            step,
+        )
+
     def write_figures(self, values, step):
-        for k,v in values.items(): self.client.log_figure(self.note['id'], v, f'figures/{k}_{step:04d}.png')
+        for k, v in values.items():
+            self.client.log_figure(self.note["id"], v, f"figures/{k}_{step:04d}.png")
+
     def write_parameters(self, values, step):
-        for k,v in values.items(): self.client.log_param(self.note['id'], k, str(v)[:500])
-    def close(self): self.client.set_terminated(self.note['id'])
+        for k, v in values.items():
+            self.client.log_param(self.note["id"], k, str(v)[:500])
+
+    def close(self):
+        self.client.set_terminated(self.note["id"])
 
 # %% ../../nbs/lab/09_tracking.ipynb #b5e529ac
 @patch
-def _experiment(self:MLflow, runs):
+def _experiment(self: MLflow, runs):
     "Id of the project's experiment; two runs that begin at the same moment may both want to make it."
     from mlflow.exceptions import MlflowException
-    try: return self.client.create_experiment(self.project, artifact_location=(runs/'mlflow').as_uri())
-    except MlflowException: return self.client.get_experiment_by_name(self.project).experiment_id
+
+    try:
+        return self.client.create_experiment(
+            self.project, artifact_location=(runs / "mlflow").as_uri()
+        )
+    except MlflowException:
+        return self.client.get_experiment_by_name(self.project).experiment_id
+
 
 @patch
-def _metrics(self:MLflow, values, step):
+def _metrics(self: MLflow, values, step):
     "Numbers of one step, in batches that the store accepts."
     import time
+
     from mlflow.entities import Metric
-    metrics = [Metric(k, float(v), int(time.time()*1000), step) for k,v in values.items()]
-    for i in range(0, len(metrics), 500): self.client.log_batch(self.note['id'], metrics[i:i+500])
+
+    metrics = [Metric(k, float(v), int(time.time() * 1000), step) for k, v in values.items()]
+    for i in range(0, len(metrics), 500):
+        self.client.log_batch(self.note["id"], metrics[i : i + 500])
 
 # %% ../../nbs/lab/09_tracking.ipynb #4c55ffb8
 class WeightsAndBiases(LocalTracker):
     "An offline run in `tracking/wandb` of the run folder, told from a journal."
+
     def open(self):
-        os.environ.update(WANDB_MODE='offline', WANDB_ERROR_REPORTING='false')
+        os.environ.update(WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
         import wandb
-        self.note['id'] = self.note['id'] or uuid4().hex[:8]
+
+        self.note["id"] = self.note["id"] or uuid4().hex[:8]
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in (self.folder/'wandb').glob('offline-run-*'): shutil.rmtree(part)
-        alone = wandb.Settings(console='off', silent=True, save_code=False, disable_git=True, x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False)
-        self.run = wandb.init(project=self.project, id=self.note['id'], name=self.title, dir=str(self.folder), mode='offline', reinit='finish_previous', settings=alone)
-        self.make = dict(scalars=lambda v: v, histograms=lambda v: wandb.Histogram(np_histogram=v), figures=lambda v: wandb.Image(str(self.folder/v)))
+        for part in (self.folder / "wandb").glob("offline-run-*"):
+            shutil.rmtree(part)
+        alone = wandb.Settings(
+            console="off",
+            silent=True,
+            save_code=False,
+            disable_git=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+        )
+        self.run = wandb.init(
+            project=self.project,
+            id=self.note["id"],
+            name=self.title,
+            dir=str(self.folder),
+            mode="offline",
+            reinit="finish_previous",
+            settings=alone,
+        )
+        self.make = dict(
+            scalars=lambda v: v,
+            histograms=lambda v: wandb.Histogram(np_histogram=v),
+            figures=lambda v: wandb.Image(str(self.folder / v)),
+        )
         self._replay()
-    def write_scalars(self, values, step): self._tell('scalars', values, step)
-    def write_histograms(self, values, step): self._tell('histograms', {k: [a.tolist() for a in np.histogram(v, bins=32)] for k,v in values.items()}, step)
-    def write_parameters(self, values, step): self._tell('parameters', values, step)
+
+    def write_scalars(self, values, step):
+        self._tell("scalars", values, step)
+
+    def write_histograms(self, values, step):
+        self._tell(
+            "histograms",
+            {k: [a.tolist() for a in np.histogram(v, bins=32)] for k, v in values.items()},
+            step,
+        )
+
+    def write_parameters(self, values, step):
+        self._tell("parameters", values, step)
+
     def close(self):
         import wandb
-        self.run.finish(); wandb.teardown() # `finish` may return before the last rows are in the file
+
+        self.run.finish()
+        wandb.teardown()  # `finish` may return before the last rows are in the file
 
 # %% ../../nbs/lab/09_tracking.ipynb #8caf1735
 @patch
-def write_figures(self:WeightsAndBiases, values, step):
+def write_figures(self: WeightsAndBiases, values, step):
     "Keep the pictures beside the journal."
-    files = {k: f'figures/{k}_{step:04d}.png' for k in values}
-    for k,file in files.items():
-        with atomic_path(self.folder/file) as f: values[k].savefig(f, format='png')
-    self._tell('figures', files, step)
+    files = {k: f"figures/{k}_{step:04d}.png" for k in values}
+    for k, file in files.items():
+        with atomic_path(self.folder / file) as f:
+            values[k].savefig(f, format="png")
+    self._tell("figures", files, step)
 
 # %% ../../nbs/lab/09_tracking.ipynb #7fd9310d
 @patch
-def _replay(self:WeightsAndBiases):
+def _replay(self: WeightsAndBiases):
     "Tell W&B everything from before an interruption; a last line that was cut short is dropped."
-    self.journal,self.counters,kept = self.folder/'wandb.jsonl',set(),[]
+    self.journal, self.counters, kept = self.folder / "wandb.jsonl", set(), []
     for line in self.journal.read_text().splitlines() if self.journal.exists() else ():
-        try: kept.append(json.loads(line))
-        except ValueError: break
-    with atomic_path(self.journal) as f: f.write_text(''.join(json.dumps(row)+'\n' for row in kept))
-    for row in kept: self._log(*row)
+        try:
+            kept.append(json.loads(line))
+        except ValueError:
+            break
+    with atomic_path(self.journal) as f:
+        f.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    for row in kept:
+        self._log(*row)
+
 
 @patch
-def _tell(self:WeightsAndBiases, kind, values, step):
-    with open(self.journal, 'a') as f: f.write(json.dumps([kind, values, step])+'\n')
+def _tell(self: WeightsAndBiases, kind, values, step):
+    with open(self.journal, "a") as f:
+        f.write(json.dumps([kind, values, step]) + "\n")
     self._log(kind, values, step)
 
+
 @patch
-def _log(self:WeightsAndBiases, kind, values, step):
+def _log(self: WeightsAndBiases, kind, values, step):
     "One row, with a counter of its path."
-    if kind == 'parameters': return self.run.config.update(values)
-    counter = posixpath.join(posixpath.dirname(min(values)), 'step')
-    for name in values.keys()-self.counters: self.run.define_metric(name, step_metric=counter)
+    if kind == "parameters":
+        return self.run.config.update(values)
+    counter = posixpath.join(posixpath.dirname(min(values)), "step")
+    for name in values.keys() - self.counters:
+        self.run.define_metric(name, step_metric=counter)
     self.counters |= values.keys()
-    self.run.log({**{k: self.make[kind](v) for k,v in values.items()}, counter: step})
+    self.run.log({**{k: self.make[kind](v) for k, v in values.items()}, counter: step})
 
 # %% ../../nbs/lab/09_tracking.ipynb #81168659
 TRACKERS = dict(none=Tracker, tensorboard=TensorBoard, mlflow=MLflow, wandb=WeightsAndBiases)
 
 # %% ../../nbs/lab/09_tracking.ipynb #5c792b4e
 def tracker(
-    name:str='none', # Key of `TRACKERS`
-    run_folder='.', # The run's folder, `runs/<domain>/<name>`
-    parameters:dict=None, # Parameters of the run
-    project:str='gcode_ml', # Name under which the tool gathers runs
-)->Tracker: # Takes scalars, histograms, figures
+    name: str = "none",  # Key of `TRACKERS`
+    run_folder=".",  # The run's folder, `runs/<domain>/<name>`
+    parameters: dict = None,  # Parameters of the run
+    project: str = "gcode_ml",  # Name under which the tool gathers runs
+) -> Tracker:  # Takes scalars, histograms, figures
     "The tracker of a run, new or continued."
-    check_choice('parameter', 'tracking', name, TRACKERS)
-    try: return TRACKERS[name](run_folder, parameters, project)
-    except ModuleNotFoundError as e: raise InputError('parameter', 'tracking', f'{name} to be installed', f'no module {e.name}', "pip install 'gcode_ml[tracking]', or tracking=none") from None
+    check_choice("parameter", "tracking", name, TRACKERS)
+    try:
+        return TRACKERS[name](run_folder, parameters, project)
+    except ModuleNotFoundError as e:
+        raise InputError(
+            "parameter",
+            "tracking",
+            f"{name} to be installed",
+            f"no module {e.name}",
+            "pip install 'gcode_ml[tracking]', or tracking=none",
+        ) from None
 
 # %% ../../nbs/lab/09_tracking.ipynb #6a4f50af
 class Tracking(Callback):
     "Tell a tracker about each epoch, and about the gradients of some batches."
+
     order = 57
-    def __init__(self,
-        writer:Tracker, # From `tracker`
-        gradients_every:int=0, # Batches between two histograms of the gradients; 0 for none
-        fit:str='', # Name of this fit, where a run has several
-    ): self.writer,self.gradients_every,self.prefix = writer,gradients_every,f'{fit}/' if fit else ''
-    def before_fit(self): self.run = in_fit(self.learn)
+
+    def __init__(
+        self,
+        writer: Tracker,  # From `tracker`
+        gradients_every: int = 0,  # Batches between two histograms of the gradients; 0 for none
+        fit: str = "",  # Name of this fit, where a run has several
+    ):
+        self.writer, self.gradients_every, self.prefix = (
+            writer,
+            gradients_every,
+            f"{fit}/" if fit else "",
+        )
+
+    def before_fit(self):
+        self.run = in_fit(self.learn)
+
     def after_backward(self):
-        if not self.gradients_every or self.train_iter % self.gradients_every: return
-        self.writer.histograms({f'{self.prefix}gradients/{k}': p.grad for k,p in self.model.named_parameters() if p.grad is not None}, self.train_iter)
+        if not self.gradients_every or self.train_iter % self.gradients_every:
+            return
+        self.writer.histograms(
+            {
+                f"{self.prefix}gradients/{k}": p.grad
+                for k, p in self.model.named_parameters()
+                if p.grad is not None
+            },
+            self.train_iter,
+        )
+
     def after_epoch(self):
-        row = epoch_table(self.learn).iloc[-1].drop('epoch')
-        self.writer.scalars({self.prefix+k: v for k,v in row.items() if isinstance(v, (int,float,np.number))}, self.epoch)
+        row = epoch_table(self.learn).iloc[-1].drop("epoch")
+        self.writer.scalars(
+            {self.prefix + k: v for k, v in row.items() if isinstance(v, (int, float, np.number))},
+            self.epoch,
+        )

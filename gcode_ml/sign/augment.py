@@ -8,85 +8,144 @@ Docs: https://example.org/gcode_ml/sign/augment.html.md"""
 __all__ = ['PartAffine', 'FrameEdge', 'SmoothTimeWarp', 'signer_style']
 
 # %% ../../nbs/sign/10_augment.ipynb #3fb4ee41
-import math, torch
-from ..core.augment import Affine, Augmentation, CropResize, Mirror, Noise, Occlusion, TimeMask, _points, _real_steps, _uniform, register_augmentation, resample
+import math
+
+import torch
+
+from gcode_ml.core.augment import (
+    Affine,
+    Augmentation,
+    CropResize,
+    Mirror,
+    Noise,
+    Occlusion,
+    TimeMask,
+    _points,
+    _real_steps,
+    _uniform,
+    register_augmentation,
+    resample,
+)
 
 # %% ../../nbs/sign/10_augment.ipynb #671718ae
 @register_augmentation
 class PartAffine(Augmentation):
     "Turn, scale and shift each part of the body about its root, by draws of its own."
-    def __init__(self,
-        parts=None, # Name -> (root, points); none by default
-        rotation:float=.1, # Largest angle, radians
-        scale:float=.1, # Scales from `1-scale` to `1+scale`
-        shift:float=.05, # Largest shift along each axis
-        p:float=1., # Share of the samples
-    ): self.parts,self.rotation,self.scale,self.shift,self.p = dict(parts or {}),rotation,scale,shift,p
+
+    def __init__(
+        self,
+        parts=None,  # Name -> (root, points); none by default
+        rotation: float = 0.1,  # Largest angle, radians
+        scale: float = 0.1,  # Scales from `1-scale` to `1+scale`
+        shift: float = 0.05,  # Largest shift along each axis
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.parts, self.rotation, self.scale, self.shift, self.p = (
+            dict(parts or {}),
+            rotation,
+            scale,
+            shift,
+            p,
+        )
+
     def change(self, x, mask):
-        points = _points('PartAffine', x, [i for root,g in self.parts.values() for i in [root,*g]])
+        points = _points(
+            "PartAffine", x, [i for root, g in self.parts.values() for i in [root, *g]]
+        )
         out = points.clone()
-        for root,g in self.parts.values():
-            angle,scale,shift = _uniform(x, -self.rotation, self.rotation),_uniform(x, 1-self.scale, 1+self.scale),_uniform(x, -self.shift, self.shift, 1, 1, 2)
-            cos,sin = scale*angle.cos(),scale*angle.sin()
-            matrix = torch.stack([cos, sin, -sin, cos], 1).view(-1,1,2,2).to(x.dtype)
-            at = points[:,:,[root]].nan_to_num(0.) # a root that was not seen is taken to stand at the origin
-            out[:,:,list(g)] = (points[:,:,list(g)]-at)@matrix + at + shift.to(x.dtype)
+        for root, g in self.parts.values():
+            angle, scale, shift = (
+                _uniform(x, -self.rotation, self.rotation),
+                _uniform(x, 1 - self.scale, 1 + self.scale),
+                _uniform(x, -self.shift, self.shift, 1, 1, 2),
+            )
+            cos, sin = scale * angle.cos(), scale * angle.sin()
+            matrix = torch.stack([cos, sin, -sin, cos], 1).view(-1, 1, 2, 2).to(x.dtype)
+            at = points[:, :, [root]].nan_to_num(
+                0.0
+            )  # a root that was not seen is taken to stand at the origin
+            out[:, :, list(g)] = (points[:, :, list(g)] - at) @ matrix + at + shift.to(x.dtype)
         return out.reshape(x.shape)
 
 # %% ../../nbs/sign/10_augment.ipynb #853c3c8d
 @register_augmentation
 class FrameEdge(Augmentation):
     "Press points that are below a drawn height against it, as the lower edge of a picture does; y points down."
-    def __init__(self,
-        low:float=1.1, # Highest place of the edge, in units of the inputs below the origin
-        high:float=2., # Lowest place
-        p:float=.4, # Share of the samples
-    ): self.low,self.high,self.p = low,high,p
+
+    def __init__(
+        self,
+        low: float = 1.1,  # Highest place of the edge, in units of the inputs below the origin
+        high: float = 2.0,  # Lowest place
+        p: float = 0.4,  # Share of the samples
+    ):
+        self.low, self.high, self.p = low, high, p
+
     def change(self, x, mask):
-        points = _points('FrameEdge', x, [])
+        points = _points("FrameEdge", x, [])
         edge = _uniform(x, self.low, self.high, 1, 1).to(x.dtype)
-        return torch.stack([points[...,0], torch.minimum(points[...,1], edge)], -1).reshape(x.shape)
+        return torch.stack([points[..., 0], torch.minimum(points[..., 1], edge)], -1).reshape(
+            x.shape
+        )
 
 # %% ../../nbs/sign/10_augment.ipynb #e9ae3d52
 @register_augmentation
 class SmoothTimeWarp(Augmentation):
     "Read each sample at a speed that changes smoothly; both ends stay."
-    def __init__(self,
-        std:float=.3, # Standard deviation of ln speed at a knot
-        knots:int=5, # Number of knots, at least 2
-        p:float=1., # Share of the samples
-    ): self.std,self.knots,self.p = std,knots,p
+
+    def __init__(
+        self,
+        std: float = 0.3,  # Standard deviation of ln speed at a knot
+        knots: int = 5,  # Number of knots, at least 2
+        p: float = 1.0,  # Share of the samples
+    ):
+        self.std, self.knots, self.p = std, knots, p
+
     def change(self, x, mask):
-        steps,length = _real_steps(mask)
-        share = (steps/(length-1).clamp_min(1)).clamp_max(1)
-        at = share*(self.knots-1)
-        low = at.floor().clamp_max(self.knots-2)
-        drawn = self.std*torch.randn(len(x), self.knots, device=x.device)
-        speed = torch.lerp(drawn.gather(1, low.long()), drawn.gather(1, low.long()+1), at-low).exp()
-        passed = ((speed[:,1:]+speed[:,:-1])/2*(share[:,1:] > share[:,:-1])).cumsum(1)
-        place = torch.cat([torch.zeros_like(share[:,:1]), passed/passed[:,-1:].clamp_min(1e-9)], 1)
-        return resample(x, place*(length-1), mask)
+        steps, length = _real_steps(mask)
+        share = (steps / (length - 1).clamp_min(1)).clamp_max(1)
+        at = share * (self.knots - 1)
+        low = at.floor().clamp_max(self.knots - 2)
+        drawn = self.std * torch.randn(len(x), self.knots, device=x.device)
+        speed = torch.lerp(
+            drawn.gather(1, low.long()), drawn.gather(1, low.long() + 1), at - low
+        ).exp()
+        passed = ((speed[:, 1:] + speed[:, :-1]) / 2 * (share[:, 1:] > share[:, :-1])).cumsum(1)
+        place = torch.cat(
+            [torch.zeros_like(share[:, :1]), passed / passed[:, -1:].clamp_min(1e-9)], 1
+        )
+        return resample(x, place * (length - 1), mask)
 
 # %% ../../nbs/sign/10_augment.ipynb #fe6e2453
 def signer_style(
-    pairs=(), # (left, right) numbers of points
-    groups=None, # Name -> points that may be lost together: hands, face
-    parts=None, # Name -> (root, points) for `PartAffine`
-    mirror:float=.5, # Share of mirrored clips; 0 where handedness carries the sign
-    rotation:float=.2, scale:float=.15, shear:float=.1, shift:float=.05, # Camera and body, in radians and shoulder widths
-    proportions:float=.1, # Other proportions, see `PartAffine`; 0: none
-    edge:float=0., # Share of the clips that a picture's lower edge cuts, see `FrameEdge`; in shoulder widths
-    tempo:float=.2, # Standard deviation of ln gamma, and of the speed; 0: none
-    crop:float=.8, # Shortest part of the clip that is read
-    drop:float=.1, # Chance of a group, and of a run of a tenth of the frames, to be lost
-    jitter:float=.01, # Noise of visible points, in shoulder widths
-)->list: # Augmentations for `core.augment.Augment(…, key='channels')`
+    pairs=(),  # (left, right) numbers of points
+    groups=None,  # Name -> points that may be lost together: hands, face
+    parts=None,  # Name -> (root, points) for `PartAffine`
+    mirror: float = 0.5,  # Share of mirrored clips; 0 where handedness carries the sign
+    rotation: float = 0.2,
+    scale: float = 0.15,
+    shear: float = 0.1,
+    shift: float = 0.05,  # Camera and body, in radians and shoulder widths
+    proportions: float = 0.1,  # Other proportions, see `PartAffine`; 0: none
+    edge: float = 0.0,  # Share of the clips that a picture's lower edge cuts, see `FrameEdge`; in shoulder widths
+    tempo: float = 0.2,  # Standard deviation of ln gamma, and of the speed; 0: none
+    crop: float = 0.8,  # Shortest part of the clip that is read
+    drop: float = 0.1,  # Chance of a group, and of a run of a tenth of the frames, to be lost
+    jitter: float = 0.01,  # Noise of visible points, in shoulder widths
+) -> list:  # Augmentations for `core.augment.Augment(…, key='channels')`
     "Augmentations that make other signers, in their order."
-    made = [Mirror(pairs, p=mirror)] if mirror and len(pairs) else [Mirror(p=mirror)] if mirror else []
-    if rotation or scale or shear or shift: made.append(Affine(rotation, scale, shear, shift))
-    if proportions and parts: made.append(PartAffine(parts, proportions, proportions, proportions/2))
-    if edge: made.append(FrameEdge(p=edge))
-    if tempo or crop < 1: made.append(CropResize(crop, tempo))
-    if drop: made += [Occlusion(groups, drop, fill=math.nan)] if groups else []
-    if drop: made.append(TimeMask(.1, math.nan, p=drop))
-    return made + [Noise(jitter)]*(jitter > 0)
+    made = (
+        [Mirror(pairs, p=mirror)] if mirror and len(pairs) else [Mirror(p=mirror)] if mirror else []
+    )
+    if rotation or scale or shear or shift:
+        made.append(Affine(rotation, scale, shear, shift))
+    if proportions and parts:
+        made.append(PartAffine(parts, proportions, proportions, proportions / 2))
+    if edge:
+        made.append(FrameEdge(p=edge))
+    if tempo or crop < 1:
+        made.append(CropResize(crop, tempo))
+    if drop:
+        made += [Occlusion(groups, drop, fill=math.nan)] if groups else []
+    if drop:
+        made.append(TimeMask(0.1, math.nan, p=drop))
+    return made + [Noise(jitter)] * (jitter > 0)

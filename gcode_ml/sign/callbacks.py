@@ -8,63 +8,126 @@ Docs: https://example.org/gcode_ml/sign/callbacks.html.md"""
 __all__ = ['SignLog', 'ModelCheckpoints', 'NamedSubset', 'FiniteBatch']
 
 # %% ../../nbs/sign/30_callbacks.ipynb #9431efdb
-import math, time
+import math
+import time
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.callback.core import Callback
+
 from ..core.batch import Subset
 from ..core.callbacks import epoch_table, in_fit, save_checkpoint
 from ..core.files import atomic_path
 
 # %% ../../nbs/sign/30_callbacks.ipynb #05392d3f
-COLUMNS = ['epoch','train_loss','val_loss','val_gloss_acc','val_cat_acc','lr','epoch_time','gpu_memory_allocated','gpu_memory_reserved']
+COLUMNS = [
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "val_gloss_acc",
+    "val_cat_acc",
+    "lr",
+    "epoch_time",
+    "gpu_memory_allocated",
+    "gpu_memory_reserved",
+]
+
 
 def _gpu_memory():
     "MB allocated and reserved; 0 without a GPU."
-    return (torch.cuda.memory_allocated()/1e6,torch.cuda.memory_reserved()/1e6) if torch.cuda.is_available() else (0.,0.)
+    return (
+        (torch.cuda.memory_allocated() / 1e6, torch.cuda.memory_reserved() / 1e6)
+        if torch.cuda.is_available()
+        else (0.0, 0.0)
+    )
 
 # %% ../../nbs/sign/30_callbacks.ipynb #ab08ced2
 class SignLog(Callback):
     "One row an epoch, numbered from 1; a resumed fit goes on without gap or repetition."
+
     order = 57
-    def __init__(self,
-        path, # CSV file
-    ): self.file,self.rows,self.total,self.clips = Path(path),[],0.,0
+
+    def __init__(
+        self,
+        path,  # CSV file
+    ):
+        self.file, self.rows, self.total, self.clips = Path(path), [], 0.0, 0
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.rows = []
-    def before_epoch(self): self.total,self.clips,self.rate,self.began = 0.,0,0.,time.perf_counter()
+        if self.run:
+            self.rows = []
+
+    def before_epoch(self):
+        self.total, self.clips, self.rate, self.began = 0.0, 0, 0.0, time.perf_counter()
+
     def after_batch(self):
-        if not self.training: return
-        n = len(self.xb[1]); self.total += float(self.loss.detach())*n; self.clips += n; self.rate = float(self.opt.hypers[-1]['lr'])
+        if not self.training:
+            return
+        n = len(self.xb[1])
+        self.total += float(self.loss.detach()) * n
+        self.clips += n
+        self.rate = float(self.opt.hypers[-1]["lr"])
+
     def after_epoch(self):
         last = epoch_table(self.learn).iloc[-1]
-        values = [len(self.rows)+1, self.total/max(self.clips, 1), last['valid_loss'], last['gloss_accuracy'], last['category_accuracy'], self.rate, time.perf_counter()-self.began, *_gpu_memory()]
-        self.rows.append(dict(zip(COLUMNS, map(float, values)), epoch=len(self.rows)+1))
-        with atomic_path(self.file) as f: pd.DataFrame(self.rows, columns=COLUMNS).to_csv(f, index=False)
+        values = [
+            len(self.rows) + 1,
+            self.total / max(self.clips, 1),
+            last["valid_loss"],
+            last["gloss_accuracy"],
+            last["category_accuracy"],
+            self.rate,
+            time.perf_counter() - self.began,
+            *_gpu_memory(),
+        ]
+        self.rows.append(dict(zip(COLUMNS, map(float, values)), epoch=len(self.rows) + 1))
+        with atomic_path(self.file) as f:
+            pd.DataFrame(self.rows, columns=COLUMNS).to_csv(f, index=False)
 
 # %% ../../nbs/sign/30_callbacks.ipynb #f364c4fd
 class ModelCheckpoints(Callback):
     "Keep the last weights and the best."
+
     order = 66
-    def __init__(self,
-        folder, # Receives `<Model>_last` and `<Model>_best`, `.safetensors` and `.json`
-    ): self.folder,self.best = Path(folder),[]
+
+    def __init__(
+        self,
+        folder,  # Receives `<Model>_last` and `<Model>_best`, `.safetensors` and `.json`
+    ):
+        self.folder, self.best = Path(folder), []
+
     def before_fit(self):
         self.run = in_fit(self.learn)
-        if self.run: self.best = []
+        if self.run:
+            self.best = []
+
     def after_epoch(self):
         last = epoch_table(self.learn).iloc[-1]
-        now,name = [float(last['gloss_accuracy']),-float(last['valid_loss'])],type(self.learn.model).__name__
-        better = all(map(math.isfinite, now)) and now > (self.best or [-math.inf,-math.inf])
-        if better: self.best = now
-        for kind in ['last']+['best']*better:
-            save_checkpoint(self.folder/f'{name}_{kind}.safetensors', self.learn.model, epoch=self.epoch+1, gloss_accuracy=now[0], valid_loss=-now[1])
+        now, name = (
+            [float(last["gloss_accuracy"]), -float(last["valid_loss"])],
+            type(self.learn.model).__name__,
+        )
+        better = all(map(math.isfinite, now)) and now > (self.best or [-math.inf, -math.inf])
+        if better:
+            self.best = now
+        for kind in ["last"] + ["best"] * better:
+            save_checkpoint(
+                self.folder / f"{name}_{kind}.safetensors",
+                self.learn.model,
+                epoch=self.epoch + 1,
+                gloss_accuracy=now[0],
+                valid_loss=-now[1],
+            )
 
 # %% ../../nbs/sign/30_callbacks.ipynb #263c5db5
 class NamedSubset(Subset):
     "Some clips, and the names of those in the last batch."
+
     gathered = ()
+
     def batch(self, index):
         self.gathered = self.index[np.asarray(index)]
         return super().batch(index)
@@ -72,9 +135,16 @@ class NamedSubset(Subset):
 # %% ../../nbs/sign/30_callbacks.ipynb #33b4da0d
 class FiniteBatch(Callback):
     "Stop with the names of the clips as soon as the training loss is NaN or infinite."
+
     order = -6
+
     def after_loss(self):
-        if not self.training or bool(self.loss.isfinite().all()): return
+        if not self.training or bool(self.loss.isfinite().all()):
+            return
         data = self.dls.train.dataset
-        names = [str(data.dataset.names[i]) for i in getattr(data, 'gathered', ())]
-        raise FloatingPointError(f"the loss is {self.loss.item()} in epoch {self.epoch+1}, batch {self.iter+1}"+(f", with {', '.join(names[:8])}{' …' if len(names) > 8 else ''}" if names else '')+': lower the learning rate or look at these clips')
+        names = [str(data.dataset.names[i]) for i in getattr(data, "gathered", ())]
+        raise FloatingPointError(
+            f"the loss is {self.loss.item()} in epoch {self.epoch + 1}, batch {self.iter + 1}"
+            + (f", with {', '.join(names[:8])}{' …' if len(names) > 8 else ''}" if names else "")
+            + ": lower the learning rate or look at these clips"
+        )

@@ -8,304 +8,654 @@ Docs: https://example.org/gcode_ml/sign/checks.html.md"""
 __all__ = ['CHECKS', 'Remark', 'check_clip_file', 'Faults', 'check']
 
 # %% ../../nbs/sign/07_checks.ipynb #1448a6d4
-import hashlib, json, re, warnings
+import hashlib
+import json
+import re
+import warnings
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from scipy.sparse import triu
 from sklearn.neighbors import NearestNeighbors
+
 from ..core.errors import InputError, check_choice
-from .data import SKELETON78, SKELETONS, check_labels, clip_folder, clip_from_arrays, clip_layout, nsl49_table, read_hands, read_npz, read_table
-from .skeleton import active_range, fill_gaps, left_handed, normalise_points, reference_frame, resample_points, to_pixels, wrist_speed
+from gcode_ml.sign.data import (
+    SKELETON78,
+    SKELETONS,
+    check_labels,
+    clip_folder,
+    clip_from_arrays,
+    clip_layout,
+    nsl49_table,
+    read_hands,
+    read_npz,
+    read_table,
+)
+from gcode_ml.sign.skeleton import (
+    active_range,
+    fill_gaps,
+    left_handed,
+    normalise_points,
+    reference_frame,
+    resample_points,
+    to_pixels,
+    wrist_speed,
+)
 
 # %% ../../nbs/sign/07_checks.ipynb #c1954c80
-CHECKS = dict(file='opens without a pickle; arrays, types, shapes, at least one frame', values='finite, and within 0 and 1', mask='mask and (0,0) agree',
-    times='timestamps in order, without holes, at the rate that is stated', meta='JSON with the order and number of the points', presence='somebody is seen, and every part of the body',
-    motion='no frozen clip, no jump, left and right in place, no pixels', features='float32, finite, as many frames, not constant', labels='columns, types, names, categories, counts',
-    rows='a file for each row and a row for each file', duplicates='no clip twice, under another label or on the other side of a split', signers='who signs, with which hand, how fast')
+CHECKS = dict(
+    file="opens without a pickle; arrays, types, shapes, at least one frame",
+    values="finite, and within 0 and 1",
+    mask="mask and (0,0) agree",
+    times="timestamps in order, without holes, at the rate that is stated",
+    meta="JSON with the order and number of the points",
+    presence="somebody is seen, and every part of the body",
+    motion="no frozen clip, no jump, left and right in place, no pixels",
+    features="float32, finite, as many frames, not constant",
+    labels="columns, types, names, categories, counts",
+    rows="a file for each row and a row for each file",
+    duplicates="no clip twice, under another label or on the other side of a split",
+    signers="who signs, with which hand, how fast",
+)
 
 # %% ../../nbs/sign/07_checks.ipynb #c39219cf
 @dataclass(frozen=True)
 class Remark:
     "One thing that was noticed."
-    check:str # Key of `CHECKS`
-    fault:bool # Does it stop a fit?
-    kind:str # What it is, for counting those of a kind
-    file:str # Where
-    found:str # What is there
+
+    check: str  # Key of `CHECKS`
+    fault: bool  # Does it stop a fit?
+    kind: str  # What it is, for counting those of a kind
+    file: str  # Where
+    found: str  # What is there
 
 # %% ../../nbs/sign/07_checks.ipynb #b7ff3f51
-def _fault(check, error): return Remark(check, True, f'{error.field}: expected {error.expected}', error.file, error.found+(f'; {error.hint}' if error.hint else ''))
-def _warn(check, kind, file, found): return Remark(check, False, kind, str(file), str(found))
+def _fault(check, error):
+    return Remark(
+        check,
+        True,
+        f"{error.field}: expected {error.expected}",
+        error.file,
+        error.found + (f"; {error.hint}" if error.hint else ""),
+    )
+
+
+def _warn(check, kind, file, found):
+    return Remark(check, False, kind, str(file), str(found))
 
 # %% ../../nbs/sign/07_checks.ipynb #61f6bb9e
-_fields = dict(mask='mask', timestamps_ms='times', meta='meta')
+_fields = dict(mask="mask", timestamps_ms="times", meta="meta")
 
 # %% ../../nbs/sign/07_checks.ipynb #a9494ad4
 def _check_of(error):
     "Which check an error of the reader belongs to."
-    name = error.field.removeprefix('array ').split()[0]
-    if 'finite' in error.expected: return 'features' if name == 'X2048' else 'values'
-    return _fields.get(name, 'features' if name.startswith('X2') else 'file')
+    name = error.field.removeprefix("array ").split()[0]
+    if "finite" in error.expected:
+        return "features" if name == "X2048" else "values"
+    return _fields.get(name, "features" if name.startswith("X2") else "file")
 
 # %% ../../nbs/sign/07_checks.ipynb #078d7245
 def _values(file, arrays, clip):
-    p = clip.points[clip.seen]; outside = int(((p < 0) | (p > 1)).any(1).sum())
-    if len(p) and np.median(np.abs(p)) > 2: yield Remark('motion', True, 'coordinates: expected shares of the picture from 0 to 1', str(file), f'pixels (a median of {np.median(np.abs(p)):.0f})')
-    elif outside: yield _warn('values', 'points outside 0 and 1', file, f'{outside} points')
+    p = clip.points[clip.seen]
+    outside = int(((p < 0) | (p > 1)).any(1).sum())
+    if len(p) and np.median(np.abs(p)) > 2:
+        yield Remark(
+            "motion",
+            True,
+            "coordinates: expected shares of the picture from 0 to 1",
+            str(file),
+            f"pixels (a median of {np.median(np.abs(p)):.0f})",
+        )
+    elif outside:
+        yield _warn("values", "points outside 0 and 1", file, f"{outside} points")
 
 # %% ../../nbs/sign/07_checks.ipynb #f189abb9
 def _mask_agrees(file, arrays, clip):
-    if 'mask' not in arrays: return
-    there,mask = (clip.points != 0).any(2),arrays['mask'].astype(bool)
-    if (mask & ~there).any(): yield _warn('mask', 'points that are seen by the mask stand at (0,0)', file, f'{int((mask & ~there).sum())} points, first at frame {int((mask & ~there).any(1).argmax())}')
-    if (~mask & there).any(): yield _warn('mask', 'points that the mask denies have coordinates', file, f'{int((~mask & there).sum())} points')
+    if "mask" not in arrays:
+        return
+    there, mask = (clip.points != 0).any(2), arrays["mask"].astype(bool)
+    if (mask & ~there).any():
+        yield _warn(
+            "mask",
+            "points that are seen by the mask stand at (0,0)",
+            file,
+            f"{int((mask & ~there).sum())} points, first at frame {int((mask & ~there).any(1).argmax())}",
+        )
+    if (~mask & there).any():
+        yield _warn(
+            "mask",
+            "points that the mask denies have coordinates",
+            file,
+            f"{int((~mask & there).sum())} points",
+        )
 
 # %% ../../nbs/sign/07_checks.ipynb #92fff4b2
 def _times(file, arrays, clip):
-    if 'timestamps_ms' not in arrays or len(clip) < 3: return
-    steps = np.diff(clip.timestamps_ms); period = np.median(steps)
-    if period <= 0: yield _warn('times', 'timestamps that stand still', file, f'{int((steps == 0).sum())} of {len(steps)}'); return
-    if steps.max() > 3*period: yield _warn('times', 'holes of more than three frames in the timestamps', file, f'{int(steps.max())} ms after frame {int(steps.argmax())}')
-    rate = _meta(arrays).get('target_fps')
-    if isinstance(rate, (int,float)) and rate > 0 and abs(1000/steps.mean()/rate-1) > .1: yield _warn('times', 'frame rates that differ from meta', file, f'{1000/steps.mean():.1f} instead of {rate:g} frames a second')
+    if "timestamps_ms" not in arrays or len(clip) < 3:
+        return
+    steps = np.diff(clip.timestamps_ms)
+    period = np.median(steps)
+    if period <= 0:
+        yield _warn(
+            "times",
+            "timestamps that stand still",
+            file,
+            f"{int((steps == 0).sum())} of {len(steps)}",
+        )
+        return
+    if steps.max() > 3 * period:
+        yield _warn(
+            "times",
+            "holes of more than three frames in the timestamps",
+            file,
+            f"{int(steps.max())} ms after frame {int(steps.argmax())}",
+        )
+    rate = _meta(arrays).get("target_fps")
+    if isinstance(rate, (int, float)) and rate > 0 and abs(1000 / steps.mean() / rate - 1) > 0.1:
+        yield _warn(
+            "times",
+            "frame rates that differ from meta",
+            file,
+            f"{1000 / steps.mean():.1f} instead of {rate:g} frames a second",
+        )
 
 # %% ../../nbs/sign/07_checks.ipynb #8174616e
-def _meta(arrays): return json.loads(str(arrays['meta'])) if 'meta' in arrays else {}
+def _meta(arrays):
+    return json.loads(str(arrays["meta"])) if "meta" in arrays else {}
 
 # %% ../../nbs/sign/07_checks.ipynb #9128a023
-_order = 'pose25,left_hand21,right_hand21,face11'
-_block_names = dict(zip(_order.split(','), SKELETON78.blocks))
+_order = "pose25,left_hand21,right_hand21,face11"
+_block_names = dict(zip(_order.split(","), SKELETON78.blocks))
 
 # %% ../../nbs/sign/07_checks.ipynb #d4eb5c85
 def _meta_agrees(file, arrays, clip):
-    if clip.points.shape[1] != len(SKELETON78): return
-    if 'meta' not in arrays: yield _warn('meta', 'files without meta: the picture counts as a square', file, 'none'); return
+    if clip.points.shape[1] != len(SKELETON78):
+        return
+    if "meta" not in arrays:
+        yield _warn("meta", "files without meta: the picture counts as a square", file, "none")
+        return
     meta = _meta(arrays)
-    if not (clip.width and clip.height): yield _warn('meta', 'pictures of unknown size, which count as squares', file, f'{clip.width:g} x {clip.height:g}')
-    for k,expected in dict(order=_order, keypoints_total=78, dims_per_frame=156).items():
-        if k in meta and meta[k] != expected: yield Remark('meta', True, f'meta {k}: expected {expected}', str(file), repr(meta[k]))
-    stated = {_block_names.get(b, b) for b in meta['blocks_present']} if isinstance(meta.get('blocks_present'), list) else None
-    seen = {b for b,(i,j) in SKELETON78.blocks.items() if clip.seen[:,i:j].any()}
-    if stated is not None and seen-stated: yield _warn('meta', 'parts of the body are seen that meta does not name', file, ', '.join(sorted(seen-stated)))
+    if not (clip.width and clip.height):
+        yield _warn(
+            "meta",
+            "pictures of unknown size, which count as squares",
+            file,
+            f"{clip.width:g} x {clip.height:g}",
+        )
+    for k, expected in dict(order=_order, keypoints_total=78, dims_per_frame=156).items():
+        if k in meta and meta[k] != expected:
+            yield Remark("meta", True, f"meta {k}: expected {expected}", str(file), repr(meta[k]))
+    stated = (
+        {_block_names.get(b, b) for b in meta["blocks_present"]}
+        if isinstance(meta.get("blocks_present"), list)
+        else None
+    )
+    seen = {b for b, (i, j) in SKELETON78.blocks.items() if clip.seen[:, i:j].any()}
+    if stated is not None and seen - stated:
+        yield _warn(
+            "meta",
+            "parts of the body are seen that meta does not name",
+            file,
+            ", ".join(sorted(seen - stated)),
+        )
 
 # %% ../../nbs/sign/07_checks.ipynb #858937f2
 def _presence(file, arrays, clip):
-    if not clip.seen.any(): yield Remark('presence', True, 'points: expected a body or a hand that is seen', str(file), 'none')
+    if not clip.seen.any():
+        yield Remark(
+            "presence", True, "points: expected a body or a hand that is seen", str(file), "none"
+        )
 
 # %% ../../nbs/sign/07_checks.ipynb #67179f0b
 def _motion(file, arrays, clip):
-    s,seen = SKELETONS[clip_layout(clip)],clip.seen
-    if len(clip) > 2 and seen.any() and not np.abs(np.diff(np.where(seen[...,None], clip.points, 0), axis=0)).any(): yield _warn('motion', 'clips in which nothing moves', file, f'{len(clip)} equal frames')
+    s, seen = SKELETONS[clip_layout(clip)], clip.seen
+    if (
+        len(clip) > 2
+        and seen.any()
+        and not np.abs(np.diff(np.where(seen[..., None], clip.points, 0), axis=0)).any()
+    ):
+        yield _warn("motion", "clips in which nothing moves", file, f"{len(clip)} equal frames")
     points = to_pixels(clip.points, clip.width, clip.height)
-    if s.shoulders and len(clip) > 1 and seen[:,s.shoulders].all(1).any():
-        w,there = points[:,list(s.wrists)],seen[:,list(s.wrists)]
-        jump = (np.linalg.norm(np.diff(w, axis=0), axis=2)*(there[1:]&there[:-1])).max(1)/reference_frame(points, seen.astype('int8'), s)[1]
-        if jump.max() > 1: yield _warn('motion', 'wrists that jump by more than a shoulder width', file, f'{jump.max():.1f} at frame {int(jump.argmax())+1}')
-        both = seen[:,s.shoulders].all(1); across = np.median(points[both,s.shoulders[0],0]-points[both,s.shoulders[1],0])
-        if across < 0: yield _warn('motion', 'shoulders that have changed sides', file, 'the left one is on the left of the picture')
+    if s.shoulders and len(clip) > 1 and seen[:, s.shoulders].all(1).any():
+        w, there = points[:, list(s.wrists)], seen[:, list(s.wrists)]
+        jump = (np.linalg.norm(np.diff(w, axis=0), axis=2) * (there[1:] & there[:-1])).max(
+            1
+        ) / reference_frame(points, seen.astype("int8"), s)[1]
+        if jump.max() > 1:
+            yield _warn(
+                "motion",
+                "wrists that jump by more than a shoulder width",
+                file,
+                f"{jump.max():.1f} at frame {int(jump.argmax()) + 1}",
+            )
+        both = seen[:, s.shoulders].all(1)
+        across = np.median(points[both, s.shoulders[0], 0] - points[both, s.shoulders[1], 0])
+        if across < 0:
+            yield _warn(
+                "motion",
+                "shoulders that have changed sides",
+                file,
+                "the left one is on the left of the picture",
+            )
 
 # %% ../../nbs/sign/07_checks.ipynb #1441ee9f
 def _features(file, arrays, clip):
-    if clip.features is None: return
-    if len(clip.features) > 1 and not np.ptp(clip.features, axis=0).any(): yield Remark('features', True, 'features: expected values that change', str(file), f'the same in all {len(clip.features)} frames')
+    if clip.features is None:
+        return
+    if len(clip.features) > 1 and not np.ptp(clip.features, axis=0).any():
+        yield Remark(
+            "features",
+            True,
+            "features: expected values that change",
+            str(file),
+            f"the same in all {len(clip.features)} frames",
+        )
 
 # %% ../../nbs/sign/07_checks.ipynb #9afafc31
-_longest = 300 # frames; the default of `Preparation.max_length`
+_longest = 300  # frames; the default of `Preparation.max_length`
+
+
 def _length(file, arrays, clip):
-    if len(clip) > _longest: yield _warn('file', f'clips of more than {_longest} frames, which a fit resamples, cuts or refuses as `long_clips` says', file, f'{len(clip)} frames')
+    if len(clip) > _longest:
+        yield _warn(
+            "file",
+            f"clips of more than {_longest} frames, which a fit resamples, cuts or refuses as `long_clips` says",
+            file,
+            f"{len(clip)} frames",
+        )
 
 # %% ../../nbs/sign/07_checks.ipynb #e25364a9
-_clip_checks = _length,_values,_mask_agrees,_times,_meta_agrees,_presence,_motion,_features
+_clip_checks = _length, _values, _mask_agrees, _times, _meta_agrees, _presence, _motion, _features
 
 # %% ../../nbs/sign/07_checks.ipynb #2374e5e1
 def _summary(file, content, clip, read):
     "What is remembered of a clip."
     s = SKELETONS[clip_layout(clip)]
-    points,state = fill_gaps(to_pixels(clip.points, clip.width, clip.height), clip.seen, clip.timestamps_ms)
-    center,width,_ = reference_frame(points, state, s, 'body' if s.shoulders else 'hand')
-    u = normalise_points(points, center, width); a,b = active_range(u, state, s.wrists)
+    points, state = fill_gaps(
+        to_pixels(clip.points, clip.width, clip.height), clip.seen, clip.timestamps_ms
+    )
+    center, width, _ = reference_frame(points, state, s, "body" if s.shoulders else "hand")
+    u = normalise_points(points, center, width)
+    a, b = active_range(u, state, s.wrists)
     parts = [*range(11, 23)] if s.shoulders else [*range(0, 42, 4)]
-    path,there = resample_points(u[:,parts], state[:,parts], clip.timestamps_ms, 16)
-    seconds = max(int(clip.timestamps_ms[-1]-clip.timestamps_ms[0]), 1)/1000; gap = _longest_gap(clip.seen)
-    return dict(name=read, digest=hashlib.blake2b(content, digest_size=8).hexdigest(), frames=len(clip), path=np.where(there[...,None] > 0, path, 0).astype('float32').ravel(), moves=bool(np.ptp(path, axis=0).max() > .05),
-        left=left_handed(u, state, s), idle=1-(b-a)/len(clip), speed=float(wrist_speed(u, state, s.wrists).sum()/seconds), gap=gap, **{f'sees_{k}': bool(clip.seen[:,i:j].any()) for k,(i,j) in s.blocks.items()})
+    path, there = resample_points(u[:, parts], state[:, parts], clip.timestamps_ms, 16)
+    seconds = max(int(clip.timestamps_ms[-1] - clip.timestamps_ms[0]), 1) / 1000
+    gap = _longest_gap(clip.seen)
+    return dict(
+        name=read,
+        digest=hashlib.blake2b(content, digest_size=8).hexdigest(),
+        frames=len(clip),
+        path=np.where(there[..., None] > 0, path, 0).astype("float32").ravel(),
+        moves=bool(np.ptp(path, axis=0).max() > 0.05),
+        left=left_handed(u, state, s),
+        idle=1 - (b - a) / len(clip),
+        speed=float(wrist_speed(u, state, s.wrists).sum() / seconds),
+        gap=gap,
+        **{f"sees_{k}": bool(clip.seen[:, i:j].any()) for k, (i, j) in s.blocks.items()},
+    )
 
 # %% ../../nbs/sign/07_checks.ipynb #0b2fc719
 def _longest_gap(seen):
     "Longest run of frames in which a point is missing that is seen before and after."
-    t,k = np.nonzero(seen.T)[::-1]
-    return int(np.max(np.diff(t)[np.diff(k) == 0]-1, initial=0))
+    t, k = np.nonzero(seen.T)[::-1]
+    return int(np.max(np.diff(t)[np.diff(k) == 0] - 1, initial=0))
 
 # %% ../../nbs/sign/07_checks.ipynb #490e8e41
 def check_clip_file(
-    file, # `.npz` file
-    hands:bool=False, # Is it the layout of separate hands?
-    kp_key:str='X', # Array of the points
-    feature_key:str='X2048', # Array of the features
-    require_x2048:bool=False, # Must the features be there?
-)->tuple: # List of `Remark`s, and a summary for the checks of the set or `None`
+    file,  # `.npz` file
+    hands: bool = False,  # Is it the layout of separate hands?
+    kp_key: str = "X",  # Array of the points
+    feature_key: str = "X2048",  # Array of the features
+    require_x2048: bool = False,  # Must the features be there?
+) -> tuple:  # List of `Remark`s, and a summary for the checks of the set or `None`
     "Check one file."
     file = Path(file)
     try:
         content = file.read_bytes() if file.is_file() else None
         arrays = read_npz(file, content=content)
         with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter('always')
+            warnings.simplefilter("always")
             both = feature_key in arrays or require_x2048
-            clip = read_hands(file) if hands else clip_from_arrays(file, arrays, kp_key, feature_key, 'both' if both else 'points')
-    except InputError as e: return [_fault(_check_of(e), e)], None
-    remarks = [_warn('file', 'arrays that had to be converted', file, str(w.message).split(': ')[-1]) for w in said]
-    remarks += [r for check in (_clip_checks if not hands else (_length, *_clip_checks[5:])) for r in check(file, arrays, clip)]
+            clip = (
+                read_hands(file)
+                if hands
+                else clip_from_arrays(
+                    file, arrays, kp_key, feature_key, "both" if both else "points"
+                )
+            )
+    except InputError as e:
+        return [_fault(_check_of(e), e)], None
+    remarks = [
+        _warn("file", "arrays that had to be converted", file, str(w.message).split(": ")[-1])
+        for w in said
+    ]
+    remarks += [
+        r
+        for check in (_clip_checks if not hands else (_length, *_clip_checks[5:]))
+        for r in check(file, arrays, clip)
+    ]
     return remarks, _summary(file, content, clip, file.stem) if clip.seen.any() else None
 
 # %% ../../nbs/sign/07_checks.ipynb #6e221672
 def _label_remarks(path, table, names):
     "Warnings about a table of labels without faults."
     counts = table[table.gloss >= 0].gloss.value_counts()
-    gaps = sorted(set(range(int(counts.index.max())+1))-set(counts.index)) if len(counts) else []
-    if gaps: yield _warn('labels', 'numbers of glosses without a clip', path, ', '.join(map(str, gaps[:5])))
-    for g in counts.index[counts < 2]: yield _warn('labels', 'glosses with one clip', path, f'gloss {g}')
-    table = table[table.gloss >= 0]; several = table.groupby('gloss').cat.nunique()
-    for g in several.index[several > 1]: yield _warn('labels', 'glosses with two categories', path, f'gloss {g}')
-    if (table.signer != '').all() and table.signer.nunique() > 1:
+    gaps = (
+        sorted(set(range(int(counts.index.max()) + 1)) - set(counts.index)) if len(counts) else []
+    )
+    if gaps:
+        yield _warn(
+            "labels", "numbers of glosses without a clip", path, ", ".join(map(str, gaps[:5]))
+        )
+    for g in counts.index[counts < 2]:
+        yield _warn("labels", "glosses with one clip", path, f"gloss {g}")
+    table = table[table.gloss >= 0]
+    several = table.groupby("gloss").cat.nunique()
+    for g in several.index[several > 1]:
+        yield _warn("labels", "glosses with two categories", path, f"gloss {g}")
+    if (table.signer != "").all() and table.signer.nunique() > 1:
         pairs = pd.crosstab(table.signer, table.gloss)
-        for s,g in zip(*np.nonzero(pairs.to_numpy() == 0)): yield _warn('labels', 'glosses that a signer never signs', path, f'{pairs.index[s]} and gloss {pairs.columns[g]}')
-    if names is not None: yield from _name_remarks(path.parent/'glosses.csv', table, names)
+        for s, g in zip(*np.nonzero(pairs.to_numpy() == 0)):
+            yield _warn(
+                "labels",
+                "glosses that a signer never signs",
+                path,
+                f"{pairs.index[s]} and gloss {pairs.columns[g]}",
+            )
+    if names is not None:
+        yield from _name_remarks(path.parent / "glosses.csv", table, names)
 
 # %% ../../nbs/sign/07_checks.ipynb #4c9d955f
 def _spelling_remarks(path):
     "What spreadsheets and Windows do to a table; it is understood all the same."
-    if Path(path).read_bytes().startswith(b'\xef\xbb\xbf'): yield _warn('labels', 'tables with a byte-order mark, which is skipped', path, 'EF BB BF before the first column')
-    names = pd.read_csv(path, encoding='utf-8-sig', keep_default_na=False, dtype=str).iloc[:,0]; slanted = names.str.contains('\\', regex=False)
-    if slanted.any(): yield _warn('labels', 'paths with backslashes, which are read as slashes', path, f'{int(slanted.sum())} rows, first row {int(slanted.to_numpy().argmax())+2}')
+    if Path(path).read_bytes().startswith(b"\xef\xbb\xbf"):
+        yield _warn(
+            "labels",
+            "tables with a byte-order mark, which is skipped",
+            path,
+            "EF BB BF before the first column",
+        )
+    names = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, dtype=str).iloc[:, 0]
+    slanted = names.str.contains("\\", regex=False)
+    if slanted.any():
+        yield _warn(
+            "labels",
+            "paths with backslashes, which are read as slashes",
+            path,
+            f"{int(slanted.sum())} rows, first row {int(slanted.to_numpy().argmax()) + 2}",
+        )
 
 # %% ../../nbs/sign/07_checks.ipynb #bef9de8b
 def _name_remarks(path, table, names):
     "Does `glosses.csv` know the glosses and say the same of their categories?"
-    cat = {int(g): int(c) for g,c in zip(names.gloss, names.cat) if re.fullmatch(r'\d+', g) and re.fullmatch(r'\d+', c)}
-    if len(cat) < len(names): yield Remark('labels', True, 'columns gloss and cat: expected whole numbers', str(path), f'{len(names)-len(cat)} rows without')
-    for g,c in table.groupby('gloss').cat.first().items():
-        if g >= 0 and g not in cat: yield _warn('labels', 'glosses without a name', path, f'gloss {g}')
-        elif g >= 0 and cat[g] != c: yield _warn('labels', 'glosses of another category than in the labels', path, f'gloss {g}: {cat[g]} instead of {c}')
+    cat = {
+        int(g): int(c)
+        for g, c in zip(names.gloss, names.cat)
+        if re.fullmatch(r"\d+", g) and re.fullmatch(r"\d+", c)
+    }
+    if len(cat) < len(names):
+        yield Remark(
+            "labels",
+            True,
+            "columns gloss and cat: expected whole numbers",
+            str(path),
+            f"{len(names) - len(cat)} rows without",
+        )
+    for g, c in table.groupby("gloss").cat.first().items():
+        if g >= 0 and g not in cat:
+            yield _warn("labels", "glosses without a name", path, f"gloss {g}")
+        elif g >= 0 and cat[g] != c:
+            yield _warn(
+                "labels",
+                "glosses of another category than in the labels",
+                path,
+                f"gloss {g}: {cat[g]} instead of {c}",
+            )
 
 # %% ../../nbs/sign/07_checks.ipynb #22df32c8
 def _row_remarks(path, table, folder):
     "Rows without a file, and files without a row."
-    there = {f.relative_to(folder).as_posix().removesuffix('.npz') for f in folder.rglob('*.npz')}
-    for i in np.flatnonzero(~table.file.isin(there)): yield Remark('rows', True, 'row with a file: expected', str(path), f'{table.file.iloc[i]}.npz, which is not there (row {i+2})')
-    for f in sorted(there-set(table.file)): yield _warn('rows', 'files without a row', folder/f'{f}.npz', 'not in the labels')
+    there = {f.relative_to(folder).as_posix().removesuffix(".npz") for f in folder.rglob("*.npz")}
+    for i in np.flatnonzero(~table.file.isin(there)):
+        yield Remark(
+            "rows",
+            True,
+            "row with a file: expected",
+            str(path),
+            f"{table.file.iloc[i]}.npz, which is not there (row {i + 2})",
+        )
+    for f in sorted(there - set(table.file)):
+        yield _warn("rows", "files without a row", folder / f"{f}.npz", "not in the labels")
 
 # %% ../../nbs/sign/07_checks.ipynb #f395462f
 def _signer_remarks(path, set_):
     "Who signs, with which hand, how fast."
-    if (set_.signer == '').any(): yield _warn('signers', 'clips without a signer: new people cannot be left out', path, f'{int((set_.signer == "").sum())} clips'); return
-    if set_.signer.nunique() < 2: yield _warn('signers', 'one signer only: new people cannot be left out', path, set_.signer.iloc[0])
-    by = set_.groupby('signer')[['left','idle','speed']].mean()
-    lefties = [f'{s} ({v:.0%} of the clips)' for s,v in by.left.items() if v > .5]
-    yield _warn('signers', 'information', path, f"the left hand leads for {', '.join(lefties) or 'nobody'}; idle share {by.idle.min():.2f} ({by.idle.idxmin()}) to {by.idle.max():.2f} ({by.idle.idxmax()}); way of the wrists {by.speed.min():.1f} ({by.speed.idxmin()}) to {by.speed.max():.1f} ({by.speed.idxmax()}) a second")
+    if (set_.signer == "").any():
+        yield _warn(
+            "signers",
+            "clips without a signer: new people cannot be left out",
+            path,
+            f"{int((set_.signer == '').sum())} clips",
+        )
+        return
+    if set_.signer.nunique() < 2:
+        yield _warn(
+            "signers", "one signer only: new people cannot be left out", path, set_.signer.iloc[0]
+        )
+    by = set_.groupby("signer")[["left", "idle", "speed"]].mean()
+    lefties = [f"{s} ({v:.0%} of the clips)" for s, v in by.left.items() if v > 0.5]
+    yield _warn(
+        "signers",
+        "information",
+        path,
+        f"the left hand leads for {', '.join(lefties) or 'nobody'}; idle share {by.idle.min():.2f} ({by.idle.idxmin()}) to {by.idle.max():.2f} ({by.idle.idxmax()}); way of the wrists {by.speed.min():.1f} ({by.speed.idxmin()}) to {by.speed.max():.1f} ({by.speed.idxmax()}) a second",
+    )
 
 # %% ../../nbs/sign/07_checks.ipynb #6cf0664e
 def _set_presence(path, set_):
     "Parts of the body over the whole set."
-    for c in [c for c in set_ if c.startswith('sees_')]:
-        part,n = c.removeprefix('sees_').replace('_', ' '),int((~set_[c]).sum())
-        if n == len(set_): yield _warn('presence', 'parts of the body that are never seen', path, part)
-        elif n: yield _warn('presence', f'clips without {part}', set_.name[~set_[c]].iloc[0], f'{n} of {len(set_)}')
+    for c in [c for c in set_ if c.startswith("sees_")]:
+        part, n = c.removeprefix("sees_").replace("_", " "), int((~set_[c]).sum())
+        if n == len(set_):
+            yield _warn("presence", "parts of the body that are never seen", path, part)
+        elif n:
+            yield _warn(
+                "presence",
+                f"clips without {part}",
+                set_.name[~set_[c]].iloc[0],
+                f"{n} of {len(set_)}",
+            )
     worst = set_.gap.idxmax()
-    if set_.gap[worst]: yield _warn('presence', 'information', set_.name[worst], f'{set_.gap[worst]} frames are the longest stretch in which a point is missing between two that were seen')
+    if set_.gap[worst]:
+        yield _warn(
+            "presence",
+            "information",
+            set_.name[worst],
+            f"{set_.gap[worst]} frames are the longest stretch in which a point is missing between two that were seen",
+        )
 
 # %% ../../nbs/sign/07_checks.ipynb #32ae2fde
 def _near_pairs(paths, distance):
     "Pairs of rows closer than `distance`, root mean square, and not further than their nearest multiple."
-    near = NearestNeighbors(radius=distance*paths.shape[1]**.5, algorithm='brute').fit(paths).radius_neighbors_graph(paths, mode='connectivity')
+    near = (
+        NearestNeighbors(radius=distance * paths.shape[1] ** 0.5, algorithm="brute")
+        .fit(paths)
+        .radius_neighbors_graph(paths, mode="connectivity")
+    )
     return zip(*triu(near, 1).nonzero())
 
 # %% ../../nbs/sign/07_checks.ipynb #196c055d
 def _duplicate_remarks(path, set_, split, distance=1e-2):
     "Copies: with another label, on two sides of the split, or merely there."
-    group,pairs = 'recording' if split == 'random' else 'signer',{}
-    first = set_.groupby('digest').cumcount(); heads = set_.drop_duplicates('digest').set_index('digest')['name']
-    at = {n: i for i,n in enumerate(set_.name)}
-    for i in np.flatnonzero(first): pairs[at[heads[set_.digest.iloc[i]]],i] = 'the same bytes'
+    group, pairs = "recording" if split == "random" else "signer", {}
+    first = set_.groupby("digest").cumcount()
+    heads = set_.drop_duplicates("digest").set_index("digest")["name"]
+    at = {n: i for i, n in enumerate(set_.name)}
+    for i in np.flatnonzero(first):
+        pairs[at[heads[set_.digest.iloc[i]]], i] = "the same bytes"
     moving = np.flatnonzero(set_.moves)
     if len(moving) > 1:
-        for i,j in _near_pairs(np.stack(set_.path.iloc[moving]), distance): pairs.setdefault((moving[i],moving[j]), 'the same motion')
-    for (i,j),how in pairs.items():
-        a,b = set_.iloc[i],set_.iloc[j]; found = f'{how} as {b["name"]}'
-        if a.gloss != b.gloss: yield Remark('duplicates', True, 'label: expected the same for the same clip', a['name'], f'gloss {a.gloss}, and gloss {b.gloss} for {how} in {b["name"]}')
-        elif a[group] != b[group]: yield Remark('duplicates', True, f'{group}: expected the same for the same clip', a['name'], f'{a[group]}, and {b[group]} for {how} in {b["name"]}')
-        elif a.recording != b.recording: yield _warn('duplicates', 'clips that are there twice', a['name'], found)
+        for i, j in _near_pairs(np.stack(set_.path.iloc[moving]), distance):
+            pairs.setdefault((moving[i], moving[j]), "the same motion")
+    for (i, j), how in pairs.items():
+        a, b = set_.iloc[i], set_.iloc[j]
+        found = f"{how} as {b['name']}"
+        if a.gloss != b.gloss:
+            yield Remark(
+                "duplicates",
+                True,
+                "label: expected the same for the same clip",
+                a["name"],
+                f"gloss {a.gloss}, and gloss {b.gloss} for {how} in {b['name']}",
+            )
+        elif a[group] != b[group]:
+            yield Remark(
+                "duplicates",
+                True,
+                f"{group}: expected the same for the same clip",
+                a["name"],
+                f"{a[group]}, and {b[group]} for {how} in {b['name']}",
+            )
+        elif a.recording != b.recording:
+            yield _warn("duplicates", "clips that are there twice", a["name"], found)
 
 # %% ../../nbs/sign/07_checks.ipynb #e4e92e5c
 def _twin_remarks(path, set_):
     "Names that differ by `cropped` only and have recordings of their own."
-    plain = set_.name.str.replace(r'[_-]?cropped', '', case=False, regex=True)
-    for name,twins in set_.groupby(plain):
-        if len(twins) > 1 and twins.recording.nunique() > 1: yield _warn('duplicates', 'cropped twins without a common recording', twins.name.iloc[0], f'{twins.name.iloc[1]} is another')
+    plain = set_.name.str.replace(r"[_-]?cropped", "", case=False, regex=True)
+    for _name, twins in set_.groupby(plain):
+        if len(twins) > 1 and twins.recording.nunique() > 1:
+            yield _warn(
+                "duplicates",
+                "cropped twins without a common recording",
+                twins.name.iloc[0],
+                f"{twins.name.iloc[1]} is another",
+            )
 
 # %% ../../nbs/sign/07_checks.ipynb #a5514b49
 class Faults(list):
     "Sentences of faults; beside them the warnings, the number of files, and the table of all clips."
-    warnings,files,issues,table,signers = (),0,0,None,None
+
+    warnings, files, issues, table, signers = (), 0, 0, None, None
+
     @property
-    def summary(self): return f'Checked {self.files} files; {self.issues} with issues.'
+    def summary(self):
+        return f"Checked {self.files} files; {self.issues} with issues."
 
 # %% ../../nbs/sign/07_checks.ipynb #baca29a1
 def _table(path, num_gloss, num_cat):
     "Labels with what is wrong with them; the layout of separate hands has a table of its own."
-    if (path/'master_metadata.csv').is_file():
-        table,names = nsl49_table(path); file = path/'master_metadata.csv'
-        remarks = [_warn('labels', f'empty fields in column {c}', file, f'row {i+2}') for c in ('roman_label','char','signer') if c in table for i in table.index[table[c] == '']]
-        return file, table, [*remarks, *_spelling_remarks(file), *_label_remarks(file, table, None)], path
-    table,faults = check_labels(path/'labels.csv', num_gloss, num_cat); names = None
-    remarks = [*(_fault('labels', f) for f in faults), *_spelling_remarks(path/'labels.csv')]
-    if (path/'glosses.csv').is_file():
-        try: names = read_table(path/'glosses.csv', ('gloss','name','cat','cat_name'))
-        except InputError as e: remarks.append(_fault('labels', e))
-    return path/'labels.csv', table, [*remarks, *_label_remarks(path/'labels.csv', table, names)], clip_folder(path)
+    if (path / "master_metadata.csv").is_file():
+        table, names = nsl49_table(path)
+        file = path / "master_metadata.csv"
+        remarks = [
+            _warn("labels", f"empty fields in column {c}", file, f"row {i + 2}")
+            for c in ("roman_label", "char", "signer")
+            if c in table
+            for i in table.index[table[c] == ""]
+        ]
+        return (
+            file,
+            table,
+            [*remarks, *_spelling_remarks(file), *_label_remarks(file, table, None)],
+            path,
+        )
+    table, faults = check_labels(path / "labels.csv", num_gloss, num_cat)
+    names = None
+    remarks = [*(_fault("labels", f) for f in faults), *_spelling_remarks(path / "labels.csv")]
+    if (path / "glosses.csv").is_file():
+        try:
+            names = read_table(path / "glosses.csv", ("gloss", "name", "cat", "cat_name"))
+        except InputError as e:
+            remarks.append(_fault("labels", e))
+    return (
+        path / "labels.csv",
+        table,
+        [*remarks, *_label_remarks(path / "labels.csv", table, names)],
+        clip_folder(path),
+    )
 
 # %% ../../nbs/sign/07_checks.ipynb #83f92f03
 def _told(remarks):
     "Sentences of the faults, and of the warnings by kind."
-    faults = [f'[{r.check}] {r.file}: {r.kind}, found {r.found}.' for r in remarks if r.fault]; kinds = defaultdict(list)
+    faults = [f"[{r.check}] {r.file}: {r.kind}, found {r.found}." for r in remarks if r.fault]
+    kinds = defaultdict(list)
     for r in remarks:
-        if not r.fault: kinds[r.check,r.kind].append(r)
+        if not r.fault:
+            kinds[r.check, r.kind].append(r)
     order = list(CHECKS)
-    return faults, [f'[{c}] {kind}: {r[0].found} ({r[0].file})'+(f', and {len(r)-1} more' if len(r) > 1 else '')+'.' for (c,kind),r in sorted(kinds.items(), key=lambda k: order.index(k[0][0]))]
+    return faults, [
+        f"[{c}] {kind}: {r[0].found} ({r[0].file})"
+        + (f", and {len(r) - 1} more" if len(r) > 1 else "")
+        + "."
+        for (c, kind), r in sorted(kinds.items(), key=lambda k: order.index(k[0][0]))
+    ]
 
 # %% ../../nbs/sign/07_checks.ipynb #9597c709
 def check(
-    path, # Folder of clips, or one `.npz` file
-    progress=None, # For instance `tqdm`
-    require_x2048:bool=False, # Must every clip have features?
-    kp_key:str='X', # Array of the points
-    feature_key:str='X2048', # Array of the features
-    split:str='signer', # Whose sides no copy may cross: `signer` or `random`
-    num_gloss='auto', # Number of glosses, or `auto`
-    num_cat='auto', # Number of categories, or `auto`
-)->Faults: # One sentence a fault; empty when all is well
+    path,  # Folder of clips, or one `.npz` file
+    progress=None,  # For instance `tqdm`
+    require_x2048: bool = False,  # Must every clip have features?
+    kp_key: str = "X",  # Array of the points
+    feature_key: str = "X2048",  # Array of the features
+    split: str = "signer",  # Whose sides no copy may cross: `signer` or `random`
+    num_gloss="auto",  # Number of glosses, or `auto`
+    num_cat="auto",  # Number of categories, or `auto`
+) -> Faults:  # One sentence a fault; empty when all is well
     "Check everything in `CHECKS`; warnings are warned about."
-    path = Path(path); check_choice('parameters', 'split', split, ('signer','random')); keys = dict(kp_key=kp_key, feature_key=feature_key, require_x2048=require_x2048)
-    if path.is_file(): return _result(check_clip_file(path, **keys)[0], 1, None)
-    if not path.is_dir(): return _result([Remark('file', True, 'folder: expected clips', str(path), 'nothing there')], 0, None)
-    try: file,table,remarks,folder = _table(path, num_gloss, num_cat)
-    except InputError as e: return _result([_fault('labels', e)], 0, None)
-    remarks += _row_remarks(file, table, folder); rows,summaries = table.to_dict('records'),[]
-    for r in (progress(rows) if progress else rows):
-        if not (folder/f"{r['file']}.npz").is_file(): continue
-        found,summary = check_clip_file(folder/f"{r['file']}.npz", folder == path and file.name == 'master_metadata.csv', **keys)
+    path = Path(path)
+    check_choice("parameters", "split", split, ("signer", "random"))
+    keys = dict(kp_key=kp_key, feature_key=feature_key, require_x2048=require_x2048)
+    if path.is_file():
+        return _result(check_clip_file(path, **keys)[0], 1, None)
+    if not path.is_dir():
+        return _result(
+            [Remark("file", True, "folder: expected clips", str(path), "nothing there")], 0, None
+        )
+    try:
+        file, table, remarks, folder = _table(path, num_gloss, num_cat)
+    except InputError as e:
+        return _result([_fault("labels", e)], 0, None)
+    remarks += _row_remarks(file, table, folder)
+    rows, summaries = table.to_dict("records"), []
+    for r in progress(rows) if progress else rows:
+        if not (folder / f"{r['file']}.npz").is_file():
+            continue
+        found, summary = check_clip_file(
+            folder / f"{r['file']}.npz",
+            folder == path and file.name == "master_metadata.csv",
+            **keys,
+        )
         remarks += found
-        if summary: summaries.append(dict(summary, name=r['file'], **{k: r[k] for k in ('gloss','cat','signer','recording')}))
+        if summary:
+            summaries.append(
+                dict(
+                    summary,
+                    name=r["file"],
+                    **{k: r[k] for k in ("gloss", "cat", "signer", "recording")},
+                )
+            )
     if summaries:
-        set_ = pd.DataFrame(summaries); signs = set_[set_.gloss >= 0].reset_index(drop=True)
-        for check in (_set_presence, lambda p,s: _duplicate_remarks(p, s, split), _twin_remarks, _signer_remarks): remarks += check(path, signs if len(signs) else set_)
+        set_ = pd.DataFrame(summaries)
+        signs = set_[set_.gloss >= 0].reset_index(drop=True)
+        for check in (
+            _set_presence,
+            lambda p, s: _duplicate_remarks(p, s, split),
+            _twin_remarks,
+            _signer_remarks,
+        ):
+            remarks += check(path, signs if len(signs) else set_)
     return _result(remarks, len(rows), set_ if summaries else None)
 
 # %% ../../nbs/sign/07_checks.ipynb #10826845
 def _result(remarks, files, table):
-    faults,told = _told(remarks); result = Faults(faults); result.warnings,result.files,result.table = told,files,table
+    faults, told = _told(remarks)
+    result = Faults(faults)
+    result.warnings, result.files, result.table = told, files, table
     result.issues = len({r.file for r in remarks if r.fault})
-    for w in told: warnings.warn(w)
+    for w in told:
+        warnings.warn(w, stacklevel=2)
     return result

@@ -11,12 +11,22 @@ __all__ = ['POSE', 'HAND', 'FACE', 'SKELETON78', 'HANDS42', 'SKELETONS', 'Skelet
            'ClipData']
 
 # %% ../../nbs/sign/00_data.ipynb #fc77c66b
-import hashlib, io, json, re, warnings, zipfile, zlib
+import hashlib
+import io
+import json
+import re
+import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice, check_finite
 from ..core.split import check_disjoint, group_kfold, leave_one_group_out
 from ..core.windows import RowTable, Windows
@@ -25,322 +35,565 @@ from ..core.windows import RowTable, Windows
 @dataclass(frozen=True)
 class Skeleton:
     "The points of a layout."
-    name:str # Key in `SKELETONS`
-    names:tuple # One name a point, `[K]`
-    pairs:tuple = () # (left, right) points that a mirror exchanges
-    blocks:dict = field(default_factory=dict) # Part of the body -> (first point, point after the last)
-    shoulders:tuple = () # Left and right
-    hips:tuple = () # Left and right
-    nose:tuple = () # One point
-    wrists:tuple = () # Left and right, of the body where it is there
-    hands:tuple = () # Blocks of the left and the right hand
-    def __len__(self): return len(self.names)
+
+    name: str  # Key in `SKELETONS`
+    names: tuple  # One name a point, `[K]`
+    pairs: tuple = ()  # (left, right) points that a mirror exchanges
+    blocks: dict = field(
+        default_factory=dict
+    )  # Part of the body -> (first point, point after the last)
+    shoulders: tuple = ()  # Left and right
+    hips: tuple = ()  # Left and right
+    nose: tuple = ()  # One point
+    wrists: tuple = ()  # Left and right, of the body where it is there
+    hands: tuple = ()  # Blocks of the left and the right hand
+
+    def __len__(self):
+        return len(self.names)
 
 # %% ../../nbs/sign/00_data.ipynb #8396939f
-POSE = ('nose','left_eye_inner','left_eye','left_eye_outer','right_eye_inner','right_eye','right_eye_outer','left_ear','right_ear','mouth_left','mouth_right',
-        'left_shoulder','right_shoulder','left_elbow','right_elbow','left_wrist','right_wrist','left_pinky','right_pinky','left_index','right_index',
-        'left_thumb','right_thumb','left_hip','right_hip')
-HAND = ('wrist', *(f'{f}_{j}' for f in ('thumb','index','middle','ring','pinky') for j in (1,2,3,4)))
-FACE = (1,33,263,133,362,61,291,105,334,199,4) # numbers in the face mesh
-_hands = tuple(f'{side}_{n}' for side in ('left_hand','right_hand') for n in HAND)
+POSE = (
+    "nose",
+    "left_eye_inner",
+    "left_eye",
+    "left_eye_outer",
+    "right_eye_inner",
+    "right_eye",
+    "right_eye_outer",
+    "left_ear",
+    "right_ear",
+    "mouth_left",
+    "mouth_right",
+    "left_shoulder",
+    "right_shoulder",
+    "left_elbow",
+    "right_elbow",
+    "left_wrist",
+    "right_wrist",
+    "left_pinky",
+    "right_pinky",
+    "left_index",
+    "right_index",
+    "left_thumb",
+    "right_thumb",
+    "left_hip",
+    "right_hip",
+)
+HAND = (
+    "wrist",
+    *(f"{f}_{j}" for f in ("thumb", "index", "middle", "ring", "pinky") for j in (1, 2, 3, 4)),
+)
+FACE = (1, 33, 263, 133, 362, 61, 291, 105, 334, 199, 4)  # numbers in the face mesh
+_hands = tuple(f"{side}_{n}" for side in ("left_hand", "right_hand") for n in HAND)
 
 # %% ../../nbs/sign/00_data.ipynb #d5a85c4c
-SKELETON78 = Skeleton('pose78', POSE+_hands+tuple(f'face_{i}' for i in FACE),
-    pairs=((1,4),(2,5),(3,6),*((i,i+1) for i in range(7, 25, 2)),*((i,i+21) for i in range(25, 46)),(68,69),(70,71),(72,73),(74,75)),
-    blocks=dict(pose=(0,25), left_hand=(25,46), right_hand=(46,67), face=(67,78)),
-    shoulders=(11,12), hips=(23,24), nose=(0,), wrists=(15,16), hands=('left_hand','right_hand'))
-HANDS42 = Skeleton('hands42', _hands, pairs=tuple((i,i+21) for i in range(21)), blocks=dict(left_hand=(0,21), right_hand=(21,42)),
-    wrists=(0,21), hands=('left_hand','right_hand'))
+SKELETON78 = Skeleton(
+    "pose78",
+    POSE + _hands + tuple(f"face_{i}" for i in FACE),
+    pairs=(
+        (1, 4),
+        (2, 5),
+        (3, 6),
+        *((i, i + 1) for i in range(7, 25, 2)),
+        *((i, i + 21) for i in range(25, 46)),
+        (68, 69),
+        (70, 71),
+        (72, 73),
+        (74, 75),
+    ),
+    blocks=dict(pose=(0, 25), left_hand=(25, 46), right_hand=(46, 67), face=(67, 78)),
+    shoulders=(11, 12),
+    hips=(23, 24),
+    nose=(0,),
+    wrists=(15, 16),
+    hands=("left_hand", "right_hand"),
+)
+HANDS42 = Skeleton(
+    "hands42",
+    _hands,
+    pairs=tuple((i, i + 21) for i in range(21)),
+    blocks=dict(left_hand=(0, 21), right_hand=(21, 42)),
+    wrists=(0, 21),
+    hands=("left_hand", "right_hand"),
+)
 SKELETONS = {s.name: s for s in (SKELETON78, HANDS42)}
 
 # %% ../../nbs/sign/00_data.ipynb #0a9e5380
 @dataclass
 class Clip:
     "One sign: points, or plain channels, or features of a network, frame by frame."
-    name:str # File without its suffix
-    points:np.ndarray|None = field(default=None, repr=False) # As stored, `[T,K,2]`; the picture is 1 wide and 1 high
-    seen:np.ndarray|None = field(default=None, repr=False) # Which points were found, `[T,K]` bool
-    timestamps_ms:np.ndarray|None = field(default=None, repr=False) # Milliseconds, `[T]`
-    gloss:int = -1 # Class; -1 is none, adapters may give a name
-    category:int = -1 # Group of glosses
-    signer:str = '' # Who signs
-    recording:str = '' # Clips of one recording stay on one side of a split
-    width:float = 0. # Of the picture in pixels; 0 is unknown
-    height:float = 0. # Of the picture in pixels
-    channels:np.ndarray|None = field(default=None, repr=False) # Numbers that are no points, `[T,C]`
-    features:np.ndarray|None = field(default=None, repr=False) # What a network has computed from each frame, `[T,F]`
-    file:str = '' # For messages
-    def __len__(self): return len(next(x for x in (self.points, self.channels, self.features) if x is not None))
+
+    name: str  # File without its suffix
+    points: np.ndarray | None = field(
+        default=None, repr=False
+    )  # As stored, `[T,K,2]`; the picture is 1 wide and 1 high
+    seen: np.ndarray | None = field(
+        default=None, repr=False
+    )  # Which points were found, `[T,K]` bool
+    timestamps_ms: np.ndarray | None = field(default=None, repr=False)  # Milliseconds, `[T]`
+    gloss: int = -1  # Class; -1 is none, adapters may give a name
+    category: int = -1  # Group of glosses
+    signer: str = ""  # Who signs
+    recording: str = ""  # Clips of one recording stay on one side of a split
+    width: float = 0.0  # Of the picture in pixels; 0 is unknown
+    height: float = 0.0  # Of the picture in pixels
+    channels: np.ndarray | None = field(
+        default=None, repr=False
+    )  # Numbers that are no points, `[T,C]`
+    features: np.ndarray | None = field(
+        default=None, repr=False
+    )  # What a network has computed from each frame, `[T,F]`
+    file: str = ""  # For messages
+
+    def __len__(self):
+        return len(next(x for x in (self.points, self.channels, self.features) if x is not None))
 
 # %% ../../nbs/sign/00_data.ipynb #c9f04ce3
 def clip_layout(
-    clip:Clip, # A clip
-)->str: # Key of `SKELETONS`, `channels`, or `features`
+    clip: Clip,  # A clip
+) -> str:  # Key of `SKELETONS`, `channels`, or `features`
     "What a clip consists of."
-    if clip.points is None: return 'channels' if clip.channels is not None else 'features'
-    return next((s.name for s in SKELETONS.values() if len(s) == clip.points.shape[1]), f'{clip.points.shape[1]} points')
+    if clip.points is None:
+        return "channels" if clip.channels is not None else "features"
+    return next(
+        (s.name for s in SKELETONS.values() if len(s) == clip.points.shape[1]),
+        f"{clip.points.shape[1]} points",
+    )
 
 # %% ../../nbs/sign/00_data.ipynb #b9f1bac3
-_largest = 2**30 # bytes of one array
+_largest = 2**30  # bytes of one array
 
 # %% ../../nbs/sign/00_data.ipynb #24c09541
 @lru_cache(4096)
 def _npy_header(first):
     "Shape, order and type from the first bytes of a `.npy`."
-    f = io.BytesIO(first); version = np.lib.format.read_magic(f)
-    return (np.lib.format.read_array_header_1_0 if version == (1,0) else np.lib.format.read_array_header_2_0)(f)
+    f = io.BytesIO(first)
+    version = np.lib.format.read_magic(f)
+    return (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )(f)
 
 # %% ../../nbs/sign/00_data.ipynb #2961fc1f
 def _npy_array(f, size, path, key):
     "One array of an archive, `size` bytes with its header."
-    start = f.read(12); wide = start[6:7] != b'\1'
-    n = int.from_bytes(start[8:12 if wide else 10], 'little')+(12 if wide else 10)
-    if not start.startswith(b'\x93NUMPY') or n > 10_000: raise ValueError('no header of an array')
-    shape,fortran,dtype = _npy_header(start+f.read(n-12))
-    if dtype.hasobject: raise InputError(path, f'array {key}', 'numbers', 'Python objects (a pickle), which are never loaded')
+    start = f.read(12)
+    wide = start[6:7] != b"\1"
+    n = int.from_bytes(start[8 : 12 if wide else 10], "little") + (12 if wide else 10)
+    if not start.startswith(b"\x93NUMPY") or n > 10_000:
+        raise ValueError("no header of an array")
+    shape, fortran, dtype = _npy_header(start + f.read(n - 12))
+    if dtype.hasobject:
+        raise InputError(
+            path, f"array {key}", "numbers", "Python objects (a pickle), which are never loaded"
+        )
     count = int(np.prod(shape, dtype=object)) if shape else 1
-    if count*dtype.itemsize != size-n or size > _largest:
-        raise InputError(path, f'array {key}', f'as many bytes as its shape {list(shape)} needs, and at most {_largest>>20} MB', f'{size-n} bytes')
-    return np.frombuffer(f.read(), dtype, count).reshape(shape, order='F' if fortran else 'C')
+    if count * dtype.itemsize != size - n or size > _largest:
+        raise InputError(
+            path,
+            f"array {key}",
+            f"as many bytes as its shape {list(shape)} needs, and at most {_largest >> 20} MB",
+            f"{size - n} bytes",
+        )
+    return np.frombuffer(f.read(), dtype, count).reshape(shape, order="F" if fortran else "C")
 
 # %% ../../nbs/sign/00_data.ipynb #f91df270
 def read_npz(
-    path, # `.npz` file
-    keys=None, # Arrays to read where they are there; all by default
-    content:bytes=None, # Of the file, where it has been read already
-)->dict: # Name -> array, not to be written to
+    path,  # `.npz` file
+    keys=None,  # Arrays to read where they are there; all by default
+    content: bytes = None,  # Of the file, where it has been read already
+) -> dict:  # Name -> array, not to be written to
     "Arrays of an `.npz`, each compared with its header before it is read."
     path = Path(path)
-    if content is None and not path.is_file(): raise InputError(path, 'file', 'an .npz file', 'nothing there')
+    if content is None and not path.is_file():
+        raise InputError(path, "file", "an .npz file", "nothing there")
     try:
         with zipfile.ZipFile(io.BytesIO(path.read_bytes() if content is None else content)) as z:
             found = {}
             for i in z.infolist():
-                key = i.filename.removesuffix('.npy')
-                if keys is not None and key not in keys: continue
-                with z.open(i) as f: found[key] = _npy_array(f, i.file_size, path, key)
+                key = i.filename.removesuffix(".npy")
+                if keys is not None and key not in keys:
+                    continue
+                with z.open(i) as f:
+                    found[key] = _npy_array(f, i.file_size, path, key)
             return found
-    except InputError: raise
-    except (OSError,ValueError,EOFError,KeyError,TypeError,RuntimeError,SyntaxError,zipfile.BadZipFile,zlib.error) as e:
-        raise InputError(path, 'content', 'a whole .npz file of plain arrays', f"{type(e).__name__}: {(str(e).splitlines() or ['nothing'])[0][:90]}") from None
+    except InputError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SyntaxError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as e:
+        raise InputError(
+            path,
+            "content",
+            "a whole .npz file of plain arrays",
+            f"{type(e).__name__}: {(str(e).splitlines() or ['nothing'])[0][:90]}",
+        ) from None
 
 # %% ../../nbs/sign/00_data.ipynb #56e83b08
 def _matrix(path, arrays, key, width):
     "Array `key` as float32 `[T,width]`; any width where `width` is 0."
-    if key not in arrays: raise InputError(path, f'array {key}', f"an array [T,{width or 'F'}]", f"no such array ({', '.join(arrays) or 'none at all'})")
+    if key not in arrays:
+        raise InputError(
+            path,
+            f"array {key}",
+            f"an array [T,{width or 'F'}]",
+            f"no such array ({', '.join(arrays) or 'none at all'})",
+        )
     x = arrays[key]
-    if x.ndim != 2 or not len(x) or x.shape[1] != (width or x.shape[1]): raise InputError(path, f'array {key}', f"shape [T,{width or 'F'}] with T at least 1", str(list(x.shape)))
-    if x.dtype in (np.float64, np.float16): warnings.warn(f'{path}: array {key}: converted from {x.dtype} to float32'); x = x.astype('float32')
-    if x.dtype != np.float32: raise InputError(path, f'array {key}', 'float32', str(x.dtype))
+    if x.ndim != 2 or not len(x) or x.shape[1] != (width or x.shape[1]):
+        raise InputError(
+            path, f"array {key}", f"shape [T,{width or 'F'}] with T at least 1", str(list(x.shape))
+        )
+    if x.dtype in (np.float64, np.float16):
+        warnings.warn(f"{path}: array {key}: converted from {x.dtype} to float32", stacklevel=2)
+        x = x.astype("float32")
+    if x.dtype != np.float32:
+        raise InputError(path, f"array {key}", "float32", str(x.dtype))
     return x
 
 # %% ../../nbs/sign/00_data.ipynb #ab43d259
 def _mask(path, arrays, points):
     "Which points were seen: what the mask says, without those at exactly (0,0)."
-    there = (points[...,0] != 0) | (points[...,1] != 0)
-    if 'mask' not in arrays: return there
-    m = arrays['mask']
-    if m.shape != there.shape: raise InputError(path, 'array mask', f'shape {list(there.shape)}', str(list(m.shape)))
-    if m.dtype != bool and not (m.dtype.kind in 'iu' and np.isin(m, (0,1)).all()): raise InputError(path, 'array mask', 'True and False', str(m.dtype))
+    there = (points[..., 0] != 0) | (points[..., 1] != 0)
+    if "mask" not in arrays:
+        return there
+    m = arrays["mask"]
+    if m.shape != there.shape:
+        raise InputError(path, "array mask", f"shape {list(there.shape)}", str(list(m.shape)))
+    if m.dtype != bool and not (m.dtype.kind in "iu" and np.isin(m, (0, 1)).all()):
+        raise InputError(path, "array mask", "True and False", str(m.dtype))
     return m.astype(bool) & there
 
 # %% ../../nbs/sign/00_data.ipynb #140e1f52
 def _meta(path, arrays):
     "The JSON text `meta` as a dict."
-    if 'meta' not in arrays: return {}
-    text = arrays['meta']
-    if text.ndim or text.dtype.kind not in 'US': raise InputError(path, 'array meta', 'one JSON text', f'{text.dtype} of shape {list(text.shape)}')
-    text = str(text) if text.dtype.kind == 'U' else bytes(text.item()).decode('utf-8', 'replace')
+    if "meta" not in arrays:
+        return {}
+    text = arrays["meta"]
+    if text.ndim or text.dtype.kind not in "US":
+        raise InputError(
+            path, "array meta", "one JSON text", f"{text.dtype} of shape {list(text.shape)}"
+        )
+    text = str(text) if text.dtype.kind == "U" else bytes(text.item()).decode("utf-8", "replace")
     return _json_object(path, text)
 
 # %% ../../nbs/sign/00_data.ipynb #77b696b0
 @lru_cache(256)
-def _parsed(text): return json.loads(text)
+def _parsed(text):
+    return json.loads(text)
 
 # %% ../../nbs/sign/00_data.ipynb #bf865e3f
 def _json_object(path, text):
-    try: value = _parsed(text)
-    except ValueError as e: raise InputError(path, 'array meta', 'JSON', str(e)) from None
-    if not isinstance(value, dict): raise InputError(path, 'array meta', 'a JSON object', type(value).__name__)
+    try:
+        value = _parsed(text)
+    except ValueError as e:
+        raise InputError(path, "array meta", "JSON", str(e)) from None
+    if not isinstance(value, dict):
+        raise InputError(path, "array meta", "a JSON object", type(value).__name__)
     return value
 
 # %% ../../nbs/sign/00_data.ipynb #641f67de
 def _number(path, meta, key, otherwise):
     "A positive number of `meta`."
     value = meta.get(key, otherwise)
-    if isinstance(value, bool) or not isinstance(value, (int,float)) or not 0 <= value < 1e6: raise InputError(path, f'meta {key}', 'a number from 0 on', repr(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+        raise InputError(path, f"meta {key}", "a number from 0 on", repr(value))
     return float(value)
 
 # %% ../../nbs/sign/00_data.ipynb #ca891788
 def _timestamps(path, arrays, n, meta):
     "Milliseconds of the frames; a constant rate where the file has none."
-    if 'timestamps_ms' not in arrays: return np.round(np.arange(n)*1000/(_number(path, meta, 'target_fps', 30) or 30)).astype('int64')
-    t = arrays['timestamps_ms']
-    if t.shape != (n,) or t.dtype.kind not in 'iu': raise InputError(path, 'array timestamps_ms', f'{n} integers', f'{t.dtype} of shape {list(t.shape)}')
-    t = t.astype('int64'); back = np.diff(t) < 0
-    if back.any(): raise InputError(path, 'array timestamps_ms', 'times that do not go back', f'{t[back.argmax()+1]} after {t[back.argmax()]} at frame {back.argmax()+1}')
-    if t[0] < 0: raise InputError(path, 'array timestamps_ms', 'times from 0 on', str(t[0]))
+    if "timestamps_ms" not in arrays:
+        return np.round(np.arange(n) * 1000 / (_number(path, meta, "target_fps", 30) or 30)).astype(
+            "int64"
+        )
+    t = arrays["timestamps_ms"]
+    if t.shape != (n,) or t.dtype.kind not in "iu":
+        raise InputError(
+            path, "array timestamps_ms", f"{n} integers", f"{t.dtype} of shape {list(t.shape)}"
+        )
+    t = t.astype("int64")
+    back = np.diff(t) < 0
+    if back.any():
+        raise InputError(
+            path,
+            "array timestamps_ms",
+            "times that do not go back",
+            f"{t[back.argmax() + 1]} after {t[back.argmax()]} at frame {back.argmax() + 1}",
+        )
+    if t[0] < 0:
+        raise InputError(path, "array timestamps_ms", "times from 0 on", str(t[0]))
     return t
 
 # %% ../../nbs/sign/00_data.ipynb #19f523ca
 def _features(path, arrays, key):
     "The features; `X` where they have no array of their own."
-    if key not in arrays and arrays.get('X', np.empty(0)).shape[1:] == (2048,): key = 'X'
-    return check_finite(path, f'array {key}', _matrix(path, arrays, key, 0), 'frame')
+    if key not in arrays and arrays.get("X", np.empty(0)).shape[1:] == (2048,):
+        key = "X"
+    return check_finite(path, f"array {key}", _matrix(path, arrays, key, 0), "frame")
 
 # %% ../../nbs/sign/00_data.ipynb #e9dc919f
 def _finite_points(path, key, points, seen):
     "Raise for a point that was seen and is not finite."
     bad = ~np.isfinite(points)
-    if not bad.any() or not (bad := bad & seen[...,None]).any(): return
-    t,k,axis = np.argwhere(bad)[0]
-    raise InputError(path, f'array {key}', 'finite coordinates of points that were seen', f'{points[t,k,axis]} at frame {t}, column {2*k+axis} ({int(bad.sum())} in all)')
+    if not bad.any() or not (bad := bad & seen[..., None]).any():
+        return
+    t, k, axis = np.argwhere(bad)[0]
+    raise InputError(
+        path,
+        f"array {key}",
+        "finite coordinates of points that were seen",
+        f"{points[t, k, axis]} at frame {t}, column {2 * k + axis} ({int(bad.sum())} in all)",
+    )
 
 # %% ../../nbs/sign/00_data.ipynb #6089520b
 def clip_from_arrays(
-    path, # Where they come from, for the name and for messages
-    arrays:dict, # What `read_npz` gave
-    kp_key:str='X', # Array of the points
-    feature_key:str='X2048', # Array of the features; `X` where it is not there and `X` is 2048 wide
-    read:str='points', # `points`, `features` or `both`
-)->Clip: # Without labels
+    path,  # Where they come from, for the name and for messages
+    arrays: dict,  # What `read_npz` gave
+    kp_key: str = "X",  # Array of the points
+    feature_key: str = "X2048",  # Array of the features; `X` where it is not there and `X` is 2048 wide
+    read: str = "points",  # `points`, `features` or `both`
+) -> Clip:  # Without labels
     "Check the arrays of a file and make a clip of them."
-    meta,points,seen,features = _meta(path, arrays),None,None,None
-    if read != 'features':
-        points = _matrix(path, arrays, kp_key, 2*len(SKELETON78)).reshape(-1, len(SKELETON78), 2)
+    meta, points, seen, features = _meta(path, arrays), None, None, None
+    if read != "features":
+        points = _matrix(path, arrays, kp_key, 2 * len(SKELETON78)).reshape(-1, len(SKELETON78), 2)
         seen = _mask(path, arrays, points)
         _finite_points(path, kp_key, points, seen)
-    if read != 'points': features = _features(path, arrays, feature_key)
+    if read != "points":
+        features = _features(path, arrays, feature_key)
     n = len(features if points is None else points)
-    if features is not None and len(features) != n: raise InputError(path, f'array {feature_key}', f'{n} frames', str(len(features)))
-    return Clip(Path(path).stem, points, seen, _timestamps(path, arrays, n, meta), width=_number(path, meta, 'source_width', 0), height=_number(path, meta, 'source_height', 0), features=features, file=str(path))
+    if features is not None and len(features) != n:
+        raise InputError(path, f"array {feature_key}", f"{n} frames", str(len(features)))
+    return Clip(
+        Path(path).stem,
+        points,
+        seen,
+        _timestamps(path, arrays, n, meta),
+        width=_number(path, meta, "source_width", 0),
+        height=_number(path, meta, "source_height", 0),
+        features=features,
+        file=str(path),
+    )
 
 # %% ../../nbs/sign/00_data.ipynb #74b3ea15
 def read_clip(
-    path, # `.npz` file
-    kp_key:str='X', # Array of the points
-    feature_key:str='X2048', # Array of the features
-    read:str='points', # `points`, `features` or `both`
-)->Clip: # Without labels
+    path,  # `.npz` file
+    kp_key: str = "X",  # Array of the points
+    feature_key: str = "X2048",  # Array of the features
+    read: str = "points",  # `points`, `features` or `both`
+) -> Clip:  # Without labels
     "Read one clip, or say in one sentence what is wrong with it."
-    check_choice('parameters', 'read', read, ('points','features','both'))
-    keys = {'X','mask','timestamps_ms','meta'}|({kp_key} if read != 'features' else set())|({feature_key} if read != 'points' else set())
+    check_choice("parameters", "read", read, ("points", "features", "both"))
+    keys = (
+        {"X", "mask", "timestamps_ms", "meta"}
+        | ({kp_key} if read != "features" else set())
+        | ({feature_key} if read != "points" else set())
+    )
     return clip_from_arrays(path, read_npz(path, keys), kp_key, feature_key, read)
 
 # %% ../../nbs/sign/00_data.ipynb #f6bf4e88
 def read_table(
-    path, # CSV file
-    columns=(), # Columns that must be there
-)->pd.DataFrame: # Every column as text
+    path,  # CSV file
+    columns=(),  # Columns that must be there
+) -> pd.DataFrame:  # Every column as text
     "A CSV file as it is written: a byte-order mark is no part of it, and `NA` is a text."
-    if not Path(path).is_file(): raise InputError(path, 'file', 'a table of labels', 'nothing there')
-    try: table = pd.read_csv(path, encoding='utf-8-sig', keep_default_na=False, dtype=str)
-    except UnicodeDecodeError as e: raise InputError(path, f'byte {e.start}', 'UTF-8 text', 'other bytes') from None
-    except (pd.errors.ParserError,pd.errors.EmptyDataError) as e: raise InputError(path, 'content', 'a CSV table', str(e).strip()) from None
+    if not Path(path).is_file():
+        raise InputError(path, "file", "a table of labels", "nothing there")
+    try:
+        table = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, dtype=str)
+    except UnicodeDecodeError as e:
+        raise InputError(path, f"byte {e.start}", "UTF-8 text", "other bytes") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as e:
+        raise InputError(path, "content", "a CSV table", str(e).strip()) from None
     for c in columns:
-        if c not in table: raise InputError(path, f'column {c}', 'to be there', f"the columns {', '.join(table)}")
+        if c not in table:
+            raise InputError(path, f"column {c}", "to be there", f"the columns {', '.join(table)}")
     return table
 
 # %% ../../nbs/sign/00_data.ipynb #459214ae
 def _class_faults(path, table, column, count):
     "Rows whose class is no whole number from 0 to `count`-1."
-    for row,text in zip(table.index+2, table[column]):
-        if not re.fullmatch(r'\d+', text.strip()) or (count is not None and int(text) >= count):
-            yield InputError(path, f'row {row}, column {column}', f"a whole number from 0 {'on' if count is None else f'to {count-1}'}", repr(text) if text.strip() else 'nothing')
+    for row, text in zip(table.index + 2, table[column]):
+        if not re.fullmatch(r"\d+", text.strip()) or (count is not None and int(text) >= count):
+            yield InputError(
+                path,
+                f"row {row}, column {column}",
+                f"a whole number from 0 {'on' if count is None else f'to {count - 1}'}",
+                repr(text) if text.strip() else "nothing",
+            )
 
 # %% ../../nbs/sign/00_data.ipynb #f49c9fbc
 def _file_faults(path, files):
     "Names that leave the folder, are empty, or occur twice."
     first = {}
-    for row,name in enumerate(files, 2):
-        if not name or name.startswith('/') or re.match('[A-Za-z]:', name) or '..' in name.split('/'): yield InputError(path, f'row {row}, column file', 'a name inside the folder', repr(name))
-        elif name in first: yield InputError(path, f'row {row}, column file', 'a name of its own', f'{name!r}, which row {first[name]} has as well')
+    for row, name in enumerate(files, 2):
+        if (
+            not name
+            or name.startswith("/")
+            or re.match("[A-Za-z]:", name)
+            or ".." in name.split("/")
+        ):
+            yield InputError(
+                path, f"row {row}, column file", "a name inside the folder", repr(name)
+            )
+        elif name in first:
+            yield InputError(
+                path,
+                f"row {row}, column file",
+                "a name of its own",
+                f"{name!r}, which row {first[name]} has as well",
+            )
         first.setdefault(name, row)
 
 # %% ../../nbs/sign/00_data.ipynb #532465f0
 def check_labels(
-    path, # `labels.csv`
-    num_gloss='auto', # Number of glosses, or `auto`: any
-    num_cat='auto', # Number of categories, or `auto`: any
-)->tuple: # Table with integers `gloss` and `cat` (-1 where faulty) and texts `signer` and `recording`, and the faults
+    path,  # `labels.csv`
+    num_gloss="auto",  # Number of glosses, or `auto`: any
+    num_cat="auto",  # Number of categories, or `auto`: any
+) -> tuple:  # Table with integers `gloss` and `cat` (-1 where faulty) and texts `signer` and `recording`, and the faults
     "Read the labels and collect everything that is wrong with them."
-    table = read_table(path, ('file','gloss','cat'))
-    table['file'] = table.file.str.replace('\\', '/').str.strip().str.removesuffix('.npz')
-    counts = dict(gloss=None if num_gloss == 'auto' else int(num_gloss), cat=None if num_cat == 'auto' else int(num_cat))
-    faults = [*_file_faults(path, table.file), *(f for c,n in counts.items() for f in _class_faults(path, table, c, n))]
-    if not len(table): faults.append(InputError(path, 'rows', 'at least one', '0'))
-    for c in counts: table[c] = pd.to_numeric(table[c].str.strip().where(table[c].str.strip().str.fullmatch(r'\d{1,9}'), '-1')).astype(int)
-    if 'signer' not in table: table['signer'] = ''
-    table['recording'] = table['recording'].where(table['recording'] != '', table.file) if 'recording' in table else table.file
+    table = read_table(path, ("file", "gloss", "cat"))
+    table["file"] = table.file.str.replace("\\", "/").str.strip().str.removesuffix(".npz")
+    counts = dict(
+        gloss=None if num_gloss == "auto" else int(num_gloss),
+        cat=None if num_cat == "auto" else int(num_cat),
+    )
+    faults = [
+        *_file_faults(path, table.file),
+        *(f for c, n in counts.items() for f in _class_faults(path, table, c, n)),
+    ]
+    if not len(table):
+        faults.append(InputError(path, "rows", "at least one", "0"))
+    for c in counts:
+        table[c] = pd.to_numeric(
+            table[c].str.strip().where(table[c].str.strip().str.fullmatch(r"\d{1,9}"), "-1")
+        ).astype(int)
+    if "signer" not in table:
+        table["signer"] = ""
+    table["recording"] = (
+        table["recording"].where(table["recording"] != "", table.file)
+        if "recording" in table
+        else table.file
+    )
     return table, faults
 
 # %% ../../nbs/sign/00_data.ipynb #9c21b043
 def raise_faults(
-    file, # Where they were found
-    faults:list, # `InputError`s
-    most:int=5, # How many of them are told
+    file,  # Where they were found
+    faults: list,  # `InputError`s
+    most: int = 5,  # How many of them are told
 ):
     "Raise the only fault, or one error that tells the first few of them."
-    if len(faults) == 1: raise faults[0]
-    if faults: raise InputError(file, 'content', 'no fault', f"{len(faults)} ({' | '.join(str(f).rstrip('.') for f in faults[:most])}{' | …' if len(faults) > most else ''})")
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise InputError(
+            file,
+            "content",
+            "no fault",
+            f"{len(faults)} ({' | '.join(str(f).rstrip('.') for f in faults[:most])}{' | …' if len(faults) > most else ''})",
+        )
 
 # %% ../../nbs/sign/00_data.ipynb #5a3afafb
 def read_labels(
-    path, # `labels.csv`
-    num_gloss='auto', # Number of glosses, or `auto`
-    num_cat='auto', # Number of categories, or `auto`
-)->pd.DataFrame: # Columns `file`, `gloss`, `cat`, `signer`, `recording` and others
+    path,  # `labels.csv`
+    num_gloss="auto",  # Number of glosses, or `auto`
+    num_cat="auto",  # Number of categories, or `auto`
+) -> pd.DataFrame:  # Columns `file`, `gloss`, `cat`, `signer`, `recording` and others
     "Read the labels or say what is wrong with them; a gloss in two categories is worth a warning."
-    table,faults = check_labels(path, num_gloss, num_cat)
+    table, faults = check_labels(path, num_gloss, num_cat)
     raise_faults(path, faults)
-    several = table.groupby('gloss').cat.nunique()
-    for g in several.index[several > 1]: warnings.warn(f'{path}: gloss {g} has the categories {sorted(table.cat[table.gloss == g].unique().tolist())}')
+    several = table.groupby("gloss").cat.nunique()
+    for g in several.index[several > 1]:
+        warnings.warn(
+            f"{path}: gloss {g} has the categories {sorted(table.cat[table.gloss == g].unique().tolist())}",
+            stacklevel=2,
+        )
     return table
 
 # %% ../../nbs/sign/00_data.ipynb #dcbb761a
 def clip_folder(
-    path, # Folder with the labels
-)->Path: # Its folder `npz`, or itself
+    path,  # Folder with the labels
+) -> Path:  # Its folder `npz`, or itself
     "Where the files of a set are."
-    return Path(path)/'npz' if (Path(path)/'npz').is_dir() else Path(path)
+    return Path(path) / "npz" if (Path(path) / "npz").is_dir() else Path(path)
 
 # %% ../../nbs/sign/00_data.ipynb #daaa88fa
 def _each(read, items, progress):
     "`read(item)` for all items, and the `InputError`s among the answers."
-    found,faults = [],[]
-    for i in (progress(items) if progress else items):
-        try: found.append(read(i))
-        except InputError as e: faults.append(e)
+    found, faults = [], []
+    for i in progress(items) if progress else items:
+        try:
+            found.append(read(i))
+        except InputError as e:
+            faults.append(e)
     return found, faults
 
 # %% ../../nbs/sign/00_data.ipynb #37317f95
 def _with_labels(clip, row):
-    clip.name,clip.gloss,clip.category,clip.signer,clip.recording = row['file'],row['gloss'],row['cat'],row['signer'],row['recording']
+    clip.name, clip.gloss, clip.category, clip.signer, clip.recording = (
+        row["file"],
+        row["gloss"],
+        row["cat"],
+        row["signer"],
+        row["recording"],
+    )
     return clip
 
 # %% ../../nbs/sign/00_data.ipynb #a3839faa
 def read_clips(
-    path, # Folder with `labels.csv` and the `.npz` files, beside it or in its folder `npz`; or the folder of nsl49
-    kp_key:str='X', # Array of the points
-    feature_key:str='X2048', # Array of the features
-    labels=None, # Table of labels elsewhere
-    read:str='points', # `points`, `features` or `both`
-    missing:str='refuse', # Rows without a file: `refuse` them, or `skip` them with a warning
-    num_gloss='auto', # Number of glosses, or `auto`
-    num_cat='auto', # Number of categories, or `auto`
-    drop_cropped:bool=False, # Of nsl49: leave the cropped copies out
-    progress=None, # For instance `tqdm`
-)->list: # `Clip`s in the order of the labels
+    path,  # Folder with `labels.csv` and the `.npz` files, beside it or in its folder `npz`; or the folder of nsl49
+    kp_key: str = "X",  # Array of the points
+    feature_key: str = "X2048",  # Array of the features
+    labels=None,  # Table of labels elsewhere
+    read: str = "points",  # `points`, `features` or `both`
+    missing: str = "refuse",  # Rows without a file: `refuse` them, or `skip` them with a warning
+    num_gloss="auto",  # Number of glosses, or `auto`
+    num_cat="auto",  # Number of categories, or `auto`
+    drop_cropped: bool = False,  # Of nsl49: leave the cropped copies out
+    progress=None,  # For instance `tqdm`
+) -> list:  # `Clip`s in the order of the labels
     "Read every clip that the labels name."
     path = Path(path)
-    if not path.is_dir(): raise InputError(path, 'folder', 'a folder of clips', 'a file' if path.exists() else 'nothing there', 'name one with -p data=DIR or set GCODE_ML_DATA')
-    if labels is None and (path/'master_metadata.csv').is_file(): return read_nsl49(path, drop_cropped, progress=progress)
-    rows,folder = read_labels(labels or path/'labels.csv', num_gloss, num_cat).to_dict('records'),clip_folder(path)
-    if check_choice('parameters', 'missing', missing, ('refuse','skip')) == 'skip':
-        there = [r for r in rows if (folder/f"{r['file']}.npz").is_file()]
-        if len(there) < len(rows): warnings.warn(f'{path}: {len(rows)-len(there)} of {len(rows)} rows have no file and are skipped')
+    if not path.is_dir():
+        raise InputError(
+            path,
+            "folder",
+            "a folder of clips",
+            "a file" if path.exists() else "nothing there",
+            "name one with -p data=DIR or set GCODE_ML_DATA",
+        )
+    if labels is None and (path / "master_metadata.csv").is_file():
+        return read_nsl49(path, drop_cropped, progress=progress)
+    rows, folder = (
+        read_labels(labels or path / "labels.csv", num_gloss, num_cat).to_dict("records"),
+        clip_folder(path),
+    )
+    if check_choice("parameters", "missing", missing, ("refuse", "skip")) == "skip":
+        there = [r for r in rows if (folder / f"{r['file']}.npz").is_file()]
+        if len(there) < len(rows):
+            warnings.warn(
+                f"{path}: {len(rows) - len(there)} of {len(rows)} rows have no file and are skipped",
+                stacklevel=2,
+            )
         rows = there
-    clips,faults = _each(lambda r: _with_labels(read_clip(folder/f"{r['file']}.npz", kp_key, feature_key, read), r), rows, progress)
+    clips, faults = _each(
+        lambda r: _with_labels(
+            read_clip(folder / f"{r['file']}.npz", kp_key, feature_key, read), r
+        ),
+        rows,
+        progress,
+    )
     raise_faults(path, faults)
     return _join_copies(clips)
 
@@ -350,80 +603,156 @@ def _join_copies(clips):
     first = {}
     for c in clips:
         x = c.features if c.points is None else c.points
-        c.recording = first.setdefault(hashlib.sha256(np.ascontiguousarray(x).data).digest(), c.recording)
+        c.recording = first.setdefault(
+            hashlib.sha256(np.ascontiguousarray(x).data).digest(), c.recording
+        )
     return clips
 
 # %% ../../nbs/sign/00_data.ipynb #56c8ed60
 def class_names(
-    path, # Folder of clips
-    clips:list, # The clips, for the numbers that occur
-)->dict: # `gloss` and `category`: names by number; `category_of`: category of each gloss, -1 if there is not just one
+    path,  # Folder of clips
+    clips: list,  # The clips, for the numbers that occur
+) -> dict:  # `gloss` and `category`: names by number; `category_of`: category of each gloss, -1 if there is not just one
     "Names of glosses and categories."
-    if (Path(path)/'master_metadata.csv').is_file(): return _nsl49_names(Path(path))
-    gloss,cat = (1+max((getattr(c, k) for c in clips), default=-1) for k in ('gloss','category'))
-    names,groups = {},{}
-    if (Path(path)/'glosses.csv').is_file():
-        table = read_table(Path(path)/'glosses.csv', ('gloss','name','cat','cat_name'))
-        raise_faults(Path(path)/'glosses.csv', [f for c in ('gloss','cat') for f in _class_faults(Path(path)/'glosses.csv', table, c, None)])
-        names,groups = (dict(zip(table[k].astype(int), table[n])) for k,n in (('gloss','name'),('cat','cat_name')))
-    gloss,cat = max(gloss, 1+max(names, default=-1)),max(cat, 1+max(groups, default=-1))
+    if (Path(path) / "master_metadata.csv").is_file():
+        return _nsl49_names(Path(path))
+    gloss, cat = (
+        1 + max((getattr(c, k) for c in clips), default=-1) for k in ("gloss", "category")
+    )
+    names, groups = {}, {}
+    if (Path(path) / "glosses.csv").is_file():
+        table = read_table(Path(path) / "glosses.csv", ("gloss", "name", "cat", "cat_name"))
+        raise_faults(
+            Path(path) / "glosses.csv",
+            [
+                f
+                for c in ("gloss", "cat")
+                for f in _class_faults(Path(path) / "glosses.csv", table, c, None)
+            ],
+        )
+        names, groups = (
+            dict(zip(table[k].astype(int), table[n]))
+            for k, n in (("gloss", "name"), ("cat", "cat_name"))
+        )
+    gloss, cat = max(gloss, 1 + max(names, default=-1)), max(cat, 1 + max(groups, default=-1))
     of = {g: {c.category for c in clips if c.gloss == g} for g in range(gloss)}
-    return dict(gloss=[names.get(i, str(i)) for i in range(gloss)], category=[groups.get(i, str(i)) for i in range(cat)],
-                category_of=[next(iter(of[g])) if len(of[g]) == 1 else -1 for g in range(gloss)])
+    return dict(
+        gloss=[names.get(i, str(i)) for i in range(gloss)],
+        category=[groups.get(i, str(i)) for i in range(cat)],
+        category_of=[next(iter(of[g])) if len(of[g]) == 1 else -1 for g in range(gloss)],
+    )
 
 # %% ../../nbs/sign/00_data.ipynb #6e65867a
 def nsl49_table(
-    path, # Folder with `master_metadata.csv`
-)->tuple: # Table with plain paths, `recording`, `cropped`, `gloss` and `cat`, and the letters by number
+    path,  # Folder with `master_metadata.csv`
+) -> (
+    tuple
+):  # Table with plain paths, `recording`, `cropped`, `gloss` and `cat`, and the letters by number
     "The metadata; a letter is known by `char`, and what is no sign has gloss -1."
-    path = Path(path)/'master_metadata.csv'; table = read_table(path, ('relative_path','char','signer','type'))
-    table['file'] = table.relative_path.str.replace('\\', '/').str.removesuffix('.npz')
-    folder,name = (table.file.str.rsplit('/', n=1).str[i] for i in (0,-1))
-    table['cropped'] = folder.str.contains(r'_cropped(?:/|$)', case=False)
-    table['recording'] = folder.str.replace(r'_cropped(?=/|$)', '', case=False, regex=True).str.lower()+'/'+name.str.lower()
-    table['cat'] = table.file.str.contains('vowel', case=False).astype(int)
-    raise_faults(path, [*_file_faults(path, table.file), *(InputError(path, f'row {i+2}, column char', 'a letter', 'nothing') for i in table.index[table.char == ''])])
-    names = sorted(table.char[table.type == 'sign'].unique())
-    table['gloss'] = table.char.map({c: i for i,c in enumerate(names)}).where(table.type == 'sign', -1).astype(int)
+    path = Path(path) / "master_metadata.csv"
+    table = read_table(path, ("relative_path", "char", "signer", "type"))
+    table["file"] = table.relative_path.str.replace("\\", "/").str.removesuffix(".npz")
+    folder, name = (table.file.str.rsplit("/", n=1).str[i] for i in (0, -1))
+    table["cropped"] = folder.str.contains(r"_cropped(?:/|$)", case=False)
+    table["recording"] = (
+        folder.str.replace(r"_cropped(?=/|$)", "", case=False, regex=True).str.lower()
+        + "/"
+        + name.str.lower()
+    )
+    table["cat"] = table.file.str.contains("vowel", case=False).astype(int)
+    raise_faults(
+        path,
+        [
+            *_file_faults(path, table.file),
+            *(
+                InputError(path, f"row {i + 2}, column char", "a letter", "nothing")
+                for i in table.index[table.char == ""]
+            ),
+        ],
+    )
+    names = sorted(table.char[table.type == "sign"].unique())
+    table["gloss"] = (
+        table.char.map({c: i for i, c in enumerate(names)})
+        .where(table.type == "sign", -1)
+        .astype(int)
+    )
     return table, names
 
 # %% ../../nbs/sign/00_data.ipynb #7cc55f2e
 def _nsl49_names(path):
-    table,names = nsl49_table(path); signs = table[table.gloss >= 0]
-    return dict(gloss=names, category=['consonant','vowel'], category_of=signs.groupby('gloss').cat.first().tolist())
+    table, names = nsl49_table(path)
+    signs = table[table.gloss >= 0]
+    return dict(
+        gloss=names,
+        category=["consonant", "vowel"],
+        category_of=signs.groupby("gloss").cat.first().tolist(),
+    )
 
 # %% ../../nbs/sign/00_data.ipynb #28f56fb9
 def read_hands(
-    path, # `.npz` file with `lh`, `rh` `[T,21,3]`, `lh_meta`, `rh_meta` `[T,4]` and `video_info`
-)->Clip: # 42 points: left hand, right hand
+    path,  # `.npz` file with `lh`, `rh` `[T,21,3]`, `lh_meta`, `rh_meta` `[T,4]` and `video_info`
+) -> Clip:  # 42 points: left hand, right hand
     "Read one clip of separate hands; a hand that is zero throughout a frame was not found."
-    arrays = read_npz(path, ('lh','rh','lh_meta','rh_meta','video_info'))
-    for k,shape in dict(lh=(21,3), rh=(21,3), lh_meta=(4,), rh_meta=(4,)).items():
-        if k not in arrays or arrays[k].shape[1:] != shape or not len(arrays[k]): raise InputError(path, f'array {k}', f"shape {['T',*shape]} with T at least 1", str(list(arrays[k].shape)) if k in arrays else 'no such array')
-    if len({len(arrays[k]) for k in ('lh','rh','lh_meta','rh_meta')}) > 1: raise InputError(path, 'arrays', 'equal numbers of frames', ', '.join(f'{k} {len(arrays[k])}' for k in ('lh','rh','lh_meta','rh_meta')))
-    info = arrays.get('video_info', np.zeros(3))
-    if info.shape != (3,) or not info[0] > 0: raise InputError(path, 'array video_info', 'frames a second, width and height', str(info.tolist()))
-    hand = np.stack([arrays['lh'],arrays['rh']], 1); place = np.stack([arrays['lh_meta'],arrays['rh_meta']], 1)
-    seen = np.repeat((hand != 0).any((2,3)), 21, axis=1)
-    points = (place[:,:,None,:2]+hand[...,:2]*place[:,:,None,3:]).reshape(len(hand), 42, 2).astype('float32')
-    _finite_points(path, 'lh and rh', points, seen)
-    return Clip(Path(path).stem, points, seen, np.round(np.arange(len(hand))*1000/info[0]).astype('int64'), width=float(info[1]), height=float(info[2]), file=str(path))
+    arrays = read_npz(path, ("lh", "rh", "lh_meta", "rh_meta", "video_info"))
+    for k, shape in dict(lh=(21, 3), rh=(21, 3), lh_meta=(4,), rh_meta=(4,)).items():
+        if k not in arrays or arrays[k].shape[1:] != shape or not len(arrays[k]):
+            raise InputError(
+                path,
+                f"array {k}",
+                f"shape {['T', *shape]} with T at least 1",
+                str(list(arrays[k].shape)) if k in arrays else "no such array",
+            )
+    if len({len(arrays[k]) for k in ("lh", "rh", "lh_meta", "rh_meta")}) > 1:
+        raise InputError(
+            path,
+            "arrays",
+            "equal numbers of frames",
+            ", ".join(f"{k} {len(arrays[k])}" for k in ("lh", "rh", "lh_meta", "rh_meta")),
+        )
+    info = arrays.get("video_info", np.zeros(3))
+    if info.shape != (3,) or not info[0] > 0:
+        raise InputError(
+            path, "array video_info", "frames a second, width and height", str(info.tolist())
+        )
+    hand = np.stack([arrays["lh"], arrays["rh"]], 1)
+    place = np.stack([arrays["lh_meta"], arrays["rh_meta"]], 1)
+    seen = np.repeat((hand != 0).any((2, 3)), 21, axis=1)
+    points = (
+        (place[:, :, None, :2] + hand[..., :2] * place[:, :, None, 3:])
+        .reshape(len(hand), 42, 2)
+        .astype("float32")
+    )
+    _finite_points(path, "lh and rh", points, seen)
+    return Clip(
+        Path(path).stem,
+        points,
+        seen,
+        np.round(np.arange(len(hand)) * 1000 / info[0]).astype("int64"),
+        width=float(info[1]),
+        height=float(info[2]),
+        file=str(path),
+    )
 
 # %% ../../nbs/sign/00_data.ipynb #0bb7df74
 def read_nsl49(
-    path, # Folder with `master_metadata.csv`
-    drop_cropped:bool=False, # Leave the cropped copies out
-    transitions:bool=False, # Append the movements between letters, gloss -1
-    progress=None, # For instance `tqdm`
-)->list: # `Clip`s of 42 points
+    path,  # Folder with `master_metadata.csv`
+    drop_cropped: bool = False,  # Leave the cropped copies out
+    transitions: bool = False,  # Append the movements between letters, gloss -1
+    progress=None,  # For instance `tqdm`
+) -> list:  # `Clip`s of 42 points
     "Read the Nepali alphabet."
-    path = Path(path); table,_ = nsl49_table(path)
-    table = table[(table.gloss >= 0) | transitions].sort_values('gloss', key=lambda g: g < 0, kind='stable')
+    path = Path(path)
+    table, _ = nsl49_table(path)
+    table = table[(table.gloss >= 0) | transitions].sort_values(
+        "gloss", key=lambda g: g < 0, kind="stable"
+    )
     if drop_cropped:
         whole = set(table.recording[~table.cropped])
         table = table[~(table.cropped & table.recording.isin(whole))]
-    rows = [dict(r, cat=r['cat'] if r['gloss'] >= 0 else -1) for r in table.to_dict('records')]
-    clips,faults = _each(lambda r: _with_labels(read_hands(path/f"{r['file']}.npz"), r), rows, progress)
+    rows = [dict(r, cat=r["cat"] if r["gloss"] >= 0 else -1) for r in table.to_dict("records")]
+    clips, faults = _each(
+        lambda r: _with_labels(read_hands(path / f"{r['file']}.npz"), r), rows, progress
+    )
     raise_faults(path, faults)
     return clips
 
@@ -431,118 +760,209 @@ def read_nsl49(
 def _check_clip(clip):
     "A clip of an adapter: shapes, types, finite values where points were seen."
     file = clip.file or clip.name
-    kinds = [k for k in ('points','channels','features') if getattr(clip, k) is not None]
-    if not kinds: raise InputError(file, 'clip', 'points, channels or features', 'none of them')
+    kinds = [k for k in ("points", "channels", "features") if getattr(clip, k) is not None]
+    if not kinds:
+        raise InputError(file, "clip", "points, channels or features", "none of them")
     for k in kinds:
-        x = np.asarray(getattr(clip, k), 'float32'); n = 2 if k != 'points' else 3
-        if x.ndim != n or not len(x) or len(x) != len(clip) or (n == 3 and x.shape[2] not in (2,3)): raise InputError(file, k, f"shape [T{',K,2' if n == 3 else ',C'}] with T at least 1", str(list(x.shape)))
-        setattr(clip, k, x[...,:2] if n == 3 else check_finite(file, k, x, 'frame'))
+        x = np.asarray(getattr(clip, k), "float32")
+        n = 2 if k != "points" else 3
+        if (
+            x.ndim != n
+            or not len(x)
+            or len(x) != len(clip)
+            or (n == 3 and x.shape[2] not in (2, 3))
+        ):
+            raise InputError(
+                file,
+                k,
+                f"shape [T{',K,2' if n == 3 else ',C'}] with T at least 1",
+                str(list(x.shape)),
+            )
+        setattr(clip, k, x[..., :2] if n == 3 else check_finite(file, k, x, "frame"))
     if clip.points is not None:
         seen = np.isfinite(clip.points).all(2) & (clip.points != 0).any(2)
-        if clip.seen is not None: _finite_points(file, 'points', clip.points, seen := np.asarray(clip.seen, bool) & (clip.points != 0).any(2))
+        if clip.seen is not None:
+            _finite_points(
+                file,
+                "points",
+                clip.points,
+                seen := np.asarray(clip.seen, bool) & (clip.points != 0).any(2),
+            )
         clip.seen = seen
-    clip.timestamps_ms = _timestamps(file, {} if clip.timestamps_ms is None else dict(timestamps_ms=np.asarray(clip.timestamps_ms)), len(clip), {})
+    clip.timestamps_ms = _timestamps(
+        file,
+        {} if clip.timestamps_ms is None else dict(timestamps_ms=np.asarray(clip.timestamps_ms)),
+        len(clip),
+        {},
+    )
     clip.recording = clip.recording or clip.name
     return clip
 
 # %% ../../nbs/sign/00_data.ipynb #0140c8ba
 def adapted_clips(
-    adapter, # Function of a path that yields `Clip`s
-    path, # What it is given
-    progress=None, # For instance `tqdm`
-)->tuple: # List of `Clip`s, and the names as from `class_names`
+    adapter,  # Function of a path that yields `Clip`s
+    path,  # What it is given
+    progress=None,  # For instance `tqdm`
+) -> tuple:  # List of `Clip`s, and the names as from `class_names`
     "Clips of another layout; the names of their classes are sorted and numbered."
-    clips,faults = _each(_check_clip, adapter(Path(path)), progress)
+    clips, faults = _each(_check_clip, adapter(Path(path)), progress)
     raise_faults(path, faults)
-    if not clips: raise InputError(path, 'clips', 'at least one', 'none')
+    if not clips:
+        raise InputError(path, "clips", "at least one", "none")
     names = {}
-    for k in ('gloss','category'):
+    for k in ("gloss", "category"):
         values = [v for c in clips if (v := getattr(c, k)) != -1]
-        names[k] = [str(v) for v in sorted(set(values))]; number = {v: i for i,v in enumerate(sorted(set(values)))}
-        for c in clips: setattr(c, k, number.get(getattr(c, k), -1))
-    if not names['category']: # a category for all, as a model has a head for it
-        names['category'] = ['sign']
-        for c in clips: c.category = 0
-    of = {g: {c.category for c in clips if c.gloss == g} for g in range(len(names['gloss']))}
-    if not all(c.signer for c in clips): warnings.warn(f'{path}: no names of signers: how well signs of new people are recognised cannot be measured')
-    return clips, dict(names, category_of=[next(iter(o)) if len(o) == 1 else -1 for o in of.values()])
+        names[k] = [str(v) for v in sorted(set(values))]
+        number = {v: i for i, v in enumerate(sorted(set(values)))}
+        for c in clips:
+            setattr(c, k, number.get(getattr(c, k), -1))
+    if not names["category"]:  # a category for all, as a model has a head for it
+        names["category"] = ["sign"]
+        for c in clips:
+            c.category = 0
+    of = {g: {c.category for c in clips if c.gloss == g} for g in range(len(names["gloss"]))}
+    if not all(c.signer for c in clips):
+        warnings.warn(
+            f"{path}: no names of signers: how well signs of new people are recognised cannot be measured",
+            stacklevel=2,
+        )
+    return clips, dict(
+        names, category_of=[next(iter(o)) if len(o) == 1 else -1 for o in of.values()]
+    )
 
 # %% ../../nbs/sign/00_data.ipynb #0b50312d
-LEAKY = 'leaky: the same signers are in training and test'
-UNKNOWN = 'no signers are known: how well signs of new people are recognised is not measured'
+LEAKY = "leaky: the same signers are in training and test"
+UNKNOWN = "no signers are known: how well signs of new people are recognised is not measured"
 
 # %% ../../nbs/sign/00_data.ipynb #42265944
 def _given(clips, train, test):
     "Item numbers of two lists of names or numbers."
-    number = {c.name: i for i,c in enumerate(clips)}; sides = []
-    for side,items in dict(train=train, test=test).items():
+    number = {c.name: i for i, c in enumerate(clips)}
+    sides = []
+    for side, items in dict(train=train, test=test).items():
         for i in items:
-            if i not in number and not (isinstance(i, (int,np.integer)) and 0 <= i < len(clips)): raise InputError('split', side, 'names of clips', repr(i))
+            if i not in number and not (isinstance(i, (int, np.integer)) and 0 <= i < len(clips)):
+                raise InputError("split", side, "names of clips", repr(i))
         sides.append(np.array(sorted(number.get(i, i) for i in items), int))
     both = np.intersect1d(*sides)
-    if len(both): raise InputError('split', 'clips', 'each on one side', f'{clips[both[0]].name} on both sides ({len(both)} in all)')
+    if len(both):
+        raise InputError(
+            "split",
+            "clips",
+            "each on one side",
+            f"{clips[both[0]].name} on both sides ({len(both)} in all)",
+        )
     return sides
 
 # %% ../../nbs/sign/00_data.ipynb #ae028975
 def _check_classes(clips, train, test):
     "Raise when a gloss of the test side never occurs in training."
-    absent = sorted({clips[i].gloss for i in test}-{clips[i].gloss for i in train}-{-1})
-    if absent: raise InputError('split', 'training', 'clips of every gloss', f'none of gloss {absent[0]}'+(f' and {len(absent)-1} more' if len(absent) > 1 else ''))
+    absent = sorted({clips[i].gloss for i in test} - {clips[i].gloss for i in train} - {-1})
+    if absent:
+        raise InputError(
+            "split",
+            "training",
+            "clips of every gloss",
+            f"none of gloss {absent[0]}"
+            + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
+        )
 
 # %% ../../nbs/sign/00_data.ipynb #7f2eb71e
 def split_clips(
-    clips:list, # `Clip`s
-    split:str='signer', # `signer`, `random` or `given`
-    fold:int=0, # Which signer, in the order of names, or which fold
-    folds:int=5, # Of the random split
-    seed:int=42, # Of the random split
-    train=None, # Names or numbers of clips, for `given`
-    test=None, # Names or numbers of clips, for `given`
-)->tuple: # Item numbers of both sides, and a note for the report
+    clips: list,  # `Clip`s
+    split: str = "signer",  # `signer`, `random` or `given`
+    fold: int = 0,  # Which signer, in the order of names, or which fold
+    folds: int = 5,  # Of the random split
+    seed: int = 42,  # Of the random split
+    train=None,  # Names or numbers of clips, for `given`
+    test=None,  # Names or numbers of clips, for `given`
+) -> tuple:  # Item numbers of both sides, and a note for the report
     "Training and test clips; no recording is on both sides, and no gloss only in the test."
-    check_choice('parameters', 'split', split, ('signer','random','given'))
-    signers,recordings = np.array([c.signer for c in clips]),np.array([c.recording or c.name for c in clips])
+    check_choice("parameters", "split", split, ("signer", "random", "given"))
+    signers, recordings = (
+        np.array([c.signer for c in clips]),
+        np.array([c.recording or c.name for c in clips]),
+    )
     known = all(signers)
-    if split == 'given': (a,b),name = _given(clips, train or (), test or ()),'given'
-    elif split == 'signer':
-        if not known: raise InputError('split', 'signer', 'a signer for every clip', f'none for {clips[int((signers == "").argmax())].name}', 'use split=random, which measures less')
+    if split == "given":
+        (a, b), name = _given(clips, train or (), test or ()), "given"
+    elif split == "signer":
+        if not known:
+            raise InputError(
+                "split",
+                "signer",
+                "a signer for every clip",
+                f"none for {clips[int((signers == '').argmax())].name}",
+                "use split=random, which measures less",
+            )
         parts = leave_one_group_out(signers)
-        if not 0 <= fold < len(parts): raise InputError('parameters', 'fold', f'0 to {len(parts)-1}, one a signer', str(fold))
-        name,a,b = parts[fold]
+        if not 0 <= fold < len(parts):
+            raise InputError(
+                "parameters", "fold", f"0 to {len(parts) - 1}, one a signer", str(fold)
+            )
+        name, a, b = parts[fold]
     else:
-        if not 0 <= fold < folds: raise InputError('parameters', 'fold', f'0 to {folds-1}', str(fold))
-        (a,b),name = group_kfold(recordings, [c.gloss for c in clips], folds, seed)[fold],'random'
-    check_disjoint(recordings, a, b); _check_classes(clips, a, b)
-    note = '' if known and not set(signers[a])&set(signers[b]) else LEAKY if known else UNKNOWN
-    if note: warnings.warn(f'split {name}: {note}')
-    return a, b, f'signer {name} left out' if split == 'signer' else note
+        if not 0 <= fold < folds:
+            raise InputError("parameters", "fold", f"0 to {folds - 1}", str(fold))
+        (a, b), name = (
+            group_kfold(recordings, [c.gloss for c in clips], folds, seed)[fold],
+            "random",
+        )
+    check_disjoint(recordings, a, b)
+    _check_classes(clips, a, b)
+    note = "" if known and not set(signers[a]) & set(signers[b]) else LEAKY if known else UNKNOWN
+    if note:
+        warnings.warn(f"split {name}: {note}", stacklevel=2)
+    return a, b, f"signer {name} left out" if split == "signer" else note
 
 # %% ../../nbs/sign/00_data.ipynb #dcfb8cb8
 class ClipData:
     "Prepared clips, gathered by the batch."
-    def __init__(self,
-        arrays:list, # Prepared clips `[T,C]`, NaN where missing
-        clips:list, # The `Clip`s they come from
+
+    def __init__(
+        self,
+        arrays: list,  # Prepared clips `[T,C]`, NaN where missing
+        clips: list,  # The `Clip`s they come from
     ):
-        if len(arrays) != len(clips): raise InputError('clips', 'arrays', f'{len(clips)}, one a clip', str(len(arrays)))
+        if len(arrays) != len(clips):
+            raise InputError("clips", "arrays", f"{len(clips)}, one a clip", str(len(arrays)))
         self.names = [c.name for c in clips]
         table = RowTable(arrays, self.names)
-        self.windows = Windows(table, np.arange(len(table)), np.zeros(len(table), int), table.lengths)
+        self.windows = Windows(
+            table, np.arange(len(table)), np.zeros(len(table), int), table.lengths
+        )
         self.lengths = self.windows.lengths
-        self.gloss,self.category = (np.array([getattr(c, k) for c in clips]) for k in ('gloss','category'))
-        self.empty = np.array([bool(np.isnan(a).all()) for a in arrays]) # nobody seen: no clips to learn from
-        self.signer,self.recording = (np.array([getattr(c, k) for c in clips]) for k in ('signer','recording'))
-        self._targets = dict(gloss=torch.from_numpy(self.gloss), category=torch.from_numpy(self.category))
-    def __len__(self): return len(self.names)
-    def __getitem__(self, i): return self.windows[i]
+        self.gloss, self.category = (
+            np.array([getattr(c, k) for c in clips]) for k in ("gloss", "category")
+        )
+        self.empty = np.array(
+            [bool(np.isnan(a).all()) for a in arrays]
+        )  # nobody seen: no clips to learn from
+        self.signer, self.recording = (
+            np.array([getattr(c, k) for c in clips]) for k in ("signer", "recording")
+        )
+        self._targets = dict(
+            gloss=torch.from_numpy(self.gloss), category=torch.from_numpy(self.category)
+        )
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return self.windows[i]
 
 # %% ../../nbs/sign/00_data.ipynb #3b1b9ca1
 @patch
-def batch(self:ClipData,
-    index, # Which clips, `[B]`
-)->tuple: # `(inputs, mask, targets)`
+def batch(
+    self: ClipData,
+    index,  # Which clips, `[B]`
+) -> tuple:  # `(inputs, mask, targets)`
     "Numbers and which are present `[B,T,C]`, real frames `[B,T]`, and gloss and category `[B]`."
     index = torch.as_tensor(index)
-    values,mask = self.windows.batch(index)
+    values, mask = self.windows.batch(index)
     missing = values.isnan()
-    return dict(channels=values.masked_fill(missing, 0.), present=~missing & mask[...,None]), mask, {k: v[index] for k,v in self._targets.items()}
+    return (
+        dict(channels=values.masked_fill(missing, 0.0), present=~missing & mask[..., None]),
+        mask,
+        {k: v[index] for k, v in self._targets.items()},
+    )

@@ -12,163 +12,241 @@ __all__ = ['SIMPLE', 'model_answers', 'answer_rows', 'equal_mass_error', 'sign_s
            'added_sign_scores', 'plot_signers', 'plot_reject']
 
 # %% ../../nbs/sign/40_evaluate.ipynb #70f804fe
-import math, time
-import numpy as np, pandas as pd, torch
+import math
+import time
+
+import numpy as np
+import pandas as pd
+import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import t as student
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor, nn
+
 from ..core.baselines import baseline, window_statistics
 from ..core.errors import InputError, check_choice
 from ..core.layers import length_mask
-from ..core.plots import plot_confusion, plot_reliability, plot_scores
 
 # %% ../../nbs/sign/40_evaluate.ipynb #6e5a74c2
 @torch.no_grad()
 def model_answers(
-    model:nn.Module, # A model of the `models` page
-    data, # `ClipData`, or anything with `batch(index)`
-    index, # Clips to answer, `[N]`
-    batch_size:int=128, # Clips a batch
-    device='cpu', # Where to compute
-    progress=None, # For instance `tqdm`
-)->dict: # `gloss` `[N,G]` and `category` `[N,K]`: logits
+    model: nn.Module,  # A model of the `models` page
+    data,  # `ClipData`, or anything with `batch(index)`
+    index,  # Clips to answer, `[N]`
+    batch_size: int = 128,  # Clips a batch
+    device="cpu",  # Where to compute
+    progress=None,  # For instance `tqdm`
+) -> dict:  # `gloss` `[N,G]` and `category` `[N,K]`: logits
     "Logits of both heads."
-    model,index,parts = model.to(device).eval(),np.asarray(index),[]
+    model, index, parts = model.to(device).eval(), np.asarray(index), []
     starts = range(0, len(index), batch_size)
     for i in progress(starts) if progress else starts:
-        inputs,mask = data.batch(index[i:i+batch_size])[:2]
-        parts.append({k: v.float().cpu().numpy() for k,v in model({k: v.to(device) for k,v in inputs.items()}, mask.to(device)).items()})
+        inputs, mask = data.batch(index[i : i + batch_size])[:2]
+        parts.append(
+            {
+                k: v.float().cpu().numpy()
+                for k, v in model(
+                    {k: v.to(device) for k, v in inputs.items()}, mask.to(device)
+                ).items()
+            }
+        )
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 # %% ../../nbs/sign/40_evaluate.ipynb #4aa41202
 def answer_rows(
-    logits:dict, # From `model_answers`
-    data, # `gloss`, `category`, `signer`, `names` of each clip
-    index, # The clips, `[N]`
-    category_of=None, # Category of each gloss, `[G]`, for the summed probabilities
-    temperature:float=1., # What the logits are divided by
-)->pd.DataFrame: # A row a clip
+    logits: dict,  # From `model_answers`
+    data,  # `gloss`, `category`, `signer`, `names` of each clip
+    index,  # The clips, `[N]`
+    category_of=None,  # Category of each gloss, `[G]`, for the summed probabilities
+    temperature: float = 1.0,  # What the logits are divided by
+) -> pd.DataFrame:  # A row a clip
     "What a model says of clips."
-    index = np.asarray(index); true = np.asarray(data.gloss)[index]
-    p = softmax(logits['gloss']/temperature, 1); said = p.argmax(1)
-    known = true.clip(0) if p.shape[1] > true.max(initial=0) else np.minimum(true.clip(0), p.shape[1]-1)
-    of_true = p[np.arange(len(p)),known]
-    rows = pd.DataFrame(dict(clip=np.asarray(data.names)[index], signer=np.asarray(data.signer)[index], gloss=true, said=said, probability=p.max(1),
-        rank=np.where((true >= 0) & (true < p.shape[1]), (p > of_true[:,None]).sum(1), p.shape[1]), true_probability=np.where((true >= 0) & (true < p.shape[1]), of_true, 0.), square=(p**2).sum(1),
-        category=np.asarray(data.category)[index], category_said=logits['category'].argmax(1), energy=logsumexp(logits['gloss'], 1)))
-    rows['margin'] = rows.probability - (np.partition(p, -2, 1)[:,-2] if p.shape[1] > 1 else 0.)
-    if category_of is not None: rows['category_summed'] = (p @ (np.asarray(category_of)[:,None] == np.arange(max(category_of)+1))).argmax(1)
+    index = np.asarray(index)
+    true = np.asarray(data.gloss)[index]
+    p = softmax(logits["gloss"] / temperature, 1)
+    said = p.argmax(1)
+    known = (
+        true.clip(0)
+        if p.shape[1] > true.max(initial=0)
+        else np.minimum(true.clip(0), p.shape[1] - 1)
+    )
+    of_true = p[np.arange(len(p)), known]
+    rows = pd.DataFrame(
+        dict(
+            clip=np.asarray(data.names)[index],
+            signer=np.asarray(data.signer)[index],
+            gloss=true,
+            said=said,
+            probability=p.max(1),
+            rank=np.where(
+                (true >= 0) & (true < p.shape[1]), (p > of_true[:, None]).sum(1), p.shape[1]
+            ),
+            true_probability=np.where((true >= 0) & (true < p.shape[1]), of_true, 0.0),
+            square=(p**2).sum(1),
+            category=np.asarray(data.category)[index],
+            category_said=logits["category"].argmax(1),
+            energy=logsumexp(logits["gloss"], 1),
+        )
+    )
+    rows["margin"] = rows.probability - (np.partition(p, -2, 1)[:, -2] if p.shape[1] > 1 else 0.0)
+    if category_of is not None:
+        rows["category_summed"] = (
+            p @ (np.asarray(category_of)[:, None] == np.arange(max(category_of) + 1))
+        ).argmax(1)
     return rows
 
 # %% ../../nbs/sign/40_evaluate.ipynb #f6c38948
 def equal_mass_error(
-    confidence, # Probability of what was said, `[N]`
-    correct, # Whether it was right, `[N]`
-    bins:int=15, # Bins of equally many items
-)->float: # Mean gap between confidence and accuracy
+    confidence,  # Probability of what was said, `[N]`
+    correct,  # Whether it was right, `[N]`
+    bins: int = 15,  # Bins of equally many items
+) -> float:  # Mean gap between confidence and accuracy
     "Expected calibration error over bins of equal mass (Guo et al. 2017 use equal width)."
-    order = np.argsort(np.asarray(confidence), kind='stable')
+    order = np.argsort(np.asarray(confidence), kind="stable")
     parts = [p for p in np.array_split(order, bins) if len(p)]
-    return float(sum(abs(np.mean(np.asarray(confidence)[p])-np.mean(np.asarray(correct)[p]))*len(p) for p in parts)/max(len(order), 1))
+    return float(
+        sum(
+            abs(np.mean(np.asarray(confidence)[p]) - np.mean(np.asarray(correct)[p])) * len(p)
+            for p in parts
+        )
+        / max(len(order), 1)
+    )
 
 # %% ../../nbs/sign/40_evaluate.ipynb #83674efe
 def sign_scores(
-    rows:pd.DataFrame, # From `answer_rows`
-)->dict: # Measure -> value
+    rows: pd.DataFrame,  # From `answer_rows`
+) -> dict:  # Measure -> value
     "Measures of a set of answers."
-    right,seen = rows.said == rows.gloss,sorted(set(rows.gloss))
-    scores = dict(top1=right.mean(), top5=(rows['rank'] < 5).mean(), macro_f1=f1_score(rows.gloss, rows.said, labels=seen, average='macro', zero_division=0), category=(rows.category_said == rows.category).mean())
-    if 'category_summed' in rows: scores['category_summed'] = (rows.category_summed == rows.category).mean()
-    if 'true_probability' in rows:
-        scores.update(nll=-np.log(rows.true_probability.clip(1e-12)).mean(), brier=(rows.square-2*rows.true_probability+1).mean(), ece=equal_mass_error(rows.probability, right))
-    return {k: float(v) for k,v in scores.items()} | dict(clips=len(rows), glosses=len(seen))
+    right, seen = rows.said == rows.gloss, sorted(set(rows.gloss))
+    scores = dict(
+        top1=right.mean(),
+        top5=(rows["rank"] < 5).mean(),
+        macro_f1=f1_score(rows.gloss, rows.said, labels=seen, average="macro", zero_division=0),
+        category=(rows.category_said == rows.category).mean(),
+    )
+    if "category_summed" in rows:
+        scores["category_summed"] = (rows.category_summed == rows.category).mean()
+    if "true_probability" in rows:
+        scores.update(
+            nll=-np.log(rows.true_probability.clip(1e-12)).mean(),
+            brier=(rows.square - 2 * rows.true_probability + 1).mean(),
+            ece=equal_mass_error(rows.probability, right),
+        )
+    return {k: float(v) for k, v in scores.items()} | dict(clips=len(rows), glosses=len(seen))
 
 # %% ../../nbs/sign/40_evaluate.ipynb #247a0018
 def wilson(
-    right:int, # Number of right answers
-    n:int, # Number of answers
-    z:float=1.96, # Standard deviations
-)->tuple: # Low and high
+    right: int,  # Number of right answers
+    n: int,  # Number of answers
+    z: float = 1.96,  # Standard deviations
+) -> tuple:  # Low and high
     "Wilson's interval of a share."
-    if n == 0: return math.nan,math.nan
-    p,d = right/n,1+z*z/n
-    centre,half = (p+z*z/(2*n))/d,z*math.sqrt(p*(1-p)/n+z*z/(4*n*n))/d
-    return centre-half,centre+half
+    if n == 0:
+        return math.nan, math.nan
+    p, d = right / n, 1 + z * z / n
+    centre, half = (
+        (p + z * z / (2 * n)) / d,
+        z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d,
+    )
+    return centre - half, centre + half
 
 # %% ../../nbs/sign/40_evaluate.ipynb #a3fd04b9
 def signer_table(
-    rows:pd.DataFrame, # From `answer_rows`, of any number of signers and, with a column `seed`, of several fits
-)->pd.DataFrame: # A row a signer, the worst first: measures and the interval of `top1`
+    rows: pd.DataFrame,  # From `answer_rows`, of any number of signers and, with a column `seed`, of several fits
+) -> pd.DataFrame:  # A row a signer, the worst first: measures and the interval of `top1`
     "Each signer's measures."
+
     def one(part):
-        per = pd.DataFrame([sign_scores(p) for _,p in (part.groupby('seed') if 'seed' in part else [(0,part)])]).mean()
-        n = len(part)//(part.seed.nunique() if 'seed' in part else 1); low,high = wilson(round(per.top1*n), n)
+        per = pd.DataFrame(
+            [sign_scores(p) for _, p in (part.groupby("seed") if "seed" in part else [(0, part)])]
+        ).mean()
+        n = len(part) // (part.seed.nunique() if "seed" in part else 1)
+        low, high = wilson(round(per.top1 * n), n)
         return pd.concat([per, pd.Series(dict(low=low, high=high))])
-    table = pd.DataFrame({s: one(p) for s,p in rows.groupby('signer')}).T
-    return table.sort_values('macro_f1').rename_axis('signer')
+
+    table = pd.DataFrame({s: one(p) for s, p in rows.groupby("signer")}).T
+    return table.sort_values("macro_f1").rename_axis("signer")
 
 # %% ../../nbs/sign/40_evaluate.ipynb #74566872
 def mean_interval(
-    values, # One value a signer
-    level:float=.95, # Of the interval
-)->tuple: # Mean, low, high
+    values,  # One value a signer
+    level: float = 0.95,  # Of the interval
+) -> tuple:  # Mean, low, high
     "Mean over signers with Student's interval."
-    v = np.asarray(values, float); n = len(v)
-    half = student.ppf((1+level)/2, n-1)*v.std(ddof=1)/math.sqrt(n) if n > 1 else math.nan
-    return float(v.mean()),float(v.mean()-half),float(v.mean()+half)
+    v = np.asarray(values, float)
+    n = len(v)
+    half = student.ppf((1 + level) / 2, n - 1) * v.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #e9a0a1ef
 def paired_difference(
-    ours:pd.Series, # A value a signer
-    theirs:pd.Series, # The same signers
-)->dict: # Mean difference, its interval, and on how many signers ours is higher
+    ours: pd.Series,  # A value a signer
+    theirs: pd.Series,  # The same signers
+) -> dict:  # Mean difference, its interval, and on how many signers ours is higher
     "Compare two methods signer by signer."
-    d = (ours-theirs.reindex(ours.index)).dropna()
-    mean,low,high = mean_interval(d)
+    d = (ours - theirs.reindex(ours.index)).dropna()
+    mean, low, high = mean_interval(d)
     return dict(difference=mean, low=low, high=high, better_on=int((d > 0).sum()), signers=len(d))
 
 # %% ../../nbs/sign/40_evaluate.ipynb #710d8954
 def confusion_pairs(
-    rows:pd.DataFrame, # From `answer_rows`
-    names=None, # Name of each gloss
-    n:int=10, # How many
-)->pd.DataFrame: # The most frequent (gloss, said), their counts and the share of the gloss's clips
+    rows: pd.DataFrame,  # From `answer_rows`
+    names=None,  # Name of each gloss
+    n: int = 10,  # How many
+) -> (
+    pd.DataFrame
+):  # The most frequent (gloss, said), their counts and the share of the gloss's clips
     "What is taken for what."
     wrong = rows[rows.said != rows.gloss]
-    table = wrong.groupby(['gloss','said']).size().rename('clips').reset_index()
-    table['share'] = table.clips/table.gloss.map(rows.gloss.value_counts())
-    table = table.sort_values('clips', ascending=False, kind='stable').head(n).reset_index(drop=True)
-    return table if names is None else table.assign(**{k: [names[i] for i in table[k]] for k in ('gloss','said')})
+    table = wrong.groupby(["gloss", "said"]).size().rename("clips").reset_index()
+    table["share"] = table.clips / table.gloss.map(rows.gloss.value_counts())
+    table = (
+        table.sort_values("clips", ascending=False, kind="stable").head(n).reset_index(drop=True)
+    )
+    return (
+        table
+        if names is None
+        else table.assign(**{k: [names[i] for i in table[k]] for k in ("gloss", "said")})
+    )
 
 # %% ../../nbs/sign/40_evaluate.ipynb #20effac9
 def fit_temperature(
-    logits, # `[N,G]`
-    gloss, # True gloss, `[N]`
-)->float: # Divide logits by it
+    logits,  # `[N,G]`
+    gloss,  # True gloss, `[N]`
+) -> float:  # Divide logits by it
     "The temperature of the lowest negative log-likelihood."
-    logits,rows = np.asarray(logits, float),np.arange(len(gloss))
-    loss = lambda s: -log_softmax(logits/math.exp(s), 1)[rows,gloss].mean()
-    return float(math.exp(minimize_scalar(loss, bounds=(-3,3), method='bounded').x))
+    logits, rows = np.asarray(logits, float), np.arange(len(gloss))
+
+    def loss(s):
+        return -log_softmax(logits / math.exp(s), 1)[rows, gloss].mean()
+
+    return float(math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 # %% ../../nbs/sign/40_evaluate.ipynb #a344fbc6
 def reject_curve(
-    score, # How sure each answer is, `[N]`
-    correct, # Whether it was right, `[N]`
-)->pd.DataFrame: # `coverage`, `accuracy` of what is kept, and the `threshold`
+    score,  # How sure each answer is, `[N]`
+    correct,  # Whether it was right, `[N]`
+) -> pd.DataFrame:  # `coverage`, `accuracy` of what is kept, and the `threshold`
     "Accuracy of the answers that are kept, as the threshold falls (Geifman and El-Yaniv 2017)."
-    score,correct = np.asarray(score, float),np.asarray(correct, float)
-    order = np.argsort(-score, kind='stable'); kept = np.arange(1, len(order)+1)
-    return pd.DataFrame(dict(coverage=kept/len(order), accuracy=correct[order].cumsum()/kept, threshold=score[order]))
+    score, correct = np.asarray(score, float), np.asarray(correct, float)
+    order = np.argsort(-score, kind="stable")
+    kept = np.arange(1, len(order) + 1)
+    return pd.DataFrame(
+        dict(
+            coverage=kept / len(order),
+            accuracy=correct[order].cumsum() / kept,
+            threshold=score[order],
+        )
+    )
 
 # %% ../../nbs/sign/40_evaluate.ipynb #76351787
 def threshold_for(
-    score, # On training signers
-    correct, # Likewise
-    precision:float=.95, # Share of right answers among those kept
-)->float: # Threshold; infinite where no threshold reaches it
+    score,  # On training signers
+    correct,  # Likewise
+    precision: float = 0.95,  # Share of right answers among those kept
+) -> float:  # Threshold; infinite where no threshold reaches it
     "The lowest threshold whose answers are right often enough."
     curve = reject_curve(score, correct)
     good = curve[curve.accuracy >= precision]
@@ -176,319 +254,467 @@ def threshold_for(
 
 # %% ../../nbs/sign/40_evaluate.ipynb #872b1f97
 def no_sign_scores(
-    signs, # Score of clips that show a sign
-    others, # Score of clips that show none
-    kept:float=.95, # Share of the signs that are to be kept
-)->dict: # `auroc`, and `false_accepts` at the threshold that keeps so many
+    signs,  # Score of clips that show a sign
+    others,  # Score of clips that show none
+    kept: float = 0.95,  # Share of the signs that are to be kept
+) -> dict:  # `auroc`, and `false_accepts` at the threshold that keeps so many
     "How well a score tells signs from movement that is none."
-    signs,others = np.asarray(signs, float),np.asarray(others, float)
-    limit = np.quantile(signs, 1-kept)
-    return dict(auroc=float(roc_auc_score(np.r_[np.ones(len(signs)),np.zeros(len(others))], np.r_[signs,others])), false_accepts=float((others >= limit).mean()), signs=len(signs), others=len(others))
+    signs, others = np.asarray(signs, float), np.asarray(others, float)
+    limit = np.quantile(signs, 1 - kept)
+    return dict(
+        auroc=float(
+            roc_auc_score(np.r_[np.ones(len(signs)), np.zeros(len(others))], np.r_[signs, others])
+        ),
+        false_accepts=float((others >= limit).mean()),
+        signs=len(signs),
+        others=len(others),
+    )
 
 # %% ../../nbs/sign/40_evaluate.ipynb #06799073
 def _filled(train, *others):
     "Clips `[N,T*C]` with the training mean where a value is missing."
-    mean = np.nan_to_num(np.nanmean(train, axis=0)) if np.isnan(train).any() or any(np.isnan(o).any() for o in others) else 0.
-    return [np.where(np.isnan(x), mean, x).reshape(len(x), -1).astype('float32') for x in (train, *others)]
+    mean = (
+        np.nan_to_num(np.nanmean(train, axis=0))
+        if np.isnan(train).any() or any(np.isnan(o).any() for o in others)
+        else 0.0
+    )
+    return [
+        np.where(np.isnan(x), mean, x).reshape(len(x), -1).astype("float32")
+        for x in (train, *others)
+    ]
+
 
 def _squares(a, b):
     "Squared distances `[len(a),len(b)]`."
-    return np.maximum((a**2).sum(1)[:,None]+(b**2).sum(1)-2*a@b.T, 0)
+    return np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #cb69eb40
 def nearest_answers(
-    train, # Training clips, `[N,T,C]`, NaN where missing
-    gloss, # Their glosses, `[N]`
-    test, # Test clips, `[M,T,C]`
-)->np.ndarray: # Gloss of the nearest training clip, `[M]`
+    train,  # Training clips, `[N,T,C]`, NaN where missing
+    gloss,  # Their glosses, `[N]`
+    test,  # Test clips, `[M,T,C]`
+) -> np.ndarray:  # Gloss of the nearest training clip, `[M]`
     "Nearest neighbour, frame by frame."
-    a,b = _filled(np.asarray(train), np.asarray(test))
+    a, b = _filled(np.asarray(train), np.asarray(test))
     return np.asarray(gloss)[_squares(b, a).argmin(1)]
 
 # %% ../../nbs/sign/40_evaluate.ipynb #7aa86bf3
 def dtw_distances(
-    query, # One clip, `[T,C]`
-    clips, # Others, `[N,T,C]`
-    width:int, # Largest shift in frames; T: no band
-)->np.ndarray: # Sum of squared differences along the best path, `[N]`
+    query,  # One clip, `[T,C]`
+    clips,  # Others, `[N,T,C]`
+    width: int,  # Largest shift in frames; T: no band
+) -> np.ndarray:  # Sum of squared differences along the best path, `[N]`
     "Dynamic time warping of one clip with many."
-    query,clips = np.asarray(query, 'float32'),np.asarray(clips, 'float32').swapaxes(0, 1); T,n = clips.shape[:2]
-    cost = _squares(query, clips.reshape(T*n, -1)).reshape(T, T, n)
-    lines = np.full((3,T+2,n), np.inf, 'float32') # the last three anti-diagonals; a cell stands one row further down, so that there is one above
-    for k in range(2*T-1):
-        low,high = max(0, k-T+1, -((width-k)//2)),min(T-1, k, (k+width)//2)
-        new,last,before = lines[k%3],lines[(k-1)%3],lines[(k-2)%3]
-        i = np.arange(low, high+1)
-        best = np.minimum(np.minimum(last[low:high+1], last[low+1:high+2]), before[low:high+1])
-        new[low+1:high+2] = cost[i,k-i] + (0 if k == 0 else best)
-        new[low] = new[high+2] = np.inf
-    return lines[(2*T-2)%3,T]
+    query, clips = np.asarray(query, "float32"), np.asarray(clips, "float32").swapaxes(0, 1)
+    T, n = clips.shape[:2]
+    cost = _squares(query, clips.reshape(T * n, -1)).reshape(T, T, n)
+    lines = np.full(
+        (3, T + 2, n), np.inf, "float32"
+    )  # the last three anti-diagonals; a cell stands one row further down, so that there is one above
+    for k in range(2 * T - 1):
+        low, high = max(0, k - T + 1, -((width - k) // 2)), min(T - 1, k, (k + width) // 2)
+        new, last, before = lines[k % 3], lines[(k - 1) % 3], lines[(k - 2) % 3]
+        i = np.arange(low, high + 1)
+        best = np.minimum(
+            np.minimum(last[low : high + 1], last[low + 1 : high + 2]), before[low : high + 1]
+        )
+        new[low + 1 : high + 2] = cost[i, k - i] + (0 if k == 0 else best)
+        new[low] = new[high + 2] = np.inf
+    return lines[(2 * T - 2) % 3, T]
 
 # %% ../../nbs/sign/40_evaluate.ipynb #bba95081
 def _outside(clips, high, low):
     "Squared distance `[N]` of clips `[N,D]` from the band between `low` and `high`."
-    d = clips-np.clip(clips, low, high)
-    return np.einsum('ij,ij->i', d, d)
+    d = clips - np.clip(clips, low, high)
+    return np.einsum("ij,ij->i", d, d)
+
 
 def _nearest_warped(query, clips, least, width, block=48):
     "Number of the nearest of `clips`, asked in the order of their lower bounds `least` until no bound is below the best distance."
-    order,best,found = np.argsort(least, kind='stable'),math.inf,0
+    order, best, found = np.argsort(least, kind="stable"), math.inf, 0
     while len(order):
         d = dtw_distances(query, clips[order[:block]], width)
-        if d.min() < best: best,found = d.min(),order[d.argmin()]
-        order,block = order[block:],2*block
-        order = order[least[order] <= best*(1+1e-4)]
+        if d.min() < best:
+            best, found = d.min(), order[d.argmin()]
+        order, block = order[block:], 2 * block
+        order = order[least[order] <= best * (1 + 1e-4)]
     return found
 
 # %% ../../nbs/sign/40_evaluate.ipynb #bc015a8c
 def dtw_answers(
-    train, # Training clips, `[N,T,C]`, NaN where missing
-    gloss, # Their glosses, `[N]`
-    test, # Test clips, `[M,T,C]`
-    band:float=1/8, # Largest shift, as a share of the length
-    bound:int=8, # Axes of the lower bound
-    progress=None, # For instance `tqdm`
-)->np.ndarray: # Gloss of the nearest training clip, `[M]`
+    train,  # Training clips, `[N,T,C]`, NaN where missing
+    gloss,  # Their glosses, `[N]`
+    test,  # Test clips, `[M,T,C]`
+    band: float = 1 / 8,  # Largest shift, as a share of the length
+    bound: int = 8,  # Axes of the lower bound
+    progress=None,  # For instance `tqdm`
+) -> np.ndarray:  # Gloss of the nearest training clip, `[M]`
     "Nearest neighbour by dynamic time warping."
-    shape = np.shape(train)[1:]; width = max(1, round(band*shape[0]))
-    a,b = (x.reshape(-1, *shape) for x in _filled(np.asarray(train), np.asarray(test)))
-    rows = a.reshape(-1, shape[1]); some = rows[::max(1, len(rows)//5000)]; some = some-some.mean(0); axes = np.linalg.eigh(some.T@some)[1][:,-bound:] # turning all clips alike changes no distance
-    small,turned = (a@axes).reshape(len(a), -1),b@axes
-    limit = _squares(b.reshape(len(b), -1), a.reshape(len(a), -1)).min(1)*(1+1e-4)+1e-5
-    around = [np.clip(np.arange(shape[0])+k, 0, shape[0]-1) for k in range(-width, width+1)]
+    shape = np.shape(train)[1:]
+    width = max(1, round(band * shape[0]))
+    a, b = (x.reshape(-1, *shape) for x in _filled(np.asarray(train), np.asarray(test)))
+    rows = a.reshape(-1, shape[1])
+    some = rows[:: max(1, len(rows) // 5000)]
+    some = some - some.mean(0)
+    axes = np.linalg.eigh(some.T @ some)[1][
+        :, -bound:
+    ]  # turning all clips alike changes no distance
+    small, turned = (a @ axes).reshape(len(a), -1), b @ axes
+    limit = _squares(b.reshape(len(b), -1), a.reshape(len(a), -1)).min(1) * (1 + 1e-4) + 1e-5
+    around = [np.clip(np.arange(shape[0]) + k, 0, shape[0] - 1) for k in range(-width, width + 1)]
     found = np.empty(len(b), int)
     for q in (progress or iter)(range(len(b))):
-        s = turned[q][around]; least = _outside(small, s.max(0).ravel(), s.min(0).ravel())
+        s = turned[q][around]
+        least = _outside(small, s.max(0).ravel(), s.min(0).ravel())
         left = np.flatnonzero(least <= limit[q])
         found[q] = left[_nearest_warped(b[q], a[left], least[left], width)]
     return np.asarray(gloss)[found]
 
 # %% ../../nbs/sign/40_evaluate.ipynb #7bd8b4d1
-SIMPLE = ('majority','nearest','nearest_mirrored','dtw','random_forest','minirocket')
+SIMPLE = ("majority", "nearest", "nearest_mirrored", "dtw", "random_forest", "minirocket")
+
 
 def simple_answers(
-    name:str, # One of `SIMPLE`
-    train, gloss, # Training clips `[N,T,C]` and their glosses
-    test, # Test clips
-    mirror=None, # Clips `[N,T,C]` -> mirrored clips; for `nearest_mirrored` and `dtw`
-    seed:int=0, # Of the forest
-)->np.ndarray: # Glosses, `[M]`
+    name: str,  # One of `SIMPLE`
+    train,
+    gloss,  # Training clips `[N,T,C]` and their glosses
+    test,  # Test clips
+    mirror=None,  # Clips `[N,T,C]` -> mirrored clips; for `nearest_mirrored` and `dtw`
+    seed: int = 0,  # Of the forest
+) -> np.ndarray:  # Glosses, `[M]`
     "Answers of a simple method."
-    check_choice('simple method', 'name', name, SIMPLE)
-    if name == 'majority': return np.full(len(test), np.bincount(gloss).argmax())
-    if name in ('nearest_mirrored','dtw') and mirror is not None: train,gloss = np.concatenate([train, mirror(train)]),np.concatenate([gloss, gloss])
-    if name == 'dtw': return dtw_answers(train, gloss, test)
-    if name.startswith('nearest'): return nearest_answers(train, gloss, test)
-    if name == 'minirocket': return baseline('minirocket_ridge', seed, 1).fit(train, gloss).predict(test)
-    a,b = (np.nan_to_num(window_statistics(x, ('mean','deviation','minimum','maximum'))) for x in (train,test))
+    check_choice("simple method", "name", name, SIMPLE)
+    if name == "majority":
+        return np.full(len(test), np.bincount(gloss).argmax())
+    if name in ("nearest_mirrored", "dtw") and mirror is not None:
+        train, gloss = np.concatenate([train, mirror(train)]), np.concatenate([gloss, gloss])
+    if name == "dtw":
+        return dtw_answers(train, gloss, test)
+    if name.startswith("nearest"):
+        return nearest_answers(train, gloss, test)
+    if name == "minirocket":
+        return baseline("minirocket_ridge", seed, 1).fit(train, gloss).predict(test)
+    a, b = (
+        np.nan_to_num(window_statistics(x, ("mean", "deviation", "minimum", "maximum")))
+        for x in (train, test)
+    )
     return RandomForestClassifier(300, random_state=seed, n_jobs=1).fit(a, gloss).predict(b)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #71bd718f
 def latency(
-    model:nn.Module, # A model
-    steps:int=60, # Frames of the clip
-    repeats:int=20, # Timed calls
-    threads:int=1, # Threads
-)->float: # Median milliseconds of one clip, preparation not included
+    model: nn.Module,  # A model
+    steps: int = 60,  # Frames of the clip
+    repeats: int = 20,  # Timed calls
+    threads: int = 1,  # Threads
+) -> float:  # Median milliseconds of one clip, preparation not included
     "How long a model takes for one clip, in processor time, so that other work on the machine does not count."
-    x = torch.randn(1, steps, model.channels); mask = torch.ones(1, steps, dtype=torch.bool)
-    inputs,before,times = dict(channels=x, present=torch.ones_like(x, dtype=torch.bool)),torch.get_num_threads(),[]
-    torch.set_num_threads(threads); model.eval()
+    x = torch.randn(1, steps, model.channels)
+    mask = torch.ones(1, steps, dtype=torch.bool)
+    inputs, before, times = (
+        dict(channels=x, present=torch.ones_like(x, dtype=torch.bool)),
+        torch.get_num_threads(),
+        [],
+    )
+    torch.set_num_threads(threads)
+    model.eval()
     try:
         with torch.inference_mode():
-            for _ in range(repeats+3):
-                began = time.process_time(); model(inputs, mask); times.append(time.process_time()-began)
-    finally: torch.set_num_threads(before)
-    return float(np.median(times[3:])*1e3)
+            for _ in range(repeats + 3):
+                began = time.process_time()
+                model(inputs, mask)
+                times.append(time.process_time() - began)
+    finally:
+        torch.set_num_threads(before)
+    return float(np.median(times[3:]) * 1e3)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #fdd603d1
 class Occluded:
     "Clips of a data set with some points missing for a share of the frames."
-    def __init__(self,
-        data, # `ClipData`
-        points, # Numbers of the points
-        share:float=.3, # Share of the frames
-        seed:int=0, # Where the run begins
+
+    def __init__(
+        self,
+        data,  # `ClipData`
+        points,  # Numbers of the points
+        share: float = 0.3,  # Share of the frames
+        seed: int = 0,  # Where the run begins
     ):
-        self.data,self.share,self.seed = data,share,seed
-        self.columns = np.ravel([(2*p,2*p+1) for p in points]).astype(int)
-    def __getattr__(self, name): return getattr(self.data, name)
-    def __len__(self): return len(self.data)
+        self.data, self.share, self.seed = data, share, seed
+        self.columns = np.ravel([(2 * p, 2 * p + 1) for p in points]).astype(int)
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def __len__(self):
+        return len(self.data)
+
     def batch(self, index):
         "A batch with the run missing; a clip's run is always the same."
-        inputs,mask,*rest = self.data.batch(index); present = inputs['present'].clone()
-        for row,i,n in zip(present, np.asarray(index), mask.sum(1).tolist()):
-            width = round(self.share*n); start = np.random.default_rng([self.seed,int(i)]).integers(0, n-width+1)
-            row[start:start+width,self.columns] = False
-        return dict(inputs, present=present, channels=torch.where(present, inputs['channels'], 0.)), mask, *rest
+        inputs, mask, *rest = self.data.batch(index)
+        present = inputs["present"].clone()
+        for row, i, n in zip(present, np.asarray(index), mask.sum(1).tolist()):
+            width = round(self.share * n)
+            start = np.random.default_rng([self.seed, int(i)]).integers(0, n - width + 1)
+            row[start : start + width, self.columns] = False
+        return (
+            dict(inputs, present=present, channels=torch.where(present, inputs["channels"], 0.0)),
+            mask,
+            *rest,
+        )
 
 # %% ../../nbs/sign/40_evaluate.ipynb #67b8e418
 @torch.no_grad()
 def prepared_answers(
-    arrays:list, # Prepared clips or windows, `[T,C]` each, or `None` where nobody is seen
-    model:nn.Module, # A model
-    temperature:float=1., # What the logits are divided by
-    batch_size:int=128, # Clips at a time
-)->tuple: # Probabilities of glosses `[N,G]` and categories `[N,K]`; zero where nobody is seen
+    arrays: list,  # Prepared clips or windows, `[T,C]` each, or `None` where nobody is seen
+    model: nn.Module,  # A model
+    temperature: float = 1.0,  # What the logits are divided by
+    batch_size: int = 128,  # Clips at a time
+) -> tuple:  # Probabilities of glosses `[N,G]` and categories `[N,K]`; zero where nobody is seen
     "Answers for prepared clips of any length."
-    there,parts = [i for i,a in enumerate(arrays) if a is not None],[]
+    there, parts = [i for i, a in enumerate(arrays) if a is not None], []
     for at in range(0, len(there), batch_size):
-        some = [torch.as_tensor(arrays[i]) for i in there[at:at+batch_size]]
+        some = [torch.as_tensor(arrays[i]) for i in there[at : at + batch_size]]
         x = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=math.nan)
-        out = model.eval()(dict(channels=x.nan_to_num(0.), present=~x.isnan()), length_mask(torch.tensor([len(a) for a in some]), x.shape[1]))
-        parts.append([(out[k]/t).softmax(-1).numpy() for k,t in (('gloss',temperature),('category',1.))])
-    if not parts: return np.zeros((len(arrays),1)),np.zeros((len(arrays),1))
-    found = [np.zeros((len(arrays),p.shape[1]), 'float32') for p in parts[0]]
-    for f,*p in zip(found, *parts): f[there] = np.concatenate(p)
+        out = model.eval()(
+            dict(channels=x.nan_to_num(0.0), present=~x.isnan()),
+            length_mask(torch.tensor([len(a) for a in some]), x.shape[1]),
+        )
+        parts.append(
+            [
+                (out[k] / t).softmax(-1).numpy()
+                for k, t in (("gloss", temperature), ("category", 1.0))
+            ]
+        )
+    if not parts:
+        return np.zeros((len(arrays), 1)), np.zeros((len(arrays), 1))
+    found = [np.zeros((len(arrays), p.shape[1]), "float32") for p in parts[0]]
+    for f, *p in zip(found, *parts):
+        f[there] = np.concatenate(p)
     return tuple(found)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #b6b6597a
 def merge_windows(
-    starts, # First frame of each window, ascending
-    size:int, # Frames a window
-    gloss, # Answer of each window
-    probability, # How sure
-    threshold:float=.5, # Below it: no sign
-    least:int=2, # Windows that must agree
-)->pd.DataFrame: # `start`, `stop`, `gloss`, `probability`, one row a sign
+    starts,  # First frame of each window, ascending
+    size: int,  # Frames a window
+    gloss,  # Answer of each window
+    probability,  # How sure
+    threshold: float = 0.5,  # Below it: no sign
+    least: int = 2,  # Windows that must agree
+) -> pd.DataFrame:  # `start`, `stop`, `gloss`, `probability`, one row a sign
     "Signs from the answers of a sliding window."
     gloss = np.where(np.asarray(probability) >= threshold, gloss, -1)
-    change = np.flatnonzero(np.diff(gloss, prepend=-2)); ends = np.append(change[1:], len(gloss))
-    rows = [dict(start=int(starts[a]), stop=int(starts[b-1]+size), gloss=int(gloss[a]), probability=float(np.mean(probability[a:b]))) for a,b in zip(change, ends) if gloss[a] >= 0 and b-a >= least]
-    return pd.DataFrame(rows, columns=['start','stop','gloss','probability'])
+    change = np.flatnonzero(np.diff(gloss, prepend=-2))
+    ends = np.append(change[1:], len(gloss))
+    rows = [
+        dict(
+            start=int(starts[a]),
+            stop=int(starts[b - 1] + size),
+            gloss=int(gloss[a]),
+            probability=float(np.mean(probability[a:b])),
+        )
+        for a, b in zip(change, ends)
+        if gloss[a] >= 0 and b - a >= least
+    ]
+    return pd.DataFrame(rows, columns=["start", "stop", "gloss", "probability"])
 
 # %% ../../nbs/sign/40_evaluate.ipynb #06371ee4
 def stream_scores(
-    found:pd.DataFrame, # `start`, `stop`, `gloss`, from `merge_windows`
-    truth:pd.DataFrame, # The same of the signs that are there, in the same unit
-)->dict: # `signs`, `said`, share of the signs that were `found`, and of what was said that is `right`
+    found: pd.DataFrame,  # `start`, `stop`, `gloss`, from `merge_windows`
+    truth: pd.DataFrame,  # The same of the signs that are there, in the same unit
+) -> (
+    dict
+):  # `signs`, `said`, share of the signs that were `found`, and of what was said that is `right`
     "A sign that was said is right when the sign in whose time its middle lies is the same."
-    middle = (found.start+found.stop).to_numpy()/2
-    at = np.searchsorted(truth.start.to_numpy(), middle, 'right')-1
+    middle = (found.start + found.stop).to_numpy() / 2
+    at = np.searchsorted(truth.start.to_numpy(), middle, "right") - 1
     inside = (at >= 0) & (middle <= truth.stop.to_numpy()[at.clip(0)])
     right = inside & (truth.gloss.to_numpy()[at.clip(0)] == found.gloss.to_numpy())
-    return dict(signs=len(truth), said=len(found), found=len(set(at[right]))/max(len(truth), 1), right=float(right.mean()) if len(found) else math.nan)
+    return dict(
+        signs=len(truth),
+        said=len(found),
+        found=len(set(at[right])) / max(len(truth), 1),
+        right=float(right.mean()) if len(found) else math.nan,
+    )
 
 # %% ../../nbs/sign/40_evaluate.ipynb #3f80e738
 def add_gloss(
-    model:nn.Module, # A model whose gloss head is one linear layer; it is left as it is
-    embeddings:Tensor, # Of the new recordings, `[n,D]`
-    known:Tensor=None, # Embeddings of clips of the known glosses, `[m,D]`; with them the new row stands apart from their mean
-)->nn.Module: # A copy with one more gloss, the last
+    model: nn.Module,  # A model whose gloss head is one linear layer; it is left as it is
+    embeddings: Tensor,  # Of the new recordings, `[n,D]`
+    known: Tensor = None,  # Embeddings of clips of the known glosses, `[m,D]`; with them the new row stands apart from their mean
+) -> nn.Module:  # A copy with one more gloss, the last
     "A prototype of a new sign as one more row of the gloss head."
     import copy
-    if not isinstance(model.gloss, nn.Linear): raise InputError(type(model).__name__, 'gloss head', 'one linear layer', 'a hidden layer before it')
-    made,old = copy.deepcopy(model).eval(),model.gloss
+
+    if not isinstance(model.gloss, nn.Linear):
+        raise InputError(
+            type(model).__name__, "gloss head", "one linear layer", "a hidden layer before it"
+        )
+    made, old = copy.deepcopy(model).eval(), model.gloss
     centre = known.mean(0) if known is not None else torch.zeros_like(embeddings[0])
-    row = nn.functional.normalize(embeddings.mean(0)-centre, dim=0)*old.weight.norm(dim=1).mean()
-    head = nn.Linear(old.in_features, old.out_features+1).to(old.weight)
+    row = (
+        nn.functional.normalize(embeddings.mean(0) - centre, dim=0) * old.weight.norm(dim=1).mean()
+    )
+    head = nn.Linear(old.in_features, old.out_features + 1).to(old.weight)
     with torch.no_grad():
-        head.weight.copy_(torch.cat([old.weight, row[None]])); head.bias.copy_(torch.cat([old.bias, (old.bias.mean()-row@centre)[None]]))
+        head.weight.copy_(torch.cat([old.weight, row[None]]))
+        head.bias.copy_(torch.cat([old.bias, (old.bias.mean() - row @ centre)[None]]))
     made.gloss = head
     return made
 
 # %% ../../nbs/sign/40_evaluate.ipynb #6dc1ee82
 def tune_gloss(
-    model:nn.Module, # From `add_gloss`; changed in place
-    embeddings:Tensor, # Of new and kept clips, `[n,D]`
-    gloss:Tensor, # Their glosses, `[n]`
-    steps:int=200, # Steps of the head
-    learning_rate:float=5e-3, # Of Adam
-)->nn.Module: # The same
+    model: nn.Module,  # From `add_gloss`; changed in place
+    embeddings: Tensor,  # Of new and kept clips, `[n,D]`
+    gloss: Tensor,  # Their glosses, `[n]`
+    steps: int = 200,  # Steps of the head
+    learning_rate: float = 5e-3,  # Of Adam
+) -> nn.Module:  # The same
     "Let the gloss head learn from embeddings; every gloss counts the same."
-    weight = 1/torch.bincount(gloss, minlength=model.gloss.out_features).clamp_min(1)
+    weight = 1 / torch.bincount(gloss, minlength=model.gloss.out_features).clamp_min(1)
     optimiser = torch.optim.Adam(model.gloss.parameters(), lr=learning_rate)
     for _ in range(steps):
-        loss = nn.functional.cross_entropy(model.gloss(embeddings), gloss, weight.to(embeddings), label_smoothing=.1)
-        optimiser.zero_grad(); loss.backward(); optimiser.step()
+        loss = nn.functional.cross_entropy(
+            model.gloss(embeddings), gloss, weight.to(embeddings), label_smoothing=0.1
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
     return model
 
 # %% ../../nbs/sign/40_evaluate.ipynb #1387faff
 def _embeddings(model, data, index):
     "Embeddings of clips, `[n,D]`."
-    with torch.no_grad(): return torch.cat([model.eval().embed(*data.batch(index[i:i+256])[:2]) for i in range(0, len(index), 256)])
+    with torch.no_grad():
+        return torch.cat(
+            [
+                model.eval().embed(*data.batch(index[i : i + 256])[:2])
+                for i in range(0, len(index), 256)
+            ]
+        )
 
 # %% ../../nbs/sign/40_evaluate.ipynb #41d3cb9c
 @torch.no_grad()
 def varied_embeddings(
-    model:nn.Module, # The model
-    data, # `ClipData`
-    index, # Clips, `[n]`
-    augmentations, # Changes that keep a sign, such as `signer_style` makes
-    copies:int=20, # Copies of each clip
-    seed:int=0, # Of the changes
-)->Tensor: # `[n*copies,D]`
+    model: nn.Module,  # The model
+    data,  # `ClipData`
+    index,  # Clips, `[n]`
+    augmentations,  # Changes that keep a sign, such as `signer_style` makes
+    copies: int = 20,  # Copies of each clip
+    seed: int = 0,  # Of the changes
+) -> Tensor:  # `[n*copies,D]`
     "What the model makes of recordings as other people might have made them."
     from gcode_ml.core.augment import augment
-    (inputs,mask),state = data.batch(np.repeat(index, copies))[:2],torch.get_rng_state()
-    torch.manual_seed(seed); x,mask = augment(augmentations, torch.where(inputs['present'], inputs['channels'], math.nan), mask); torch.set_rng_state(state)
-    return model.eval().embed(dict(channels=x.nan_to_num(0.), present=~x.isnan()), mask)
+
+    (inputs, mask), state = data.batch(np.repeat(index, copies))[:2], torch.get_rng_state()
+    torch.manual_seed(seed)
+    x, mask = augment(
+        augmentations, torch.where(inputs["present"], inputs["channels"], math.nan), mask
+    )
+    torch.set_rng_state(state)
+    return model.eval().embed(dict(channels=x.nan_to_num(0.0), present=~x.isnan()), mask)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #97dc9ffb
 def _two_shares(name, model, states, gloss):
     "Accuracy on the last gloss and on the others."
-    with torch.no_grad(): right = (model.gloss(states).argmax(1).numpy() == gloss)
+    with torch.no_grad():
+        right = model.gloss(states).argmax(1).numpy() == gloss
     new = gloss == gloss.max()
     return dict(way=name, new_sign=right[new].mean(), known_signs=right[~new].mean())
 
 # %% ../../nbs/sign/40_evaluate.ipynb #f4146ddd
 def _renumbered(gloss, new, known):
     "Numbers of glosses as a model has them, the new one last; -1 for those that take no part."
-    gloss = np.asarray(gloss); known = [g for g in np.unique(gloss) if g not in (new,-1)] if known is None else known
-    number = np.full(gloss.max()+2, -1); number[known] = np.arange(len(known)); number[new] = len(known)
+    gloss = np.asarray(gloss)
+    known = [g for g in np.unique(gloss) if g not in (new, -1)] if known is None else known
+    number = np.full(gloss.max() + 2, -1)
+    number[known] = np.arange(len(known))
+    number[new] = len(known)
     return number[gloss]
 
 # %% ../../nbs/sign/40_evaluate.ipynb #7897e8ae
 def added_sign_scores(
-    model:nn.Module, # Trained without the new gloss
-    data, # All clips
-    train, # Training clips, `[N]`, those of the new gloss included
-    test, # Test clips of an unseen signer
-    new:int, # The new gloss in `data.gloss`
-    known=None, # Glosses that the model was trained on, in the order of its answers; all others by default
-    recordings:int=5, # Recordings of it
-    seed:int=0, # Which
-    augmentations=None, # Changes that keep a sign; with them also `fine-tuned, varied`
-)->pd.DataFrame: # Accuracy on the new and on the known glosses: before, prototype, fine-tuned
+    model: nn.Module,  # Trained without the new gloss
+    data,  # All clips
+    train,  # Training clips, `[N]`, those of the new gloss included
+    test,  # Test clips of an unseen signer
+    new: int,  # The new gloss in `data.gloss`
+    known=None,  # Glosses that the model was trained on, in the order of its answers; all others by default
+    recordings: int = 5,  # Recordings of it
+    seed: int = 0,  # Which
+    augmentations=None,  # Changes that keep a sign; with them also `fine-tuned, varied`
+) -> pd.DataFrame:  # Accuracy on the new and on the known glosses: before, prototype, fine-tuned
     "What a new sign gains, and what it costs the others."
     gloss = _renumbered(data.gloss, new, known)
-    train,test = (i[gloss[i] >= 0] for i in map(np.asarray, (train,test))); kept = train[gloss[train] < model.gloss.out_features]
-    five = np.random.default_rng(seed).permutation(train[gloss[train] == model.gloss.out_features])[:recordings]
-    states = {k: _embeddings(model, data, i) for k,i in dict(five=five, kept=kept, test=test).items()}
-    made = add_gloss(model, states['five'], states['kept'])
-    rows = [_two_shares('before', model, states['test'], gloss[test]), _two_shares('prototype', made, states['test'], gloss[test])]
-    ways = {'fine-tuned': states['five']} | ({} if augmentations is None else {'fine-tuned, varied': varied_embeddings(model, data, five, augmentations, seed=seed)})
-    for way,new_ones in ways.items():
-        number = torch.from_numpy(np.r_[np.full(len(new_ones), gloss[five[0]]),gloss[kept]])
-        rows.append(_two_shares(way, tune_gloss(add_gloss(model, states['five'], states['kept']), torch.cat([new_ones, states['kept']]), number), states['test'], gloss[test]))
+    train, test = (i[gloss[i] >= 0] for i in map(np.asarray, (train, test)))
+    kept = train[gloss[train] < model.gloss.out_features]
+    five = np.random.default_rng(seed).permutation(train[gloss[train] == model.gloss.out_features])[
+        :recordings
+    ]
+    states = {
+        k: _embeddings(model, data, i) for k, i in dict(five=five, kept=kept, test=test).items()
+    }
+    made = add_gloss(model, states["five"], states["kept"])
+    rows = [
+        _two_shares("before", model, states["test"], gloss[test]),
+        _two_shares("prototype", made, states["test"], gloss[test]),
+    ]
+    ways = {"fine-tuned": states["five"]} | (
+        {}
+        if augmentations is None
+        else {"fine-tuned, varied": varied_embeddings(model, data, five, augmentations, seed=seed)}
+    )
+    for way, new_ones in ways.items():
+        number = torch.from_numpy(np.r_[np.full(len(new_ones), gloss[five[0]]), gloss[kept]])
+        rows.append(
+            _two_shares(
+                way,
+                tune_gloss(
+                    add_gloss(model, states["five"], states["kept"]),
+                    torch.cat([new_ones, states["kept"]]),
+                    number,
+                ),
+                states["test"],
+                gloss[test],
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/sign/40_evaluate.ipynb #2ef218fd
 def plot_signers(
-    table:pd.DataFrame, # From `signer_table`
-    others:dict=None, # Name -> macro-F1 of each signer of another method
-    ax=None, # Axes
-): # The axes
+    table: pd.DataFrame,  # From `signer_table`
+    others: dict = None,  # Name -> macro-F1 of each signer of another method
+    ax=None,  # Axes
+):  # The axes
     "Macro-F1 of each signer, the worst on top."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(5, .28*len(table)+1))[1]
-    ax.barh(table.index, table.macro_f1, color='C0', height=.6, label='model')
-    for i,(name,values) in enumerate((others or {}).items()): ax.plot(values.reindex(table.index), table.index, 'o^sDv'[i%5], c=f'C{i+1}', ms=4, label=name)
-    ax.axvline(table.macro_f1.mean(), c='C0', lw=1, ls=':'); ax.invert_yaxis()
-    ax.set(xlim=(0,1), xlabel='macro-F1, signer not in training')
-    ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(.5,1), ncols=3, frameon=False)
-    ax.spines[['top','right']].set_visible(False)
+
+    ax = ax or plt.subplots(figsize=(5, 0.28 * len(table) + 1))[1]
+    ax.barh(table.index, table.macro_f1, color="C0", height=0.6, label="model")
+    for i, (name, values) in enumerate((others or {}).items()):
+        ax.plot(
+            values.reindex(table.index),
+            table.index,
+            "o^sDv"[i % 5],
+            c=f"C{i + 1}",
+            ms=4,
+            label=name,
+        )
+    ax.axvline(table.macro_f1.mean(), c="C0", lw=1, ls=":")
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel="macro-F1, signer not in training")
+    ax.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../../nbs/sign/40_evaluate.ipynb #7f629307
 def plot_reject(
-    curves:dict, # Name -> `reject_curve`
-    ax=None, # Axes
-): # The axes
+    curves: dict,  # Name -> `reject_curve`
+    ax=None,  # Axes
+):  # The axes
     "Accuracy of what is answered, over the share that is."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(3.2,2.2))[1]
-    for name,c in curves.items(): ax.plot(c.coverage, c.accuracy, label=f'{name}, area {c.accuracy.mean():.3f}')
-    ax.set(xlabel='share answered', ylabel='right among them', xlim=(0,1)); ax.legend(fontsize=7, frameon=False)
-    ax.spines[['top','right']].set_visible(False)
+
+    ax = ax or plt.subplots(figsize=(3.2, 2.2))[1]
+    for name, c in curves.items():
+        ax.plot(c.coverage, c.accuracy, label=f"{name}, area {c.accuracy.mean():.3f}")
+    ax.set(xlabel="share answered", ylabel="right among them", xlim=(0, 1))
+    ax.legend(fontsize=7, frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -11,116 +11,179 @@ __all__ = ['BACKBONES', 'MODELS', 'MotionChannels', 'SignModel', 'SignTransforme
 
 # %% ../../nbs/sign/20_models.ipynb #11c58895
 from importlib import import_module
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+
 from ..core.errors import InputError, check_choice
 from ..core.layers import SinusoidalPositions, masked_max, masked_mean, reverse_padded
 
 # %% ../../nbs/sign/20_models.ipynb #114f9374
 class MotionChannels(nn.Module):
     "Coordinates, hands in their own frame, velocity, presence."
-    def __init__(self,
-        channels:int, # C: two a point
-        hands=(), # The 21 points of each hand, as numbers among the points; the wrist first
-        velocity:bool=True, # Append velocities
-        presence:bool=False, # Append one presence channel a point
-        gain:float=4., # What a velocity is multiplied by
-        bones=(), # Pairs of points whose direction and distance are appended
+
+    def __init__(
+        self,
+        channels: int,  # C: two a point
+        hands=(),  # The 21 points of each hand, as numbers among the points; the wrist first
+        velocity: bool = True,  # Append velocities
+        presence: bool = False,  # Append one presence channel a point
+        gain: float = 4.0,  # What a velocity is multiplied by
+        bones=(),  # Pairs of points whose direction and distance are appended
     ):
         super().__init__()
-        self.channels,self.hands,self.velocity,self.presence,self.gain,self.bones = channels,[list(h) for h in hands],velocity,presence,gain,[list(b) for b in bones]
-        if (hands or presence or bones) and channels%2: raise InputError('MotionChannels', 'channels', 'x and y of each point', str(channels))
-        if any(len(h) != 21 or max(h) >= channels//2 for h in self.hands): raise InputError('MotionChannels', 'hands', f'21 points below {channels//2} a hand', str(self.hands))
-        if any(len(b) != 2 or max(b) >= channels//2 for b in self.bones): raise InputError('MotionChannels', 'bones', f'pairs of points below {channels//2}', str(self.bones))
-        if bones: # columns of both ends, and for each new channel the columns that say whether the ends are there; they follow from the bones, so no file keeps them
-            ends = 2*torch.tensor(self.bones).T
-            for k,v in dict(ends=torch.stack([ends,ends+1], -1).flatten(), known=ends.repeat_interleave(3, -1)).items(): self.register_buffer(k, v, persistent=False)
-        self.size = (channels+len(self.hands)+3*len(self.bones))*(1+velocity) + presence*channels//2
+        self.channels, self.hands, self.velocity, self.presence, self.gain, self.bones = (
+            channels,
+            [list(h) for h in hands],
+            velocity,
+            presence,
+            gain,
+            [list(b) for b in bones],
+        )
+        if (hands or presence or bones) and channels % 2:
+            raise InputError("MotionChannels", "channels", "x and y of each point", str(channels))
+        if any(len(h) != 21 or max(h) >= channels // 2 for h in self.hands):
+            raise InputError(
+                "MotionChannels",
+                "hands",
+                f"21 points below {channels // 2} a hand",
+                str(self.hands),
+            )
+        if any(len(b) != 2 or max(b) >= channels // 2 for b in self.bones):
+            raise InputError(
+                "MotionChannels", "bones", f"pairs of points below {channels // 2}", str(self.bones)
+            )
+        if bones:  # columns of both ends, and for each new channel the columns that say whether the ends are there; they follow from the bones, so no file keeps them
+            ends = 2 * torch.tensor(self.bones).T
+            for k, v in dict(
+                ends=torch.stack([ends, ends + 1], -1).flatten(),
+                known=ends.repeat_interleave(3, -1),
+            ).items():
+                self.register_buffer(k, v, persistent=False)
+        self.size = (channels + len(self.hands) + 3 * len(self.bones)) * (
+            1 + velocity
+        ) + presence * channels // 2
 
 # %% ../../nbs/sign/20_models.ipynb #5be80c99
 def _differences(x, there):
     "Steps from one frame to the next, where both are there; zero at the end."
-    following,known = (torch.cat([v,v[:,-1:]], 1)[:,1:] for v in (x,there)) # the last frame follows itself
-    return torch.where(known & there, following-x, 0.)
+    following, known = (
+        torch.cat([v, v[:, -1:]], 1)[:, 1:] for v in (x, there)
+    )  # the last frame follows itself
+    return torch.where(known & there, following - x, 0.0)
 
 # %% ../../nbs/sign/20_models.ipynb #29f57400
 @patch
-def forward(self:MotionChannels,
-    inputs:dict, # `channels` and `present`, `[B,T,C]`
-    mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,T,size]`
+def forward(
+    self: MotionChannels,
+    inputs: dict,  # `channels` and `present`, `[B,T,C]`
+    mask: Tensor,  # `[B,T]`
+) -> Tensor:  # `[B,T,size]`
     "`[B,T,size]` of `channels` and `present` `[B,T,C]`; zero where missing or padded."
-    present = inputs['present'] & mask[...,None]
-    return self.signals(torch.where(present, inputs['channels'], 0.), present)
+    present = inputs["present"] & mask[..., None]
+    return self.signals(torch.where(present, inputs["channels"], 0.0), present)
 
 # %% ../../nbs/sign/20_models.ipynb #57343472
 @patch
-def signals(self:MotionChannels,
-    x:Tensor, # `[B,T,C]`, zero where missing or padded
-    present:Tensor, # `[B,T,C]`, `False` there
-)->Tensor: # `[B,T,size]`
+def signals(
+    self: MotionChannels,
+    x: Tensor,  # `[B,T,C]`, zero where missing or padded
+    present: Tensor,  # `[B,T,C]`, `False` there
+) -> Tensor:  # `[B,T,size]`
     "What `forward` answers with, of coordinates that are zero where missing."
     lines = self.directions(x, present) if self.bones else None
-    x,there = self.in_hand(x, present) if self.hands else (x,present)
-    if self.bones: x,there = (torch.cat(p, -1) for p in zip((x,there), lines))
+    x, there = self.in_hand(x, present) if self.hands else (x, present)
+    if self.bones:
+        x, there = (torch.cat(p, -1) for p in zip((x, there), lines))
     parts = [x]
-    if self.velocity: parts.append(_differences(x, there)*self.gain)
-    if self.presence: parts.append(present[...,::2].to(x.dtype))
+    if self.velocity:
+        parts.append(_differences(x, there) * self.gain)
+    if self.presence:
+        parts.append(present[..., ::2].to(x.dtype))
     return torch.cat(parts, -1) if len(parts) > 1 else x
 
 # %% ../../nbs/sign/20_models.ipynb #8616f51d
 @patch
-def in_hand(self:MotionChannels,
-    x:Tensor, # `[B,T,C]`
-    present:Tensor, # `[B,T,C]`
-)->tuple: # Channels `[B,T,C+hands]`, the last ones the log of a hand's size against its mean, and where they are there
+def in_hand(
+    self: MotionChannels,
+    x: Tensor,  # `[B,T,C]`
+    present: Tensor,  # `[B,T,C]`
+) -> tuple:  # Channels `[B,T,C+hands]`, the last ones the log of a hand's size against its mean, and where they are there
     "Hands relative to their wrists."
-    points,seen,sizes,known = x.unflatten(-1, (-1,2)),present[...,::2],[],[]
+    points, seen, sizes, known = x.unflatten(-1, (-1, 2)), present[..., ::2], [], []
     for hand in self.hands:
-        h,s = points[:,:,hand],seen[:,:,hand]
-        there = s[:,:,0] & s[:,:,9]
-        size = (h[:,:,9]-h[:,:,0]).norm(dim=-1)
+        h, s = points[:, :, hand], seen[:, :, hand]
+        there = s[:, :, 0] & s[:, :, 9]
+        size = (h[:, :, 9] - h[:, :, 0]).norm(dim=-1)
         there = there & (size > 1e-6)
-        size = torch.where(there, size, 1.)
-        local = torch.where((s & there[...,None])[...,None], (h-h[:,:,:1])/size[...,None,None], 0.)
-        points = points.index_copy(2, torch.tensor(hand, device=x.device), torch.cat([h[:,:,:1], local[:,:,1:]], 2))
-        sizes.append(torch.where(there, size.log()-masked_mean(size.log()[...,None], there), 0.)); known.append(there)
-    return torch.cat([points.flatten(2), torch.stack(sizes, -1)], -1), torch.cat([present, torch.stack(known, -1)], -1)
+        size = torch.where(there, size, 1.0)
+        local = torch.where(
+            (s & there[..., None])[..., None], (h - h[:, :, :1]) / size[..., None, None], 0.0
+        )
+        points = points.index_copy(
+            2, torch.tensor(hand, device=x.device), torch.cat([h[:, :, :1], local[:, :, 1:]], 2)
+        )
+        sizes.append(
+            torch.where(there, size.log() - masked_mean(size.log()[..., None], there), 0.0)
+        )
+        known.append(there)
+    return torch.cat([points.flatten(2), torch.stack(sizes, -1)], -1), torch.cat(
+        [present, torch.stack(known, -1)], -1
+    )
 
 # %% ../../nbs/sign/20_models.ipynb #0ec6ff12
 @patch
-def directions(self:MotionChannels,
-    x:Tensor, # `[B,T,C]`
-    present:Tensor, # `[B,T,C]`
-)->tuple: # `[B,T,3*bones]`, and where both ends are there
+def directions(
+    self: MotionChannels,
+    x: Tensor,  # `[B,T,C]`
+    present: Tensor,  # `[B,T,C]`
+) -> tuple:  # `[B,T,3*bones]`, and where both ends are there
     "Direction and length of each bone."
-    ends = x.index_select(-1, self.ends).unflatten(-1, (2,-1,2)); way = ends[:,:,1]-ends[:,:,0]
-    square = way.square(); length = (square[...,:1]+square[...,1:]+1e-12).sqrt() # the root of zero has no gradient
+    ends = x.index_select(-1, self.ends).unflatten(-1, (2, -1, 2))
+    way = ends[:, :, 1] - ends[:, :, 0]
+    square = way.square()
+    length = (square[..., :1] + square[..., 1:] + 1e-12).sqrt()  # the root of zero has no gradient
     there = present.index_select(-1, self.known[0]) & present.index_select(-1, self.known[1])
-    return torch.where(there, torch.cat([way/(length+.1), length], -1).flatten(2), 0.), there
+    return torch.where(there, torch.cat([way / (length + 0.1), length], -1).flatten(2), 0.0), there
 
 # %% ../../nbs/sign/20_models.ipynb #38394498
 def _head(size, classes, hidden):
-    return nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Dropout(.1), nn.Linear(hidden, classes)) if hidden else nn.Linear(size, classes)
+    return (
+        nn.Sequential(
+            nn.Linear(size, hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(hidden, classes)
+        )
+        if hidden
+        else nn.Linear(size, classes)
+    )
 
 # %% ../../nbs/sign/20_models.ipynb #8eff086a
 class SignModel(nn.Module):
     "What all models share: `embed`, then the two heads; by itself the mean of the channels, the smallest model there is."
-    def __init__(self,
-        size:int, # Size of an embedding
-        glosses:int, # Number of glosses
-        categories:int, # Number of categories
-        dropout:float=.3, # Dropout before the heads
-        hidden:int=0, # Size of a hidden layer in each head; 0: none
+
+    def __init__(
+        self,
+        size: int,  # Size of an embedding
+        glosses: int,  # Number of glosses
+        categories: int,  # Number of categories
+        dropout: float = 0.3,  # Dropout before the heads
+        hidden: int = 0,  # Size of a hidden layer in each head; 0: none
     ):
         super().__init__()
-        if min(glosses, categories) < 1: raise InputError('parameter', 'glosses, categories', 'at least 1 each', f'{glosses}, {categories}')
+        if min(glosses, categories) < 1:
+            raise InputError(
+                "parameter", "glosses, categories", "at least 1 each", f"{glosses}, {categories}"
+            )
         self.drop = nn.Dropout(dropout)
-        self.channels,self.gloss,self.category = size,*(_head(size, n, hidden) for n in (glosses,categories))
+        self.channels, self.gloss, self.category = (
+            size,
+            *(_head(size, n, hidden) for n in (glosses, categories)),
+        )
+
     def embed(self, inputs, mask):
         "State before the heads, `[B,size]`."
-        return masked_mean(torch.where(inputs['present'], inputs['channels'], 0.), mask)
+        return masked_mean(torch.where(inputs["present"], inputs["channels"], 0.0), mask)
+
     def forward(self, inputs, mask):
         "Logits `gloss` `[B,G]` and `category` `[B,K]`."
         h = self.drop(self.embed(inputs, mask))
@@ -128,64 +191,95 @@ class SignModel(nn.Module):
 
 # %% ../../nbs/sign/20_models.ipynb #1b2184d8
 @patch
-def program_inputs(self:SignModel)->dict: # Method -> input -> type and axes
+def program_inputs(self: SignModel) -> dict:  # Method -> input -> type and axes
     "What an exported program takes."
     c = self.channels
-    return dict(forward=dict(channels=f'float32[batch,length,{c}]', present=f'bool[batch,length,{c}]', mask='bool[batch,length]'))
+    return dict(
+        forward=dict(
+            channels=f"float32[batch,length,{c}]",
+            present=f"bool[batch,length,{c}]",
+            mask="bool[batch,length]",
+        )
+    )
 
 # %% ../../nbs/sign/20_models.ipynb #a36d6c27
 class SignTransformer(SignModel):
     "Transformer encoder over keypoints."
-    def __init__(self,
-        channels:int=156, # Channels a frame
-        glosses:int=105, # Number of glosses
-        categories:int=10, # Number of categories
-        d_model:int=256, # Size of a state
-        nhead:int=8, # Attention heads
-        num_layers:int=4, # Blocks
-        dim_feedforward:int=1024, # Size inside a block
-        dropout:float=.1, # Dropout
-        pooling:str='mean', # `mean`, `max` or `cls`
-        head:int=128, # Hidden layer of the heads
-        velocity:bool=False, # Velocity and hand shapes too, see `MotionChannels`
-        hands=(), # Points of each hand, for `velocity`
+
+    def __init__(
+        self,
+        channels: int = 156,  # Channels a frame
+        glosses: int = 105,  # Number of glosses
+        categories: int = 10,  # Number of categories
+        d_model: int = 256,  # Size of a state
+        nhead: int = 8,  # Attention heads
+        num_layers: int = 4,  # Blocks
+        dim_feedforward: int = 1024,  # Size inside a block
+        dropout: float = 0.1,  # Dropout
+        pooling: str = "mean",  # `mean`, `max` or `cls`
+        head: int = 128,  # Hidden layer of the heads
+        velocity: bool = False,  # Velocity and hand shapes too, see `MotionChannels`
+        hands=(),  # Points of each hand, for `velocity`
     ):
         super().__init__(d_model, glosses, categories, dropout, head)
-        if d_model%2 or d_model%nhead: raise InputError('parameter', 'd_model', f'an even number, divisible by nhead ({nhead})', str(d_model))
-        self.channels,self.pooling = channels,check_choice('parameter', 'pooling', pooling, ('mean','max','cls'))
+        if d_model % 2 or d_model % nhead:
+            raise InputError(
+                "parameter",
+                "d_model",
+                f"an even number, divisible by nhead ({nhead})",
+                str(d_model),
+            )
+        self.channels, self.pooling = (
+            channels,
+            check_choice("parameter", "pooling", pooling, ("mean", "max", "cls")),
+        )
         self.motion = MotionChannels(channels, hands if velocity else (), velocity)
-        self.project,self.positions = nn.Linear(self.motion.size, d_model),SinusoidalPositions(d_model)
-        self.begin,self.norm = nn.Dropout(dropout),nn.LayerNorm(d_model, eps=1e-6)
-        self.token = nn.Parameter(torch.randn(1, 1, d_model)*.02)
-        layer = nn.TransformerEncoderLayer(d_model, nhead, dim_feedforward, dropout, 'relu', batch_first=True, norm_first=True)
+        self.project, self.positions = (
+            nn.Linear(self.motion.size, d_model),
+            SinusoidalPositions(d_model),
+        )
+        self.begin, self.norm = nn.Dropout(dropout), nn.LayerNorm(d_model, eps=1e-6)
+        self.token = nn.Parameter(torch.randn(1, 1, d_model) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            d_model, nhead, dim_feedforward, dropout, "relu", batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
 
 # %% ../../nbs/sign/20_models.ipynb #691284db
 @patch
-def embed(self:SignTransformer,
-    inputs:dict, # `channels` and `present`
-    mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,d_model]`
+def embed(
+    self: SignTransformer,
+    inputs: dict,  # `channels` and `present`
+    mask: Tensor,  # `[B,T]`
+) -> Tensor:  # `[B,d_model]`
     "The pooled state; finite also where no step is real."
     h = self.norm(self.begin(self.positions(self.project(self.motion(inputs, mask)))))
     real = mask
-    if self.pooling == 'cls':
+    if self.pooling == "cls":
         h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
-        real = torch.cat([torch.ones_like(mask[:,:1]), mask], 1)
-    looked_at = real | ~real.any(1, keepdim=True) # attention over nothing is not a number
+        real = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+    looked_at = real | ~real.any(1, keepdim=True)  # attention over nothing is not a number
     h = self.encoder(h, src_key_padding_mask=~looked_at)
-    return h[:,0] if self.pooling == 'cls' else dict(mean=masked_mean, max=masked_max)[self.pooling](h, real)
+    return (
+        h[:, 0]
+        if self.pooling == "cls"
+        else dict(mean=masked_mean, max=masked_max)[self.pooling](h, real)
+    )
 
 # %% ../../nbs/sign/20_models.ipynb #1db8f186
 def _last(h, mask):
     "State `[B,D]` at the last real step; zero where there is none."
-    index = (mask.sum(1)-1).clamp_min(0)[:,None,None].expand(-1, 1, h.shape[2])
-    return h.gather(1, index)[:,0]*mask.any(1, keepdim=True)
+    index = (mask.sum(1) - 1).clamp_min(0)[:, None, None].expand(-1, 1, h.shape[2])
+    return h.gather(1, index)[:, 0] * mask.any(1, keepdim=True)
+
 
 def _gru(inputs, outputs):
     "A GRU with Xavier input weights, orthogonal recurrent weights and no bias at the start."
     gru = nn.GRU(inputs, outputs, batch_first=True)
-    for name,p in gru.named_parameters(): nn.init.zeros_(p) if 'bias' in name else nn.init.orthogonal_(p) if 'hh' in name else nn.init.xavier_uniform_(p)
+    for name, p in gru.named_parameters():
+        nn.init.zeros_(p) if "bias" in name else nn.init.orthogonal_(
+            p
+        ) if "hh" in name else nn.init.xavier_uniform_(p)
     return gru
 
 # %% ../../nbs/sign/20_models.ipynb #23a7f4a4
@@ -196,315 +290,521 @@ def _frozen(module, freeze):
 # %% ../../nbs/sign/20_models.ipynb #965fdfeb
 class InceptionV3GRU(SignModel):
     "GRU over the features of frames; with a backbone, over frames."
-    def __init__(self,
-        channels:int=2048, # Features a frame
-        glosses:int=105, # Number of glosses
-        categories:int=10, # Number of categories
-        hidden1:int=16, # Units of the first GRU
-        hidden2:int=12, # Units of the second
-        dropout:float=.3, # Dropout after each
-        backbone:str='', # Empty: features come from the file; `inception_v3` or `efficientnet_lite0`: frames `[B,T,3,H,W]` do
-        freeze_backbone:bool=True, # The backbone does not learn, and stays in evaluation mode
+
+    def __init__(
+        self,
+        channels: int = 2048,  # Features a frame
+        glosses: int = 105,  # Number of glosses
+        categories: int = 10,  # Number of categories
+        hidden1: int = 16,  # Units of the first GRU
+        hidden2: int = 12,  # Units of the second
+        dropout: float = 0.3,  # Dropout after each
+        backbone: str = "",  # Empty: features come from the file; `inception_v3` or `efficientnet_lite0`: frames `[B,T,3,H,W]` do
+        freeze_backbone: bool = True,  # The backbone does not learn, and stays in evaluation mode
     ):
         super().__init__(hidden2, glosses, categories, dropout)
-        self.channels,self.frozen = channels,freeze_backbone
-        if backbone: self.backbone = _frozen(create_backbone(backbone), freeze_backbone)
-        self.first,self.second,self.between = _gru(channels, hidden1),_gru(hidden1, hidden2),nn.Dropout(dropout)
+        self.channels, self.frozen = channels, freeze_backbone
+        if backbone:
+            self.backbone = _frozen(create_backbone(backbone), freeze_backbone)
+        self.first, self.second, self.between = (
+            _gru(channels, hidden1),
+            _gru(hidden1, hidden2),
+            nn.Dropout(dropout),
+        )
+
     def embed(self, inputs, mask):
         "Last real state, `[B,hidden2]`."
-        x = self.features(inputs['frames'], mask) if 'frames' in inputs else torch.where(inputs['present'] & mask[...,None], inputs['channels'], 0.)
+        x = (
+            self.features(inputs["frames"], mask)
+            if "frames" in inputs
+            else torch.where(inputs["present"] & mask[..., None], inputs["channels"], 0.0)
+        )
         return _last(self.second(self.between(self.first(x)[0]))[0], mask)
 
 # %% ../../nbs/sign/20_models.ipynb #99236799
 @patch
-def features(self:InceptionV3GRU,
-    frames:Tensor, # `[B,T,3,H,W]`
-    mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,T,channels]`, zero where padded
+def features(
+    self: InceptionV3GRU,
+    frames: Tensor,  # `[B,T,3,H,W]`
+    mask: Tensor,  # `[B,T]`
+) -> Tensor:  # `[B,T,channels]`, zero where padded
     "Features of the real frames."
-    if not hasattr(self, 'backbone'): raise InputError('InceptionV3GRU', 'inputs', 'features of frames', 'frames', "a model with backbone='inception_v3' reads frames")
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen): found = self.backbone(frames[mask])
-    return torch.zeros(*mask.shape, found.shape[-1], dtype=found.dtype, device=found.device).masked_scatter(mask[...,None], found)
+    if not hasattr(self, "backbone"):
+        raise InputError(
+            "InceptionV3GRU",
+            "inputs",
+            "features of frames",
+            "frames",
+            "a model with backbone='inception_v3' reads frames",
+        )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        found = self.backbone(frames[mask])
+    return torch.zeros(
+        *mask.shape, found.shape[-1], dtype=found.dtype, device=found.device
+    ).masked_scatter(mask[..., None], found)
+
 
 @patch
-def train(self:InceptionV3GRU, mode:bool=True):
+def train(self: InceptionV3GRU, mode: bool = True):
     "Training mode; a frozen backbone stays in evaluation mode, so that its batch norms keep their statistics."
     nn.Module.train(self, mode)
-    if hasattr(self, 'backbone') and self.frozen: self.backbone.eval()
+    if hasattr(self, "backbone") and self.frozen:
+        self.backbone.eval()
     return self
 
 # %% ../../nbs/sign/20_models.ipynb #e9fe29a9
-BACKBONES = {'inception_v3': dict(features=2048, pixels=299, mean=(.485,.456,.406), std=(.229,.224,.225)), 'efficientnet_lite0': dict(features=1280, pixels=224, mean=(.498,)*3, std=(.502,)*3)}
+BACKBONES = {
+    "inception_v3": dict(
+        features=2048, pixels=299, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    ),
+    "efficientnet_lite0": dict(features=1280, pixels=224, mean=(0.498,) * 3, std=(0.502,) * 3),
+}
 
 # %% ../../nbs/sign/20_models.ipynb #cbdcc425
 def _lite0():
     "EfficientNet-Lite0 without classifier, its batch norms with the epsilon of the release."
-    net = import_module('timm').create_model('efficientnet_lite0', pretrained=False, num_classes=0)
+    net = import_module("timm").create_model("efficientnet_lite0", pretrained=False, num_classes=0)
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.eps = 1e-3
+        if isinstance(m, nn.BatchNorm2d):
+            m.eps = 1e-3
     return net
+
 
 def _inception():
     "InceptionV3 without classifier and without its second exit."
-    net = import_module('torchvision.models').inception_v3(weights=None, init_weights=False, aux_logits=True, transform_input=False)
-    net.fc,net.AuxLogits,net.aux_logits = nn.Identity(),None,False
+    net = import_module("torchvision.models").inception_v3(
+        weights=None, init_weights=False, aux_logits=True, transform_input=False
+    )
+    net.fc, net.AuxLogits, net.aux_logits = nn.Identity(), None, False
     return net
 
 # %% ../../nbs/sign/20_models.ipynb #ef79467b
 def create_backbone(
-    name:str, # `inception_v3` (torchvision) or `efficientnet_lite0` (timm)
-)->nn.Module: # Frames `[N,3,H,W]` to features `[N,F]`, with random weights
+    name: str,  # `inception_v3` (torchvision) or `efficientnet_lite0` (timm)
+) -> nn.Module:  # Frames `[N,3,H,W]` to features `[N,F]`, with random weights
     "An image net without its classifier; needs the extra `vision`."
-    made = dict(inception_v3=_inception, efficientnet_lite0=_lite0)[check_choice('backbone', 'name', name, BACKBONES)]
-    try: return made()
-    except (ImportError,RuntimeError) as e:
-        raise InputError('backbone', name, 'the packages of the extra `vision`', f'{type(e).__name__}: {str(e).splitlines()[0][:80]}', 'pip install gcode_ml[vision], or train on features of the frames') from None
+    made = dict(inception_v3=_inception, efficientnet_lite0=_lite0)[
+        check_choice("backbone", "name", name, BACKBONES)
+    ]
+    try:
+        return made()
+    except (ImportError, RuntimeError) as e:
+        raise InputError(
+            "backbone",
+            name,
+            "the packages of the extra `vision`",
+            f"{type(e).__name__}: {str(e).splitlines()[0][:80]}",
+            "pip install gcode_ml[vision], or train on features of the frames",
+        ) from None
 
 # %% ../../nbs/sign/20_models.ipynb #51cd1585
 def _tensors(path):
     "Tensors of a file, read without unpickling; image nets are published as `.pth`, which is a `.pt` by another name."
     from gcode_ml.core.files import read_arrays
-    if str(path).lower().endswith('.pth'):
-        try: return dict(torch.load(path, map_location='cpu', weights_only=True))
-        except Exception as e: raise InputError(path, 'content', 'a file of tensors', f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:90]}') from None
-    return {k: torch.as_tensor(v) for k,v in read_arrays(path).items()}
+
+    if str(path).lower().endswith(".pth"):
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as e:
+            raise InputError(
+                path,
+                "content",
+                "a file of tensors",
+                f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:90]}",
+            ) from None
+    return {k: torch.as_tensor(v) for k, v in read_arrays(path).items()}
 
 # %% ../../nbs/sign/20_models.ipynb #da51b621
 def load_backbone(
-    backbone:nn.Module, # Receives the weights
-    path, # `.safetensors`, or `.pt` or `.pth` with plain tensors
-    in_order:bool=False, # Match by order instead of by name
-    ignore:tuple=('fc.','classifier.','AuxLogits.'), # Beginnings of names that a backbone has no place for
-)->str: # SHA-256 of the file
+    backbone: nn.Module,  # Receives the weights
+    path,  # `.safetensors`, or `.pt` or `.pth` with plain tensors
+    in_order: bool = False,  # Match by order instead of by name
+    ignore: tuple = (
+        "fc.",
+        "classifier.",
+        "AuxLogits.",
+    ),  # Beginnings of names that a backbone has no place for
+) -> str:  # SHA-256 of the file
     "Read weights of an image net."
     import hashlib
     from pathlib import Path
-    state,own = _tensors(path),backbone.state_dict()
-    if in_order: state = dict(zip(own, (v for k,v in state.items() if k.split('.')[-1] != 'num_batches_tracked' or any(n.endswith('num_batches_tracked') for n in own))))
-    state = {k: v for k,v in state.items() if not k.startswith(ignore)}
+
+    state, own = _tensors(path), backbone.state_dict()
+    if in_order:
+        state = dict(
+            zip(
+                own,
+                (
+                    v
+                    for k, v in state.items()
+                    if k.split(".")[-1] != "num_batches_tracked"
+                    or any(n.endswith("num_batches_tracked") for n in own)
+                ),
+            )
+        )
+    state = {k: v for k, v in state.items() if not k.startswith(ignore)}
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
-    if wrong or set(state)-set(own): raise InputError(path, (wrong or sorted(set(state)-set(own)))[0], f'the {len(own)} tensors of {type(backbone).__name__} in their shapes', f'{len(wrong)} absent or of another shape, {len(set(state)-set(own))} unknown')
+    if wrong or set(state) - set(own):
+        raise InputError(
+            path,
+            (wrong or sorted(set(state) - set(own)))[0],
+            f"the {len(own)} tensors of {type(backbone).__name__} in their shapes",
+            f"{len(wrong)} absent or of another shape, {len(set(state) - set(own))} unknown",
+        )
     backbone.load_state_dict(state)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../../nbs/sign/20_models.ipynb #b64c49cc
 class MaskedBatchNorm(nn.BatchNorm1d):
     "Batch norm over `[B,T,D]` whose statistics come from real steps."
+
     def forward(self, x, mask=None):
         "`x` normalised; in evaluation a fixed scale and shift. Without a mask every step is real."
-        if not self.training or (len(x)*x.shape[1] if mask is None else mask.sum()) < 2: # by hand: torch spends more on its own kernel than on the net for a single clip
-            scale = self.weight*(self.running_var+self.eps).rsqrt()
-            return x*scale+(self.bias-self.running_mean*scale)
-        if mask is None or mask.all(): return super().forward(x.flatten(0, 1)).view_as(x)
-        return torch.zeros_like(x).masked_scatter(mask[...,None], super().forward(x[mask]))
+        if (
+            not self.training or (len(x) * x.shape[1] if mask is None else mask.sum()) < 2
+        ):  # by hand: torch spends more on its own kernel than on the net for a single clip
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            return x * scale + (self.bias - self.running_mean * scale)
+        if mask is None or mask.all():
+            return super().forward(x.flatten(0, 1)).view_as(x)
+        return torch.zeros_like(x).masked_scatter(mask[..., None], super().forward(x[mask]))
 
 # %% ../../nbs/sign/20_models.ipynb #9780e982
 class GroupedLinear(nn.Module):
     "Linear layers side by side: each reads and writes a group of the channels of its own."
-    def __init__(self,
-        inputs:int, # Channels that each of them reads
-        outputs:int, # Channels that each of them writes
-        groups:int=2, # How many
-        bias:bool=True, # With a bias
+
+    def __init__(
+        self,
+        inputs: int,  # Channels that each of them reads
+        outputs: int,  # Channels that each of them writes
+        groups: int = 2,  # How many
+        bias: bool = True,  # With a bias
     ):
-        super().__init__(); each = [nn.Linear(inputs, outputs, bias) for _ in range(groups)] # for the usual start
-        self.weight = nn.Parameter(torch.stack([l.weight.T for l in each])); self.bias = nn.Parameter(torch.cat([l.bias for l in each])) if bias else None
+        super().__init__()
+        each = [nn.Linear(inputs, outputs, bias) for _ in range(groups)]  # for the usual start
+        self.weight = nn.Parameter(torch.stack([l.weight.T for l in each]))
+        self.bias = nn.Parameter(torch.cat([l.bias for l in each])) if bias else None
+
     def forward(self, x):
         "`[B,T,G*inputs]` to `[B,T,G*outputs]`."
-        groups,size,_ = self.weight.shape; y = x.reshape(-1, groups, size).transpose(0, 1)
-        y = torch.bmm(y, self.weight) if self.bias is None else torch.baddbmm(self.bias.view(groups, 1, -1), y, self.weight)
+        groups, size, _ = self.weight.shape
+        y = x.reshape(-1, groups, size).transpose(0, 1)
+        y = (
+            torch.bmm(y, self.weight)
+            if self.bias is None
+            else torch.baddbmm(self.bias.view(groups, 1, -1), y, self.weight)
+        )
         return y.transpose(0, 1).reshape(*x.shape[:2], -1)
 
-def _linear(inputs, outputs, groups, bias=True): return GroupedLinear(inputs, outputs, groups, bias) if groups > 1 else nn.Linear(inputs, outputs, bias)
+
+def _linear(inputs, outputs, groups, bias=True):
+    return (
+        GroupedLinear(inputs, outputs, groups, bias)
+        if groups > 1
+        else nn.Linear(inputs, outputs, bias)
+    )
 
 # %% ../../nbs/sign/20_models.ipynb #b41a1e9c
-def _padding(mask): return mask if torch.compiler.is_compiling() or torch.jit.is_tracing() or not mask.all() else None
+def _padding(mask):
+    return (
+        mask if torch.compiler.is_compiling() or torch.jit.is_tracing() or not mask.all() else None
+    )
+
 
 def _mean(h, mask):
     "`masked_mean` as a product, which makes no masked copy of the states."
-    if mask is None: return h.sum(1)/h.shape[1]
+    if mask is None:
+        return h.sum(1) / h.shape[1]
     real = mask.to(h.dtype)
-    return (real[:,None] @ h)[:,0]/real.sum(1, keepdim=True).clamp_min(1)
+    return (real[:, None] @ h)[:, 0] / real.sum(1, keepdim=True).clamp_min(1)
 
 # %% ../../nbs/sign/20_models.ipynb #453a0e2c
 class ConvBlock(nn.Module):
     "Pointwise, depthwise, gate, pointwise; added to what came in."
-    def __init__(self,
-        size:int, # D, of all groups together
-        kernel:int=11, # Frames that a convolution sees, odd
-        drop_path:float=.1, # Share of the clips that skip the block in training
-        gate:int=5, # Channels that the gate sees, odd
-        groups:int=1, # Nets side by side
+
+    def __init__(
+        self,
+        size: int,  # D, of all groups together
+        kernel: int = 11,  # Frames that a convolution sees, odd
+        drop_path: float = 0.1,  # Share of the clips that skip the block in training
+        gate: int = 5,  # Channels that the gate sees, odd
+        groups: int = 1,  # Nets side by side
     ):
         super().__init__()
-        if kernel%2 == 0 or gate%2 == 0: raise InputError('ConvBlock', 'kernel, gate', 'odd numbers', f'{kernel}, {gate}')
-        self.drop_path,self.groups = drop_path,groups
-        self.widen,self.narrow = _linear(size//groups, 2*size//groups, groups),_linear(2*size//groups, size//groups, groups)
-        depthwise = nn.Conv2d(2*size, 2*size, (kernel,1), padding=(kernel//2,0), groups=2*size, bias=False)
-        self.depthwise = depthwise.to(memory_format=torch.channels_last) # otherwise torch turns every batch around, which takes twice as long
-        self.norm,self.gate = MaskedBatchNorm(2*size),nn.Conv1d(1, 1, gate, padding=gate//2, bias=False)
+        if kernel % 2 == 0 or gate % 2 == 0:
+            raise InputError("ConvBlock", "kernel, gate", "odd numbers", f"{kernel}, {gate}")
+        self.drop_path, self.groups = drop_path, groups
+        self.widen, self.narrow = (
+            _linear(size // groups, 2 * size // groups, groups),
+            _linear(2 * size // groups, size // groups, groups),
+        )
+        depthwise = nn.Conv2d(
+            2 * size, 2 * size, (kernel, 1), padding=(kernel // 2, 0), groups=2 * size, bias=False
+        )
+        self.depthwise = depthwise.to(
+            memory_format=torch.channels_last
+        )  # otherwise torch turns every batch around, which takes twice as long
+        self.norm, self.gate = (
+            MaskedBatchNorm(2 * size),
+            nn.Conv1d(1, 1, gate, padding=gate // 2, bias=False),
+        )
 
 # %% ../../nbs/sign/20_models.ipynb #9777f95f
 @patch
-def forward(self:ConvBlock,
-    x:Tensor, # `[B,T,D]`
-    mask:Tensor=None, # `[B,T]`; without it every step is real
-)->Tensor: # `[B,T,D]`
+def forward(
+    self: ConvBlock,
+    x: Tensor,  # `[B,T,D]`
+    mask: Tensor = None,  # `[B,T]`; without it every step is real
+) -> Tensor:  # `[B,T,D]`
     "What came in, and what the block adds to it."
     h = nn.functional.silu(self.widen(x))
-    if mask is not None: h = h*mask[...,None]
-    h = self.depthwise(h.mT[...,None])[...,0].mT
+    if mask is not None:
+        h = h * mask[..., None]
+    h = self.depthwise(h.mT[..., None])[..., 0].mT
     h = self.norm(h, mask)
     seen = self.gate.kernel_size[0]
-    around = nn.functional.pad(_mean(h, mask).unflatten(1, (self.groups,-1)), (seen//2,seen//2)).unfold(2, seen, 1)
-    h = h*(around @ self.gate.weight.view(-1)).flatten(1)[:,None].sigmoid()
+    around = nn.functional.pad(
+        _mean(h, mask).unflatten(1, (self.groups, -1)), (seen // 2, seen // 2)
+    ).unfold(2, seen, 1)
+    h = h * (around @ self.gate.weight.view(-1)).flatten(1)[:, None].sigmoid()
     h = self.narrow(h)
-    if self.training and self.drop_path: h = h*(torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path)/(1-self.drop_path)
-    return x+h
+    if self.training and self.drop_path:
+        h = h * (torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path) / (1 - self.drop_path)
+    return x + h
 
 # %% ../../nbs/sign/20_models.ipynb #483b9306
 class SignConv(SignModel):
     "Depthwise convolutions over coordinates and velocities."
-    def __init__(self,
-        channels:int=50, # Coordinates a frame
-        glosses:int=25, # Number of glosses
-        categories:int=7, # Number of categories
-        width:int=0, # Size of a state; 0: 96, or 64 for each of two views
-        num_layers:int=4, # Blocks
-        kernel:int=11, # Frames that a convolution sees
-        dropout:float=.5, # Before the heads
-        drop_path:float=.1, # Share of the clips that skip a block in training
-        attention:bool=False, # The last block is one of a transformer
-        hands=(), # Points of each hand, see `MotionChannels`
-        velocity:bool=True, # Velocities too
-        presence:bool=False, # A presence channel a point too
-        bones=(), # Pairs of points whose direction counts, see `MotionChannels`
-        pairs=(), # (left, right) points that a mirror exchanges; with them an answer is the mean over a clip and its mirror image
-        centred:bool=False, # Also a net beside it that sees each point without its mean place, see `views`
+
+    def __init__(
+        self,
+        channels: int = 50,  # Coordinates a frame
+        glosses: int = 25,  # Number of glosses
+        categories: int = 7,  # Number of categories
+        width: int = 0,  # Size of a state; 0: 96, or 64 for each of two views
+        num_layers: int = 4,  # Blocks
+        kernel: int = 11,  # Frames that a convolution sees
+        dropout: float = 0.5,  # Before the heads
+        drop_path: float = 0.1,  # Share of the clips that skip a block in training
+        attention: bool = False,  # The last block is one of a transformer
+        hands=(),  # Points of each hand, see `MotionChannels`
+        velocity: bool = True,  # Velocities too
+        presence: bool = False,  # A presence channel a point too
+        bones=(),  # Pairs of points whose direction counts, see `MotionChannels`
+        pairs=(),  # (left, right) points that a mirror exchanges; with them an answer is the mean over a clip and its mirror image
+        centred: bool = False,  # Also a net beside it that sees each point without its mean place, see `views`
     ):
-        width,groups = width or (64 if centred else 96),1+centred
-        super().__init__(2*groups*width, glosses, categories, dropout)
-        self.centred,self.channels,self.pairs,self.motion = centred,channels,[list(p) for p in pairs],MotionChannels(channels, hands, velocity, presence, bones=bones)
-        if pairs: # they follow from the pairs, so no file keeps them
-            for k,v in zip(('columns','sign'), _mirror_columns(channels, pairs)): self.register_buffer(k, v, persistent=False)
-        self.stem,self.norm = _linear(self.motion.size, width, groups, bias=False),MaskedBatchNorm(groups*width)
-        self.blocks = nn.ModuleList([ConvBlock(groups*width, kernel, drop_path, groups=groups) for _ in range(num_layers-attention)])
-        self.attention = nn.TransformerEncoderLayer(groups*width, 4, 2*groups*width, .2, batch_first=True, norm_first=True) if attention else None
-        self.last = _linear(width, 2*width, groups)
+        width, groups = width or (64 if centred else 96), 1 + centred
+        super().__init__(2 * groups * width, glosses, categories, dropout)
+        self.centred, self.channels, self.pairs, self.motion = (
+            centred,
+            channels,
+            [list(p) for p in pairs],
+            MotionChannels(channels, hands, velocity, presence, bones=bones),
+        )
+        if pairs:  # they follow from the pairs, so no file keeps them
+            for k, v in zip(("columns", "sign"), _mirror_columns(channels, pairs)):
+                self.register_buffer(k, v, persistent=False)
+        self.stem, self.norm = (
+            _linear(self.motion.size, width, groups, bias=False),
+            MaskedBatchNorm(groups * width),
+        )
+        self.blocks = nn.ModuleList(
+            [
+                ConvBlock(groups * width, kernel, drop_path, groups=groups)
+                for _ in range(num_layers - attention)
+            ]
+        )
+        self.attention = (
+            nn.TransformerEncoderLayer(
+                groups * width, 4, 2 * groups * width, 0.2, batch_first=True, norm_first=True
+            )
+            if attention
+            else None
+        )
+        self.last = _linear(width, 2 * width, groups)
 
 # %% ../../nbs/sign/20_models.ipynb #a6365d8f
 @patch
-def views(self:SignConv,
-    inputs:dict, # `channels` and `present`
-    mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,T,size]`, or `[B,T,2*size]`
+def views(
+    self: SignConv,
+    inputs: dict,  # `channels` and `present`
+    mask: Tensor,  # `[B,T]`
+) -> Tensor:  # `[B,T,size]`, or `[B,T,2*size]`
     "What the stem reads: the clip, and beside it the clip with the mean of each coordinate at zero."
-    if not self.centred: return self.motion(inputs, mask)
-    present = inputs['present'] & mask[...,None]; x = torch.where(present, inputs['channels'], 0.)
-    moved = torch.where(present, x-x.sum(1, keepdim=True)/present.sum(1, keepdim=True).clamp_min(1), 0.)
-    return torch.cat(self.motion.signals(torch.cat([x,moved]), torch.cat([present,present])).unflatten(0, (2,-1)).unbind(), -1)
+    if not self.centred:
+        return self.motion(inputs, mask)
+    present = inputs["present"] & mask[..., None]
+    x = torch.where(present, inputs["channels"], 0.0)
+    moved = torch.where(
+        present, x - x.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp_min(1), 0.0
+    )
+    return torch.cat(
+        self.motion.signals(torch.cat([x, moved]), torch.cat([present, present]))
+        .unflatten(0, (2, -1))
+        .unbind(),
+        -1,
+    )
 
 # %% ../../nbs/sign/20_models.ipynb #14ab8ea7
 @patch
-def state(self:SignConv,
-    inputs:dict, # `channels` and `present`
-    mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,2*width]`, of two views one after the other
+def state(
+    self: SignConv,
+    inputs: dict,  # `channels` and `present`
+    mask: Tensor,  # `[B,T]`
+) -> Tensor:  # `[B,2*width]`, of two views one after the other
     "Mean state over the real steps of the clips as they are."
-    real = _padding(mask); h = self.norm(self.stem(self.views(inputs, mask)), real)
-    for block in self.blocks: h = block(h, real)
-    if self.attention is not None: h = self.attention(h, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
-    if self.training: return _mean(self.last(h), real) # in the order of rounding that the recorded runs were trained with
-    return self.last(_mean(h, real)[:,None])[:,0] # a mean and a linear layer commute: one step in the place of all
+    real = _padding(mask)
+    h = self.norm(self.stem(self.views(inputs, mask)), real)
+    for block in self.blocks:
+        h = block(h, real)
+    if self.attention is not None:
+        h = self.attention(h, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
+    if self.training:
+        return _mean(
+            self.last(h), real
+        )  # in the order of rounding that the recorded runs were trained with
+    return self.last(_mean(h, real)[:, None])[
+        :, 0
+    ]  # a mean and a linear layer commute: one step in the place of all
 
 # %% ../../nbs/sign/20_models.ipynb #f6889796
 def _mirror_columns(channels, pairs):
     "Which channel is read for which in a mirror image around x = 0, and its sign."
-    order = torch.arange(channels//2)
-    for a,b in pairs: order[a],order[b] = b,a
-    return torch.stack([2*order,2*order+1], -1).flatten(), torch.tensor([-1.,1.]).repeat(channels//2)
+    order = torch.arange(channels // 2)
+    for a, b in pairs:
+        order[a], order[b] = b, a
+    return torch.stack([2 * order, 2 * order + 1], -1).flatten(), torch.tensor([-1.0, 1.0]).repeat(
+        channels // 2
+    )
 
 # %% ../../nbs/sign/20_models.ipynb #e8e6f4c1
 @patch
-def mirrored(self:SignConv,
-    inputs:dict, # `channels` and `present`
-)->dict: # The same of the mirror images
+def mirrored(
+    self: SignConv,
+    inputs: dict,  # `channels` and `present`
+) -> dict:  # The same of the mirror images
     "Coordinates turned around, left and right points exchanged."
-    return dict(channels=inputs['channels'].index_select(-1, self.columns)*self.sign, present=inputs['present'].index_select(-1, self.columns))
+    return dict(
+        channels=inputs["channels"].index_select(-1, self.columns) * self.sign,
+        present=inputs["present"].index_select(-1, self.columns),
+    )
 
 # %% ../../nbs/sign/20_models.ipynb #f6ac36a4
 @patch
-def embed(self:SignConv,
-    inputs:dict, # `channels` and `present`
-    mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,2*width]`
+def embed(
+    self: SignConv,
+    inputs: dict,  # `channels` and `present`
+    mask: Tensor,  # `[B,T]`
+) -> Tensor:  # `[B,2*width]`
     "Mean state over the real steps; after training also over the clip and its mirror image."
-    if self.training or not self.pairs: return self.state(inputs, mask)
-    turned = self.mirrored(inputs); both = {k: torch.cat([inputs[k], turned[k]]) for k in ('channels','present')}
-    return self.state(both, torch.cat([mask, mask])).unflatten(0, (2,-1)).mean(0)
+    if self.training or not self.pairs:
+        return self.state(inputs, mask)
+    turned = self.mirrored(inputs)
+    both = {k: torch.cat([inputs[k], turned[k]]) for k in ("channels", "present")}
+    return self.state(both, torch.cat([mask, mask])).unflatten(0, (2, -1)).mean(0)
 
 # %% ../../nbs/sign/20_models.ipynb #c4aea8c3
 @patch
-def forward(self:SignConv,
-    inputs:dict, # `channels` and `present`
-    mask:Tensor, # `[B,T]`
-)->dict: # Logits `gloss` `[B,G]` and `category` `[B,K]`; in training of two views also `views`, the logits of each
+def forward(
+    self: SignConv,
+    inputs: dict,  # `channels` and `present`
+    mask: Tensor,  # `[B,T]`
+) -> dict:  # Logits `gloss` `[B,G]` and `category` `[B,K]`; in training of two views also `views`, the logits of each
     "What the heads say."
     h = self.drop(self.embed(inputs, mask))
     said = dict(gloss=self.gloss(h), category=self.category(h))
-    if not (self.training and self.centred): return said
-    alone = [(2*h.unflatten(1, (2,-1))*k[:,None]).flatten(1) for k in torch.eye(2, device=h.device)]
+    if not (self.training and self.centred):
+        return said
+    alone = [
+        (2 * h.unflatten(1, (2, -1)) * k[:, None]).flatten(1) for k in torch.eye(2, device=h.device)
+    ]
     return said | dict(views=[dict(gloss=self.gloss(v), category=self.category(v)) for v in alone])
 
 # %% ../../nbs/sign/20_models.ipynb #35ddb339
 class EachView(nn.Module):
     "A loss for each view that a model answers with by itself in training, mean over the views; elsewhere the loss as it is."
-    def __init__(self,
-        loss:nn.Module, # Of a prediction and a target
-    ): super().__init__(); self.loss = loss
+
+    def __init__(
+        self,
+        loss: nn.Module,  # Of a prediction and a target
+    ):
+        super().__init__()
+        self.loss = loss
+
     @property
-    def reduction(self): return self.loss.reduction
+    def reduction(self):
+        return self.loss.reduction
+
     @reduction.setter
-    def reduction(self, value): self.loss.reduction = value
+    def reduction(self, value):
+        self.loss.reduction = value
+
     def forward(self, prediction, target):
-        views = prediction.get('views')
-        return self.loss(prediction, target) if views is None else sum(self.loss({**prediction, **v}, target) for v in views)/len(views)
+        views = prediction.get("views")
+        return (
+            self.loss(prediction, target)
+            if views is None
+            else sum(self.loss({**prediction, **v}, target) for v in views) / len(views)
+        )
 
 # %% ../../nbs/sign/20_models.ipynb #a8cb895f
 class BiGRU(SignModel):
     "Two bidirectional GRU layers over coordinates and velocities."
-    def __init__(self,
-        channels:int=50, # Coordinates a frame
-        glosses:int=25, # Number of glosses
-        categories:int=7, # Number of categories
-        width:int=64, # Units a direction
-        num_layers:int=2, # Layers
-        dropout:float=.3, # Between layers and before the heads
-        hands=(), # Points of each hand, see `MotionChannels`
+
+    def __init__(
+        self,
+        channels: int = 50,  # Coordinates a frame
+        glosses: int = 25,  # Number of glosses
+        categories: int = 7,  # Number of categories
+        width: int = 64,  # Units a direction
+        num_layers: int = 2,  # Layers
+        dropout: float = 0.3,  # Between layers and before the heads
+        hands=(),  # Points of each hand, see `MotionChannels`
     ):
-        super().__init__(2*width, glosses, categories, dropout)
-        self.channels,self.motion,self.between = channels,MotionChannels(channels, hands),nn.Dropout(dropout)
-        sizes = [self.motion.size]+[2*width]*(num_layers-1)
-        self.ahead,self.back = (nn.ModuleList([nn.GRU(n, width, batch_first=True) for n in sizes]) for _ in range(2))
+        super().__init__(2 * width, glosses, categories, dropout)
+        self.channels, self.motion, self.between = (
+            channels,
+            MotionChannels(channels, hands),
+            nn.Dropout(dropout),
+        )
+        sizes = [self.motion.size] + [2 * width] * (num_layers - 1)
+        self.ahead, self.back = (
+            nn.ModuleList([nn.GRU(n, width, batch_first=True) for n in sizes]) for _ in range(2)
+        )
+
     def embed(self, inputs, mask):
         "Mean state over the real steps, `[B,2*width]`."
         h = self.motion(inputs, mask)
-        for i,(ahead,back) in enumerate(zip(self.ahead, self.back)):
-            if i: h = self.between(h)
-            h = torch.cat([ahead(h)[0], reverse_padded(back(reverse_padded(h, mask))[0], mask)], -1)*mask[...,None]
+        for i, (ahead, back) in enumerate(zip(self.ahead, self.back)):
+            if i:
+                h = self.between(h)
+            h = (
+                torch.cat([ahead(h)[0], reverse_padded(back(reverse_padded(h, mask))[0], mask)], -1)
+                * mask[..., None]
+            )
         return masked_mean(h, mask)
 
 # %% ../../nbs/sign/20_models.ipynb #04ce7d72
-MODELS = {'transformer': SignTransformer, 'iv3_gru': InceptionV3GRU, 'conv': SignConv, 'conv_attention': SignConv, 'bigru': BiGRU}
+MODELS = {
+    "transformer": SignTransformer,
+    "iv3_gru": InceptionV3GRU,
+    "conv": SignConv,
+    "conv_attention": SignConv,
+    "bigru": BiGRU,
+}
 
 # %% ../../nbs/sign/20_models.ipynb #f5f51b2a
 def create_model(
-    name:str, # Key of `MODELS`
-    **arguments # Of its class
-)->tuple: # The model, and the arguments it was made with
+    name: str,  # Key of `MODELS`
+    **arguments,  # Of its class
+) -> tuple:  # The model, and the arguments it was made with
     "A model by name."
     import inspect
-    cls = MODELS[check_choice('parameter', 'model', name, MODELS)]
-    if name == 'conv_attention': arguments = dict(arguments, attention=True)
-    for k in arguments: check_choice(f'model {name}', 'argument', k, list(inspect.signature(cls).parameters))
+
+    cls = MODELS[check_choice("parameter", "model", name, MODELS)]
+    if name == "conv_attention":
+        arguments = dict(arguments, attention=True)
+    for k in arguments:
+        check_choice(f"model {name}", "argument", k, list(inspect.signature(cls).parameters))
     return cls(**arguments), arguments

@@ -12,11 +12,16 @@ __all__ = ['DEFAULTS', 'FOUNDING', 'FOUNDING_TRAINING', 'FOUNDING_NAMES', 'load_
            'extract_features', 'smoke_test', 'simulate']
 
 # %% ../../nbs/sign/50_recipe.ipynb #2d737009
-import inspect, tempfile, warnings
+import inspect
+import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from fastcore.basics import patch
+
+import numpy as np
+import pandas as pd
+import torch
+
 from ..core.augment import Augment
 from ..core.batch import Subset, dataloaders
 from ..core.errors import InputError, check_choice
@@ -28,525 +33,1071 @@ from ..core.training import TRAINING, fit, training_options
 from .augment import signer_style
 from .callbacks import FiniteBatch, ModelCheckpoints, NamedSubset, SignLog
 from .checks import check
-from .data import SKELETONS, Clip, ClipData, class_names, clip_layout, read_clip, read_clips, read_hands, read_npz, split_clips
-from .evaluate import SIMPLE, Occluded, answer_rows, merge_windows, model_answers, prepared_answers, sign_scores, simple_answers
+from gcode_ml.sign.data import (
+    SKELETONS,
+    Clip,
+    ClipData,
+    class_names,
+    clip_layout,
+    read_clip,
+    read_clips,
+    read_hands,
+    read_npz,
+    split_clips,
+)
+from gcode_ml.sign.evaluate import (
+    SIMPLE,
+    Occluded,
+    answer_rows,
+    merge_windows,
+    model_answers,
+    prepared_answers,
+    sign_scores,
+    simple_answers,
+)
 from .models import BACKBONES, MODELS, EachView, create_model, load_backbone
-from .skeleton import NobodySeen, Preparation, normalise_points, prepare_clips, reference_frame, to_pixels
+from gcode_ml.sign.skeleton import (
+    NobodySeen,
+    Preparation,
+    normalise_points,
+    prepare_clips,
+    reference_frame,
+    to_pixels,
+)
 
 # %% ../../nbs/sign/50_recipe.ipynb #9bd67cdc
 def _enough_classes(facts, num_gloss, num_cat):
     "Facts with names for as many classes as are asked for."
-    names = dict(facts['names'])
-    for k,n in dict(gloss=num_gloss, category=num_cat).items():
-        names[k] = names[k]+[str(i) for i in range(len(names[k]), len(names[k]) if n == 'auto' else int(n))]
-    return dict(facts, names=dict(names, category_of=names['category_of']+[-1]*(len(names['gloss'])-len(names['category_of']))))
+    names = dict(facts["names"])
+    for k, n in dict(gloss=num_gloss, category=num_cat).items():
+        names[k] = names[k] + [
+            str(i) for i in range(len(names[k]), len(names[k]) if n == "auto" else int(n))
+        ]
+    return dict(
+        facts,
+        names=dict(
+            names,
+            category_of=names["category_of"]
+            + [-1] * (len(names["gloss"]) - len(names["category_of"])),
+        ),
+    )
+
 
 def _read(folder, kind, progress, **options):
     "Clips and facts about them."
     clips = read_clips(folder, progress=progress, **options)
     files = [c.file for c in clips]
-    facts = dict(kind=kind, folder=folder.name if kind == 'recorded' else '', checksum=checksum(files), clips=len(clips), signers=sorted({c.signer for c in clips}), names=class_names(folder, clips))
-    return clips, _enough_classes(facts, options.get('num_gloss', 'auto'), options.get('num_cat', 'auto'))
+    facts = dict(
+        kind=kind,
+        folder=folder.name if kind == "recorded" else "",
+        checksum=checksum(files),
+        clips=len(clips),
+        signers=sorted({c.signer for c in clips}),
+        names=class_names(folder, clips),
+    )
+    return clips, _enough_classes(
+        facts, options.get("num_gloss", "auto"), options.get("num_cat", "auto")
+    )
 
 # %% ../../nbs/sign/50_recipe.ipynb #3fab9e13
 def load_clips(
-    data='', # Folder of clips; simulated ones when empty
-    progress=None, # For instance `tqdm`
-    seed:int=0, # Of the simulation
-    simulated:dict=None, # Sizes of the simulation: `glosses`, `signers`, `repetitions`
-    **options # For `read_clips`
-)->tuple: # Clips, and facts: `kind`, `folder`, `checksum`, `clips`, `names` of the classes
+    data="",  # Folder of clips; simulated ones when empty
+    progress=None,  # For instance `tqdm`
+    seed: int = 0,  # Of the simulation
+    simulated: dict = None,  # Sizes of the simulation: `glosses`, `signers`, `repetitions`
+    **options,  # For `read_clips`
+) -> tuple:  # Clips, and facts: `kind`, `folder`, `checksum`, `clips`, `names` of the classes
     "Read the clips of a run and say which they are."
-    if data: return _read(Path(data), 'recorded', progress, **options)
+    if data:
+        return _read(Path(data), "recorded", progress, **options)
     from gcode_ml.sign.simulate import simulate_clips
+
     with tempfile.TemporaryDirectory() as folder:
         simulate_clips(folder, seed=seed, **(simulated or {}))
-        return _read(Path(folder), 'simulated', progress, **options)
+        return _read(Path(folder), "simulated", progress, **options)
 
 # %% ../../nbs/sign/50_recipe.ipynb #b5462cb8
 def load_sides(
-    train, # Folder of training clips
-    valid, # Folder of validation clips
-    labels_train='', labels_valid='', # Tables of labels elsewhere
-    progress=None, # For instance `tqdm`
-    **options # For `read_clips`
-)->tuple: # Clips of both, their facts, and which are training and which validation clips
+    train,  # Folder of training clips
+    valid,  # Folder of validation clips
+    labels_train="",
+    labels_valid="",  # Tables of labels elsewhere
+    progress=None,  # For instance `tqdm`
+    **options,  # For `read_clips`
+) -> tuple:  # Clips of both, their facts, and which are training and which validation clips
     "Clips of two folders, one for each side."
-    sides = [read_clips(f, labels=l or None, progress=progress, **options) for f,l in ((train,labels_train), (valid,labels_valid))]
-    clips = sides[0]+sides[1]; index = np.arange(len(clips))
-    return clips, dict(kind='recorded', folder=f'{Path(train).name}, {Path(valid).name}', checksum=checksum(sorted({c.file for c in clips})), clips=len(clips), signers=sorted({c.signer for c in clips}), names=class_names(train, clips)), (index[:len(sides[0])],index[len(sides[0]):])
+    sides = [
+        read_clips(f, labels=l or None, progress=progress, **options)
+        for f, l in ((train, labels_train), (valid, labels_valid))
+    ]
+    clips = sides[0] + sides[1]
+    index = np.arange(len(clips))
+    return (
+        clips,
+        dict(
+            kind="recorded",
+            folder=f"{Path(train).name}, {Path(valid).name}",
+            checksum=checksum(sorted({c.file for c in clips})),
+            clips=len(clips),
+            signers=sorted({c.signer for c in clips}),
+            names=class_names(train, clips),
+        ),
+        (index[: len(sides[0])], index[len(sides[0]) :]),
+    )
 
 # %% ../../nbs/sign/50_recipe.ipynb #7686a009
 def _validation(clips, train, signer, validation, fold, seed):
     "Training clips without those of the validation, and those."
-    if validation == 'share': inner,valid = group_holdout([clips[i].recording or clips[i].name for i in train], [clips[i].gloss for i in train], .1, seed); return train[inner], train[valid]
+    if validation == "share":
+        inner, valid = group_holdout(
+            [clips[i].recording or clips[i].name for i in train],
+            [clips[i].gloss for i in train],
+            0.1,
+            seed,
+        )
+        return train[inner], train[valid]
     names = np.unique(signer[train])
-    if len(names) < 2: raise InputError('parameter', 'validation', 'two or more training signers', f'{len(names)}', 'use validation=share')
-    held = names[fold%len(names)]
+    if len(names) < 2:
+        raise InputError(
+            "parameter",
+            "validation",
+            "two or more training signers",
+            f"{len(names)}",
+            "use validation=share",
+        )
+    held = names[fold % len(names)]
     return train[signer[train] != held], train[signer[train] == held]
 
 # %% ../../nbs/sign/50_recipe.ipynb #61eac203
 def clip_sets(
-    clips:list, # All clips
-    split:str='signer', # `signer`, `random`, or `all`: no test side
-    fold:int=0, # Which signer or which part is the test side
-    folds:int=5, # Parts of the random split
-    validation:str='none', # `none`, `signer` or `share`
-    seed:int=42, # Of what is random
-    given=None, # (training, test) clips, for folders or lists that are given
-)->tuple: # Training, validation and test clips, and a note
+    clips: list,  # All clips
+    split: str = "signer",  # `signer`, `random`, or `all`: no test side
+    fold: int = 0,  # Which signer or which part is the test side
+    folds: int = 5,  # Parts of the random split
+    validation: str = "none",  # `none`, `signer` or `share`
+    seed: int = 42,  # Of what is random
+    given=None,  # (training, test) clips, for folders or lists that are given
+) -> tuple:  # Training, validation and test clips, and a note
     "The three sets."
-    check_choice('parameter', 'split', split, ('signer','random','all','given')); check_choice('parameter', 'validation', validation, ('none','signer','share'))
-    signer,labelled = np.array([c.signer for c in clips]),np.array([c.gloss >= 0 for c in clips])
-    if given is not None: train,test,note = (*map(np.asarray, given),'sides as given')
-    elif split == 'all': train,test,note = np.flatnonzero(labelled),np.array([], int),'all clips learn: nothing is measured'
-    else: train,test,note = split_clips(clips, split, fold, folds, seed)
+    check_choice("parameter", "split", split, ("signer", "random", "all", "given"))
+    check_choice("parameter", "validation", validation, ("none", "signer", "share"))
+    signer, labelled = np.array([c.signer for c in clips]), np.array([c.gloss >= 0 for c in clips])
+    if given is not None:
+        train, test, note = (*map(np.asarray, given), "sides as given")
+    elif split == "all":
+        train, test, note = (
+            np.flatnonzero(labelled),
+            np.array([], int),
+            "all clips learn: nothing is measured",
+        )
+    else:
+        train, test, note = split_clips(clips, split, fold, folds, seed)
     train = train[labelled[train]]
-    if given is not None: return train, test, test, note
-    if validation == 'none': return train, np.sort(np.random.default_rng(seed).permutation(train)[:max(1, len(train)//10)]), test, note
+    if given is not None:
+        return train, test, test, note
+    if validation == "none":
+        return (
+            train,
+            np.sort(np.random.default_rng(seed).permutation(train)[: max(1, len(train) // 10)]),
+            test,
+            note,
+        )
     return *_validation(clips, train, signer, validation, fold, seed), test, note
 
 # %% ../../nbs/sign/50_recipe.ipynb #68bfdcfa
 def body_parts(
-    preparation:Preparation, # Fitted
-)->tuple: # Parts with their roots, for `PartAffine`; groups that may be lost, for `Occlusion`
+    preparation: Preparation,  # Fitted
+) -> tuple:  # Parts with their roots, for `PartAffine`; groups that may be lost, for `Occlusion`
     "Arms, head, hands and face among the kept points."
-    if preparation.skeleton != 'pose78': return {}, {k: v for k,v in preparation.blocks.items() if v}
-    at = {p: i for i,p in enumerate(preparation.points)}
-    parts = dict(left_arm=(11, [13,15,17,19,21,*range(25, 46)]), right_arm=(12, [14,16,18,20,22,*range(46, 67)]), head=(0, [*range(11),*range(67, 78)]))
-    kept = {k: (at[r], [at[p] for p in ps if p in at]) for k,(r,ps) in parts.items() if r in at}
-    return {k: v for k,v in kept.items() if v[1]}, {k: v for k,v in preparation.blocks.items() if v and k != 'pose'}
+    if preparation.skeleton != "pose78":
+        return {}, {k: v for k, v in preparation.blocks.items() if v}
+    at = {p: i for i, p in enumerate(preparation.points)}
+    parts = dict(
+        left_arm=(11, [13, 15, 17, 19, 21, *range(25, 46)]),
+        right_arm=(12, [14, 16, 18, 20, 22, *range(46, 67)]),
+        head=(0, [*range(11), *range(67, 78)]),
+    )
+    kept = {k: (at[r], [at[p] for p in ps if p in at]) for k, (r, ps) in parts.items() if r in at}
+    return {k: v for k, v in kept.items() if v[1]}, {
+        k: v for k, v in preparation.blocks.items() if v and k != "pose"
+    }
 
 # %% ../../nbs/sign/50_recipe.ipynb #b7b87596
 class SignerStyle(Augment):
     "`core.augment.Augment` under another name, so that more augmentations may be asked for."
 
+
 def style_callbacks(
-    preparation:Preparation, # Fitted
-    augmentation:str, # `signer`, or `none`
-    **sizes # For `signer_style`
-)->list: # No or one callback
+    preparation: Preparation,  # Fitted
+    augmentation: str,  # `signer`, or `none`
+    **sizes,  # For `signer_style`
+) -> list:  # No or one callback
     "Augmentation that suits what the clips consist of: numbers that are no points are neither mirrored nor turned, features are left alone."
-    check_choice('parameter', 'augmentation', augmentation, ('signer','none'))
-    if augmentation == 'none' or preparation.skeleton == 'features': return []
-    if preparation.skeleton == 'channels': sizes |= dict(mirror=0., rotation=0., scale=0., shear=0., shift=0., proportions=0.)
-    if preparation.canonical_hand: sizes['mirror'] = 0.
-    if preparation.normalise == 'none': sizes |= dict(mirror=0., shift=0.)
-    if preparation.normalise != 'body': sizes['edge'] = 0. # its place is given in shoulder widths
-    parts,groups = body_parts(preparation)
-    return [SignerStyle(signer_style(preparation.pairs, groups, parts, **sizes), key='channels')]
+    check_choice("parameter", "augmentation", augmentation, ("signer", "none"))
+    if augmentation == "none" or preparation.skeleton == "features":
+        return []
+    if preparation.skeleton == "channels":
+        sizes |= dict(mirror=0.0, rotation=0.0, scale=0.0, shear=0.0, shift=0.0, proportions=0.0)
+    if preparation.canonical_hand:
+        sizes["mirror"] = 0.0
+    if preparation.normalise == "none":
+        sizes |= dict(mirror=0.0, shift=0.0)
+    if preparation.normalise != "body":
+        sizes["edge"] = 0.0  # its place is given in shoulder widths
+    parts, groups = body_parts(preparation)
+    return [SignerStyle(signer_style(preparation.pairs, groups, parts, **sizes), key="channels")]
 
 # %% ../../nbs/sign/50_recipe.ipynb #9cb851d5
 class FrameData:
     "The clips of a data set as frames `[B,T,3,H,W]`, mean 0 and deviation 1 as ImageNet has it."
-    def __init__(self,
-        data, # `ClipData`, for labels and lengths
-        clips:list, # Its clips, with their files
-        key:str='frames', # Array `[T,H,W,3]` uint8, RGB
-        mean=(.485,.456,.406), std=(.229,.224,.225), # Of the channels, from 0 to 1
-    ): self.data,self.clips,self.key,self.mean,self.std = data,clips,key,torch.tensor(mean),torch.tensor(std)
+
+    def __init__(
+        self,
+        data,  # `ClipData`, for labels and lengths
+        clips: list,  # Its clips, with their files
+        key: str = "frames",  # Array `[T,H,W,3]` uint8, RGB
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),  # Of the channels, from 0 to 1
+    ):
+        self.data, self.clips, self.key, self.mean, self.std = (
+            data,
+            clips,
+            key,
+            torch.tensor(mean),
+            torch.tensor(std),
+        )
+
     def __getattr__(self, name):
-        if name == 'data': raise AttributeError(name)
+        if name == "data":
+            raise AttributeError(name)
         return getattr(self.data, name)
-    def __len__(self): return len(self.clips)
+
+    def __len__(self):
+        return len(self.clips)
+
     def batch(self, index):
         "Frames, mask and targets."
-        _,mask,targets = self.data.batch(index)
+        _, mask, targets = self.data.batch(index)
         read = [_frames(self.clips[i], self.key) for i in index]
-        x = torch.nn.utils.rnn.pad_sequence([(torch.from_numpy(f.copy())/255-self.mean)/self.std for f in read], batch_first=True)
+        x = torch.nn.utils.rnn.pad_sequence(
+            [(torch.from_numpy(f.copy()) / 255 - self.mean) / self.std for f in read],
+            batch_first=True,
+        )
         return dict(frames=x.permute(0, 1, 4, 2, 3).contiguous()), mask, targets
 
 # %% ../../nbs/sign/50_recipe.ipynb #8daad577
 def _frames(clip, key):
     "Frames of a clip's file."
     found = read_npz(clip.file, (key,)).get(key)
-    if found is None or found.dtype != np.uint8 or found.shape != (len(clip),*found.shape[1:3],3): raise InputError(clip.file, f'array {key}', f'uint8 [{len(clip)},H,W,3]', 'no such array' if found is None else f'{found.dtype} {list(found.shape)}')
+    if found is None or found.dtype != np.uint8 or found.shape != (len(clip), *found.shape[1:3], 3):
+        raise InputError(
+            clip.file,
+            f"array {key}",
+            f"uint8 [{len(clip)},H,W,3]",
+            "no such array" if found is None else f"{found.dtype} {list(found.shape)}",
+        )
     return found
 
 # %% ../../nbs/sign/50_recipe.ipynb #c4ece278
-DEFAULTS = dict(max_epochs=60, batch_size=64, learning_rate=2e-3, weight_decay=.05, loss='label_smoothing', monitor='gloss_accuracy')
-FOUNDING = dict(model='transformer', points='all', aspect=False, gaps=0, trim=False, normalise='none', canonical_hand='no', frames=0, augmentation='none', velocity=False)
-FOUNDING_TRAINING = dict(max_epochs=20, batch_size=32, learning_rate=1e-4, weight_decay=0., loss='cross_entropy', schedule='constant', clip=0.)
+DEFAULTS = dict(
+    max_epochs=60,
+    batch_size=64,
+    learning_rate=2e-3,
+    weight_decay=0.05,
+    loss="label_smoothing",
+    monitor="gloss_accuracy",
+)
+FOUNDING = dict(
+    model="transformer",
+    points="all",
+    aspect=False,
+    gaps=0,
+    trim=False,
+    normalise="none",
+    canonical_hand="no",
+    frames=0,
+    augmentation="none",
+    velocity=False,
+)
+FOUNDING_TRAINING = dict(
+    max_epochs=20,
+    batch_size=32,
+    learning_rate=1e-4,
+    weight_decay=0.0,
+    loss="cross_entropy",
+    schedule="constant",
+    clip=0.0,
+)
 
 # %% ../../nbs/sign/50_recipe.ipynb #df629c57
-FOUNDING_NAMES = {'epochs': 'max_epochs', 'batch_size': 'batch_size', 'lr': 'learning_rate', 'weight_decay': 'weight_decay', 'grad_clip': 'clip', 'scheduler': 'schedule', 'scheduler_patience': 'schedule_patience',
-    'early_stop': 'early_stop', 'amp': 'precision=fp16', 'compile_model': 'compile_model', 'gradient_accumulation_steps': 'accumulate', 'num_workers': 'workers', 'auto_workers': 'workers=auto', 'pin_memory': 'on with a GPU',
-    'resume': 'gcode_ml run sign --resume RUN', 'log_csv': 'log_csv', 'alpha': 'gloss_weight', 'beta': 'category_weight', 'no_pretrained_backbone': 'pretrained_backbone=false', 'deterministic': 'deterministic'}
+FOUNDING_NAMES = {
+    "epochs": "max_epochs",
+    "batch_size": "batch_size",
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "grad_clip": "clip",
+    "scheduler": "schedule",
+    "scheduler_patience": "schedule_patience",
+    "early_stop": "early_stop",
+    "amp": "precision=fp16",
+    "compile_model": "compile_model",
+    "gradient_accumulation_steps": "accumulate",
+    "num_workers": "workers",
+    "auto_workers": "workers=auto",
+    "pin_memory": "on with a GPU",
+    "resume": "gcode_ml run sign --resume RUN",
+    "log_csv": "log_csv",
+    "alpha": "gloss_weight",
+    "beta": "category_weight",
+    "no_pretrained_backbone": "pretrained_backbone=false",
+    "deterministic": "deterministic",
+}
 
 # %% ../../nbs/sign/50_recipe.ipynb #b1343161
 def _preparation(clips, read, points, canonical_hand, frames, **settings):
     "A preparation from the options of a recipe."
-    layout = 'features' if read == 'features' else clip_layout(clips[0])
-    check_choice('parameter', 'canonical_hand', canonical_hand, ('auto','yes','no'))
-    kept = points if isinstance(points, list) else 'auto' if points == 'auto' else list(range(clips[0].points.shape[1])) if points == 'all' and clips[0].points is not None else [p.strip() for p in points.split('+')]
-    turned = canonical_hand == 'yes' or (canonical_hand == 'auto' and layout == 'hands42')
-    return Preparation(skeleton=layout, points=kept, canonical_hand=turned, frames=frames or None, **settings).fit(clips)
+    layout = "features" if read == "features" else clip_layout(clips[0])
+    check_choice("parameter", "canonical_hand", canonical_hand, ("auto", "yes", "no"))
+    kept = (
+        points
+        if isinstance(points, list)
+        else "auto"
+        if points == "auto"
+        else list(range(clips[0].points.shape[1]))
+        if points == "all" and clips[0].points is not None
+        else [p.strip() for p in points.split("+")]
+    )
+    turned = canonical_hand == "yes" or (canonical_hand == "auto" and layout == "hands42")
+    return Preparation(
+        skeleton=layout, points=kept, canonical_hand=turned, frames=frames or None, **settings
+    ).fit(clips)
+
 
 def _model_arguments(model, preparation, names, hand_shape, directions, mirror_image, **given):
     "Arguments of a model's class: what the data decides, and what was given (whole 0, -1 and '' are the model's own defaults)."
-    known = inspect.signature(MODELS[check_choice('parameter', 'model', model, MODELS)]).parameters
-    channels = BACKBONES[check_choice('parameter', 'backbone', given['backbone'], BACKBONES)]['features'] if given['backbone'] else preparation.channels
-    hands = [h for h in preparation.hands.values() if h] if hand_shape and preparation.normalise != 'none' else []
-    seen_from_body = preparation.normalise != 'none' and not preparation.canonical_hand # only then is a mirror image a clip as well
-    found = dict(channels=channels, glosses=len(names['gloss']), categories=len(names['category']), hands=hands, bones=preparation.bones if directions else [], pairs=preparation.pairs if mirror_image and seen_from_body else [])
-    found |= {k: v for k,v in given.items() if isinstance(v, bool) or not (v in (-1,'') or (v == 0 and type(v) is int))}
-    found['centred'] = found['centred'] and preparation.normalise == 'body' # of a hand that stands still nothing would be left without its mean
-    if 'width' in found and model == 'transformer': found['d_model'] = found.pop('width')
-    return {k: v for k,v in found.items() if k in known}
+    known = inspect.signature(MODELS[check_choice("parameter", "model", model, MODELS)]).parameters
+    channels = (
+        BACKBONES[check_choice("parameter", "backbone", given["backbone"], BACKBONES)]["features"]
+        if given["backbone"]
+        else preparation.channels
+    )
+    hands = (
+        [h for h in preparation.hands.values() if h]
+        if hand_shape and preparation.normalise != "none"
+        else []
+    )
+    seen_from_body = (
+        preparation.normalise != "none" and not preparation.canonical_hand
+    )  # only then is a mirror image a clip as well
+    found = dict(
+        channels=channels,
+        glosses=len(names["gloss"]),
+        categories=len(names["category"]),
+        hands=hands,
+        bones=preparation.bones if directions else [],
+        pairs=preparation.pairs if mirror_image and seen_from_body else [],
+    )
+    found |= {
+        k: v
+        for k, v in given.items()
+        if isinstance(v, bool) or not (v in (-1, "") or (v == 0 and type(v) is int))
+    }
+    found["centred"] = (
+        found["centred"] and preparation.normalise == "body"
+    )  # of a hand that stands still nothing would be left without its mean
+    if "width" in found and model == "transformer":
+        found["d_model"] = found.pop("width")
+    return {k: v for k, v in found.items() if k in known}
+
 
 def _founding(own, training):
     "Options that are left at their defaults become those of the first transformer."
-    defaults = {k: p.default for k,p in inspect.signature(recipe).parameters.items()}
-    ours = {k: v if own[k] == defaults[k] else own[k] for k,v in FOUNDING.items()}
-    if own['model'] != defaults['model'] and own['model'] == 'iv3_gru': ours['points'] = 'auto'
-    usual = {**{k: p.default for k,p in TRAINING.items()}, **DEFAULTS}
-    return {**own, **ours}, {**training, **{k: v for k,v in FOUNDING_TRAINING.items() if training.get(k, usual[k]) == usual[k]}}
+    defaults = {k: p.default for k, p in inspect.signature(recipe).parameters.items()}
+    ours = {k: v if own[k] == defaults[k] else own[k] for k, v in FOUNDING.items()}
+    if own["model"] != defaults["model"] and own["model"] == "iv3_gru":
+        ours["points"] = "auto"
+    usual = {**{k: p.default for k, p in TRAINING.items()}, **DEFAULTS}
+    return {**own, **ours}, {
+        **training,
+        **{k: v for k, v in FOUNDING_TRAINING.items() if training.get(k, usual[k]) == usual[k]},
+    }
 
 # %% ../../nbs/sign/50_recipe.ipynb #ffa49e44
 def gloss_accuracy(out, targets):
     "Share of right glosses in a batch."
-    return (out['gloss'].argmax(-1) == targets['gloss']).float().mean()
+    return (out["gloss"].argmax(-1) == targets["gloss"]).float().mean()
+
 
 def category_accuracy(out, targets):
     "Share of right categories in a batch."
-    return (out['category'].argmax(-1) == targets['category']).float().mean()
+    return (out["category"].argmax(-1) == targets["category"]).float().mean()
 
 # %% ../../nbs/sign/50_recipe.ipynb #121b987a
 def recipe(
-    data='', # Folder of clips, or what `load_clips` gave; simulated when empty
-    split:str='signer', fold:int=0, folds:int=5, # `signer`, `random` or `all`; which signer or part is the test side; parts of the random split
-    validation:str='none', # See `clip_sets`
-    keypoints_train='', keypoints_val='', features_train='', features_val='', labels_train_csv='', labels_val_csv='', # Folders and tables of both sides, instead of `data`
-    kp_key:str='X', feature_key:str='X2048', missing:str='refuse', num_gloss='auto', num_cat='auto', # How clips are read, see `read_clips`
-    empty:str='refuse', # Training clips in which nobody is seen: `refuse` or `skip`; test clips stay
-    model:str='conv', # `transformer`, `iv3_gru`, `conv`, `conv_attention` or `bigru`
-    founding:bool=False, # Options at their defaults become the original's
-    points='auto', aspect:bool=True, gaps:int=5, trim:bool=True, normalise:str='auto', canonical_hand:str='auto', frames:int=40, long_clips:str='resample', max_length:int=300, # See `Preparation`; 0 frames: each clip's own length
-    velocity:bool=True, presence:bool=False, hand_shape:bool=True, directions:bool=True, # Channels that the model computes, see `MotionChannels`
-    mirror_image:bool=True, # Whether an answer is the mean over a clip and its mirror image, see `SignConv`
-    centred:bool=True, # Whether a second net sees clips of a body without the mean places of its points, see `SignConv`
-    width:int=0, num_layers:int=0, kernel:int=0, nhead:int=0, dim_feedforward:int=0, dropout:float=-1., drop_path:float=-1., pooling:str='', hidden1:int=0, hidden2:int=0, # Sizes; 0 or -1: the model's own
-    backbone:str='', backbone_weights='', pretrained_backbone:bool=True, freeze_backbone:bool=True, frames_key:str='frames', # Of `iv3_gru` on frames, see `FrameData`; weights from a file
-    gloss_weight:float=.5, category_weight:float=.5, # Weights of the two losses
-    augmentation:str='signer', mirror:float=.5, rotation:float=.2, scale:float=.15, shear:float=.1, shift:float=.05, proportions:float=.1, edge:float=0., tempo:float=.2, crop:float=.8, drop:float=.1, jitter:float=.01, # See `signer_style`
-    bucket:int=8, # Batches sorted by length together, where lengths differ
-    cache='', log_csv='', # Folder of prepared clips; table of epochs
-    seed:int=42, device:str='auto', workers='auto', cbs=(), # Seed of everything; device; loader processes; more callbacks
-    **training # Options that all domains share, see `core.training`
-)->Learner: # With `preparation`, `data`, `names`, `arguments`, `note`, and the clips `train`, `valid`, `test`
+    data="",  # Folder of clips, or what `load_clips` gave; simulated when empty
+    split: str = "signer",
+    fold: int = 0,
+    folds: int = 5,  # `signer`, `random` or `all`; which signer or part is the test side; parts of the random split
+    validation: str = "none",  # See `clip_sets`
+    keypoints_train="",
+    keypoints_val="",
+    features_train="",
+    features_val="",
+    labels_train_csv="",
+    labels_val_csv="",  # Folders and tables of both sides, instead of `data`
+    kp_key: str = "X",
+    feature_key: str = "X2048",
+    missing: str = "refuse",
+    num_gloss="auto",
+    num_cat="auto",  # How clips are read, see `read_clips`
+    empty: str = "refuse",  # Training clips in which nobody is seen: `refuse` or `skip`; test clips stay
+    model: str = "conv",  # `transformer`, `iv3_gru`, `conv`, `conv_attention` or `bigru`
+    founding: bool = False,  # Options at their defaults become the original's
+    points="auto",
+    aspect: bool = True,
+    gaps: int = 5,
+    trim: bool = True,
+    normalise: str = "auto",
+    canonical_hand: str = "auto",
+    frames: int = 40,
+    long_clips: str = "resample",
+    max_length: int = 300,  # See `Preparation`; 0 frames: each clip's own length
+    velocity: bool = True,
+    presence: bool = False,
+    hand_shape: bool = True,
+    directions: bool = True,  # Channels that the model computes, see `MotionChannels`
+    mirror_image: bool = True,  # Whether an answer is the mean over a clip and its mirror image, see `SignConv`
+    centred: bool = True,  # Whether a second net sees clips of a body without the mean places of its points, see `SignConv`
+    width: int = 0,
+    num_layers: int = 0,
+    kernel: int = 0,
+    nhead: int = 0,
+    dim_feedforward: int = 0,
+    dropout: float = -1.0,
+    drop_path: float = -1.0,
+    pooling: str = "",
+    hidden1: int = 0,
+    hidden2: int = 0,  # Sizes; 0 or -1: the model's own
+    backbone: str = "",
+    backbone_weights="",
+    pretrained_backbone: bool = True,
+    freeze_backbone: bool = True,
+    frames_key: str = "frames",  # Of `iv3_gru` on frames, see `FrameData`; weights from a file
+    gloss_weight: float = 0.5,
+    category_weight: float = 0.5,  # Weights of the two losses
+    augmentation: str = "signer",
+    mirror: float = 0.5,
+    rotation: float = 0.2,
+    scale: float = 0.15,
+    shear: float = 0.1,
+    shift: float = 0.05,
+    proportions: float = 0.1,
+    edge: float = 0.0,
+    tempo: float = 0.2,
+    crop: float = 0.8,
+    drop: float = 0.1,
+    jitter: float = 0.01,  # See `signer_style`
+    bucket: int = 8,  # Batches sorted by length together, where lengths differ
+    cache="",
+    log_csv="",  # Folder of prepared clips; table of epochs
+    seed: int = 42,
+    device: str = "auto",
+    workers="auto",
+    cbs=(),  # Seed of everything; device; loader processes; more callbacks
+    **training,  # Options that all domains share, see `core.training`
+) -> Learner:  # With `preparation`, `data`, `names`, `arguments`, `note`, and the clips `train`, `valid`, `test`
     "A sign recogniser ready to fit."
-    own = {k: v for k,v in locals().items() if k not in ('training','cbs')}
-    if founding: own,training = _founding(own, training)
+    own = {k: v for k, v in locals().items() if k not in ("training", "cbs")}
+    if founding:
+        own, training = _founding(own, training)
     return _learner(cbs=cbs, training=training, **own)
 
 # %% ../../nbs/sign/50_recipe.ipynb #20ba1e6b
-_pick = lambda own, names: {k: own[k] for k in names.split()}
+def _pick(own, names):
+    return {k: own[k] for k in names.split()}
+
 
 def _clips(own):
     "Clips, facts, and the sides where they are given."
-    read = 'features' if own['features_train'] or (own['model'] == 'iv3_gru' and not own['backbone']) else 'points'
-    train,valid = (own[f'features_{s}'] or own[f'keypoints_{s}'] for s in ('train','val'))
-    options = _pick(own, 'kp_key feature_key missing num_gloss num_cat') | dict(read=read)
-    if bool(train) != bool(valid): raise InputError('parameter', 'keypoints_train, keypoints_val', 'a folder each', 'one of them')
-    if train: return (*load_sides(train, valid, own['labels_train_csv'], own['labels_val_csv'], **options), read)
-    if isinstance(own['data'], (str,Path)): return (*load_clips(own['data'], seed=own['seed'], **options), None, read)
-    return (*own['data'], None, read if own['data'][0][0].points is None or own['model'] == 'iv3_gru' else 'points')
+    read = (
+        "features"
+        if own["features_train"] or (own["model"] == "iv3_gru" and not own["backbone"])
+        else "points"
+    )
+    train, valid = (own[f"features_{s}"] or own[f"keypoints_{s}"] for s in ("train", "val"))
+    options = _pick(own, "kp_key feature_key missing num_gloss num_cat") | dict(read=read)
+    if bool(train) != bool(valid):
+        raise InputError(
+            "parameter", "keypoints_train, keypoints_val", "a folder each", "one of them"
+        )
+    if train:
+        return (
+            *load_sides(train, valid, own["labels_train_csv"], own["labels_val_csv"], **options),
+            read,
+        )
+    if isinstance(own["data"], (str, Path)):
+        return (*load_clips(own["data"], seed=own["seed"], **options), None, read)
+    return (
+        *own["data"],
+        None,
+        read if own["data"][0][0].points is None or own["model"] == "iv3_gru" else "points",
+    )
+
 
 def _learner(cbs, training, **own):
     "The recipe after its options."
-    options = training_options(training, **DEFAULTS); _check_backbone(own)
-    clips,facts,given,read = _clips(own)
-    facts = _enough_classes(facts, own['num_gloss'], own['num_cat'])
-    if own['backbone']: own |= dict(frames=0, trim=False, augmentation='none')
-    train,valid,test,note = clip_sets(clips, own['split'], own['fold'], own['folds'], own['validation'], own['seed'], given)
-    preparation = _preparation([clips[i] for i in train], read, **_pick(own, 'points canonical_hand frames aspect gaps trim normalise long_clips max_length'))
-    data = ClipData(prepare_clips(clips, preparation, own['cache'], empty='keep'), clips)
-    train,valid = (_somebody(data, clips, i, own['empty']) for i in (train,valid))
-    if own['backbone']: data = FrameData(data, clips, own['frames_key'], **{k: BACKBONES[own['backbone']][k] for k in ('mean','std')})
-    set_seed(own['seed'])
-    arguments = _model_arguments(own['model'], preparation, facts['names'], **_pick(own, 'hand_shape directions mirror_image centred velocity presence width num_layers kernel nhead dim_feedforward dropout drop_path pooling hidden1 hidden2 backbone freeze_backbone'))
-    net,arguments = create_model(own['model'], **arguments)
+    options = training_options(training, **DEFAULTS)
+    _check_backbone(own)
+    clips, facts, given, read = _clips(own)
+    facts = _enough_classes(facts, own["num_gloss"], own["num_cat"])
+    if own["backbone"]:
+        own |= dict(frames=0, trim=False, augmentation="none")
+    train, valid, test, note = clip_sets(
+        clips, own["split"], own["fold"], own["folds"], own["validation"], own["seed"], given
+    )
+    preparation = _preparation(
+        [clips[i] for i in train],
+        read,
+        **_pick(
+            own, "points canonical_hand frames aspect gaps trim normalise long_clips max_length"
+        ),
+    )
+    data = ClipData(prepare_clips(clips, preparation, own["cache"], empty="keep"), clips)
+    train, valid = (_somebody(data, clips, i, own["empty"]) for i in (train, valid))
+    if own["backbone"]:
+        data = FrameData(
+            data,
+            clips,
+            own["frames_key"],
+            **{k: BACKBONES[own["backbone"]][k] for k in ("mean", "std")},
+        )
+    set_seed(own["seed"])
+    arguments = _model_arguments(
+        own["model"],
+        preparation,
+        facts["names"],
+        **_pick(
+            own,
+            "hand_shape directions mirror_image centred velocity presence width num_layers kernel nhead dim_feedforward dropout drop_path pooling hidden1 hidden2 backbone freeze_backbone",
+        ),
+    )
+    net, arguments = create_model(own["model"], **arguments)
     weights = _backbone_weights(net, own)
-    style = style_callbacks(preparation, own['augmentation'], **_pick(own, 'mirror rotation scale shear shift proportions edge tempo crop drop jitter'))
-    records = [FiniteBatch()] + [SignLog(own['log_csv'])]*bool(own['log_csv']) + [ModelCheckpoints(options.checkpoint_folder)]*bool(options.checkpoint_folder)
-    loaders = dataloaders(NamedSubset(data, options.oversampled(data.gloss, train)), Subset(data, valid), options.batch_size, own['bucket']*(len(set(data.lengths)) > 1), own['seed'], own['workers'], pick_device(own['device']))
-    learn = options.learner(loaders, net, _loss(options, data, train, facts['names'], own), [*style, *records, *cbs], key='channels', metrics=[gloss_accuracy, category_accuracy])
-    for k,v in dict(preparation=preparation, data=data, clips=clips, names=facts['names'], facts=facts, arguments=arguments, note=note, train=train, valid=valid, test=test, read=read, backbone_sha=weights, recipe_options=own).items(): setattr(learn, k, v)
+    style = style_callbacks(
+        preparation,
+        own["augmentation"],
+        **_pick(own, "mirror rotation scale shear shift proportions edge tempo crop drop jitter"),
+    )
+    records = (
+        [FiniteBatch()]
+        + [SignLog(own["log_csv"])] * bool(own["log_csv"])
+        + [ModelCheckpoints(options.checkpoint_folder)] * bool(options.checkpoint_folder)
+    )
+    loaders = dataloaders(
+        NamedSubset(data, options.oversampled(data.gloss, train)),
+        Subset(data, valid),
+        options.batch_size,
+        own["bucket"] * (len(set(data.lengths)) > 1),
+        own["seed"],
+        own["workers"],
+        pick_device(own["device"]),
+    )
+    learn = options.learner(
+        loaders,
+        net,
+        _loss(options, data, train, facts["names"], own),
+        [*style, *records, *cbs],
+        key="channels",
+        metrics=[gloss_accuracy, category_accuracy],
+    )
+    for k, v in dict(
+        preparation=preparation,
+        data=data,
+        clips=clips,
+        names=facts["names"],
+        facts=facts,
+        arguments=arguments,
+        note=note,
+        train=train,
+        valid=valid,
+        test=test,
+        read=read,
+        backbone_sha=weights,
+        recipe_options=own,
+    ).items():
+        setattr(learn, k, v)
     return learn
 
 # %% ../../nbs/sign/50_recipe.ipynb #226a8d6e
 def _somebody(data, clips, index, empty):
     "Those clips in which somebody is seen."
-    check_choice('parameter', 'empty', empty, ('refuse','skip'))
+    check_choice("parameter", "empty", empty, ("refuse", "skip"))
     nobody = index[data.empty[index]]
-    if len(nobody) and empty == 'refuse': raise NobodySeen(clips[nobody[0]].file or clips[nobody[0]].name, 'points', 'a body or a hand that is seen', f'none ({len(nobody)} such clips in training)', 'empty=skip leaves them out')
+    if len(nobody) and empty == "refuse":
+        raise NobodySeen(
+            clips[nobody[0]].file or clips[nobody[0]].name,
+            "points",
+            "a body or a hand that is seen",
+            f"none ({len(nobody)} such clips in training)",
+            "empty=skip leaves them out",
+        )
     return index[~data.empty[index]]
 
 # %% ../../nbs/sign/50_recipe.ipynb #fee90e94
 def _loss(options, data, train, names, own):
     "Two cross entropies; a clip without a label counts in neither."
-    losses = {k: options.loss(getattr(data, k)[train], len(names[k]), head=k, ignore_index=-1) for k in ('gloss','category')}
-    return EachView(two_tasks(losses, own['gloss_weight'], own['category_weight']))
+    losses = {
+        k: options.loss(getattr(data, k)[train], len(names[k]), head=k, ignore_index=-1)
+        for k in ("gloss", "category")
+    }
+    return EachView(two_tasks(losses, own["gloss_weight"], own["category_weight"]))
+
 
 def _backbone_weights(net, own):
     "Weights of an image net from a file, and the file's SHA-256."
-    if not own['backbone'] or not own['pretrained_backbone']: return ''
-    return load_backbone(net.backbone, own['backbone_weights'], in_order=own['backbone'] == 'efficientnet_lite0')
+    if not own["backbone"] or not own["pretrained_backbone"]:
+        return ""
+    return load_backbone(
+        net.backbone, own["backbone_weights"], in_order=own["backbone"] == "efficientnet_lite0"
+    )
+
 
 def _check_backbone(own):
     "A backbone belongs to one model, and its weights to a file."
-    if not own['backbone']: return
-    if own['model'] != 'iv3_gru': raise InputError('parameter', 'backbone', 'model=iv3_gru', repr(own['model']))
-    if own['pretrained_backbone'] and not own['backbone_weights']: raise InputError('parameter', 'backbone_weights', 'a file of weights', 'none', 'give a file, or pretrained_backbone=false for random weights')
+    if not own["backbone"]:
+        return
+    if own["model"] != "iv3_gru":
+        raise InputError("parameter", "backbone", "model=iv3_gru", repr(own["model"]))
+    if own["pretrained_backbone"] and not own["backbone_weights"]:
+        raise InputError(
+            "parameter",
+            "backbone_weights",
+            "a file of weights",
+            "none",
+            "give a file, or pretrained_backbone=false for random weights",
+        )
 
 # %% ../../nbs/sign/50_recipe.ipynb #1385e9c3
 def _mirrored(preparation):
     "Clips `[N,T,C]` turned around."
     from gcode_ml.core.augment import Mirror
-    mirror = Mirror(preparation.pairs, p=1.)
+
+    mirror = Mirror(preparation.pairs, p=1.0)
     return lambda x: mirror(torch.from_numpy(x), torch.ones(x.shape[:2], dtype=torch.bool)).numpy()
 
 # %% ../../nbs/sign/50_recipe.ipynb #b30467ca
 def simple_rows(
-    learn:Learner, # From `recipe`; its clips are of one length
-    methods=SIMPLE, # Which, see `simple_answers`
-    seed:int=0, # Of the forest
-)->pd.DataFrame: # A row a test clip: `signer`, `gloss`, and what each method says; `nearest_stored` among them
+    learn: Learner,  # From `recipe`; its clips are of one length
+    methods=SIMPLE,  # Which, see `simple_answers`
+    seed: int = 0,  # Of the forest
+) -> (
+    pd.DataFrame
+):  # A row a test clip: `signer`, `gloss`, and what each method says; `nearest_stored` among them
     "Answers of simple methods; the reason where one is not installed is in `attrs`."
-    if not learn.preparation.frames: raise InputError('simple methods', 'frames', 'clips of one length', 'clips of their own lengths', 'give frames')
-    gloss,train,test = learn.data.gloss,learn.train,learn.test
+    if not learn.preparation.frames:
+        raise InputError(
+            "simple methods",
+            "frames",
+            "clips of one length",
+            "clips of their own lengths",
+            "give frames",
+        )
+    gloss, train, test = learn.data.gloss, learn.train, learn.test
     x = np.stack([learn.data.windows.table[i].numpy() for i in range(len(learn.data))])
-    rows,absent = pd.DataFrame(dict(signer=learn.data.signer[test], gloss=gloss[test])),{}
+    rows, absent = pd.DataFrame(dict(signer=learn.data.signer[test], gloss=gloss[test])), {}
     turn = _mirrored(learn.preparation) if not learn.preparation.canonical_hand else None
     for m in methods:
-        try: rows[m] = simple_answers(m, x[train], gloss[train], x[test], turn, seed)
-        except InputError as e: absent[m] = str(e)
-    stored = replace(learn.preparation, aspect=False, gaps=0, trim=False, normalise='none', canonical_hand=False)
-    x = np.stack(prepare_clips([learn.clips[i] for i in np.r_[train,test]], stored, empty='keep'))
-    rows['nearest_stored'] = simple_answers('nearest', x[:len(train)], gloss[train], x[len(train):])
-    rows.attrs['absent'] = absent
+        try:
+            rows[m] = simple_answers(m, x[train], gloss[train], x[test], turn, seed)
+        except InputError as e:
+            absent[m] = str(e)
+    stored = replace(
+        learn.preparation, aspect=False, gaps=0, trim=False, normalise="none", canonical_hand=False
+    )
+    x = np.stack(prepare_clips([learn.clips[i] for i in np.r_[train, test]], stored, empty="keep"))
+    rows["nearest_stored"] = simple_answers(
+        "nearest", x[: len(train)], gloss[train], x[len(train) :]
+    )
+    rows.attrs["absent"] = absent
     return rows
 
 # %% ../../nbs/sign/50_recipe.ipynb #f70df5a2
 def covered_groups(
-    preparation:Preparation, # Fitted
-)->dict: # `hands` and `face` -> positions among the kept points
+    preparation: Preparation,  # Fitted
+) -> dict:  # `hands` and `face` -> positions among the kept points
     "Points of the hands, wrists included, and of the face, whatever block they belong to."
-    if preparation.skeleton not in ('pose78','hands42'): return {}
-    wanted = dict(hands=[*range(15, 23),*range(25, 67)], face=[*range(11),*range(67, 78)]) if preparation.skeleton == 'pose78' else dict(hands=list(range(42)))
-    return {k: found for k,v in wanted.items() if (found := [i for i,p in enumerate(preparation.points) if p in v])}
+    if preparation.skeleton not in ("pose78", "hands42"):
+        return {}
+    wanted = (
+        dict(hands=[*range(15, 23), *range(25, 67)], face=[*range(11), *range(67, 78)])
+        if preparation.skeleton == "pose78"
+        else dict(hands=list(range(42)))
+    )
+    return {
+        k: found
+        for k, v in wanted.items()
+        if (found := [i for i, p in enumerate(preparation.points) if p in v])
+    }
 
 # %% ../../nbs/sign/50_recipe.ipynb #91057044
 def covered_scores(
-    learn:Learner, # From `recipe`
-    shares=(.1,.3,.5), # Shares of the frames
-    seed:int=0, # Where the runs begin
-)->list: # One dict a group and share: `group`, `share`, `top1`, `macro_f1`
+    learn: Learner,  # From `recipe`
+    shares=(0.1, 0.3, 0.5),  # Shares of the frames
+    seed: int = 0,  # Where the runs begin
+) -> list:  # One dict a group and share: `group`, `share`, `top1`, `macro_f1`
     "Scores of the test clips with hands or face missing."
     found = []
-    for group,points in covered_groups(learn.preparation).items():
+    for group, points in covered_groups(learn.preparation).items():
         for share in shares:
             data = Occluded(learn.data, points, share, seed)
-            scores = sign_scores(answer_rows(model_answers(learn.model, data, learn.test), learn.data, learn.test))
-            found.append(dict(group=group, share=share, top1=scores['top1'], macro_f1=scores['macro_f1']))
+            scores = sign_scores(
+                answer_rows(model_answers(learn.model, data, learn.test), learn.data, learn.test)
+            )
+            found.append(
+                dict(group=group, share=share, top1=scores["top1"], macro_f1=scores["macro_f1"])
+            )
     return found
 
 # %% ../../nbs/sign/50_recipe.ipynb #baa1ccd9
 def without_gloss(
-    clips:list, # All clips
-    facts:dict, # From `load_clips`
-    gloss, # Which, a number or several
-)->tuple: # Clips without it, renumbered, and their facts; for `recipe`
+    clips: list,  # All clips
+    facts: dict,  # From `load_clips`
+    gloss,  # Which, a number or several
+) -> tuple:  # Clips without it, renumbered, and their facts; for `recipe`
     "The data before a sign, or some signs, were added."
-    names,out = dict(facts['names']),np.atleast_1d(gloss)
-    for k in ('gloss','category_of'): names[k] = [n for i,n in enumerate(names[k]) if i not in out]
-    kept = [replace(c, gloss=c.gloss-int((out < c.gloss).sum())) for c in clips if c.gloss not in out]
+    names, out = dict(facts["names"]), np.atleast_1d(gloss)
+    for k in ("gloss", "category_of"):
+        names[k] = [n for i, n in enumerate(names[k]) if i not in out]
+    kept = [
+        replace(c, gloss=c.gloss - int((out < c.gloss).sum())) for c in clips if c.gloss not in out
+    ]
     return kept, dict(facts, names=names, clips=len(kept))
 
 # %% ../../nbs/sign/50_recipe.ipynb #91cd61cd
 def preprocessing_state(
-    learn:Learner, # From `recipe`
-    temperature:float=1., # What logits are divided by
-    threshold:float=0., # Smallest probability of an answer
-)->dict: # JSON-able
+    learn: Learner,  # From `recipe`
+    temperature: float = 1.0,  # What logits are divided by
+    threshold: float = 0.0,  # Smallest probability of an answer
+) -> dict:  # JSON-able
     "State that turns a clip into inputs, and an answer into words."
     own = learn.recipe_options
-    return dict(preparation=learn.preparation.to_json(), names=learn.names, temperature=temperature, threshold=threshold, read=learn.read, kp_key=own['kp_key'], feature_key=own['feature_key'])
+    return dict(
+        preparation=learn.preparation.to_json(),
+        names=learn.names,
+        temperature=temperature,
+        threshold=threshold,
+        read=learn.read,
+        kp_key=own["kp_key"],
+        feature_key=own["feature_key"],
+    )
 
 # %% ../../nbs/sign/50_recipe.ipynb #2f2b44a5
 def _prepared(preparation, clip):
     "Array and no reason, or no array and the reason."
-    if isinstance(clip, InputError): return None, str(clip)
-    try: return preparation(clip), ''
-    except NobodySeen: return None, 'no body or hand seen'
-    except InputError as e: return None, str(e)
+    if isinstance(clip, InputError):
+        return None, str(clip)
+    try:
+        return preparation(clip), ""
+    except NobodySeen:
+        return None, "no body or hand seen"
+    except InputError as e:
+        return None, str(e)
 
 # %% ../../nbs/sign/50_recipe.ipynb #8d0cf2fb
 def answer_table(
-    model, # The model
-    state:dict, # From `preprocessing_state`
-    clips:list, # Clips, or the `InputError` that reading one raised with its `name`
-    most:int=5, # Answers a clip
-    progress=None, # For instance `tqdm`
-)->pd.DataFrame: # A row a clip: answers and probabilities, category, `reject` and its `reason`
+    model,  # The model
+    state: dict,  # From `preprocessing_state`
+    clips: list,  # Clips, or the `InputError` that reading one raised with its `name`
+    most: int = 5,  # Answers a clip
+    progress=None,  # For instance `tqdm`
+) -> pd.DataFrame:  # A row a clip: answers and probabilities, category, `reject` and its `reason`
     "Answers of a model in words; what cannot be read is rejected with the reason."
-    preparation,names = Preparation.from_json(state['preparation']),state['names']
-    arrays,reasons = zip(*[_prepared(preparation, c) for c in (progress(clips) if progress else clips)]) if clips else ((),())
-    gloss,category = prepared_answers(list(arrays), model, state['temperature'])
+    preparation, names = Preparation.from_json(state["preparation"]), state["names"]
+    arrays, reasons = (
+        zip(*[_prepared(preparation, c) for c in (progress(clips) if progress else clips)])
+        if clips
+        else ((), ())
+    )
+    gloss, category = prepared_answers(list(arrays), model, state["temperature"])
     rows = []
-    for clip,reason,g,c in zip(clips, reasons, gloss, category):
+    for clip, reason, g, c in zip(clips, reasons, gloss, category):
         best = np.argsort(-g)[:most] if not reason else []
-        if not reason and g[best[0]] < state['threshold']: reason = f"not sure enough: {g[best[0]]:.2f} is below {state['threshold']:.2f}"
-        words = {f'{k}{i+1}': v for i,b in enumerate(best) for k,v in ((('gloss'),names['gloss'][b]), ('probability',float(g[b])))}
-        rows.append(dict(clip=clip.name, **words, category=names['category'][c.argmax()] if len(best) else '', reject=bool(reason), reason=reason))
-    table = pd.DataFrame(rows); table.attrs['faults'] = sum(isinstance(c, InputError) for c in clips) # the command ends with 2
+        if not reason and g[best[0]] < state["threshold"]:
+            reason = f"not sure enough: {g[best[0]]:.2f} is below {state['threshold']:.2f}"
+        words = {
+            f"{k}{i + 1}": v
+            for i, b in enumerate(best)
+            for k, v in ((("gloss"), names["gloss"][b]), ("probability", float(g[b])))
+        }
+        rows.append(
+            dict(
+                clip=clip.name,
+                **words,
+                category=names["category"][c.argmax()] if len(best) else "",
+                reject=bool(reason),
+                reason=reason,
+            )
+        )
+    table = pd.DataFrame(rows)
+    table.attrs["faults"] = sum(isinstance(c, InputError) for c in clips)  # the command ends with 2
     return table
 
 # %% ../../nbs/sign/50_recipe.ipynb #28ae30e0
 def _read_one(read, file):
-    try: return read(file)
-    except InputError as e: e.name = file.stem; return e
+    try:
+        return read(file)
+    except InputError as e:
+        e.name = file.stem
+        return e
 
 # %% ../../nbs/sign/50_recipe.ipynb #6a7b503b
 def read_inputs(
-    state:dict, # From a bundle
-    path, # A clip, or a folder of clips
-)->list: # Clips, and errors in the places of those that cannot be read
+    state: dict,  # From a bundle
+    path,  # A clip, or a folder of clips
+) -> list:  # Clips, and errors in the places of those that cannot be read
     "Clips to be answered; labels are not needed."
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.rglob('*.npz'))
-    if not files: raise InputError(path, 'clips', 'an .npz file or a folder of them', 'none')
-    read = read_hands if state['preparation']['skeleton'] == 'hands42' else lambda f: read_clip(f, state['kp_key'], state['feature_key'], state['read'])
+    files = [path] if path.is_file() else sorted(path.rglob("*.npz"))
+    if not files:
+        raise InputError(path, "clips", "an .npz file or a folder of them", "none")
+    read = (
+        read_hands
+        if state["preparation"]["skeleton"] == "hands42"
+        else lambda f: read_clip(f, state["kp_key"], state["feature_key"], state["read"])
+    )
     return [_read_one(read, f) for f in files]
 
 # %% ../../nbs/sign/50_recipe.ipynb #bec8e7c8
 def predict_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    path, # A clip, or a folder of clips
-)->pd.DataFrame: # From `answer_table`
+    bundle,  # From `lab.bundle.load_bundle`
+    path,  # A clip, or a folder of clips
+) -> pd.DataFrame:  # From `answer_table`
     "Answer clips with a bundle's model."
     return answer_table(bundle.model, bundle.preprocessing, read_inputs(bundle.preprocessing, path))
 
 # %% ../../nbs/sign/50_recipe.ipynb #33806bcf
 def _check_names(bundle, names):
     "Refuse data whose glosses are not the bundle's."
-    ours = bundle.preprocessing['names']['gloss']
-    if names['gloss'] != ours[:len(names['gloss'])]: raise InputError(bundle.folder, 'glosses', f"those of the bundle ({', '.join(ours[:3])}, …)", f"{', '.join(names['gloss'][:3])}, …")
+    ours = bundle.preprocessing["names"]["gloss"]
+    if names["gloss"] != ours[: len(names["gloss"])]:
+        raise InputError(
+            bundle.folder,
+            "glosses",
+            f"those of the bundle ({', '.join(ours[:3])}, …)",
+            f"{', '.join(names['gloss'][:3])}, …",
+        )
 
 # %% ../../nbs/sign/50_recipe.ipynb #6ee476e2
 def evaluate_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    data, # Folder of clips with labels
-    progress=None, # For instance `tqdm`
-)->tuple: # Table of measures, and facts about the data
+    bundle,  # From `lab.bundle.load_bundle`
+    data,  # Folder of clips with labels
+    progress=None,  # For instance `tqdm`
+) -> tuple:  # Table of measures, and facts about the data
     "Score a bundle on clips; signers that it was trained on are scored apart."
-    state = bundle.preprocessing; preparation = Preparation.from_json(state['preparation'])
-    clips,facts = load_clips(data, progress, kp_key=state['kp_key'], feature_key=state['feature_key'], read=state['read'])
-    _check_names(bundle, facts['names'])
-    known = ClipData(prepare_clips(clips, preparation, empty='keep'), clips)
-    rows = answer_rows(model_answers(bundle.model, known, np.arange(len(known))), known, np.arange(len(known)), state['names']['category_of'], state['temperature'])
-    sides = rows.signer.isin(bundle.facts.get('trained_on', [])).map({True: 'trained on', False: 'new'})
-    table = [dict(split=side, name=name, measure=m, value=v) for side,part in rows.groupby(sides) for name,p in [('all',part), *part.groupby('signer')] for m,v in sign_scores(p).items() if name == 'all' or m == 'macro_f1']
-    return pd.DataFrame(table), dict(facts={k: v for k,v in facts.items() if k != 'names'})
+    state = bundle.preprocessing
+    preparation = Preparation.from_json(state["preparation"])
+    clips, facts = load_clips(
+        data, progress, kp_key=state["kp_key"], feature_key=state["feature_key"], read=state["read"]
+    )
+    _check_names(bundle, facts["names"])
+    known = ClipData(prepare_clips(clips, preparation, empty="keep"), clips)
+    rows = answer_rows(
+        model_answers(bundle.model, known, np.arange(len(known))),
+        known,
+        np.arange(len(known)),
+        state["names"]["category_of"],
+        state["temperature"],
+    )
+    sides = rows.signer.isin(bundle.facts.get("trained_on", [])).map(
+        {True: "trained on", False: "new"}
+    )
+    table = [
+        dict(split=side, name=name, measure=m, value=v)
+        for side, part in rows.groupby(sides)
+        for name, p in [("all", part), *part.groupby("signer")]
+        for m, v in sign_scores(p).items()
+        if name == "all" or m == "macro_f1"
+    ]
+    return pd.DataFrame(table), dict(facts={k: v for k, v in facts.items() if k != "names"})
 
 # %% ../../nbs/sign/50_recipe.ipynb #3fb67cfa
 def stream_windows(
-    preparation:Preparation, # Fitted
-    clip:Clip, # A long one
-    seconds:float=2., # Length of the window
-    step:float=.25, # Seconds between windows
-)->tuple: # A prepared array a window, `None` where nobody is seen; first frame of each; frames a window
+    preparation: Preparation,  # Fitted
+    clip: Clip,  # A long one
+    seconds: float = 2.0,  # Length of the window
+    step: float = 0.25,  # Seconds between windows
+) -> (
+    tuple
+):  # A prepared array a window, `None` where nobody is seen; first frame of each; frames a window
     "A window that slides over a clip."
-    time = clip.timestamps_ms/1000
-    period = max(float(np.median(np.diff(time))) if len(time) > 1 else 1., 1e-3)
-    size,stride = max(2, round(seconds/period)),max(1, round(step/period))
-    starts = np.arange(0, max(len(clip)-size, 0)+1, stride)
-    part = lambda a: replace(clip, points=clip.points[a:a+size], seen=clip.seen[a:a+size], timestamps_ms=clip.timestamps_ms[a:a+size])
+    time = clip.timestamps_ms / 1000
+    period = max(float(np.median(np.diff(time))) if len(time) > 1 else 1.0, 1e-3)
+    size, stride = max(2, round(seconds / period)), max(1, round(step / period))
+    starts = np.arange(0, max(len(clip) - size, 0) + 1, stride)
+
+    def part(a):
+        return replace(
+            clip,
+            points=clip.points[a : a + size],
+            seen=clip.seen[a : a + size],
+            timestamps_ms=clip.timestamps_ms[a : a + size],
+        )
+
     return [_prepared(preparation, part(a))[0] for a in starts], starts, size
 
 # %% ../../nbs/sign/50_recipe.ipynb #5676929b
 def stream_signs(
-    model, # A model
-    state:dict, # From `preprocessing_state`
-    clip:Clip, # A long one
-    seconds:float=2., # Length of the window
-    step:float=.25, # Seconds between windows
-    threshold:float=None, # Smallest probability; the state's by default
-)->pd.DataFrame: # `start` and `stop` in seconds, `gloss` by name, `probability`
+    model,  # A model
+    state: dict,  # From `preprocessing_state`
+    clip: Clip,  # A long one
+    seconds: float = 2.0,  # Length of the window
+    step: float = 0.25,  # Seconds between windows
+    threshold: float = None,  # Smallest probability; the state's by default
+) -> pd.DataFrame:  # `start` and `stop` in seconds, `gloss` by name, `probability`
     "Signs in a long clip; what lies between them is no sign."
-    arrays,starts,size = stream_windows(Preparation.from_json(state['preparation']), clip, seconds, step)
-    p = prepared_answers(arrays, model, state['temperature'])[0]
-    found = merge_windows(starts, size, p.argmax(1), p.max(1), state['threshold'] if threshold is None else threshold)
-    time,last = clip.timestamps_ms/1000,len(clip)-1
-    return found.assign(start=time[found.start.clip(upper=last)], stop=time[found.stop.clip(upper=last)], gloss=[state['names']['gloss'][g] for g in found.gloss])
+    arrays, starts, size = stream_windows(
+        Preparation.from_json(state["preparation"]), clip, seconds, step
+    )
+    p = prepared_answers(arrays, model, state["temperature"])[0]
+    found = merge_windows(
+        starts, size, p.argmax(1), p.max(1), state["threshold"] if threshold is None else threshold
+    )
+    time, last = clip.timestamps_ms / 1000, len(clip) - 1
+    return found.assign(
+        start=time[found.start.clip(upper=last)],
+        stop=time[found.stop.clip(upper=last)],
+        gloss=[state["names"]["gloss"][g] for g in found.gloss],
+    )
 
 # %% ../../nbs/sign/50_recipe.ipynb #e1780a6f
 def joined_clips(
-    clips:list, # `Clip`s of one layout, `pose78` or `hands42`
-)->tuple: # One long clip, and a table of what is in it: `start` and `stop` in frames, `gloss`
+    clips: list,  # `Clip`s of one layout, `pose78` or `hands42`
+) -> tuple:  # One long clip, and a table of what is in it: `start` and `stop` in frames, `gloss`
     "Clips one after the other."
-    skeleton = SKELETONS[clip_layout(clips[0])]; kind = 'body' if skeleton.shoulders else 'hand'
-    points,times,last = [],[],0
+    skeleton = SKELETONS[clip_layout(clips[0])]
+    kind = "body" if skeleton.shoulders else "hand"
+    points, times, last = [], [], 0
     for c in clips:
         p = to_pixels(c.points, c.width, c.height)
-        points.append(normalise_points(p, *reference_frame(p, c.seen.astype('int8'), skeleton, kind)[:2]))
-        times.append(c.timestamps_ms-c.timestamps_ms[0]+last); last = times[-1][-1]+round(float(np.median(np.diff(c.timestamps_ms))) if len(c) > 1 else 40)
+        points.append(
+            normalise_points(p, *reference_frame(p, c.seen.astype("int8"), skeleton, kind)[:2])
+        )
+        times.append(c.timestamps_ms - c.timestamps_ms[0] + last)
+        last = times[-1][-1] + round(
+            float(np.median(np.diff(c.timestamps_ms))) if len(c) > 1 else 40
+        )
     stop = np.cumsum([len(c) for c in clips])
-    long = replace(clips[0], name='joined', points=np.concatenate(points), seen=np.concatenate([c.seen for c in clips]), timestamps_ms=np.concatenate(times), gloss=-1, category=-1, width=0., height=0.)
-    return long, pd.DataFrame(dict(start=stop-[len(c) for c in clips], stop=stop, gloss=[c.gloss for c in clips]))
+    long = replace(
+        clips[0],
+        name="joined",
+        points=np.concatenate(points),
+        seen=np.concatenate([c.seen for c in clips]),
+        timestamps_ms=np.concatenate(times),
+        gloss=-1,
+        category=-1,
+        width=0.0,
+        height=0.0,
+    )
+    return long, pd.DataFrame(
+        dict(start=stop - [len(c) for c in clips], stop=stop, gloss=[c.gloss for c in clips])
+    )
 
 # %% ../../nbs/sign/50_recipe.ipynb #c7a030ee
 @torch.no_grad()
 def extract_features(
-    backbone:torch.nn.Module, # Frames `[N,3,H,W]` to features, from `models.create_backbone`
-    clips, # Pairs (name, frames `[T,3,H,W]`, float32), from whatever reads the videos
-    folder, # Receives `<name>.npz`
-    key:str='X2048', # Name of the array
-    batch_size:int=16, # Frames at a time
-    progress=None, # For instance `tqdm`
-)->int: # Clips that were computed
+    backbone: torch.nn.Module,  # Frames `[N,3,H,W]` to features, from `models.create_backbone`
+    clips,  # Pairs (name, frames `[T,3,H,W]`, float32), from whatever reads the videos
+    folder,  # Receives `<name>.npz`
+    key: str = "X2048",  # Name of the array
+    batch_size: int = 16,  # Frames at a time
+    progress=None,  # For instance `tqdm`
+) -> int:  # Clips that were computed
     "Write the features of clips."
     from gcode_ml.core.files import atomic_path
-    folder,done,backbone = Path(folder),0,backbone.eval()
-    for name,frames in (progress(clips) if progress else clips):
-        if (folder/f'{name}.npz').exists(): continue
+
+    folder, done, backbone = Path(folder), 0, backbone.eval()
+    for name, frames in progress(clips) if progress else clips:
+        if (folder / f"{name}.npz").exists():
+            continue
         x = torch.as_tensor(frames)
-        found = torch.cat([backbone(x[i:i+batch_size]) for i in range(0, len(x), batch_size)]).numpy().astype('float32')
-        with atomic_path(folder/f'{name}.npz') as f, open(f, 'wb') as h: np.savez(h, **{key: found})
+        found = (
+            torch.cat([backbone(x[i : i + batch_size]) for i in range(0, len(x), batch_size)])
+            .numpy()
+            .astype("float32")
+        )
+        with atomic_path(folder / f"{name}.npz") as f, open(f, "wb") as h:
+            np.savez(h, **{key: found})
         done += 1
     return done
 
 # %% ../../nbs/sign/50_recipe.ipynb #3b1ca66a
 def _rehearse(model, folder, seed):
     from gcode_ml.core.callbacks import load_checkpoint
-    random = np.random.default_rng(seed); folder.mkdir()
-    for i in range(8): np.savez(folder/f'clip {i}.npz', X=random.uniform(.1, .9, (30,156)).astype('float32'), X2048=random.normal(size=(30,2048)).astype('float32'))
-    pd.DataFrame(dict(file=[f'clip {i}' for i in range(8)], gloss=[0,1]*4, cat=0, signer=['S1','S2']*4)).to_csv(folder/'labels.csv', index=False)
-    learn = recipe(folder, split='all', model=model, founding=True, max_epochs=1, batch_size=4, seed=seed, device='cpu', checkpoint_folder=str(folder/'weights'))
+
+    random = np.random.default_rng(seed)
+    folder.mkdir()
+    for i in range(8):
+        np.savez(
+            folder / f"clip {i}.npz",
+            X=random.uniform(0.1, 0.9, (30, 156)).astype("float32"),
+            X2048=random.normal(size=(30, 2048)).astype("float32"),
+        )
+    pd.DataFrame(
+        dict(file=[f"clip {i}" for i in range(8)], gloss=[0, 1] * 4, cat=0, signer=["S1", "S2"] * 4)
+    ).to_csv(folder / "labels.csv", index=False)
+    learn = recipe(
+        folder,
+        split="all",
+        model=model,
+        founding=True,
+        max_epochs=1,
+        batch_size=4,
+        seed=seed,
+        device="cpu",
+        checkpoint_folder=str(folder / "weights"),
+    )
     before = [p.detach().clone() for p in learn.model.parameters()]
-    with learn.no_bar(), learn.no_logging(): fit(learn)
-    moved = sum(not torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
-    other,_ = create_model(model, **learn.arguments); load_checkpoint(other, folder/'weights'/f'{type(other).__name__}_last.safetensors')
-    said,same = (answer_table(m.eval(), preprocessing_state(learn), learn.clips[:1]) for m in (learn.model,other))
-    if not said.equals(same) or not moved: raise RuntimeError(f'{model}: the weights that were read again answer differently, or nothing moved')
-    return dict(model=type(other).__name__, parameters=sum(p.numel() for p in other.parameters()), moved=moved, loss=float(learn.recorder.values[-1][1]), answer=said.gloss1[0], probability=said.probability1[0])
+    with learn.no_bar(), learn.no_logging():
+        fit(learn)
+    moved = sum(not torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
+    other, _ = create_model(model, **learn.arguments)
+    load_checkpoint(other, folder / "weights" / f"{type(other).__name__}_last.safetensors")
+    said, same = (
+        answer_table(m.eval(), preprocessing_state(learn), learn.clips[:1])
+        for m in (learn.model, other)
+    )
+    if not said.equals(same) or not moved:
+        raise RuntimeError(
+            f"{model}: the weights that were read again answer differently, or nothing moved"
+        )
+    return dict(
+        model=type(other).__name__,
+        parameters=sum(p.numel() for p in other.parameters()),
+        moved=moved,
+        loss=float(learn.recorder.values[-1][1]),
+        answer=said.gloss1[0],
+        probability=said.probability1[0],
+    )
 
 # %% ../../nbs/sign/50_recipe.ipynb #a0282b5b
 def smoke_test(
-    models=('transformer','iv3_gru'), # Which
-    seed:int=42, # Seed
-)->pd.DataFrame: # A row a model: parameters, loss before and after a step, and the answer
+    models=("transformer", "iv3_gru"),  # Which
+    seed: int = 42,  # Seed
+) -> pd.DataFrame:  # A row a model: parameters, loss before and after a step, and the answer
     "Rehearse a fit from files to an answer."
-    with tempfile.TemporaryDirectory() as folder: return pd.DataFrame([_rehearse(m, Path(folder)/m, seed) for m in models])
+    with tempfile.TemporaryDirectory() as folder:
+        return pd.DataFrame([_rehearse(m, Path(folder) / m, seed) for m in models])
 
 # %% ../../nbs/sign/50_recipe.ipynb #9f5271b2
 def simulate(
-    folder, # Receives clips and labels
-    **parameters # For `simulate_clips`: `glosses`, `signers`, `repetitions`, `seed`
-)->Path: # The folder
+    folder,  # Receives clips and labels
+    **parameters,  # For `simulate_clips`: `glosses`, `signers`, `repetitions`, `seed`
+) -> Path:  # The folder
     "Write simulated clips in the layout of the real ones."
     from gcode_ml.sign.simulate import simulate_clips
+
     known = list(inspect.signature(simulate_clips).parameters)[1:]
-    for k in parameters: check_choice('parameter', 'name', k, known)
+    for k in parameters:
+        check_choice("parameter", "name", k, known)
     simulate_clips(folder, **parameters)
     return Path(folder)

@@ -9,10 +9,14 @@ __all__ = ['Gloss', 'simulated_gloss', 'Style', 'simulated_style', 'minimum_jerk
            'filmed', 'simulated_clip', 'write_clips', 'simulate_clips']
 
 # %% ../../nbs/sign/06_simulate.ipynb #820502a4
-import csv, io, json
+import csv
+import io
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
+
 from ..core.errors import InputError
 from ..core.files import atomic_path
 from .data import SKELETON78, Clip
@@ -22,222 +26,396 @@ from .skeleton import mirror_points
 @dataclass(frozen=True)
 class Gloss:
     "A sign as a dictionary would describe it."
-    name:str # Its name
-    category:int # Place and movement
-    keys:np.ndarray # Key poses of the leading wrist, `[P,2]`
-    both:bool # Does the other hand do the same, mirrored?
-    flexion:np.ndarray # Of the five fingers, 0 straight to 1 closed
-    repeats:int # How often the movement is made
+
+    name: str  # Its name
+    category: int  # Place and movement
+    keys: np.ndarray  # Key poses of the leading wrist, `[P,2]`
+    both: bool  # Does the other hand do the same, mirrored?
+    flexion: np.ndarray  # Of the five fingers, 0 straight to 1 closed
+    repeats: int  # How often the movement is made
 
 # %% ../../nbs/sign/06_simulate.ipynb #defb1254
 def simulated_gloss(
-    number:int, # Which sign
-    categories:int=3, # Number of categories: heights of the place, with straight or bent movements in turn
-    seed:int=0, # Of the language
-)->Gloss: # Always the same for the same numbers
+    number: int,  # Which sign
+    categories: int = 3,  # Number of categories: heights of the place, with straight or bent movements in turn
+    seed: int = 0,  # Of the language
+) -> Gloss:  # Always the same for the same numbers
     "Invent a sign."
-    random = np.random.default_rng([seed, number, 101]); category = number % categories
-    place = np.array([-.35, -.6+1.2*category/max(categories-1, 1)])
+    random = np.random.default_rng([seed, number, 101])
+    category = number % categories
+    place = np.array([-0.35, -0.6 + 1.2 * category / max(categories - 1, 1)])
     poses = 2 if category % 2 else 3
-    keys = place+random.uniform([-.45,-.3], [.45,.3], (poses,2))
-    return Gloss(f'sign {number}', category, keys, bool(random.random() < .4), random.random(5).round(), int(random.integers(1, 3)))
+    keys = place + random.uniform([-0.45, -0.3], [0.45, 0.3], (poses, 2))
+    return Gloss(
+        f"sign {number}",
+        category,
+        keys,
+        bool(random.random() < 0.4),
+        random.random(5).round(),
+        int(random.integers(1, 3)),
+    )
 
 # %% ../../nbs/sign/06_simulate.ipynb #6aca77b4
 @dataclass(frozen=True)
 class Style:
     "A person in front of a camera; the defaults are those of nobody."
-    left:bool = False # Does the left hand lead?
-    arms:float = 1. # Length of the arms
-    forearm:float = 1. # Length of the forearm over the upper arm
-    amplitude:float = 1. # Size of the movements
-    tempo:float = 1. # Their speed
-    bend:float = 0. # ln of the exponent that bends time
-    place:tuple = (0.,0.) # Habitual offset of the hands, shoulder widths
-    head:float = .3 # Idle seconds before the sign
-    tail:float = .3 # And after it
-    rest:tuple = (.45,1.45) # Where a hand rests: beside, below
-    tilt:float = 0. # Of the body, radians
-    x:float = .5 # Of the middle of the shoulders, share of the picture's width
-    y:float = .4 # Share of its height
-    shoulders:float = .2 # Distance of the shoulders, share of its height
-    width:int = 800 # Of the picture, pixels
-    height:int = 800 # Of the picture, pixels
-    rate:int = 15 # Frames a second
-    jitter:float = 0. # Noise, shoulder widths
-    lost:float = 0. # Bursts a second in which a hand is not found
+
+    left: bool = False  # Does the left hand lead?
+    arms: float = 1.0  # Length of the arms
+    forearm: float = 1.0  # Length of the forearm over the upper arm
+    amplitude: float = 1.0  # Size of the movements
+    tempo: float = 1.0  # Their speed
+    bend: float = 0.0  # ln of the exponent that bends time
+    place: tuple = (0.0, 0.0)  # Habitual offset of the hands, shoulder widths
+    head: float = 0.3  # Idle seconds before the sign
+    tail: float = 0.3  # And after it
+    rest: tuple = (0.45, 1.45)  # Where a hand rests: beside, below
+    tilt: float = 0.0  # Of the body, radians
+    x: float = 0.5  # Of the middle of the shoulders, share of the picture's width
+    y: float = 0.4  # Share of its height
+    shoulders: float = 0.2  # Distance of the shoulders, share of its height
+    width: int = 800  # Of the picture, pixels
+    height: int = 800  # Of the picture, pixels
+    rate: int = 15  # Frames a second
+    jitter: float = 0.0  # Noise, shoulder widths
+    lost: float = 0.0  # Bursts a second in which a hand is not found
 
 # %% ../../nbs/sign/06_simulate.ipynb #1f87dddb
 def simulated_style(
-    number:int, # Which person
-    seed:int=0, # Of the population
-)->Style: # Always the same for the same numbers
+    number: int,  # Which person
+    seed: int = 0,  # Of the population
+) -> Style:  # Always the same for the same numbers
     "Invent a person; one in eight is left-handed."
-    random = np.random.default_rng([seed, number, 202]); u = random.uniform
-    return Style(left=bool(u() < .125), arms=u(.9, 1.1), forearm=u(.85, 1.15), amplitude=u(.75, 1.25), tempo=u(.6, 1.6), bend=random.normal(0, .2),
-        place=tuple(random.normal(0, .12, 2)), head=u(.1, 1.2), tail=u(.1, 1.2), rest=(u(.3, .7),u(1.2, 1.6)), tilt=random.normal(0, .06), x=u(.42, .58), y=u(.34, .46),
-        shoulders=u(.16, .26), width=int(random.choice([640,764,960,1280])), height=int(random.choice([720,1004])), rate=int(random.choice([15,25,30])),
-        jitter=u(.004, .012), lost=u(0, .4))
+    random = np.random.default_rng([seed, number, 202])
+    u = random.uniform
+    return Style(
+        left=bool(u() < 0.125),
+        arms=u(0.9, 1.1),
+        forearm=u(0.85, 1.15),
+        amplitude=u(0.75, 1.25),
+        tempo=u(0.6, 1.6),
+        bend=random.normal(0, 0.2),
+        place=tuple(random.normal(0, 0.12, 2)),
+        head=u(0.1, 1.2),
+        tail=u(0.1, 1.2),
+        rest=(u(0.3, 0.7), u(1.2, 1.6)),
+        tilt=random.normal(0, 0.06),
+        x=u(0.42, 0.58),
+        y=u(0.34, 0.46),
+        shoulders=u(0.16, 0.26),
+        width=int(random.choice([640, 764, 960, 1280])),
+        height=int(random.choice([720, 1004])),
+        rate=int(random.choice([15, 25, 30])),
+        jitter=u(0.004, 0.012),
+        lost=u(0, 0.4),
+    )
 
 # %% ../../nbs/sign/06_simulate.ipynb #97bea1f2
 def minimum_jerk(
-    keys:np.ndarray, # Places, `[P,2]`
-    at:np.ndarray, # Where on the way, 0 to P-1, `[T]`
-)->np.ndarray: # `[T,2]`
+    keys: np.ndarray,  # Places, `[P,2]`
+    at: np.ndarray,  # Where on the way, 0 to P-1, `[T]`
+) -> np.ndarray:  # `[T,2]`
     "Way through the places, with a rest at each."
-    i = np.clip(np.floor(at).astype(int), 0, len(keys)-2); r = np.clip(at-i, 0, 1)[:,None]
-    return keys[i]+(keys[i+1]-keys[i])*(10*r**3-15*r**4+6*r**5)
+    i = np.clip(np.floor(at).astype(int), 0, len(keys) - 2)
+    r = np.clip(at - i, 0, 1)[:, None]
+    return keys[i] + (keys[i + 1] - keys[i]) * (10 * r**3 - 15 * r**4 + 6 * r**5)
 
 # %% ../../nbs/sign/06_simulate.ipynb #02583ea0
 def elbow(
-    shoulder:np.ndarray, # `[2]`
-    wrist:np.ndarray, # Where the wrist should be, `[T,2]`
-    upper:float, # Length of the upper arm
-    fore:float, # Length of the forearm
-    side:int, # 1 where the elbow points to larger x, -1 to smaller
-)->tuple: # Elbow and wrist, both `[T,2]`
+    shoulder: np.ndarray,  # `[2]`
+    wrist: np.ndarray,  # Where the wrist should be, `[T,2]`
+    upper: float,  # Length of the upper arm
+    fore: float,  # Length of the forearm
+    side: int,  # 1 where the elbow points to larger x, -1 to smaller
+) -> tuple:  # Elbow and wrist, both `[T,2]`
     "Inverse kinematics of two links."
-    way = wrist-shoulder; d = np.maximum(np.linalg.norm(way, axis=1), 1e-9)[:,None]
-    reach = np.clip(d, abs(upper-fore)+1e-3, (upper+fore)*.999); along = way/d
-    cos = (upper**2+reach**2-fore**2)/(2*upper*reach); across = side*np.stack([along[:,1],-along[:,0]], 1)
-    return shoulder+upper*(cos*along+np.sqrt(np.maximum(1-cos**2, 0))*across), shoulder+reach*along
+    way = wrist - shoulder
+    d = np.maximum(np.linalg.norm(way, axis=1), 1e-9)[:, None]
+    reach = np.clip(d, abs(upper - fore) + 1e-3, (upper + fore) * 0.999)
+    along = way / d
+    cos = (upper**2 + reach**2 - fore**2) / (2 * upper * reach)
+    across = side * np.stack([along[:, 1], -along[:, 0]], 1)
+    return shoulder + upper * (
+        cos * along + np.sqrt(np.maximum(1 - cos**2, 0)) * across
+    ), shoulder + reach * along
 
 # %% ../../nbs/sign/06_simulate.ipynb #36d04584
 def finger_chain(
-    wrist:np.ndarray, # `[T,2]`
-    direction:np.ndarray, # Of the forearm, unit vectors `[T,2]`
-    flexion:np.ndarray, # Of the five fingers, `[T,5]`
-    side:int, # 1 for the left hand, -1 for the right
-    size:float=.26, # From the wrist to the middle knuckle
-)->np.ndarray: # `[T,21,2]`, wrist first
+    wrist: np.ndarray,  # `[T,2]`
+    direction: np.ndarray,  # Of the forearm, unit vectors `[T,2]`
+    flexion: np.ndarray,  # Of the five fingers, `[T,5]`
+    side: int,  # 1 for the left hand, -1 for the right
+    size: float = 0.26,  # From the wrist to the middle knuckle
+) -> np.ndarray:  # `[T,21,2]`, wrist first
     "Points of a hand."
-    base = np.array([.9,.3,.0,-.25,-.5])*side; length = np.array([.5,.95,1.,.97,.85]); link = np.array([.3,.42,.45,.42,.33])
-    angle = np.arctan2(direction[:,1], direction[:,0])[:,None]+base
-    def along(a, r): return np.stack([np.cos(a), np.sin(a)], -1)*np.asarray(r)[...,None]
-    joint = along(angle, length); points = [np.zeros((len(wrist),1,2)), joint[:,:,None]]
-    for j in range(1, 4): joint = joint+along(angle+.25*(base*-1)+1.1*j*flexion*side, link*(1-.1*j)); points.append(joint[:,:,None])
-    return wrist[:,None]+size*np.concatenate([points[0], np.concatenate(points[1:], 2).reshape(len(wrist), 20, 2)], 1)
+    base = np.array([0.9, 0.3, 0.0, -0.25, -0.5]) * side
+    length = np.array([0.5, 0.95, 1.0, 0.97, 0.85])
+    link = np.array([0.3, 0.42, 0.45, 0.42, 0.33])
+    angle = np.arctan2(direction[:, 1], direction[:, 0])[:, None] + base
+
+    def along(a, r):
+        return np.stack([np.cos(a), np.sin(a)], -1) * np.asarray(r)[..., None]
+
+    joint = along(angle, length)
+    points = [np.zeros((len(wrist), 1, 2)), joint[:, :, None]]
+    for j in range(1, 4):
+        joint = joint + along(
+            angle + 0.25 * (base * -1) + 1.1 * j * flexion * side, link * (1 - 0.1 * j)
+        )
+        points.append(joint[:, :, None])
+    return wrist[:, None] + size * np.concatenate(
+        [points[0], np.concatenate(points[1:], 2).reshape(len(wrist), 20, 2)], 1
+    )
 
 # %% ../../nbs/sign/06_simulate.ipynb #17d18b6d
-_head = np.array([[0,0],[.07,-.08],[.11,-.08],[.15,-.07],[-.07,-.08],[-.11,-.08],[-.15,-.07],[.24,-.02],[-.24,-.02],[.07,.11],[-.07,.11]])
-_face = np.array([[0,-.03],[-.17,-.07],[.17,-.07],[-.06,-.07],[.06,-.07],[-.09,.12],[.09,.12],[-.12,-.14],[.12,-.14],[0,.26],[0,.01]])
+_head = np.array(
+    [
+        [0, 0],
+        [0.07, -0.08],
+        [0.11, -0.08],
+        [0.15, -0.07],
+        [-0.07, -0.08],
+        [-0.11, -0.08],
+        [-0.15, -0.07],
+        [0.24, -0.02],
+        [-0.24, -0.02],
+        [0.07, 0.11],
+        [-0.07, 0.11],
+    ]
+)
+_face = np.array(
+    [
+        [0, -0.03],
+        [-0.17, -0.07],
+        [0.17, -0.07],
+        [-0.06, -0.07],
+        [0.06, -0.07],
+        [-0.09, 0.12],
+        [0.09, 0.12],
+        [-0.12, -0.14],
+        [0.12, -0.14],
+        [0, 0.26],
+        [0, 0.01],
+    ]
+)
 
 # %% ../../nbs/sign/06_simulate.ipynb #b0d2208e
 def _wrists(gloss, style, random, sway):
     "Seconds of the frames, and the places of the leading and the other hand."
-    rest = np.array(style.rest)*[-1,1]; middle = gloss.keys.mean(0)
-    keys = middle+style.amplitude*(np.tile(gloss.keys, (gloss.repeats,1))-middle)+style.place+sway*random.normal(0, .04, (gloss.repeats*len(gloss.keys),2))
-    keys = np.concatenate([rest[None],keys,rest[None]]); seconds = .38*(len(keys)-1)/style.tempo
-    time = np.arange(0, style.head+seconds+style.tail+1e-9, 1/style.rate)
-    at = np.clip((time-style.head)/seconds, 0, 1)**np.exp(style.bend)*(len(keys)-1)
-    lead = minimum_jerk(keys, at); moving = np.clip(np.minimum(at, len(keys)-1-at), 0, 1)
-    return time, lead, lead*[-1,1] if gloss.both else np.tile(rest*[-1,1], (len(time),1)), moving
+    rest = np.array(style.rest) * [-1, 1]
+    middle = gloss.keys.mean(0)
+    keys = (
+        middle
+        + style.amplitude * (np.tile(gloss.keys, (gloss.repeats, 1)) - middle)
+        + style.place
+        + sway * random.normal(0, 0.04, (gloss.repeats * len(gloss.keys), 2))
+    )
+    keys = np.concatenate([rest[None], keys, rest[None]])
+    seconds = 0.38 * (len(keys) - 1) / style.tempo
+    time = np.arange(0, style.head + seconds + style.tail + 1e-9, 1 / style.rate)
+    at = np.clip((time - style.head) / seconds, 0, 1) ** np.exp(style.bend) * (len(keys) - 1)
+    lead = minimum_jerk(keys, at)
+    moving = np.clip(np.minimum(at, len(keys) - 1 - at), 0, 1)
+    return (
+        time,
+        lead,
+        lead * [-1, 1] if gloss.both else np.tile(rest * [-1, 1], (len(time), 1)),
+        moving,
+    )
 
 # %% ../../nbs/sign/06_simulate.ipynb #082a8b15
 def _arms(lead, other, style):
     "Shoulders, elbows and wrists of both sides, and the directions of the forearms."
-    upper = .82*style.arms*2/(1+style.forearm); fore = .74*style.arms*2*style.forearm/(1+style.forearm); parts = {}
-    for side,hand in ((-1,lead),(1,other)):
-        shoulder = np.array([.5*side,0.]); joint,wrist = elbow(shoulder, hand, upper, fore, side)
-        parts[side] = np.broadcast_to(shoulder, wrist.shape),joint,wrist,(wrist-joint)/fore
+    upper = 0.82 * style.arms * 2 / (1 + style.forearm)
+    fore = 0.74 * style.arms * 2 * style.forearm / (1 + style.forearm)
+    parts = {}
+    for side, hand in ((-1, lead), (1, other)):
+        shoulder = np.array([0.5 * side, 0.0])
+        joint, wrist = elbow(shoulder, hand, upper, fore, side)
+        parts[side] = np.broadcast_to(shoulder, wrist.shape), joint, wrist, (wrist - joint) / fore
     return parts
 
 # %% ../../nbs/sign/06_simulate.ipynb #05adaa32
 def body_points(
-    gloss:Gloss, # What is signed
-    style:Style=Style(), # By whom
-    seed=0, # Of this repetition
-    sway:float=1., # Size of what differs between repetitions
-)->tuple: # Points `[T,78,2]` in shoulder widths, and seconds `[T]`
+    gloss: Gloss,  # What is signed
+    style: Style = Style(),  # By whom
+    seed=0,  # Of this repetition
+    sway: float = 1.0,  # Size of what differs between repetitions
+) -> tuple:  # Points `[T,78,2]` in shoulder widths, and seconds `[T]`
     "Body, hands and face of a person who signs."
     random = np.random.default_rng(seed)
-    time,lead,other,moving = _wrists(gloss, style, random, sway)
-    parts,flexion = _arms(lead, other, style),moving[:,None]*gloss.flexion+(1-moving[:,None])*.4
-    hands = {s: finger_chain(parts[s][2], parts[s][3], flexion if s < 0 or gloss.both else np.full_like(flexion, .4), s) for s in (1,-1)}
-    head = np.array([0,-.75])+sway*.02*np.sin(2*np.pi*(.3*time[:,None]+random.random(2)))
-    pairs = [parts[s][j] for j in range(3) for s in (1,-1)]+[hands[s][:,p] for p in (17,5,2) for s in (1,-1)]+[np.tile([.33*s,1.5], (len(time),1)) for s in (1,-1)]
-    points = np.concatenate([head[:,None]+_head, np.stack(pairs, 1), hands[1], hands[-1], head[:,None]+_face], 1)
-    if style.left: points,_ = mirror_points(points, np.ones(points.shape[:2]), SKELETON78.pairs)
-    cos,sin = np.cos(style.tilt),np.sin(style.tilt)
-    return (points@np.array([[cos,sin],[-sin,cos]])).astype('float32'), time
+    time, lead, other, moving = _wrists(gloss, style, random, sway)
+    parts, flexion = (
+        _arms(lead, other, style),
+        moving[:, None] * gloss.flexion + (1 - moving[:, None]) * 0.4,
+    )
+    hands = {
+        s: finger_chain(
+            parts[s][2],
+            parts[s][3],
+            flexion if s < 0 or gloss.both else np.full_like(flexion, 0.4),
+            s,
+        )
+        for s in (1, -1)
+    }
+    head = np.array([0, -0.75]) + sway * 0.02 * np.sin(
+        2 * np.pi * (0.3 * time[:, None] + random.random(2))
+    )
+    pairs = (
+        [parts[s][j] for j in range(3) for s in (1, -1)]
+        + [hands[s][:, p] for p in (17, 5, 2) for s in (1, -1)]
+        + [np.tile([0.33 * s, 1.5], (len(time), 1)) for s in (1, -1)]
+    )
+    points = np.concatenate(
+        [head[:, None] + _head, np.stack(pairs, 1), hands[1], hands[-1], head[:, None] + _face], 1
+    )
+    if style.left:
+        points, _ = mirror_points(points, np.ones(points.shape[:2]), SKELETON78.pairs)
+    cos, sin = np.cos(style.tilt), np.sin(style.tilt)
+    return (points @ np.array([[cos, sin], [-sin, cos]])).astype("float32"), time
 
 # %% ../../nbs/sign/06_simulate.ipynb #ded0bbc3
 def filmed(
-    points:np.ndarray, # `[T,78,2]`, shoulder widths
-    time:np.ndarray, # Seconds, `[T]`
-    style:Style, # Framing and losses
-    seed=0, # Of jitter and losses
-)->tuple: # Points `[T,78,2]` as shares of the picture, 0 where missing, and seen `[T,78]`
+    points: np.ndarray,  # `[T,78,2]`, shoulder widths
+    time: np.ndarray,  # Seconds, `[T]`
+    style: Style,  # Framing and losses
+    seed=0,  # Of jitter and losses
+) -> tuple:  # Points `[T,78,2]` as shares of the picture, 0 where missing, and seen `[T,78]`
     "A person in a picture."
-    random = np.random.default_rng(seed); T = len(time)
-    points = points+style.jitter*random.normal(size=points.shape)
-    pixels = points*style.shoulders*style.height+[style.x*style.width, style.y*style.height]
-    shares = (pixels/[style.width,style.height]).astype('float32')
+    random = np.random.default_rng(seed)
+    T = len(time)
+    points = points + style.jitter * random.normal(size=points.shape)
+    pixels = points * style.shoulders * style.height + [
+        style.x * style.width,
+        style.y * style.height,
+    ]
+    shares = (pixels / [style.width, style.height]).astype("float32")
     seen = ((shares > 0) & (shares < 1)).all(2)
     for hand in SKELETON78.hands:
-        for _ in range(random.poisson(style.lost*time[-1])):
-            start = random.integers(T); seen[start:start+random.integers(1, 9),slice(*SKELETON78.blocks[hand])] = False
-    return np.where(seen[...,None], shares, 0).astype('float32'), seen
+        for _ in range(random.poisson(style.lost * time[-1])):
+            start = random.integers(T)
+            seen[start : start + random.integers(1, 9), slice(*SKELETON78.blocks[hand])] = False
+    return np.where(seen[..., None], shares, 0).astype("float32"), seen
 
 # %% ../../nbs/sign/06_simulate.ipynb #1d164619
 def simulated_clip(
-    gloss:int, # Which sign
-    signer:int=0, # Which person
-    repetition:int=1, # Which time
-    seed:int=0, # Of language and population
-    categories:int=3, # Number of categories
-    style:Style|None=None, # Somebody else
-    sway:float=1., # Size of what differs between repetitions
-)->Clip: # Points as a file would hold them
+    gloss: int,  # Which sign
+    signer: int = 0,  # Which person
+    repetition: int = 1,  # Which time
+    seed: int = 0,  # Of language and population
+    categories: int = 3,  # Number of categories
+    style: Style | None = None,  # Somebody else
+    sway: float = 1.0,  # Size of what differs between repetitions
+) -> Clip:  # Points as a file would hold them
     "One clip."
-    sign,style = simulated_gloss(gloss, categories, seed),style or simulated_style(signer, seed)
-    points,time = body_points(sign, style, [seed,gloss,signer,repetition,1], sway)
-    points,seen = filmed(points, time, style, [seed,gloss,signer,repetition,2])
-    name = f'clip S{signer+1:02d} {sign.name} {repetition}'
-    return Clip(name, points, seen, np.round(1000*time).astype('int64'), gloss, sign.category, f'S{signer+1:02d}', name, float(style.width), float(style.height))
+    sign, style = simulated_gloss(gloss, categories, seed), style or simulated_style(signer, seed)
+    points, time = body_points(sign, style, [seed, gloss, signer, repetition, 1], sway)
+    points, seen = filmed(points, time, style, [seed, gloss, signer, repetition, 2])
+    name = f"clip S{signer + 1:02d} {sign.name} {repetition}"
+    return Clip(
+        name,
+        points,
+        seen,
+        np.round(1000 * time).astype("int64"),
+        gloss,
+        sign.category,
+        f"S{signer + 1:02d}",
+        name,
+        float(style.width),
+        float(style.height),
+    )
 
 # %% ../../nbs/sign/06_simulate.ipynb #ddad9d67
 def write_clips(
-    folder, # Where `labels.csv`, `glosses.csv` and `npz/*.npz` go
-    clips:list, # `Clip`s with points
-    names:dict, # `gloss`, `category`, `category_of`, as from `class_names`
-)->Path: # The folder
+    folder,  # Where `labels.csv`, `glosses.csv` and `npz/*.npz` go
+    clips: list,  # `Clip`s with points
+    names: dict,  # `gloss`, `category`, `category_of`, as from `class_names`
+) -> Path:  # The folder
     "Write clips in the layout that `read_clips` reads, atomically."
     folder = Path(folder)
     for c in clips:
-        meta = dict(target_fps=round(1000*(len(c)-1)/max(int(c.timestamps_ms[-1]-c.timestamps_ms[0]), 1)) or 15, source_width=c.width, source_height=c.height, keypoints_total=78, dims_per_frame=156,
-            order='pose25,left_hand21,right_hand21,face11', blocks_present=[b for b,(i,j) in SKELETON78.blocks.items() if c.seen[:,i:j].any()])
-        arrays = dict(X=c.points.reshape(len(c), -1), mask=c.seen, timestamps_ms=c.timestamps_ms, meta=np.array(json.dumps(meta)), **({} if c.features is None else dict(X2048=c.features)))
-        with atomic_path(folder/'npz'/f'{c.name}.npz') as f: f.write_bytes(_npz(arrays))
-    _csv(folder/'labels.csv', 'file,gloss,cat,signer,recording,frames', [(c.name,c.gloss,c.category,c.signer,c.recording,len(c)) for c in clips])
-    _csv(folder/'glosses.csv', 'gloss,name,cat,cat_name', [(g,names['gloss'][g],k,names['category'][k] if k >= 0 else '') for g,k in enumerate(names['category_of'])])
+        meta = dict(
+            target_fps=round(
+                1000 * (len(c) - 1) / max(int(c.timestamps_ms[-1] - c.timestamps_ms[0]), 1)
+            )
+            or 15,
+            source_width=c.width,
+            source_height=c.height,
+            keypoints_total=78,
+            dims_per_frame=156,
+            order="pose25,left_hand21,right_hand21,face11",
+            blocks_present=[b for b, (i, j) in SKELETON78.blocks.items() if c.seen[:, i:j].any()],
+        )
+        arrays = dict(
+            X=c.points.reshape(len(c), -1),
+            mask=c.seen,
+            timestamps_ms=c.timestamps_ms,
+            meta=np.array(json.dumps(meta)),
+            **({} if c.features is None else dict(X2048=c.features)),
+        )
+        with atomic_path(folder / "npz" / f"{c.name}.npz") as f:
+            f.write_bytes(_npz(arrays))
+    _csv(
+        folder / "labels.csv",
+        "file,gloss,cat,signer,recording,frames",
+        [(c.name, c.gloss, c.category, c.signer, c.recording, len(c)) for c in clips],
+    )
+    _csv(
+        folder / "glosses.csv",
+        "gloss,name,cat,cat_name",
+        [
+            (g, names["gloss"][g], k, names["category"][k] if k >= 0 else "")
+            for g, k in enumerate(names["category_of"])
+        ],
+    )
     return folder
 
 # %% ../../nbs/sign/06_simulate.ipynb #52c6e30e
 def _npz(arrays):
-    memory = io.BytesIO(); np.savez_compressed(memory, **arrays)
+    memory = io.BytesIO()
+    np.savez_compressed(memory, **arrays)
     return memory.getvalue()
 
 # %% ../../nbs/sign/06_simulate.ipynb #c7af63bf
 def _csv(path, head, rows):
-    with atomic_path(path) as f:
-        with open(f, 'w', encoding='utf-8', newline='') as h: csv.writer(h).writerows([head.split(','), *rows])
+    with atomic_path(path) as f, open(f, "w", encoding="utf-8", newline="") as h:
+        csv.writer(h).writerows([head.split(","), *rows])
 
 # %% ../../nbs/sign/06_simulate.ipynb #8ed9df7b
 def simulate_clips(
-    folder, # Where to write
-    glosses:int=8, # Number of signs
-    signers:int=4, # Number of people
-    repetitions:int=4, # Clips of each sign by each person
-    categories:int=3, # Number of categories
-    seed:int=0, # Of language, population and every clip
-    features:int=0, # Width of an array `X2048` that is written as well: random projections of the points; 0 writes none
-)->Path: # The folder
+    folder,  # Where to write
+    glosses: int = 8,  # Number of signs
+    signers: int = 4,  # Number of people
+    repetitions: int = 4,  # Clips of each sign by each person
+    categories: int = 3,  # Number of categories
+    seed: int = 0,  # Of language, population and every clip
+    features: int = 0,  # Width of an array `X2048` that is written as well: random projections of the points; 0 writes none
+) -> Path:  # The folder
     "A small set of clips, the same bytes for the same seed."
-    for k,v in dict(glosses=glosses, signers=signers, repetitions=repetitions, categories=categories).items():
-        if v < 1: raise InputError('simulate', k, 'at least 1', str(v))
-    clips = [simulated_clip(g, s, r, seed, categories) for s in range(signers) for g in range(glosses) for r in range(1, repetitions+1)]
+    for k, v in dict(
+        glosses=glosses, signers=signers, repetitions=repetitions, categories=categories
+    ).items():
+        if v < 1:
+            raise InputError("simulate", k, "at least 1", str(v))
+    clips = [
+        simulated_clip(g, s, r, seed, categories)
+        for s in range(signers)
+        for g in range(glosses)
+        for r in range(1, repetitions + 1)
+    ]
     if features:
-        project = np.random.default_rng([seed, 303]).normal(0, 1/12, (156,features)).astype('float32')
-        for c in clips: c.features = np.maximum(c.points.reshape(len(c), -1)@project, 0)
+        project = (
+            np.random.default_rng([seed, 303]).normal(0, 1 / 12, (156, features)).astype("float32")
+        )
+        for c in clips:
+            c.features = np.maximum(c.points.reshape(len(c), -1) @ project, 0)
     categories = min(categories, glosses)
-    return write_clips(folder, clips, dict(gloss=[f'sign {g}' for g in range(glosses)], category=[f'place {k}' for k in range(categories)], category_of=[g % categories for g in range(glosses)]))
+    return write_clips(
+        folder,
+        clips,
+        dict(
+            gloss=[f"sign {g}" for g in range(glosses)],
+            category=[f"place {k}" for k in range(categories)],
+            category_of=[g % categories for g in range(glosses)],
+        ),
+    )

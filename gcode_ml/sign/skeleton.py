@@ -10,200 +10,286 @@ __all__ = ['LINES78', 'to_pixels', 'fill_gaps', 'wrist_speed', 'active_range', '
            'Preparation', 'prepare_clips']
 
 # %% ../../nbs/sign/05_skeleton.ipynb #87057d15
-import hashlib, json, warnings
+import hashlib
+import json
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+
 import numpy as np
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path, read_arrays
-from .data import HANDS42, SKELETON78, SKELETONS, Clip, Skeleton, clip_layout, raise_faults
+from gcode_ml.sign.data import (
+    HANDS42,
+    SKELETON78,
+    SKELETONS,
+    Clip,
+    Skeleton,
+    clip_layout,
+    raise_faults,
+)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #08362bd2
 def to_pixels(
-    points:np.ndarray, # `[T,K,2]`, shares of width and height
-    width:float=0., # Of the picture; 0 is unknown
-    height:float=0., # Of the picture; 0 is unknown
-)->np.ndarray: # `[T,K,2]` in one unit for both axes; the picture's height where the size is unknown
+    points: np.ndarray,  # `[T,K,2]`, shares of width and height
+    width: float = 0.0,  # Of the picture; 0 is unknown
+    height: float = 0.0,  # Of the picture; 0 is unknown
+) -> (
+    np.ndarray
+):  # `[T,K,2]` in one unit for both axes; the picture's height where the size is unknown
     "Undo the division by width and height; a picture of unknown size counts as a square."
-    return (points*np.array([width,height] if width and height else [1,1], 'float32')).astype('float32')
+    return (points * np.array([width, height] if width and height else [1, 1], "float32")).astype(
+        "float32"
+    )
 
 # %% ../../nbs/sign/05_skeleton.ipynb #736a8029
 def fill_gaps(
-    points:np.ndarray, # `[T,K,2]`; whatever stands at missing points is not read
-    seen:np.ndarray, # `[T,K]` bool
-    time:np.ndarray, # Milliseconds, `[T]`
-    longest:int=5, # Most missing frames in a run that is filled
-)->tuple: # Points with 0 at missing ones, and the state `[T,K]`: 0 missing, 1 seen, 2 interpolated
+    points: np.ndarray,  # `[T,K,2]`; whatever stands at missing points is not read
+    seen: np.ndarray,  # `[T,K]` bool
+    time: np.ndarray,  # Milliseconds, `[T]`
+    longest: int = 5,  # Most missing frames in a run that is filled
+) -> (
+    tuple
+):  # Points with 0 at missing ones, and the state `[T,K]`: 0 missing, 1 seen, 2 interpolated
     "Interpolate short runs of missing points."
-    points,state = np.where(seen[...,None], points, np.float32(0)),seen.astype('int8')
-    if longest < 1 or seen.all(): return points, state
-    T,number = len(seen),np.arange(len(seen))[:,None]
+    points, state = np.where(seen[..., None], points, np.float32(0)), seen.astype("int8")
+    if longest < 1 or seen.all():
+        return points, state
+    T, number = len(seen), np.arange(len(seen))[:, None]
     before = np.maximum.accumulate(np.where(seen, number, -1))
     after = np.minimum.accumulate(np.where(seen, number, T)[::-1])[::-1]
-    t,k = np.nonzero(~seen & (before >= 0) & (after < T) & (after-before-1 <= longest))
-    a,b = before[t,k],after[t,k]
-    share = ((time[t]-time[a])/np.maximum(time[b]-time[a], 1)).astype('float32')[:,None]
-    points[t,k] = points[a,k]+(points[b,k]-points[a,k])*share; state[t,k] = 2
+    t, k = np.nonzero(~seen & (before >= 0) & (after < T) & (after - before - 1 <= longest))
+    a, b = before[t, k], after[t, k]
+    share = ((time[t] - time[a]) / np.maximum(time[b] - time[a], 1)).astype("float32")[:, None]
+    points[t, k] = points[a, k] + (points[b, k] - points[a, k]) * share
+    state[t, k] = 2
     return points, state
 
 # %% ../../nbs/sign/05_skeleton.ipynb #d150376b
 def wrist_speed(
-    points:np.ndarray, # `[T,K,2]`
-    state:np.ndarray, # `[T,K]`
-    wrists:tuple, # Left and right
-)->np.ndarray: # `[T]`, in units of the points a frame
+    points: np.ndarray,  # `[T,K,2]`
+    state: np.ndarray,  # `[T,K]`
+    wrists: tuple,  # Left and right
+) -> np.ndarray:  # `[T]`, in units of the points a frame
     "Way of both wrists since the frame before, |dx|+|dy|; a wrist that is missing in either frame does not count."
-    if len(points) < 2: return np.zeros(len(points))
-    w,there = points[:,list(wrists)],state[:,list(wrists)] > 0
-    way = (np.abs(np.diff(w, axis=0)).sum(2)*(there[1:]&there[:-1])).sum(1)
+    if len(points) < 2:
+        return np.zeros(len(points))
+    w, there = points[:, list(wrists)], state[:, list(wrists)] > 0
+    way = (np.abs(np.diff(w, axis=0)).sum(2) * (there[1:] & there[:-1])).sum(1)
     return np.append(way[:1], way)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #6ddaf10b
 def active_range(
-    points:np.ndarray, # `[T,K,2]`
-    state:np.ndarray, # `[T,K]`
-    wrists:tuple, # Left and right
-    share:float=.15, # Of the 95th percentile of the speed
-    least:int=6, # With no more active frames than this the whole clip is kept
-)->tuple: # First frame, and the frame after the last
+    points: np.ndarray,  # `[T,K,2]`
+    state: np.ndarray,  # `[T,K]`
+    wrists: tuple,  # Left and right
+    share: float = 0.15,  # Of the 95th percentile of the speed
+    least: int = 6,  # With no more active frames than this the whole clip is kept
+) -> tuple:  # First frame, and the frame after the last
     "The part of a clip in which the wrists move."
     speed = wrist_speed(points, state, wrists)
-    active = np.flatnonzero(speed > share*np.percentile(speed, 95))
-    if len(active) <= least: return 0, len(points)
-    return max(int(active[0])-1, 0), min(int(active[-1])+1, len(points)-1)+1
+    active = np.flatnonzero(speed > share * np.percentile(speed, 95))
+    if len(active) <= least:
+        return 0, len(points)
+    return max(int(active[0]) - 1, 0), min(int(active[-1]) + 1, len(points) - 1) + 1
 
 # %% ../../nbs/sign/05_skeleton.ipynb #63b416b9
 def _median_pair(points, state, a, b):
     "Medians over the frames where both points were seen: middle `[2]`, and distance; `None` without such frames."
-    both = (state[:,a] == 1) & (state[:,b] == 1)
-    if not both.any(): return None
-    p,q = points[both,a],points[both,b]
-    return np.median((p+q)/2, axis=0), float(np.median(np.linalg.norm(p-q, axis=1)))
+    both = (state[:, a] == 1) & (state[:, b] == 1)
+    if not both.any():
+        return None
+    p, q = points[both, a], points[both, b]
+    return np.median((p + q) / 2, axis=0), float(np.median(np.linalg.norm(p - q, axis=1)))
 
 # %% ../../nbs/sign/05_skeleton.ipynb #6e6ab85e
 def _torso(points, state, skeleton):
     "Middle of the shoulders and their distance, as hips and nose make them likely."
     hips = _median_pair(points, state, *skeleton.hips) if skeleton.hips else None
     nose = _median_pair(points, state, *skeleton.nose, *skeleton.nose) if skeleton.nose else None
-    if hips is None or nose is None: return None
-    way = nose[0]-hips[0]
-    return hips[0]+.72*way, float(np.linalg.norm(way))/2.08
+    if hips is None or nose is None:
+        return None
+    way = nose[0] - hips[0]
+    return hips[0] + 0.72 * way, float(np.linalg.norm(way)) / 2.08
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e2996857
 def _box(points, state):
     "Centre of the box around all points seen, and their root mean square distance from it."
     p = points[state > 0]
-    if not len(p): return None
-    center = (p.min(0)+p.max(0))/2
-    return center, float(np.sqrt(((p-center)**2).sum(1).mean()))
+    if not len(p):
+        return None
+    center = (p.min(0) + p.max(0)) / 2
+    return center, float(np.sqrt(((p - center) ** 2).sum(1).mean()))
 
 # %% ../../nbs/sign/05_skeleton.ipynb #223a1969
 def _hand_frame(points, state, skeleton):
     "Median wrist and median hand size of the hand that was seen more often."
     ranges = [skeleton.blocks[h] for h in skeleton.hands]
-    first,_ = max(ranges, key=lambda r: (state[:,r[0]] > 0).sum(), default=(None,None))
-    if first is None: return None
-    there = (state[:,first] > 0) & (state[:,first+9] > 0)
-    if not there.any(): return None
-    return np.median(points[there,first], axis=0), float(np.median(np.linalg.norm(points[there,first+9]-points[there,first], axis=1)))
+    first, _ = max(ranges, key=lambda r: (state[:, r[0]] > 0).sum(), default=(None, None))
+    if first is None:
+        return None
+    there = (state[:, first] > 0) & (state[:, first + 9] > 0)
+    if not there.any():
+        return None
+    return np.median(points[there, first], axis=0), float(
+        np.median(np.linalg.norm(points[there, first + 9] - points[there, first], axis=1))
+    )
 
 # %% ../../nbs/sign/05_skeleton.ipynb #f883e5d5
 def reference_frame(
-    points:np.ndarray, # `[T,K,2]`
-    state:np.ndarray, # `[T,K]`
-    skeleton:Skeleton, # Where shoulders and hands are
-    kind:str='body', # `body`, or `hand` where no body is seen
-)->tuple: # Origin `[2]`, unit, and what they come from
+    points: np.ndarray,  # `[T,K,2]`
+    state: np.ndarray,  # `[T,K]`
+    skeleton: Skeleton,  # Where shoulders and hands are
+    kind: str = "body",  # `body`, or `hand` where no body is seen
+) -> tuple:  # Origin `[2]`, unit, and what they come from
     "Origin and unit of a clip; a unit below 1e-6 is never used."
-    ways = dict(shoulders=lambda: _median_pair(points, state, *skeleton.shoulders) if skeleton.shoulders else None, torso=lambda: _torso(points, state, skeleton)) if kind == 'body' else {}
-    for name,way in (ways|dict(hand=lambda: _hand_frame(points, state, skeleton) if kind == 'hand' else None, box=lambda: _box(points, state))).items():
+    ways = (
+        dict(
+            shoulders=lambda: (
+                _median_pair(points, state, *skeleton.shoulders) if skeleton.shoulders else None
+            ),
+            torso=lambda: _torso(points, state, skeleton),
+        )
+        if kind == "body"
+        else {}
+    )
+    for name, way in (
+        ways
+        | dict(
+            hand=lambda: _hand_frame(points, state, skeleton) if kind == "hand" else None,
+            box=lambda: _box(points, state),
+        )
+    ).items():
         frame = way()
-        if frame is not None and frame[1] >= 1e-6: return frame[0].astype('float32'), frame[1], name
-    return np.zeros(2, 'float32'), 1., 'none'
+        if frame is not None and frame[1] >= 1e-6:
+            return frame[0].astype("float32"), frame[1], name
+    return np.zeros(2, "float32"), 1.0, "none"
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e36aeed7
 def normalise_points(
-    points:np.ndarray, # `[T,K,2]`
-    center:np.ndarray, # Origin, `[2]`
-    width:float, # Unit
-)->np.ndarray: # `[T,K,2]` in shoulder widths, or hand sizes
+    points: np.ndarray,  # `[T,K,2]`
+    center: np.ndarray,  # Origin, `[2]`
+    width: float,  # Unit
+) -> np.ndarray:  # `[T,K,2]` in shoulder widths, or hand sizes
     "Points as seen from the body."
-    return (points-center)/np.float32(width)
+    return (points - center) / np.float32(width)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #37d46483
 def hand_coordinates(
-    points:np.ndarray, # One hand, `[T,21,2]`
-    state:np.ndarray, # `[T,21]`
-)->tuple: # Points relative to the wrist in hand sizes `[T,21,2]`, and log of the size relative to its median `[T]`
+    points: np.ndarray,  # One hand, `[T,21,2]`
+    state: np.ndarray,  # `[T,21]`
+) -> tuple:  # Points relative to the wrist in hand sizes `[T,21,2]`, and log of the size relative to its median `[T]`
     "A hand as seen from its wrist; zeros where it is missing."
-    size = np.linalg.norm(points[:,9]-points[:,0], axis=1)
-    there = (state[:,0] > 0) & (state[:,9] > 0) & (size > 1e-6)
+    size = np.linalg.norm(points[:, 9] - points[:, 0], axis=1)
+    there = (state[:, 0] > 0) & (state[:, 9] > 0) & (size > 1e-6)
     unit = np.where(there, size, 1)
-    local = np.where((there[:,None] & (state > 0))[...,None], (points-points[:,:1])/unit[:,None,None], 0)
-    return local.astype('float32'), np.where(there, np.log(unit/(np.median(size[there]) if there.any() else 1)), 0).astype('float32')
+    local = np.where(
+        (there[:, None] & (state > 0))[..., None], (points - points[:, :1]) / unit[:, None, None], 0
+    )
+    return local.astype("float32"), np.where(
+        there, np.log(unit / (np.median(size[there]) if there.any() else 1)), 0
+    ).astype("float32")
 
 # %% ../../nbs/sign/05_skeleton.ipynb #6efacadf
 def left_handed(
-    points:np.ndarray, # `[T,K,2]`
-    state:np.ndarray, # `[T,K]`
-    skeleton:Skeleton, # Where hands and wrists are
-)->bool: # Is the left hand the one that signs?
+    points: np.ndarray,  # `[T,K,2]`
+    state: np.ndarray,  # `[T,K]`
+    skeleton: Skeleton,  # Where hands and wrists are
+) -> bool:  # Is the left hand the one that signs?
     "Decide by the frames in which each hand was found, or by the way of each wrist."
-    left,right = ((state[:,a:b] > 0).any(1).sum() for a,b in (skeleton.blocks[h] for h in skeleton.hands)) if skeleton.hands else (0,0)
-    if left or right: return bool(left > right)
-    left,right = (wrist_speed(points, state, (w,)).sum() for w in skeleton.wrists) if skeleton.wrists else (0,0)
+    left, right = (
+        ((state[:, a:b] > 0).any(1).sum() for a, b in (skeleton.blocks[h] for h in skeleton.hands))
+        if skeleton.hands
+        else (0, 0)
+    )
+    if left or right:
+        return bool(left > right)
+    left, right = (
+        (wrist_speed(points, state, (w,)).sum() for w in skeleton.wrists)
+        if skeleton.wrists
+        else (0, 0)
+    )
     return bool(left > right)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #4249d9d6
 def mirror_points(
-    points:np.ndarray, # `[T,K,2]`
-    state:np.ndarray, # `[T,K]`
-    pairs:tuple, # (left, right) points
-    center:float=0., # x of the mirror
-)->tuple: # Points and state of the mirror image
+    points: np.ndarray,  # `[T,K,2]`
+    state: np.ndarray,  # `[T,K]`
+    pairs: tuple,  # (left, right) points
+    center: float = 0.0,  # x of the mirror
+) -> tuple:  # Points and state of the mirror image
     "Turn left and right around and exchange the points of each pair."
     order = np.arange(points.shape[1])
-    for a,b in pairs: order[a],order[b] = b,a
-    return points[:,order]*np.float32([-1,1])+np.float32([2*center,0]), state[:,order]
+    for a, b in pairs:
+        order[a], order[b] = b, a
+    return points[:, order] * np.float32([-1, 1]) + np.float32([2 * center, 0]), state[:, order]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #03a55b92
 def resample_points(
-    points:np.ndarray, # `[T,K,2]`, or `[T,C]`
-    state:np.ndarray, # `[T,K]`, or `[T,C]`
-    time:np.ndarray, # Milliseconds, not decreasing, `[T]`
-    frames:int, # Length of the answer
-)->tuple: # Points and state at `frames` equal distances in time
+    points: np.ndarray,  # `[T,K,2]`, or `[T,C]`
+    state: np.ndarray,  # `[T,K]`, or `[T,C]`
+    time: np.ndarray,  # Milliseconds, not decreasing, `[T]`
+    frames: int,  # Length of the answer
+) -> tuple:  # Points and state at `frames` equal distances in time
     "Read a clip linearly at another rate."
     time = time if time[-1] > time[0] else np.arange(len(time))
     at = np.linspace(time[0], time[-1], frames)
-    low = np.clip(np.searchsorted(time, at, 'right')-1, 0, max(len(time)-2, 0)); high = np.minimum(low+1, len(time)-1)
-    share = ((at-time[low])/np.maximum(time[high]-time[low], 1e-9)).clip(0, 1).astype('float32')[:,None]
-    a,b = state[low] > 0,state[high] > 0
-    weight = np.where(a & b, share, b.astype('float32'))
-    if points.ndim == 3: weight = weight[...,None]
-    return points[low]+(points[high]-points[low])*weight, np.where(share < .5, state[low], state[high])
+    low = np.clip(np.searchsorted(time, at, "right") - 1, 0, max(len(time) - 2, 0))
+    high = np.minimum(low + 1, len(time) - 1)
+    share = (
+        ((at - time[low]) / np.maximum(time[high] - time[low], 1e-9))
+        .clip(0, 1)
+        .astype("float32")[:, None]
+    )
+    a, b = state[low] > 0, state[high] > 0
+    weight = np.where(a & b, share, b.astype("float32"))
+    if points.ndim == 3:
+        weight = weight[..., None]
+    return points[low] + (points[high] - points[low]) * weight, np.where(
+        share < 0.5, state[low], state[high]
+    )
 
 # %% ../../nbs/sign/05_skeleton.ipynb #9112b50a
 def kept_points(
-    skeleton:Skeleton, # The layout
-    points='auto', # `auto`, or parts, names or numbers of points
-    clips=(), # Training clips, for `auto`
-)->list: # Numbers of the points, in order
+    skeleton: Skeleton,  # The layout
+    points="auto",  # `auto`, or parts, names or numbers of points
+    clips=(),  # Training clips, for `auto`
+) -> list:  # Numbers of the points, in order
     "Points that a model reads; with a point its mirror image."
-    if isinstance(points, str) and points == 'auto':
+    if isinstance(points, str) and points == "auto":
         ever = np.zeros(len(skeleton), bool)
-        for c in clips: ever |= c.seen.any(0)
-        points = [b for b,(i,j) in skeleton.blocks.items() if ever[i:j].any()]
+        for c in clips:
+            ever |= c.seen.any(0)
+        points = [b for b, (i, j) in skeleton.blocks.items() if ever[i:j].any()]
     kept = set()
     for p in points:
-        if p in skeleton.blocks: kept |= set(range(*skeleton.blocks[p]))
-        elif p in skeleton.names: kept.add(skeleton.names.index(p))
-        elif isinstance(p, (int,np.integer)) and 0 <= p < len(skeleton): kept.add(int(p))
-        else: raise InputError('preparation', 'points', f"parts ({', '.join(skeleton.blocks)}), names or numbers of the {len(skeleton)} points", repr(p))
-    for a,b in skeleton.pairs:
-        if (a in kept) != (b in kept): raise InputError('preparation', 'points', f'{skeleton.names[a]} and {skeleton.names[b]} together', f'only {skeleton.names[a if a in kept else b]}')
-    if not kept: raise InputError('preparation', 'points', 'at least one point that is seen in training', 'none')
+        if p in skeleton.blocks:
+            kept |= set(range(*skeleton.blocks[p]))
+        elif p in skeleton.names:
+            kept.add(skeleton.names.index(p))
+        elif isinstance(p, (int, np.integer)) and 0 <= p < len(skeleton):
+            kept.add(int(p))
+        else:
+            raise InputError(
+                "preparation",
+                "points",
+                f"parts ({', '.join(skeleton.blocks)}), names or numbers of the {len(skeleton)} points",
+                repr(p),
+            )
+    for a, b in skeleton.pairs:
+        if (a in kept) != (b in kept):
+            raise InputError(
+                "preparation",
+                "points",
+                f"{skeleton.names[a]} and {skeleton.names[b]} together",
+                f"only {skeleton.names[a if a in kept else b]}",
+            )
+    if not kept:
+        raise InputError(
+            "preparation", "points", "at least one point that is seen in training", "none"
+        )
     return sorted(kept)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #c76f6824
@@ -211,216 +297,396 @@ class NobodySeen(InputError):
     "A clip without a single point that was seen."
 
 # %% ../../nbs/sign/05_skeleton.ipynb #0c5e56ac
-_nobody = 'points', 'a body or a hand that is seen', 'none'
+_nobody = "points", "a body or a hand that is seen", "none"
 
 # %% ../../nbs/sign/05_skeleton.ipynb #572e7218
 @dataclass
 class Preparation:
     "From a clip as it was read to the array that a model reads."
-    skeleton:str = 'auto' # `pose78`, `hands42`, `channels`, `features`; `auto`: that of the training clips
-    points:list|str = 'auto' # What `kept_points` takes
-    aspect:bool = True # Undo the division by width and height
-    gaps:int = 5 # Longest run of missing frames that is filled; 0 fills nothing
-    trim:bool = True # Cut idle ends
-    normalise:str = 'auto' # `body`, `hand`, `channels` or `none`; `auto`: what suits the skeleton
-    canonical_hand:bool = False # Turn clips of left-handed people around
-    frames:int|None = 40 # Length, by resampling; `None` keeps each clip's own
-    rate:float = 0. # Frames a second where `frames` is `None`; 0 keeps each clip's own
-    long_clips:str = 'resample' # What is done with clips longer than `max_length`: `resample`, `truncate` or `refuse`
-    max_length:int = 300 # Longest clip
-    size:int = 0 # Numbers a frame where they are no points, from `fit`
-    center:list|None = None # Mean of each of them, from `fit`
-    scale:list|None = None # Spread of each of them, from `fit`
-    def __post_init__(self): self._settings()
+
+    skeleton: str = (
+        "auto"  # `pose78`, `hands42`, `channels`, `features`; `auto`: that of the training clips
+    )
+    points: list | str = "auto"  # What `kept_points` takes
+    aspect: bool = True  # Undo the division by width and height
+    gaps: int = 5  # Longest run of missing frames that is filled; 0 fills nothing
+    trim: bool = True  # Cut idle ends
+    normalise: str = "auto"  # `body`, `hand`, `channels` or `none`; `auto`: what suits the skeleton
+    canonical_hand: bool = False  # Turn clips of left-handed people around
+    frames: int | None = 40  # Length, by resampling; `None` keeps each clip's own
+    rate: float = 0.0  # Frames a second where `frames` is `None`; 0 keeps each clip's own
+    long_clips: str = "resample"  # What is done with clips longer than `max_length`: `resample`, `truncate` or `refuse`
+    max_length: int = 300  # Longest clip
+    size: int = 0  # Numbers a frame where they are no points, from `fit`
+    center: list | None = None  # Mean of each of them, from `fit`
+    scale: list | None = None  # Spread of each of them, from `fit`
+
+    def __post_init__(self):
+        self._settings()
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e7de01af
 @patch
-def _settings(self:Preparation):
+def _settings(self: Preparation):
     "Refuse settings that mean nothing."
-    for k,choices in dict(skeleton=('auto',*SKELETONS,'channels','features'), normalise=('auto','body','hand','channels','none'), long_clips=('resample','truncate','refuse')).items():
-        check_choice('preparation', k, getattr(self, k), choices)
-    for k,low in dict(gaps=0, max_length=1, rate=0).items():
-        if not getattr(self, k) >= low: raise InputError('preparation', k, f'at least {low}', str(getattr(self, k)))
-    if self.frames is not None and self.frames < 2: raise InputError('preparation', 'frames', 'at least 2, or none', str(self.frames))
+    for k, choices in dict(
+        skeleton=("auto", *SKELETONS, "channels", "features"),
+        normalise=("auto", "body", "hand", "channels", "none"),
+        long_clips=("resample", "truncate", "refuse"),
+    ).items():
+        check_choice("preparation", k, getattr(self, k), choices)
+    for k, low in dict(gaps=0, max_length=1, rate=0).items():
+        if not getattr(self, k) >= low:
+            raise InputError("preparation", k, f"at least {low}", str(getattr(self, k)))
+    if self.frames is not None and self.frames < 2:
+        raise InputError("preparation", "frames", "at least 2, or none", str(self.frames))
 
 # %% ../../nbs/sign/05_skeleton.ipynb #3856d5c2
 @patch
-def fit(self:Preparation,
-    clips:list, # Training clips
-)->Preparation: # Itself
+def fit(
+    self: Preparation,
+    clips: list,  # Training clips
+) -> Preparation:  # Itself
     "Settle what `auto` means, and fit mean and spread where clips are no points."
-    if not clips: raise InputError('preparation', 'clips', 'at least one', 'none')
-    if self.skeleton == 'auto': self.skeleton = check_choice(clips[0].file or clips[0].name, 'layout', clip_layout(clips[0]), (*SKELETONS,'channels','features'))
-    for c in clips: self._check(c, width=False)
-    if self.normalise == 'auto': self.normalise = dict(pose78='body', hands42='hand', channels='channels', features='none')[self.skeleton]
-    if self.skeleton in SKELETONS: self.points = kept_points(SKELETONS[self.skeleton], self.points, clips)
+    if not clips:
+        raise InputError("preparation", "clips", "at least one", "none")
+    if self.skeleton == "auto":
+        self.skeleton = check_choice(
+            clips[0].file or clips[0].name,
+            "layout",
+            clip_layout(clips[0]),
+            (*SKELETONS, "channels", "features"),
+        )
+    for c in clips:
+        self._check(c, width=False)
+    if self.normalise == "auto":
+        self.normalise = dict(pose78="body", hands42="hand", channels="channels", features="none")[
+            self.skeleton
+        ]
+    if self.skeleton in SKELETONS:
+        self.points = kept_points(SKELETONS[self.skeleton], self.points, clips)
     else:
-        self.size,self.points = getattr(clips[0], self.skeleton).shape[1],[]
-        for c in clips: self._check(c)
-        if self.normalise == 'channels':
-            rows = np.concatenate([getattr(c, self.skeleton) for c in clips]); spread = rows.std(0)
-            self.center,self.scale = rows.mean(0).tolist(), np.where(spread > 1e-6, spread, 1).tolist()
-    if (self.skeleton in SKELETONS) == (self.normalise == 'channels') and self.normalise != 'none': raise InputError('preparation', 'normalise', 'body, hand or none for points; channels or none for others', self.normalise)
+        self.size, self.points = getattr(clips[0], self.skeleton).shape[1], []
+        for c in clips:
+            self._check(c)
+        if self.normalise == "channels":
+            rows = np.concatenate([getattr(c, self.skeleton) for c in clips])
+            spread = rows.std(0)
+            self.center, self.scale = (
+                rows.mean(0).tolist(),
+                np.where(spread > 1e-6, spread, 1).tolist(),
+            )
+    if (self.skeleton in SKELETONS) == (self.normalise == "channels") and self.normalise != "none":
+        raise InputError(
+            "preparation",
+            "normalise",
+            "body, hand or none for points; channels or none for others",
+            self.normalise,
+        )
     return self
 
 # %% ../../nbs/sign/05_skeleton.ipynb #cbd368a7
 @patch
-def _check(self:Preparation, clip, width=True):
+def _check(self: Preparation, clip, width=True):
     "Raise when a clip has not the layout that the preparation was fitted to."
     file = clip.file or clip.name
-    has = self.skeleton if self.skeleton == 'features' and clip.features is not None else clip_layout(clip)
-    if has != self.skeleton: raise InputError(file, 'layout', self.skeleton, has)
-    if width and self.size and getattr(clip, self.skeleton).shape[1] != self.size: raise InputError(file, self.skeleton, f'{self.size} numbers a frame', str(getattr(clip, self.skeleton).shape[1]))
+    has = (
+        self.skeleton
+        if self.skeleton == "features" and clip.features is not None
+        else clip_layout(clip)
+    )
+    if has != self.skeleton:
+        raise InputError(file, "layout", self.skeleton, has)
+    if width and self.size and getattr(clip, self.skeleton).shape[1] != self.size:
+        raise InputError(
+            file,
+            self.skeleton,
+            f"{self.size} numbers a frame",
+            str(getattr(clip, self.skeleton).shape[1]),
+        )
 
 # %% ../../nbs/sign/05_skeleton.ipynb #f512b832
 @patch
-def _steps(self:Preparation, clip):
+def _steps(self: Preparation, clip):
     "Points, state, times and facts of a clip, at its own frames."
     skeleton = SKELETONS[self.skeleton]
-    points,state = fill_gaps(to_pixels(clip.points, clip.width, clip.height) if self.aspect else clip.points, clip.seen, clip.timestamps_ms, self.gaps)
-    if not state[:,self.points].any(): raise NobodySeen(clip.file or clip.name, *_nobody)
-    a,b = active_range(points, state, skeleton.wrists) if self.trim else (0,len(clip))
-    points,state = points[a:b],state[a:b]
-    center,width,how = reference_frame(points, state, skeleton, self.normalise) if self.normalise != 'none' else (np.zeros(2, 'float32'),1.,'none')
+    points, state = fill_gaps(
+        to_pixels(clip.points, clip.width, clip.height) if self.aspect else clip.points,
+        clip.seen,
+        clip.timestamps_ms,
+        self.gaps,
+    )
+    if not state[:, self.points].any():
+        raise NobodySeen(clip.file or clip.name, *_nobody)
+    a, b = active_range(points, state, skeleton.wrists) if self.trim else (0, len(clip))
+    points, state = points[a:b], state[a:b]
+    center, width, how = (
+        reference_frame(points, state, skeleton, self.normalise)
+        if self.normalise != "none"
+        else (np.zeros(2, "float32"), 1.0, "none")
+    )
     mirrored = self.canonical_hand and left_handed(points, state, skeleton)
     points = normalise_points(points, center, width)
-    if mirrored: points,state = mirror_points(points, state, skeleton.pairs, 0. if self.normalise != 'none' else (clip.width if self.aspect and clip.width else 1.)/2)
-    points,state = points[:,self.points],state[:,self.points]
-    shares = {k: float((state == v).mean()) for k,v in dict(missing=0, seen=1, interpolated=2).items()}
-    return points, state, clip.timestamps_ms[a:b], dict(first=a, last=b, normalised=how, mirrored=mirrored, **shares)
+    if mirrored:
+        points, state = mirror_points(
+            points,
+            state,
+            skeleton.pairs,
+            0.0
+            if self.normalise != "none"
+            else (clip.width if self.aspect and clip.width else 1.0) / 2,
+        )
+    points, state = points[:, self.points], state[:, self.points]
+    shares = {
+        k: float((state == v).mean()) for k, v in dict(missing=0, seen=1, interpolated=2).items()
+    }
+    return (
+        points,
+        state,
+        clip.timestamps_ms[a:b],
+        dict(first=a, last=b, normalised=how, mirrored=mirrored, **shares),
+    )
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e8b2c5ef
 @patch
-def _numbers(self:Preparation, clip):
+def _numbers(self: Preparation, clip):
     "The same for numbers that are no points."
-    x = getattr(clip, self.skeleton).astype('float32')
-    if self.center is not None: x = (x-np.float32(self.center))/np.float32(self.scale)
-    return x, np.ones(x.shape, 'int8'), clip.timestamps_ms, dict(first=0, last=len(clip), normalised=self.normalise, mirrored=False, missing=0., seen=1., interpolated=0.)
+    x = getattr(clip, self.skeleton).astype("float32")
+    if self.center is not None:
+        x = (x - np.float32(self.center)) / np.float32(self.scale)
+    return (
+        x,
+        np.ones(x.shape, "int8"),
+        clip.timestamps_ms,
+        dict(
+            first=0,
+            last=len(clip),
+            normalised=self.normalise,
+            mirrored=False,
+            missing=0.0,
+            seen=1.0,
+            interpolated=0.0,
+        ),
+    )
 
 # %% ../../nbs/sign/05_skeleton.ipynb #0291de1c
 @patch
-def prepare(self:Preparation,
-    clip:Clip, # As it was read
-)->tuple: # Array `[T,C]` with NaN where missing, and facts about what was done
+def prepare(
+    self: Preparation,
+    clip: Clip,  # As it was read
+) -> tuple:  # Array `[T,C]` with NaN where missing, and facts about what was done
     "Prepare one clip."
     self._check(clip)
-    x,state,time,facts = self._steps(clip) if self.skeleton in SKELETONS else self._numbers(clip)
-    n = len(x); facts |= dict(clip=clip.name, stored=len(clip), long=n > self.max_length, seconds=float(time[-1]-time[0])/1000)
-    if facts['long'] and self.long_clips == 'refuse': raise InputError(clip.file or clip.name, 'frames', f'at most {self.max_length}', str(n), 'long_clips can resample or truncate')
-    if facts['long'] and self.long_clips == 'truncate': x,state,time = x[:self.max_length],state[:self.max_length],time[:self.max_length]
-    n = self.frames or min(round(facts['seconds']*self.rate)+1 if self.rate else len(x), self.max_length)
-    if n != len(x) or self.frames or self.rate: x,state = resample_points(x, state, time, n)
+    x, state, time, facts = self._steps(clip) if self.skeleton in SKELETONS else self._numbers(clip)
+    n = len(x)
+    facts |= dict(
+        clip=clip.name,
+        stored=len(clip),
+        long=n > self.max_length,
+        seconds=float(time[-1] - time[0]) / 1000,
+    )
+    if facts["long"] and self.long_clips == "refuse":
+        raise InputError(
+            clip.file or clip.name,
+            "frames",
+            f"at most {self.max_length}",
+            str(n),
+            "long_clips can resample or truncate",
+        )
+    if facts["long"] and self.long_clips == "truncate":
+        x, state, time = x[: self.max_length], state[: self.max_length], time[: self.max_length]
+    n = self.frames or min(
+        round(facts["seconds"] * self.rate) + 1 if self.rate else len(x), self.max_length
+    )
+    if n != len(x) or self.frames or self.rate:
+        x, state = resample_points(x, state, time, n)
     x[state == 0] = np.nan
-    return np.ascontiguousarray(x.reshape(n, -1), dtype='float32'), facts
+    return np.ascontiguousarray(x.reshape(n, -1), dtype="float32"), facts
 
 # %% ../../nbs/sign/05_skeleton.ipynb #cf41c306
 @patch
-def __call__(self:Preparation, clip): return self.prepare(clip)[0]
+def __call__(self: Preparation, clip):
+    return self.prepare(clip)[0]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #8e8a45a5
 @patch
-def facts(self:Preparation, clip): return self.prepare(clip)[1]
+def facts(self: Preparation, clip):
+    return self.prepare(clip)[1]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #619686d0
 @patch(as_prop=True)
-def channels(self:Preparation): return self.size or 2*len(self.points)
+def channels(self: Preparation):
+    return self.size or 2 * len(self.points)
+
 
 @patch(as_prop=True)
-def pairs(self:Preparation):
+def pairs(self: Preparation):
     "(left, right) positions among the kept points."
-    if self.skeleton not in SKELETONS: return []
-    at = {p: i for i,p in enumerate(self.points)}
-    return [(at[a],at[b]) for a,b in SKELETONS[self.skeleton].pairs if a in at and b in at]
+    if self.skeleton not in SKELETONS:
+        return []
+    at = {p: i for i, p in enumerate(self.points)}
+    return [(at[a], at[b]) for a, b in SKELETONS[self.skeleton].pairs if a in at and b in at]
+
 
 @patch(as_prop=True)
-def blocks(self:Preparation):
+def blocks(self: Preparation):
     "Part of the body -> positions among the kept points."
-    if self.skeleton not in SKELETONS: return {}
-    return {b: [i for i,p in enumerate(self.points) if first <= p < last] for b,(first,last) in SKELETONS[self.skeleton].blocks.items()}
+    if self.skeleton not in SKELETONS:
+        return {}
+    return {
+        b: [i for i, p in enumerate(self.points) if first <= p < last]
+        for b, (first, last) in SKELETONS[self.skeleton].blocks.items()
+    }
+
 
 @patch(as_prop=True)
-def hands(self:Preparation):
+def hands(self: Preparation):
     "Positions of the left and the right hand among the kept points; empty where not all 21 are kept."
-    return {side: b if len(b) == 21 else [] for side in ('left','right') for b in [self.blocks.get(f'{side}_hand', [])]}
+    return {
+        side: b if len(b) == 21 else []
+        for side in ("left", "right")
+        for b in [self.blocks.get(f"{side}_hand", [])]
+    }
+
 
 @patch(as_prop=True)
-def wrists(self:Preparation): return [] if self.skeleton not in SKELETONS else [self.points.index(w) for w in SKELETONS[self.skeleton].wrists if w in self.points]
+def wrists(self: Preparation):
+    return (
+        []
+        if self.skeleton not in SKELETONS
+        else [self.points.index(w) for w in SKELETONS[self.skeleton].wrists if w in self.points]
+    )
 
 # %% ../../nbs/sign/05_skeleton.ipynb #8460eae5
 @patch
-def to_json(self:Preparation)->dict: # Plain values
+def to_json(self: Preparation) -> dict:  # Plain values
     "The state, for the bundle."
-    return dict(asdict(self), points=self.points if isinstance(self.points, str) else list(self.points))
+    return dict(
+        asdict(self), points=self.points if isinstance(self.points, str) else list(self.points)
+    )
+
 
 @patch(cls_method=True)
-def from_json(cls:Preparation,
-    state:dict, # What `to_json` gave
-)->Preparation: # The same preparation
+def from_json(
+    cls: Preparation,
+    state: dict,  # What `to_json` gave
+) -> Preparation:  # The same preparation
     "A preparation from its state."
-    for k in state: check_choice('preparation', 'state', k, [f.name for f in fields(Preparation)])
+    for k in state:
+        check_choice("preparation", "state", k, [f.name for f in fields(Preparation)])
     return Preparation(**state)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #8dc2d9a2
-LINES78 = ((11,13),(13,15),(12,14),(14,16),(15,19),(16,20),(0,15),(0,16),(15,16),(11,16),(12,15))
+LINES78 = (
+    (11, 13),
+    (13, 15),
+    (12, 14),
+    (14, 16),
+    (15, 19),
+    (16, 20),
+    (0, 15),
+    (0, 16),
+    (15, 16),
+    (11, 16),
+    (12, 15),
+)
+
 
 @patch(as_prop=True)
-def bones(self:Preparation):
+def bones(self: Preparation):
     "Pairs of positions among the kept points of `LINES78`; none where points are not normalised by a body."
-    if self.skeleton != 'pose78' or self.normalise == 'none': return []
-    at = {p: i for i,p in enumerate(self.points)}
-    return [(at[a],at[b]) for a,b in LINES78 if a in at and b in at]
+    if self.skeleton != "pose78" or self.normalise == "none":
+        return []
+    at = {p: i for i, p in enumerate(self.points)}
+    return [(at[a], at[b]) for a, b in LINES78 if a in at and b in at]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e81bc4c9
-_version = 1 # of the steps above: a change in them must not find what the old ones have made
+_version = 1  # of the steps above: a change in them must not find what the old ones have made
 
 # %% ../../nbs/sign/05_skeleton.ipynb #d0986a8c
 def _key(clips, preparation):
     "Hash of clips and settings."
     h = hashlib.sha256(json.dumps([_version, preparation.to_json()], sort_keys=True).encode())
     for c in clips:
-        h.update(f'{c.name}|{c.width}|{c.height}'.encode())
+        h.update(f"{c.name}|{c.width}|{c.height}".encode())
         for a in (c.points, c.seen, c.timestamps_ms, c.channels, c.features):
-            if a is not None: h.update(f'{a.dtype.str}{a.shape}'.encode()); h.update(np.ascontiguousarray(a).data)
+            if a is not None:
+                h.update(f"{a.dtype.str}{a.shape}".encode())
+                h.update(np.ascontiguousarray(a).data)
     return h.hexdigest()[:32]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #928da0be
 def _cached(file, clips, channels):
     "Arrays and number of long clips of a cache file, or `None`."
-    if not file.is_file(): return None
-    try: a = read_arrays(file)
-    except InputError: return None
-    if set(a) != {'values','lengths','long'} or len(a['lengths']) != len(clips) or a['values'].shape != (a['lengths'].sum(),channels): return None
-    return np.split(a['values'], np.cumsum(a['lengths'])[:-1]), int(a['long'][0])
+    if not file.is_file():
+        return None
+    try:
+        a = read_arrays(file)
+    except InputError:
+        return None
+    if (
+        set(a) != {"values", "lengths", "long"}
+        or len(a["lengths"]) != len(clips)
+        or a["values"].shape != (a["lengths"].sum(), channels)
+    ):
+        return None
+    return np.split(a["values"], np.cumsum(a["lengths"])[:-1]), int(a["long"][0])
 
 # %% ../../nbs/sign/05_skeleton.ipynb #0f49e93f
 def prepare_clips(
-    clips:list, # As they were read
-    preparation:Preparation, # Fitted
-    cache='', # Folder of prepared clips; none by default
-    empty:str='refuse', # Clips in which nobody is seen: `refuse` them, or `keep` them as NaN with a warning
-    progress=None, # For instance `tqdm`
-)->list: # Arrays `[T,C]`
+    clips: list,  # As they were read
+    preparation: Preparation,  # Fitted
+    cache="",  # Folder of prepared clips; none by default
+    empty: str = "refuse",  # Clips in which nobody is seen: `refuse` them, or `keep` them as NaN with a warning
+    progress=None,  # For instance `tqdm`
+) -> list:  # Arrays `[T,C]`
     "Prepare clips, or take them from the cache; all faulty ones are told together."
-    check_choice('parameters', 'empty', empty, ('refuse','keep'))
-    file = Path(cache)/f'clips-{_key(clips, preparation)}.safetensors' if cache else None
+    check_choice("parameters", "empty", empty, ("refuse", "keep"))
+    file = Path(cache) / f"clips-{_key(clips, preparation)}.safetensors" if cache else None
     done = _cached(file, clips, preparation.channels) if file else None
     if done is None:
-        arrays,long,faults = [],0,[]
-        for c in (progress(clips) if progress else clips):
-            try: x,facts = preparation.prepare(c)
-            except NobodySeen: x,facts = np.full((preparation.frames or 1, preparation.channels), np.nan, 'float32'),dict(long=False)
-            except InputError as e: faults.append(e); continue
-            arrays.append(x); long += facts['long']
-        raise_faults('clips', faults)
-        done = arrays,long
-        if file: _store(file, arrays, long)
-    if done[1]: warnings.warn(f'{done[1]} of {len(clips)} clips have more than {preparation.max_length} frames: {preparation.long_clips}')
-    nobody = [c for c,x in zip(clips, done[0]) if np.isnan(x).all()]
-    if empty == 'refuse': raise_faults('clips', [NobodySeen(c.file or c.name, *_nobody) for c in nobody])
-    elif nobody: warnings.warn(f"{len(nobody)} of {len(clips)} clips show nobody ({nobody[0].name}{', …' if len(nobody) > 1 else ''})")
+        arrays, long, faults = [], 0, []
+        for c in progress(clips) if progress else clips:
+            try:
+                x, facts = preparation.prepare(c)
+            except NobodySeen:
+                x, facts = (
+                    np.full((preparation.frames or 1, preparation.channels), np.nan, "float32"),
+                    dict(long=False),
+                )
+            except InputError as e:
+                faults.append(e)
+                continue
+            arrays.append(x)
+            long += facts["long"]
+        raise_faults("clips", faults)
+        done = arrays, long
+        if file:
+            _store(file, arrays, long)
+    if done[1]:
+        warnings.warn(
+            f"{done[1]} of {len(clips)} clips have more than {preparation.max_length} frames: {preparation.long_clips}",
+            stacklevel=2,
+        )
+    nobody = [c for c, x in zip(clips, done[0]) if np.isnan(x).all()]
+    if empty == "refuse":
+        raise_faults("clips", [NobodySeen(c.file or c.name, *_nobody) for c in nobody])
+    elif nobody:
+        warnings.warn(
+            f"{len(nobody)} of {len(clips)} clips show nobody ({nobody[0].name}{', …' if len(nobody) > 1 else ''})",
+            stacklevel=2,
+        )
     return done[0]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #2b0bb0f8
 def _store(file, arrays, long):
     from safetensors.numpy import save_file
-    with atomic_path(file) as f: save_file(dict(values=np.concatenate(arrays), lengths=np.array([len(a) for a in arrays]), long=np.array([long])), f)
+
+    with atomic_path(file) as f:
+        save_file(
+            dict(
+                values=np.concatenate(arrays),
+                lengths=np.array([len(a) for a in arrays]),
+                long=np.array([long]),
+            ),
+            f,
+        )

@@ -8,15 +8,19 @@ Docs: https://example.org/gcode_ml/sign/video.html.md"""
 __all__ = ['PROGRAM', 'extract_clip', 'hand_remarks']
 
 # %% ../../nbs/sign/60_video.ipynb #2df1950f
-import subprocess, sys, tempfile
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
 import numpy as np
+
 from ..core.errors import InputError
 from .data import SKELETON78, Clip, clip_layout, read_clip
 from .skeleton import reference_frame, to_pixels
 
 # %% ../../nbs/sign/60_video.ipynb #16eca7a6
-PROGRAM = '''
+PROGRAM = """
 import json, sys, numpy as np
 try: import cv2, mediapipe as mp; holistic = mp.solutions.holistic.Holistic
 except (ImportError, AttributeError) as e: sys.exit(f'absent: {type(e).__name__}: {e}')
@@ -43,53 +47,101 @@ x,s = np.stack(points),np.stack(seen)
 x = np.where(s[...,None], x, 0).astype('float32')
 meta = dict(target_fps=fps, source_width=size[0], source_height=size[1], order='pose25,left_hand21,right_hand21,face11', keypoints_total=78, dims_per_frame=156, estimator=f'mediapipe {mp.__version__}', visibility=threshold)
 np.savez(target, X=x.reshape(len(x), 156), mask=s, timestamps_ms=np.round(np.arange(len(x))*1000/fps).astype('int64'), meta=np.array(json.dumps(meta)))
-'''
+"""
 
 # %% ../../nbs/sign/60_video.ipynb #7ae076a9
 def extract_clip(
-    video, # File that OpenCV can read
-    python='', # Python of the environment with mediapipe; this one by default
-    target='', # `.npz` to be written; none is kept by default
-    visibility:float=.5, # Smallest visibility of a point of the pose that counts as seen
-    seconds:float=3600., # Longest time that may pass
-)->Clip: # Without labels
+    video,  # File that OpenCV can read
+    python="",  # Python of the environment with mediapipe; this one by default
+    target="",  # `.npz` to be written; none is kept by default
+    visibility: float = 0.5,  # Smallest visibility of a point of the pose that counts as seen
+    seconds: float = 3600.0,  # Longest time that may pass
+) -> Clip:  # Without labels
     "Let MediaPipe Holistic look at every frame."
     video = Path(video)
-    if not video.is_file(): raise InputError(video, 'file', 'a video', 'nothing there')
+    if not video.is_file():
+        raise InputError(video, "file", "a video", "nothing there")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder)/f'{video.stem}.npz'
-        try: done = subprocess.run([str(python or sys.executable), '-c', PROGRAM, str(video), str(file), str(visibility)], capture_output=True, text=True, timeout=seconds)
-        except FileNotFoundError: raise InputError(python, 'python', 'a Python with mediapipe==0.10.21', 'nothing there') from None
-        if done.returncode or not file.exists(): raise _why(video, python, (done.stderr.strip().splitlines() or ['nothing'])[-1])
-        clip = read_clip(file); clip.file = str(video)
-        if target: Path(target).write_bytes(file.read_bytes())
+        file = Path(folder) / f"{video.stem}.npz"
+        try:
+            done = subprocess.run(
+                [
+                    str(python or sys.executable),
+                    "-c",
+                    PROGRAM,
+                    str(video),
+                    str(file),
+                    str(visibility),
+                ],
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+            )
+        except FileNotFoundError:
+            raise InputError(
+                python, "python", "a Python with mediapipe==0.10.21", "nothing there"
+            ) from None
+        if done.returncode or not file.exists():
+            raise _why(video, python, (done.stderr.strip().splitlines() or ["nothing"])[-1])
+        clip = read_clip(file)
+        clip.file = str(video)
+        if target:
+            Path(target).write_bytes(file.read_bytes())
     return clip
 
 # %% ../../nbs/sign/60_video.ipynb #3c66e7d3
 def _why(video, python, said):
     "What the program's last line means."
-    if said.startswith('absent'): return InputError(python or sys.executable, 'environment', 'mediapipe==0.10.21 with its Holistic', said.removeprefix('absent: ')[:120], 'give the Python of an environment that has it')
-    if said == 'no frame': return InputError(video, 'content', 'a video with frames', 'none that could be read')
-    return InputError(video, 'extraction', 'points', said[:160])
+    if said.startswith("absent"):
+        return InputError(
+            python or sys.executable,
+            "environment",
+            "mediapipe==0.10.21 with its Holistic",
+            said.removeprefix("absent: ")[:120],
+            "give the Python of an environment that has it",
+        )
+    if said == "no frame":
+        return InputError(video, "content", "a video with frames", "none that could be read")
+    return InputError(video, "extraction", "points", said[:160])
 
 # %% ../../nbs/sign/60_video.ipynb #07a4f0d2
 def hand_remarks(
-    clip:Clip, # With both hands, `pose78`
-    touching:float=.25, # Distance of the hands in shoulder widths below which they touch
-    small:float=.5, # Size of a hand against its median below which its fingers point at the camera
-)->dict: # Share of the frames: `touching`, `pointing`, `turned`, `swapped`
+    clip: Clip,  # With both hands, `pose78`
+    touching: float = 0.25,  # Distance of the hands in shoulder widths below which they touch
+    small: float = 0.5,  # Size of a hand against its median below which its fingers point at the camera
+) -> dict:  # Share of the frames: `touching`, `pointing`, `turned`, `swapped`
     "How often the estimate of the hands is likely to be wrong."
-    if clip_layout(clip) != 'pose78': raise InputError(clip.file or clip.name, 'layout', 'pose78', clip_layout(clip))
-    p = to_pixels(clip.points, clip.width, clip.height); unit = reference_frame(p, clip.seen.astype('int8'), SKELETON78)[1]
+    if clip_layout(clip) != "pose78":
+        raise InputError(clip.file or clip.name, "layout", "pose78", clip_layout(clip))
+    p = to_pixels(clip.points, clip.width, clip.height)
+    unit = reference_frame(p, clip.seen.astype("int8"), SKELETON78)[1]
     first = [SKELETON78.blocks[h][0] for h in SKELETON78.hands]
-    there = np.stack([clip.seen[:,[f,f+5,f+9,f+17]].all(1) for f in first], 1)
-    wrist,knuckle,index,little = (np.stack([p[:,f+i] for f in first], 1) for i in (0,9,5,17))
-    size = np.linalg.norm(knuckle-wrist, axis=2)
-    median = np.array([np.median(size[there[:,i],i]) if there[:,i].any() else 1. for i in (0,1)])
-    a,b = index-wrist,little-wrist; side = np.sign(a[...,0]*b[...,1]-a[...,1]*b[...,0])
-    usual = np.array([np.sign(np.median(side[there[:,i],i])) if there[:,i].any() else 0 for i in (0,1)])
-    both = there.all(1); arms = clip.seen[:,SKELETON78.wrists].all(1) & both
-    body = p[:,list(SKELETON78.wrists)]; own,other = (np.linalg.norm(wrist-x, axis=2).sum(1) for x in (body,body[:,::-1]))
-    share = lambda x: float(np.mean(x)) if len(x) else 0.
-    return dict(touching=share(both & (np.linalg.norm(wrist[:,0]-wrist[:,1], axis=1) < touching*unit)), pointing=share((there & (size < small*median)).any(1)),
-                turned=share((there & (side != usual) & (usual != 0)).any(1)), swapped=share(arms & (other < own)))
+    there = np.stack([clip.seen[:, [f, f + 5, f + 9, f + 17]].all(1) for f in first], 1)
+    wrist, knuckle, index, little = (
+        np.stack([p[:, f + i] for f in first], 1) for i in (0, 9, 5, 17)
+    )
+    size = np.linalg.norm(knuckle - wrist, axis=2)
+    median = np.array(
+        [np.median(size[there[:, i], i]) if there[:, i].any() else 1.0 for i in (0, 1)]
+    )
+    a, b = index - wrist, little - wrist
+    side = np.sign(a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0])
+    usual = np.array(
+        [np.sign(np.median(side[there[:, i], i])) if there[:, i].any() else 0 for i in (0, 1)]
+    )
+    both = there.all(1)
+    arms = clip.seen[:, SKELETON78.wrists].all(1) & both
+    body = p[:, list(SKELETON78.wrists)]
+    own, other = (np.linalg.norm(wrist - x, axis=2).sum(1) for x in (body, body[:, ::-1]))
+
+    def share(x):
+        return float(np.mean(x)) if len(x) else 0.0
+
+    return dict(
+        touching=share(
+            both & (np.linalg.norm(wrist[:, 0] - wrist[:, 1], axis=1) < touching * unit)
+        ),
+        pointing=share((there & (size < small * median)).any(1)),
+        turned=share((there & (side != usual) & (usual != 0)).any(1)),
+        swapped=share(arms & (other < own)),
+    )

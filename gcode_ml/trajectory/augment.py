@@ -8,37 +8,58 @@ Docs: https://example.org/gcode_ml/trajectory/augment.html.md"""
 __all__ = ['reflected_signs', 'ReflectAxes']
 
 # %% ../../nbs/trajectory/10_augment.ipynb #0ca8b010
-import numpy as np, torch
+import numpy as np
+import torch
 from fastai.callback.core import Callback
+
 from ..core.errors import InputError
 
 # %% ../../nbs/trajectory/10_augment.ipynb #2c9cd8cd
 def reflected_signs(
-    features, # Names of the features
-    axis:int, # 0 reflects X, 1 reflects Y
-)->np.ndarray: # 1 or -1 for each feature
+    features,  # Names of the features
+    axis: int,  # 0 reflects X, 1 reflects Y
+) -> np.ndarray:  # 1 or -1 for each feature
     "What a reflection of one axis does to each feature."
-    own = {0: ('vx','ax','jx','cos','mean_vx'), 1: ('vy','ay','jy','sin','mean_vy')}[axis]
-    if bad := [f for f in features if f[:2] in ('x_','y_') or '_x_' in f or '_y_' in f or f.startswith('bed_')]: raise InputError('reflection', 'features', 'none of the position (harmonics=False)', bad[0])
-    return np.array([-1. if f in (*own,'curvature','next_turn') else 1. for f in features])
+    own = {0: ("vx", "ax", "jx", "cos", "mean_vx"), 1: ("vy", "ay", "jy", "sin", "mean_vy")}[axis]
+    if bad := [
+        f
+        for f in features
+        if f[:2] in ("x_", "y_") or "_x_" in f or "_y_" in f or f.startswith("bed_")
+    ]:
+        raise InputError("reflection", "features", "none of the position (harmonics=False)", bad[0])
+    return np.array([-1.0 if f in (*own, "curvature", "next_turn") else 1.0 for f in features])
 
 # %% ../../nbs/trajectory/10_augment.ipynb #9a76b207
 class ReflectAxes(Callback):
     "Reflect X, Y or both in some of the training windows."
-    order,run_valid = -4,False
-    def __init__(self,
-        windows=None, # `TrajectoryWindows` with a scale: the names and spreads of the features
-        share:float=.5, # Share of the windows in which an axis is reflected, for each axis
+
+    order, run_valid = -4, False
+
+    def __init__(
+        self,
+        windows=None,  # `TrajectoryWindows` with a scale: the names and spreads of the features
+        share: float = 0.5,  # Share of the windows in which an axis is reflected, for each axis
     ):
-        if not 0 <= share <= 1: raise InputError('ReflectAxes', 'share', 'from 0 to 1', repr(share))
-        self.windows,self.share = windows,share
+        if not 0 <= share <= 1:
+            raise InputError("ReflectAxes", "share", "from 0 to 1", repr(share))
+        self.windows, self.share = windows, share
+
     def before_fit(self):
-        names,c = self.windows.features,self.windows.scale
-        self.signs = torch.tensor(np.stack([reflected_signs(names, k) for k in range(2)]), dtype=torch.float32)
-        self.offset = torch.tensor(c.mean)/torch.tensor(c.std)
+        names, c = self.windows.features, self.windows.scale
+        self.signs = torch.tensor(
+            np.stack([reflected_signs(names, k) for k in range(2)]), dtype=torch.float32
+        )
+        self.offset = torch.tensor(c.mean) / torch.tensor(c.std)
+
     def before_batch(self):
-        (inputs,mask),(target,) = self.xb,self.yb; x = inputs['features']; hit = torch.rand(2, len(x), device=x.device) < self.share
-        s = torch.where(hit[...,None], self.signs.to(x.device)[:,None], 1.).prod(0)[:,None]; axes = torch.where(hit.T, -1., 1.)[:,None]
-        both = {k: inputs[k]*axes for k in ('filter','drive') if k in inputs}
-        self.learn.xb = dict(inputs, features=s*x+(s-1)*self.offset.to(x.device), **both),mask
-        self.learn.yb = dict(target, error=target['error']*axes),
+        (inputs, mask), (target,) = self.xb, self.yb
+        x = inputs["features"]
+        hit = torch.rand(2, len(x), device=x.device) < self.share
+        s = torch.where(hit[..., None], self.signs.to(x.device)[:, None], 1.0).prod(0)[:, None]
+        axes = torch.where(hit.T, -1.0, 1.0)[:, None]
+        both = {k: inputs[k] * axes for k in ("filter", "drive") if k in inputs}
+        self.learn.xb = (
+            dict(inputs, features=s * x + (s - 1) * self.offset.to(x.device), **both),
+            mask,
+        )
+        self.learn.yb = (dict(target, error=target["error"] * axes),)

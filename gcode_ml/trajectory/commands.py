@@ -9,103 +9,271 @@ __all__ = ['SIMULATES', 'add_simulate_options', 'simulate_file', 'modes_of', 're
 
 # %% ../../nbs/trajectory/60_commands.ipynb #a25e2107
 from pathlib import Path
+
 from ..core.errors import InputError
 
 # %% ../../nbs/trajectory/60_commands.ipynb #ddccc16a
-SIMULATES = ('.gcode','.gco','.g','.nc','.ngc')
+SIMULATES = (".gcode", ".gco", ".g", ".nc", ".ngc")
+
 
 def add_simulate_options(
-    parser, # Of `gcode_ml simulate`
+    parser,  # Of `gcode_ml simulate`
 ):
     "What a G-code file can be simulated with."
-    parser.add_argument('--layers', default='sampled:5', help='of a G-code file: all, sampled:N, a:b')
-    parser.add_argument('--machine', default='bedslinger', help='of a G-code file: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED, joined by +')
-    parser.add_argument('--rate', type=float, default=500., help='of a G-code file: samples a second that are kept')
+    parser.add_argument(
+        "--layers", default="sampled:5", help="of a G-code file: all, sampled:N, a:b"
+    )
+    parser.add_argument(
+        "--machine",
+        default="bedslinger",
+        help="of a G-code file: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED, joined by +",
+    )
+    parser.add_argument(
+        "--rate", type=float, default=500.0, help="of a G-code file: samples a second that are kept"
+    )
 
 # %% ../../nbs/trajectory/60_commands.ipynb #c0ebea25
 def simulate_file(
-    path, # G-code file
-    a, # Words of the command
+    path,  # G-code file
+    a,  # Words of the command
 ):
     "Plan a program, simulate machines, and add it to a collection."
-    import tempfile, pandas as pd
+    import tempfile
+
+    import pandas as pd
     from tqdm.auto import tqdm
+
     from gcode_ml.trajectory.data import collect, read_collection
-    if not Path(path).is_file(): raise InputError(path, 'file', 'a G-code file', 'nothing there')
-    folder = a.output or tempfile.mkdtemp(); names = [m for m in a.machine.split('+') if m]
-    for m in names if a.quiet else tqdm(names): collect(path, folder, a.layers, m, a.rate)
-    found = read_collection(folder, [Path(path).stem], [m.replace(':', '_') for m in names])
-    rows = [dict(part=s.part.name, machine=s.machine['name'], layers=s.part.runs.layer.nunique(), samples=len(s.errors), motion_s=s.part.note['seconds'], **{f'RMS {c}, µm': 1e3*(s.errors[:,k].astype(float)**2).mean()**.5 for k,c in enumerate('xy')}) for s in found]
-    print(pd.DataFrame(rows).to_string(index=False, float_format=lambda x: f'{x:.2f}'))
-    for i in found[0].part.note['issues'][:5]: print(f'assumed  {i}')
-    if a.output: print(f'collection {a.output}')
+
+    if not Path(path).is_file():
+        raise InputError(path, "file", "a G-code file", "nothing there")
+    folder = a.output or tempfile.mkdtemp()
+    names = [m for m in a.machine.split("+") if m]
+    for m in names if a.quiet else tqdm(names):
+        collect(path, folder, a.layers, m, a.rate)
+    found = read_collection(folder, [Path(path).stem], [m.replace(":", "_") for m in names])
+    rows = [
+        dict(
+            part=s.part.name,
+            machine=s.machine["name"],
+            layers=s.part.runs.layer.nunique(),
+            samples=len(s.errors),
+            motion_s=s.part.note["seconds"],
+            **{
+                f"RMS {c}, µm": 1e3 * (s.errors[:, k].astype(float) ** 2).mean() ** 0.5
+                for k, c in enumerate("xy")
+            },
+        )
+        for s in found
+    ]
+    print(pd.DataFrame(rows).to_string(index=False, float_format=lambda x: f"{x:.2f}"))
+    for i in found[0].part.note["issues"][:5]:
+        print(f"assumed  {i}")
+    if a.output:
+        print(f"collection {a.output}")
 
 # %% ../../nbs/trajectory/60_commands.ipynb #a91f984e
 def modes_of(
-    model:str, # A bundle's folder, or `filter`
-    path, # G-code file
-    frequency=None, # Hz in x and y, with `filter`
-    damping=None, # Damping ratios, with `filter`
-    large:float=32., # Megabytes from which the first block that extrudes speaks for the file
-)->tuple: # [(frequency, damping)] of x and y, and the predicted error `[T,2]` in mm or `None`
+    model: str,  # A bundle's folder, or `filter`
+    path,  # G-code file
+    frequency=None,  # Hz in x and y, with `filter`
+    damping=None,  # Damping ratios, with `filter`
+    large: float = 32.0,  # Megabytes from which the first block that extrudes speaks for the file
+) -> tuple:  # [(frequency, damping)] of x and y, and the predicted error `[T,2]` in mm or `None`
     "Modes to correct for."
-    if model == 'filter':
-        if not frequency: raise InputError('correct', '--frequency', 'that of x and y in Hz, with --model filter', 'none')
-        f,z = list(frequency)*(3-len(frequency)),list(damping or [.1])*(3-len(damping or [.1]))
-        return list(zip(f[:2], z[:2])),None
+    if model == "filter":
+        if not frequency:
+            raise InputError(
+                "correct", "--frequency", "that of x and y in Hz, with --model filter", "none"
+            )
+        f, z = (
+            list(frequency) * (3 - len(frequency)),
+            list(damping or [0.1]) * (3 - len(damping or [0.1])),
+        )
+        return list(zip(f[:2], z[:2])), None
     from gcode_ml.gcode.planner import program_blocks
     from gcode_ml.lab.bundle import load_bundle
     from gcode_ml.trajectory.data import Series
     from gcode_ml.trajectory.filters import fit_filter
     from gcode_ml.trajectory.recipe import part_of, predict_part
+
     bundle = load_bundle(model)
-    if bundle.facts.get('domain') != 'trajectory': raise InputError(model, 'bundle', 'a model of trajectory', str(bundle.facts.get('domain')))
-    whole = Path(path).stat().st_size < large*1e6
-    part = part_of(path if whole else next((own for _,own,_ in program_blocks(path, lenient=True) if own.extruding.any()), path), bundle.preprocessing['rate']); error = predict_part(bundle, part)
-    return fit_filter([Series(part, dict(name='model'), error)], 'second_order').weights, error if whole else None
+    if bundle.facts.get("domain") != "trajectory":
+        raise InputError(model, "bundle", "a model of trajectory", str(bundle.facts.get("domain")))
+    whole = Path(path).stat().st_size < large * 1e6
+    part = part_of(
+        path
+        if whole
+        else next(
+            (own for _, own, _ in program_blocks(path, lenient=True) if own.extruding.any()), path
+        ),
+        bundle.preprocessing["rate"],
+    )
+    error = predict_part(bundle, part)
+    return fit_filter(
+        [Series(part, dict(name="model"), error)], "second_order"
+    ).weights, error if whole else None
 
 # %% ../../nbs/trajectory/60_commands.ipynb #e7bac3e5
 def read_record(
-    path, # `.csv` or `.parquet` with columns `t` in s, `x`, `y`, `error_x`, `error_y` in mm
-)->tuple: # Position and error, mm, `[T,2]` each, and samples a second
+    path,  # `.csv` or `.parquet` with columns `t` in s, `x`, `y`, `error_x`, `error_y` in mm
+) -> tuple:  # Position and error, mm, `[T,2]` each, and samples a second
     "A record of what a machine was told and how far it was off."
-    import numpy as np, pandas as pd
+    import numpy as np
+    import pandas as pd
+
     path = Path(path)
-    if not path.is_file(): raise InputError(path, 'record', 'a table', 'nothing there')
-    try: table = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
-    except ValueError as e: raise InputError(path, 'record', 'a table that can be read', str(e).splitlines()[0]) from None
-    wanted = ['t','x','y','error_x','error_y']
-    if missing := [c for c in wanted if c not in table]: raise InputError(path, 'record', f"columns {', '.join(wanted)}", f"none called {', '.join(missing)}")
-    v = table[wanted].to_numpy(float); step = np.diff(v[:,0])
-    if len(v) < 100 or not np.isfinite(v).all() or not (step > 0).all() or np.ptp(step) > .01*step.mean(): raise InputError(path, 'record', 'at least 100 numbers in each column, evenly spaced in time', f'{len(v)} rows' if len(v) < 100 else 'gaps, or values that are no numbers')
-    return v[:,1:3],v[:,3:],1/float(step.mean())
+    if not path.is_file():
+        raise InputError(path, "record", "a table", "nothing there")
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except ValueError as e:
+        raise InputError(
+            path, "record", "a table that can be read", str(e).splitlines()[0]
+        ) from None
+    wanted = ["t", "x", "y", "error_x", "error_y"]
+    if missing := [c for c in wanted if c not in table]:
+        raise InputError(
+            path, "record", f"columns {', '.join(wanted)}", f"none called {', '.join(missing)}"
+        )
+    v = table[wanted].to_numpy(float)
+    step = np.diff(v[:, 0])
+    if (
+        len(v) < 100
+        or not np.isfinite(v).all()
+        or not (step > 0).all()
+        or np.ptp(step) > 0.01 * step.mean()
+    ):
+        raise InputError(
+            path,
+            "record",
+            "at least 100 numbers in each column, evenly spaced in time",
+            f"{len(v)} rows" if len(v) < 100 else "gaps, or values that are no numbers",
+        )
+    return v[:, 1:3], v[:, 3:], 1 / float(step.mean())
 
 # %% ../../nbs/trajectory/60_commands.ipynb #668d72f8
 def correct_command(a):
     "`gcode_ml correct`: a program that the machine prints with less error, proven by printing it again in simulation."
-    from gcode_ml.trajectory.correct import correct_file, identified_machine, uncertain_machines, unknown_machines
+    from gcode_ml.trajectory.correct import (
+        correct_file,
+        identified_machine,
+        uncertain_machines,
+        unknown_machines,
+    )
     from gcode_ml.trajectory.simulate import named_machine
-    if not Path(a.file).is_file(): raise InputError(a.file, 'file', 'a G-code file', 'nothing there')
-    if not (a.model or a.record): raise InputError('correct', '--model or --record', 'a bundle, filter, or a record of the machine', 'neither')
-    machine = identified_machine(*read_record(a.record)) if a.record else None; modes,error = (list(zip(machine.frequency, machine.damping)),None) if a.record else modes_of(a.model, a.file, a.frequency, a.damping)
-    family = None if a.spread is None else uncertain_machines(modes, a.spread, machine=machine) if machine or a.identified else unknown_machines(modes, a.spread)
-    done = correct_file(a.file, a.output, modes, a.method, family, error, a.firmware, tuple(a.bed), a.lenient, identified=a.identified, machine=machine, more=[named_machine(m) for m in a.judge])
-    print(f'chosen   {done.method}')
-    print('mode     '+', '.join(f'{axis} {f:.2f} Hz, damping {z:.3f}' for axis,(f,z) in zip('xy', done.modes)))
-    print(done.table.to_string(index=False, float_format=lambda x: f'{x:.2f}')+'   µm RMS, simulation only')
-    if done.limits: print(f"advice   {done.method}; acceleration up to {done.limits['acceleration']:g} mm/s²; speeds near {', '.join(f'{v:g}' for v in sorted({*done.limits['avoid_x'], *done.limits['avoid_y']}))} mm/s shake the machine")
-    print(f'written  {a.output}')
+
+    if not Path(a.file).is_file():
+        raise InputError(a.file, "file", "a G-code file", "nothing there")
+    if not (a.model or a.record):
+        raise InputError(
+            "correct",
+            "--model or --record",
+            "a bundle, filter, or a record of the machine",
+            "neither",
+        )
+    machine = identified_machine(*read_record(a.record)) if a.record else None
+    modes, error = (
+        (list(zip(machine.frequency, machine.damping)), None)
+        if a.record
+        else modes_of(a.model, a.file, a.frequency, a.damping)
+    )
+    family = (
+        None
+        if a.spread is None
+        else uncertain_machines(modes, a.spread, machine=machine)
+        if machine or a.identified
+        else unknown_machines(modes, a.spread)
+    )
+    done = correct_file(
+        a.file,
+        a.output,
+        modes,
+        a.method,
+        family,
+        error,
+        a.firmware,
+        tuple(a.bed),
+        a.lenient,
+        identified=a.identified,
+        machine=machine,
+        more=[named_machine(m) for m in a.judge],
+    )
+    print(f"chosen   {done.method}")
+    print(
+        "mode     "
+        + ", ".join(f"{axis} {f:.2f} Hz, damping {z:.3f}" for axis, (f, z) in zip("xy", done.modes))
+    )
+    print(
+        done.table.to_string(index=False, float_format=lambda x: f"{x:.2f}")
+        + "   µm RMS, simulation only"
+    )
+    if done.limits:
+        print(
+            f"advice   {done.method}; acceleration up to {done.limits['acceleration']:g} mm/s²; speeds near {', '.join(f'{v:g}' for v in sorted({*done.limits['avoid_x'], *done.limits['avoid_y']}))} mm/s shake the machine"
+        )
+    print(f"written  {a.output}")
 
 # %% ../../nbs/trajectory/60_commands.ipynb #005c33d7
 def add_commands(
-    command, # `command(name, function, help, *words)` makes a command
+    command,  # `command(name, function, help, *words)` makes a command
 ):
     "The commands of this domain."
-    sub = command('correct', correct_command, 'a G-code file that is printed with less error', 'file', group='trajectory')
-    sub.add_argument('--model', help='a bundle or run of trajectory, or filter'); sub.add_argument('-o', '--output', required=True, help='G-code file to write')
-    sub.add_argument('--method', default='safe', help='safe (chosen so that no machine of a family is worse), full (with --record), robust or inverse (resampled path), shaper (the best for the firmware), ZV, MZV, ZVD, EI, 2HUMP, 3HUMP, or vertices')
-    sub.add_argument('--frequency', type=float, nargs='+', help='Hz, of x and y, with --model filter'); sub.add_argument('--damping', type=float, nargs='+', help='damping ratio of x and y, with --model filter')
-    sub.add_argument('--identified', action='store_true', help='the constants were measured on the machine that prints'); sub.add_argument('--record', help='table with t, x, y, error_x, error_y of a calibration print on the machine that prints')
-    sub.add_argument('--spread', type=float, help='how far frequencies may be off; 0.2, of an identified machine 0.1'); sub.add_argument('--judge', nargs='*', default=[], help='more machines to print on: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED')
-    sub.add_argument('--firmware', default='klipper', choices=['klipper','marlin'], help='firmware that sets a shaper'); sub.add_argument('--bed', type=float, nargs='+', default=[220.,220.,250.], help='space of the machine, mm: its size, or six numbers, least position first')
-    sub.add_argument('--lenient', action='store_true', help='leave out lines that cannot be read, and say so, instead of refusing the file')
+    sub = command(
+        "correct",
+        correct_command,
+        "a G-code file that is printed with less error",
+        "file",
+        group="trajectory",
+    )
+    sub.add_argument("--model", help="a bundle or run of trajectory, or filter")
+    sub.add_argument("-o", "--output", required=True, help="G-code file to write")
+    sub.add_argument(
+        "--method",
+        default="safe",
+        help="safe (chosen so that no machine of a family is worse), full (with --record), robust or inverse (resampled path), shaper (the best for the firmware), ZV, MZV, ZVD, EI, 2HUMP, 3HUMP, or vertices",
+    )
+    sub.add_argument(
+        "--frequency", type=float, nargs="+", help="Hz, of x and y, with --model filter"
+    )
+    sub.add_argument(
+        "--damping", type=float, nargs="+", help="damping ratio of x and y, with --model filter"
+    )
+    sub.add_argument(
+        "--identified",
+        action="store_true",
+        help="the constants were measured on the machine that prints",
+    )
+    sub.add_argument(
+        "--record",
+        help="table with t, x, y, error_x, error_y of a calibration print on the machine that prints",
+    )
+    sub.add_argument(
+        "--spread",
+        type=float,
+        help="how far frequencies may be off; 0.2, of an identified machine 0.1",
+    )
+    sub.add_argument(
+        "--judge",
+        nargs="*",
+        default=[],
+        help="more machines to print on: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED",
+    )
+    sub.add_argument(
+        "--firmware",
+        default="klipper",
+        choices=["klipper", "marlin"],
+        help="firmware that sets a shaper",
+    )
+    sub.add_argument(
+        "--bed",
+        type=float,
+        nargs="+",
+        default=[220.0, 220.0, 250.0],
+        help="space of the machine, mm: its size, or six numbers, least position first",
+    )
+    sub.add_argument(
+        "--lenient",
+        action="store_true",
+        help="leave out lines that cannot be read, and say so, instead of refusing the file",
+    )

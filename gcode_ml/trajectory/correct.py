@@ -14,564 +14,1154 @@ __all__ = ['METHODS', 'ROBUST', 'PERIODS', 'REMEDIES', 'LIFTED', 'MARGIN', 'inve
 # %% ../../nbs/trajectory/55_correct.ipynb #d493c4e2
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from scipy.optimize import least_squares
 from scipy.signal import butter, cont2discrete, firwin, lfilter, sosfiltfilt
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path
 from ..gcode.parts import part_program
-from ..gcode.planner import Plan, limit_lines, limits_of_lines, outside, plan, program_blocks, sample
-from ..gcode.reader import Program, _Lines, _modes, format_number, in_file, moves, parse_gcode, read_gcode, replace_words, to_text
+from gcode_ml.gcode.planner import (
+    Plan,
+    limit_lines,
+    limits_of_lines,
+    outside,
+    plan,
+    program_blocks,
+    sample,
+)
+from gcode_ml.gcode.reader import (
+    Program,
+    _Lines,
+    _modes,
+    format_number,
+    in_file,
+    moves,
+    parse_gcode,
+    read_gcode,
+    replace_words,
+    to_text,
+)
 from .data import Series
 from .evaluate import path_scores
 from .filters import fit_filter
 from .recipe import part_of
-from .simulate import SHAPERS, Machine, axis_error, random_machine, shape, shaper, simulate_part, simulation_rate, smoothing, tracking_error
+from gcode_ml.trajectory.simulate import (
+    SHAPERS,
+    Machine,
+    axis_error,
+    random_machine,
+    shape,
+    shaper,
+    simulate_part,
+    simulation_rate,
+    smoothing,
+    tracking_error,
+)
 
 # %% ../../nbs/trajectory/55_correct.ipynb #9086e523
 def inverse_command(
-    position:np.ndarray, # Programmed position of one axis, mm, `[T]`
-    frequency:float, # Hz
-    damping:float, # Damping ratio
-    rate:float=1000., # Samples a second
-    cutoff:float=120., # Of the low-pass before the inversion, Hz
-    taps:int=0, # Of that low-pass; 0: 41 at 1 kHz
-)->np.ndarray: # Command, mm, `[T]`
+    position: np.ndarray,  # Programmed position of one axis, mm, `[T]`
+    frequency: float,  # Hz
+    damping: float,  # Damping ratio
+    rate: float = 1000.0,  # Samples a second
+    cutoff: float = 120.0,  # Of the low-pass before the inversion, Hz
+    taps: int = 0,  # Of that low-pass; 0: 41 at 1 kHz
+) -> np.ndarray:  # Command, mm, `[T]`
     "Command that arrives at the smoothed position on a machine with one mode."
-    taps = taps or int(.041*rate)|1; half = taps//2; padded = np.concatenate([np.full(half, position[0]), position, np.full(half, position[-1])])
-    smooth = np.convolve(padded, firwin(taps, cutoff, fs=rate), 'valid')
-    bend = np.diff(smooth, 2, prepend=smooth[0], append=smooth[-1])*rate**2; w = 2*np.pi*frequency
-    b,a,_ = cont2discrete(([1.],[2*damping*w,w**2]), 1/rate, 'foh')
-    return smooth+lfilter(np.ravel(b), a, bend)
+    taps = taps or int(0.041 * rate) | 1
+    half = taps // 2
+    padded = np.concatenate([np.full(half, position[0]), position, np.full(half, position[-1])])
+    smooth = np.convolve(padded, firwin(taps, cutoff, fs=rate), "valid")
+    bend = np.diff(smooth, 2, prepend=smooth[0], append=smooth[-1]) * rate**2
+    w = 2 * np.pi * frequency
+    b, a, _ = cont2discrete(([1.0], [2 * damping * w, w**2]), 1 / rate, "foh")
+    return smooth + lfilter(np.ravel(b), a, bend)
 
 # %% ../../nbs/trajectory/55_correct.ipynb #2c6ad213
 def machine_command(
-    position:np.ndarray, # Programmed x and y, mm, `[T,2]`
-    machine:Machine, # Identified machine: modes, play, ripple
-    rate:float=1000., # Samples a second
-    cutoff:float=120., # Of the low-pass before the inversion, Hz
-    floor:float=.05, # Gain below which a frequency is not inverted
-)->np.ndarray: # mm, `[T,2]`
+    position: np.ndarray,  # Programmed x and y, mm, `[T,2]`
+    machine: Machine,  # Identified machine: modes, play, ripple
+    rate: float = 1000.0,  # Samples a second
+    cutoff: float = 120.0,  # Of the low-pass before the inversion, Hz
+    floor: float = 0.05,  # Gain below which a frequency is not inverted
+) -> np.ndarray:  # mm, `[T,2]`
     "Command that arrives at the smoothed position on a machine with two modes, play and ripple."
-    n = int(.041*rate)|1; half = n//2; T = len(position); N = 1<<int(np.ceil(np.log2(T+rate+4*n))); w = 2*np.pi*np.fft.rfftfreq(N, 1/rate); made = []
-    for x,f,z in zip(np.asarray(position, float).T, machine.frequency, machine.damping):
-        step = np.diff(x, prepend=x[0]); last = np.maximum.accumulate(np.where(np.abs(step) > 1e-9, np.arange(T), 0)); want = x+machine.backlash/2*np.sign(step[last])
-        s = np.convolve(np.concatenate([np.full(half, want[0]), want, np.full(half, want[-1])]), firwin(n, cutoff, fs=rate), 'valid')-x[0]
-        error = lambda f, z: w**2/((2*np.pi*f)**2-w**2+2j*z*2*np.pi*f*w); g = machine.second_gain
-        G = 1+(1-g)*error(f, z)+g*error(machine.second_ratio*f, machine.second_damping)
-        u = np.fft.irfft(np.fft.rfft(np.concatenate([s, np.linspace(s[-1], 0, N-T)]))*np.conj(G)*(1+floor**2)/(np.abs(G)**2+floor**2), N)[:T]+x[0]; c = u
-        for _ in range(3): c = u-sum(a*np.sin(2*np.pi/period*c+phase) for a,period,phase in machine.ripple)
+    n = int(0.041 * rate) | 1
+    half = n // 2
+    T = len(position)
+    N = 1 << int(np.ceil(np.log2(T + rate + 4 * n)))
+    w = 2 * np.pi * np.fft.rfftfreq(N, 1 / rate)
+    made = []
+    for x, f, z in zip(np.asarray(position, float).T, machine.frequency, machine.damping):
+        step = np.diff(x, prepend=x[0])
+        last = np.maximum.accumulate(np.where(np.abs(step) > 1e-9, np.arange(T), 0))
+        want = x + machine.backlash / 2 * np.sign(step[last])
+        s = (
+            np.convolve(
+                np.concatenate([np.full(half, want[0]), want, np.full(half, want[-1])]),
+                firwin(n, cutoff, fs=rate),
+                "valid",
+            )
+            - x[0]
+        )
+
+        def error(f, z):
+            return w**2 / ((2 * np.pi * f) ** 2 - w**2 + 2j * z * 2 * np.pi * f * w)
+
+        g = machine.second_gain
+        G = 1 + (1 - g) * error(f, z) + g * error(machine.second_ratio * f, machine.second_damping)
+        u = (
+            np.fft.irfft(
+                np.fft.rfft(np.concatenate([s, np.linspace(s[-1], 0, N - T)]))
+                * np.conj(G)
+                * (1 + floor**2)
+                / (np.abs(G) ** 2 + floor**2),
+                N,
+            )[:T]
+            + x[0]
+        )
+        c = u
+        for _ in range(3):
+            c = u - sum(
+                a * np.sin(2 * np.pi / period * c + phase) for a, period, phase in machine.ripple
+            )
         made.append(c)
     return np.column_stack(made)
 
 # %% ../../nbs/trajectory/55_correct.ipynb #fd06deed
-METHODS = ('none',*SHAPERS,'inverse','robust','full')
-ROBUST = dict(inverse=.7, ZV=.2, EI=.1) # shares of the commands in `robust`
+METHODS = ("none", *SHAPERS, "inverse", "robust", "full")
+ROBUST = dict(inverse=0.7, ZV=0.2, EI=0.1)  # shares of the commands in `robust`
+
 
 def commands(
-    position:np.ndarray, # Programmed x and y, mm, `[T,2]`
-    method:str, # One of `METHODS`
-    modes, # Frequency in Hz and damping ratio of x and of y
-    rate:float=1000., # Samples a second
-    machine:Machine=None, # Identified machine, for `full`
-)->np.ndarray: # mm, `[T,2]`
+    position: np.ndarray,  # Programmed x and y, mm, `[T,2]`
+    method: str,  # One of `METHODS`
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    rate: float = 1000.0,  # Samples a second
+    machine: Machine = None,  # Identified machine, for `full`
+) -> np.ndarray:  # mm, `[T,2]`
     "What the motors are told instead of the programmed path."
-    check_choice('correct', 'method', method, METHODS)
-    if method == 'full' and machine is None: raise InputError('correct', 'method full', 'an identified machine', 'none')
-    if method == 'full': return machine_command(position, machine, rate)
-    if method == 'none': return position
-    if method == 'robust': return sum(share*commands(position, m, modes, rate) for m,share in ROBUST.items())
-    if method == 'inverse': return np.column_stack([inverse_command(position[:,k], *modes[k], rate) for k in range(2)])
-    return np.column_stack([shape(position[:,k], shaper(method, *modes[k]), rate) for k in range(2)])
+    check_choice("correct", "method", method, METHODS)
+    if method == "full" and machine is None:
+        raise InputError("correct", "method full", "an identified machine", "none")
+    if method == "full":
+        return machine_command(position, machine, rate)
+    if method == "none":
+        return position
+    if method == "robust":
+        return sum(share * commands(position, m, modes, rate) for m, share in ROBUST.items())
+    if method == "inverse":
+        return np.column_stack([inverse_command(position[:, k], *modes[k], rate) for k in range(2)])
+    return np.column_stack(
+        [shape(position[:, k], shaper(method, *modes[k]), rate) for k in range(2)]
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #b1cc6641
 @dataclass
 class Judge:
     "A planned program, ready to be printed on simulated machines."
-    position:np.ndarray = field(repr=False) # Programmed x and y, mm, `[T,2]`
-    fed:np.ndarray = field(repr=False) # Filament fed, mm, `[T]`
-    keep:np.ndarray = field(repr=False) # Samples that count
-    rate:float # Samples a second
+
+    position: np.ndarray = field(repr=False)  # Programmed x and y, mm, `[T,2]`
+    fed: np.ndarray = field(repr=False)  # Filament fed, mm, `[T]`
+    keep: np.ndarray = field(repr=False)  # Samples that count
+    rate: float  # Samples a second
+
 
 def judge(
-    motion:Plan, # The motion
-    rate:float=1000., # Samples a second
-    most:int=60_000, # Most samples that count, from evenly spaced stretches of 2000
-    stop:float=None, # Time up to which it is printed, s
-)->Judge:
+    motion: Plan,  # The motion
+    rate: float = 1000.0,  # Samples a second
+    most: int = 60_000,  # Most samples that count, from evenly spaced stretches of 2000
+    stop: float = None,  # Time up to which it is printed, s
+) -> Judge:
     "Sample a motion and choose what counts."
-    s = sample(motion, rate, ('x','y','e','segment'), stop=stop); k = s['segment']
-    names = np.array([any(w in str(c).lower() for w in ('wall','perimeter')) for c in motion.type.categories]); wall = motion.extruding & names[motion.type.codes] if names.any() else motion.extruding
+    s = sample(motion, rate, ("x", "y", "e", "segment"), stop=stop)
+    k = s["segment"]
+    names = np.array(
+        [any(w in str(c).lower() for w in ("wall", "perimeter")) for c in motion.type.categories]
+    )
+    wall = motion.extruding & names[motion.type.codes] if names.any() else motion.extruding
     keep = wall[k] if wall.any() else motion.extruding[k]
-    if not keep.any(): raise InputError(motion.file, 'moves', 'at least one that extrudes', 'none')
-    stretch = np.cumsum(keep)//2000; every = max(int(np.ceil(keep.sum()/most)), 1)
-    return Judge(np.column_stack([s['x'],s['y']]), s['e'], keep & (stretch%every == 0), rate)
+    if not keep.any():
+        raise InputError(motion.file, "moves", "at least one that extrudes", "none")
+    stretch = np.cumsum(keep) // 2000
+    every = max(int(np.ceil(keep.sum() / most)), 1)
+    return Judge(np.column_stack([s["x"], s["y"]]), s["e"], keep & (stretch % every == 0), rate)
+
 
 @patch
-def judged_all(self:Judge,
-    commands:list, # What the motors are told, each mm, `[T,2]`
-    machine:Machine, # Machine to print on
-)->list: # As `path_scores`, µm, for each
+def judged_all(
+    self: Judge,
+    commands: list,  # What the motors are told, each mm, `[T,2]`
+    machine: Machine,  # Machine to print on
+) -> list:  # As `path_scores`, µm, for each
     "Print commands on a machine, one after the other; it comes back to the start and to rest between them."
-    back,rest = int(.5*self.rate),int(self.rate); way = (1-np.cos(np.linspace(0, np.pi, back)))[:,None]/2; parts,fed = [],[]
+    back, rest = int(0.5 * self.rate), int(self.rate)
+    way = (1 - np.cos(np.linspace(0, np.pi, back)))[:, None] / 2
+    parts, fed = [], []
     for c in commands:
-        if parts: parts += [parts[-1][-1:]+way*(c[:1]-parts[-1][-1:]), np.repeat(c[:1], rest, 0)]; fed.append(np.full(back+rest, self.fed[0]))
-        parts.append(c); fed.append(self.fed)
-    told = np.concatenate(parts); actual = told+np.column_stack(tracking_error(*told.T, machine, self.rate, np.concatenate(fed))); n = len(self.position)
-    return [path_scores(actual[a:a+n], self.position, self.keep, self.rate) for a in range(0, len(told), n+back+rest)]
+        if parts:
+            parts += [parts[-1][-1:] + way * (c[:1] - parts[-1][-1:]), np.repeat(c[:1], rest, 0)]
+            fed.append(np.full(back + rest, self.fed[0]))
+        parts.append(c)
+        fed.append(self.fed)
+    told = np.concatenate(parts)
+    actual = told + np.column_stack(
+        tracking_error(*told.T, machine, self.rate, np.concatenate(fed))
+    )
+    n = len(self.position)
+    return [
+        path_scores(actual[a : a + n], self.position, self.keep, self.rate)
+        for a in range(0, len(told), n + back + rest)
+    ]
+
 
 @patch
-def judged(self:Judge,
-    command:np.ndarray, # What the motors are told, mm, `[T,2]`
-    machine:Machine, # Machine to print on
-)->dict: # As `path_scores`, µm
+def judged(
+    self: Judge,
+    command: np.ndarray,  # What the motors are told, mm, `[T,2]`
+    machine: Machine,  # Machine to print on
+) -> dict:  # As `path_scores`, µm
     "Print a command on a machine."
     return self.judged_all([command], machine)[0]
 
 # %% ../../nbs/trajectory/55_correct.ipynb #2b00cb6c
 def uncertain_machines(
-    modes, # Frequency in Hz and damping ratio of x and of y
-    spread:float=.1, # How far frequencies may be off
-    more=(), # Other machines to judge on
-    machine:Machine=None, # The identified machine; one with nothing but these modes when not given
-)->list: # Machines
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    spread: float = 0.1,  # How far frequencies may be off
+    more=(),  # Other machines to judge on
+    machine: Machine = None,  # The identified machine; one with nothing but these modes when not given
+) -> list:  # Machines
     "The machine as it is thought to be, with its frequencies lower and higher, and others."
-    base = machine or Machine('machine', 'cartesian', tuple(f for f,_ in modes), tuple(z for _,z in modes))
-    return [*(replace(base, name=f'{s:+.0%}' if s else 'as modelled', frequency=tuple(f*(1+s) for f in base.frequency)) for s in ((0.,-spread,spread) if spread else (0.,))), *more]
+    base = machine or Machine(
+        "machine", "cartesian", tuple(f for f, _ in modes), tuple(z for _, z in modes)
+    )
+    return [
+        *(
+            replace(
+                base,
+                name=f"{s:+.0%}" if s else "as modelled",
+                frequency=tuple(f * (1 + s) for f in base.frequency),
+            )
+            for s in ((0.0, -spread, spread) if spread else (0.0,))
+        ),
+        *more,
+    ]
 
 # %% ../../nbs/trajectory/55_correct.ipynb #683af912
 def _quick(machine):
     "A machine without what makes its simulation slow, inside what 1 kHz can carry."
-    m = machine.without('friction','belt','mass'); return replace(m, second_ratio=min(m.second_ratio, 240/max(m.frequency)))
+    m = machine.without("friction", "belt", "mass")
+    return replace(m, second_ratio=min(m.second_ratio, 240 / max(m.frequency)))
+
 
 def unknown_machines(
-    modes, # Frequency in Hz and damping ratio of x and of y
-    spread:float=.2, # How far frequencies may be off
-    draws:int=16, # Machines drawn from the range, `random:1000` and on
-)->list: # Machines
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    spread: float = 0.2,  # How far frequencies may be off
+    draws: int = 16,  # Machines drawn from the range, `random:1000` and on
+) -> list:  # Machines
     "Machines that the one that prints may be, when the modes come from another one."
-    ends = [Machine(n, 'cartesian', f, (z,z)) for n,f,z in (('slow',(35.,25.),.12),('fast',(90.,60.),.04),('fast and damped',(90.,60.),.12))]
-    return [*uncertain_machines(modes, spread), *ends, *(_quick(random_machine(1000+k)) for k in range(draws))]
+    ends = [
+        Machine(n, "cartesian", f, (z, z))
+        for n, f, z in (
+            ("slow", (35.0, 25.0), 0.12),
+            ("fast", (90.0, 60.0), 0.04),
+            ("fast and damped", (90.0, 60.0), 0.12),
+        )
+    ]
+    return [
+        *uncertain_machines(modes, spread),
+        *ends,
+        *(_quick(random_machine(1000 + k)) for k in range(draws)),
+    ]
 
 # %% ../../nbs/trajectory/55_correct.ipynb #33267ec0
 def identified_modes(
-    machine:Machine, # The machine
-    motion:Plan=None, # What it prints; a generated box when not given
-    rate:float=500., # Samples a second of the measurement
-)->list: # Frequency in Hz and damping ratio of x and of y
+    machine: Machine,  # The machine
+    motion: Plan = None,  # What it prints; a generated box when not given
+    rate: float = 500.0,  # Samples a second of the measurement
+) -> list:  # Frequency in Hz and damping ratio of x and of y
     "Modes of a machine from a calibration print."
-    motion = plan(parse_gcode(part_program('box', 7, layers=2))) if motion is None else motion; fine = simulation_rate(machine)
-    s = simulate_part(motion, machine, fine, columns=('t',)); error = np.column_stack([s['error_x'],s['error_y']])[::int(fine/rate)].astype('float32')
-    return fit_filter([Series(part_of(motion, rate), asdict(machine), error)], 'second_order').weights
+    motion = plan(parse_gcode(part_program("box", 7, layers=2))) if motion is None else motion
+    fine = simulation_rate(machine)
+    s = simulate_part(motion, machine, fine, columns=("t",))
+    error = np.column_stack([s["error_x"], s["error_y"]])[:: int(fine / rate)].astype("float32")
+    return fit_filter(
+        [Series(part_of(motion, rate), asdict(machine), error)], "second_order"
+    ).weights
 
 # %% ../../nbs/trajectory/55_correct.ipynb #e5b2bf48
-PERIODS = (.2,.8,2.) # Of the ripple: full step, electrical cycle, belt tooth, mm
+PERIODS = (0.2, 0.8, 2.0)  # Of the ripple: full step, electrical cycle, belt tooth, mm
+
 
 def _of_constants(q, rate):
     "A machine from the numbers that are fitted."
-    f = np.exp(q[:2]); waves = q[7:].reshape(3, 2)
-    return Machine('identified', 'cartesian', tuple(f), tuple(np.exp(q[2:4])), second_gain=float(max(q[4], 0)), second_ratio=float(min(np.exp(q[5]), rate/4.05/f.max())), backlash=float(q[6]), ripple=tuple((float(np.hypot(*v)), p, float(np.arctan2(v[1], v[0]))) for v,p in zip(waves, PERIODS)))
+    f = np.exp(q[:2])
+    waves = q[7:].reshape(3, 2)
+    return Machine(
+        "identified",
+        "cartesian",
+        tuple(f),
+        tuple(np.exp(q[2:4])),
+        second_gain=float(max(q[4], 0)),
+        second_ratio=float(min(np.exp(q[5]), rate / 4.05 / f.max())),
+        backlash=float(q[6]),
+        ripple=tuple(
+            (float(np.hypot(*v)), p, float(np.arctan2(v[1], v[0]))) for v, p in zip(waves, PERIODS)
+        ),
+    )
+
 
 def identified_machine(
-    position:np.ndarray, # What the motors were told, mm, `[T,2]`, from rest
-    error:np.ndarray, # Actual minus told position, mm, `[T,2]`
-    rate:float=1000., # Samples a second
-    steps:int=25, # Most steps of the fit
-)->Machine: # Named `identified`
+    position: np.ndarray,  # What the motors were told, mm, `[T,2]`, from rest
+    error: np.ndarray,  # Actual minus told position, mm, `[T,2]`
+    rate: float = 1000.0,  # Samples a second
+    steps: int = 25,  # Most steps of the fit
+) -> Machine:  # Named `identified`
     "Constants of a machine from a record of its error."
-    miss = lambda x, e, f, z: ((axis_error(x, f, z, rate)-e)**2).sum(); first = [min(((f, z) for f in np.geomspace(15, min(100, rate/4.1), 48) for z in (.05,.12)), key=lambda m: miss(x, e, *m)) for x,e in zip(position.T, error.T)]
-    told = position.T; left = lambda q: 1e3*(np.column_stack(tracking_error(*told, _of_constants(q, rate), rate))-error)[::2].ravel()
-    low = np.r_[np.log([8,8,.005,.005]), -.01, np.log(1.3), 0, [-.02]*6]; high = np.r_[np.log([rate/5]*2+[.6]*2), .6, np.log(3.5), .06, [.02]*6]
-    start = lambda play, ratio: np.clip(np.r_[np.log([f for f,_ in first]), np.log([z for _,z in first]), .05, np.log(ratio), play, [1e-4]*6], low+1e-6, high-1e-6)
-    best = min((start(b, r) for b in (.003,.015) for r in (1.7,2.3,2.9)), key=lambda q: (left(q)**2).sum())
-    return _of_constants(least_squares(left, best, bounds=(low,high), diff_step=1e-3, x_scale=np.r_[[.05]*4, .1, .1, .005, [.003]*6], max_nfev=steps).x, rate)
+
+    def miss(x, e, f, z):
+        return ((axis_error(x, f, z, rate) - e) ** 2).sum()
+
+    first = [
+        min(
+            ((f, z) for f in np.geomspace(15, min(100, rate / 4.1), 48) for z in (0.05, 0.12)),
+            key=lambda m: miss(x, e, *m),
+        )
+        for x, e in zip(position.T, error.T)
+    ]
+    told = position.T
+
+    def left(q):
+        return (
+            1e3
+            * (np.column_stack(tracking_error(*told, _of_constants(q, rate), rate)) - error)[
+                ::2
+            ].ravel()
+        )
+
+    low = np.r_[np.log([8, 8, 0.005, 0.005]), -0.01, np.log(1.3), 0, [-0.02] * 6]
+    high = np.r_[np.log([rate / 5] * 2 + [0.6] * 2), 0.6, np.log(3.5), 0.06, [0.02] * 6]
+
+    def start(play, ratio):
+        return np.clip(
+            np.r_[
+                np.log([f for f, _ in first]),
+                np.log([z for _, z in first]),
+                0.05,
+                np.log(ratio),
+                play,
+                [1e-4] * 6,
+            ],
+            low + 1e-6,
+            high - 1e-6,
+        )
+
+    best = min(
+        (start(b, r) for b in (0.003, 0.015) for r in (1.7, 2.3, 2.9)),
+        key=lambda q: (left(q) ** 2).sum(),
+    )
+    return _of_constants(
+        least_squares(
+            left,
+            best,
+            bounds=(low, high),
+            diff_step=1e-3,
+            x_scale=np.r_[[0.05] * 4, 0.1, 0.1, 0.005, [0.003] * 6],
+            max_nfev=steps,
+        ).x,
+        rate,
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #8b36b081
 def calibration_print(
-    machine:Machine, # The machine
-    motion:Plan=None, # What it prints; a generated box when not given
-    rate:float=1000., # Samples a second of the measurement
-)->tuple: # Position and error, mm, `[T,2]` each
+    machine: Machine,  # The machine
+    motion: Plan = None,  # What it prints; a generated box when not given
+    rate: float = 1000.0,  # Samples a second of the measurement
+) -> tuple:  # Position and error, mm, `[T,2]` each
     "What a measurement of a calibration print would tell; a simulation here."
-    motion = plan(parse_gcode(part_program('box', 7, layers=2))) if motion is None else motion; fine = simulation_rate(machine)
-    s = simulate_part(motion, machine, fine, columns=('x','y')); every = slice(None, None, int(fine/rate))
-    return np.column_stack([s['x'],s['y']])[every],np.column_stack([s['error_x'],s['error_y']])[every]
+    motion = plan(parse_gcode(part_program("box", 7, layers=2))) if motion is None else motion
+    fine = simulation_rate(machine)
+    s = simulate_part(motion, machine, fine, columns=("x", "y"))
+    every = slice(None, None, int(fine / rate))
+    return np.column_stack([s["x"], s["y"]])[every], np.column_stack([s["error_x"], s["error_y"]])[
+        every
+    ]
 
 # %% ../../nbs/trajectory/55_correct.ipynb #ee8f41e3
 def compare_methods(
-    box:Judge, # From `judge`
-    modes, # Frequency in Hz and damping ratio of x and of y
-    machines:list, # Machines to print on
-    methods=METHODS[:-1], # Methods
-)->pd.DataFrame: # A row a method and machine: `tracking` and `contour` RMS and others, µm
+    box: Judge,  # From `judge`
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    machines: list,  # Machines to print on
+    methods=METHODS[:-1],  # Methods
+) -> pd.DataFrame:  # A row a method and machine: `tracking` and `contour` RMS and others, µm
     "Print a program every way on every machine."
     made = [commands(box.position, m, modes, box.rate) for m in methods]
-    return pd.DataFrame([dict(method=m, machine=machine.name, **found) for machine in machines for m,found in zip(methods, box.judged_all(made, machine))])
+    return pd.DataFrame(
+        [
+            dict(method=m, machine=machine.name, **found)
+            for machine in machines
+            for m, found in zip(methods, box.judged_all(made, machine))
+        ]
+    )
+
 
 def advise(
-    table:pd.DataFrame, # From `compare_methods`
-    methods=SHAPERS, # Methods to choose from
-)->str: # The method whose worst contour error is least; `none` where no method is better on every machine
+    table: pd.DataFrame,  # From `compare_methods`
+    methods=SHAPERS,  # Methods to choose from
+) -> str:  # The method whose worst contour error is least; `none` where no method is better on every machine
     "Choose a method by its worst machine."
-    c = table.pivot(index='machine', columns='method', values='contour'); good = [m for m in methods if m in c and (c[m] < c['none']).all()]
-    return min(good, key=lambda m: c[m].max()) if good else 'none'
+    c = table.pivot(index="machine", columns="method", values="contour")
+    good = [m for m in methods if m in c and (c[m] < c["none"]).all()]
+    return min(good, key=lambda m: c[m].max()) if good else "none"
 
 # %% ../../nbs/trajectory/55_correct.ipynb #ad5442ea
 @dataclass(frozen=True)
 class Remedy:
     "A way to correct, and how strongly."
-    method:str = 'robust' # One of `METHODS`
-    scale:float = 1. # Factor of the frequencies that it is made for
-    share:float = 1. # Of the command; the rest is the programmed path
-    def __str__(self): return self.method+(f' at {self.scale:g} times the frequencies' if self.scale != 1 else '')+(f', {self.share:.0%} of it' if self.share != 1 else '')
+
+    method: str = "robust"  # One of `METHODS`
+    scale: float = 1.0  # Factor of the frequencies that it is made for
+    share: float = 1.0  # Of the command; the rest is the programmed path
+
+    def __str__(self):
+        return (
+            self.method
+            + (f" at {self.scale:g} times the frequencies" if self.scale != 1 else "")
+            + (f", {self.share:.0%} of it" if self.share != 1 else "")
+        )
+
 
 def remedied(
-    position:np.ndarray, # Programmed x and y, mm, `[T,2]`
-    remedy:Remedy, # What to do
-    modes, # Frequency in Hz and damping ratio of x and of y
-    rate:float=1000., # Samples a second
-    machine:Machine=None, # Identified machine, for `full`
-)->np.ndarray: # mm, `[T,2]`
+    position: np.ndarray,  # Programmed x and y, mm, `[T,2]`
+    remedy: Remedy,  # What to do
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    rate: float = 1000.0,  # Samples a second
+    machine: Machine = None,  # Identified machine, for `full`
+) -> np.ndarray:  # mm, `[T,2]`
     "The command of a remedy."
-    return position+remedy.share*(commands(position, remedy.method, [(f*remedy.scale, z) for f,z in modes], rate, machine)-position)
+    return position + remedy.share * (
+        commands(position, remedy.method, [(f * remedy.scale, z) for f, z in modes], rate, machine)
+        - position
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #988f15bf
-REMEDIES = [Remedy(m, scale, share) for m in ('ZV','robust','inverse') for scale in (1.,1.25,1.5) for share in (1.,.5,.25)]
+REMEDIES = [
+    Remedy(m, scale, share)
+    for m in ("ZV", "robust", "inverse")
+    for scale in (1.0, 1.25, 1.5)
+    for share in (1.0, 0.5, 0.25)
+]
+
 
 def choose_remedies(
-    box:Judge, # From `judge`
-    modes, # Frequency in Hz and damping ratio of x and of y
-    machines:list, # Family of machines
-    machine:Machine=None, # Identified machine
-    remedies=None, # To choose from; `REMEDIES` by default, with whole commands in the place of inverses for an identified machine
-)->tuple: # Remedies that are better on every machine, best first, and ratios to no correction, a row a machine
+    box: Judge,  # From `judge`
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    machines: list,  # Family of machines
+    machine: Machine = None,  # Identified machine
+    remedies=None,  # To choose from; `REMEDIES` by default, with whole commands in the place of inverses for an identified machine
+) -> tuple:  # Remedies that are better on every machine, best first, and ratios to no correction, a row a machine
     "Choose what to do by printing on a family of machines."
-    remedies = remedies or ([*(Remedy('full', 1., s) for s in (1.,.75,.5)), *(r for r in REMEDIES if r.method != 'inverse')] if machine else REMEDIES); made = [box.position, *(remedied(box.position, r, modes, box.rate, machine) for r in remedies)]
-    found = np.array([[v['contour'] for v in box.judged_all(made, _quick(m))] for m in machines]); ratio = found[:,1:]/np.maximum(found[:,:1], 1e-6); worst,mean = ratio.max(0),np.exp(np.log(ratio).mean(0))
-    order = sorted(range(len(remedies)), key=lambda k: (worst[k] > worst.min()+.01, mean[k] if worst[k] <= worst.min()+.01 else worst[k]))
-    return [remedies[k] for k in order if worst[k] < .95],pd.DataFrame(ratio, [m.name for m in machines], [str(r) for r in remedies])
+    remedies = remedies or (
+        [
+            *(Remedy("full", 1.0, s) for s in (1.0, 0.75, 0.5)),
+            *(r for r in REMEDIES if r.method != "inverse"),
+        ]
+        if machine
+        else REMEDIES
+    )
+    made = [box.position, *(remedied(box.position, r, modes, box.rate, machine) for r in remedies)]
+    found = np.array([[v["contour"] for v in box.judged_all(made, _quick(m))] for m in machines])
+    ratio = found[:, 1:] / np.maximum(found[:, :1], 1e-6)
+    worst, mean = ratio.max(0), np.exp(np.log(ratio).mean(0))
+    order = sorted(
+        range(len(remedies)),
+        key=lambda k: (
+            worst[k] > worst.min() + 0.01,
+            mean[k] if worst[k] <= worst.min() + 0.01 else worst[k],
+        ),
+    )
+    return [remedies[k] for k in order if worst[k] < 0.95], pd.DataFrame(
+        ratio, [m.name for m in machines], [str(r) for r in remedies]
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #0220a7a5
 def firmware_lines(
-    method:str, # One of `SHAPERS`
-    modes, # Frequency in Hz and damping ratio of x and of y
-    firmware:str='klipper', # `klipper` or `marlin`
-)->list: # Lines
+    method: str,  # One of `SHAPERS`
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    firmware: str = "klipper",  # `klipper` or `marlin`
+) -> list:  # Lines
     "Commands that set a shaper."
-    check_choice('correct', 'firmware', firmware, ('klipper','marlin')); check_choice('correct', 'shaper', method, SHAPERS); n = format_number
-    if firmware == 'klipper':
-        name = {'2HUMP': '2hump_ei', '3HUMP': '3hump_ei'}.get(method, method.lower())
-        return ['SET_INPUT_SHAPER '+' '.join(f'SHAPER_TYPE_{a}={name} SHAPER_FREQ_{a}={n(f, 2)} DAMPING_RATIO_{a}={n(z, 4)}' for a,(f,z) in zip('XY', modes))]
-    if method != 'ZV': raise InputError('correct', 'method', 'ZV, the shaper of M593', method, 'or firmware klipper')
-    return [f'M593 {a} F{n(f, 2)} D{n(z, 4)}' for a,(f,z) in zip('XY', modes)]
+    check_choice("correct", "firmware", firmware, ("klipper", "marlin"))
+    check_choice("correct", "shaper", method, SHAPERS)
+    n = format_number
+    if firmware == "klipper":
+        name = {"2HUMP": "2hump_ei", "3HUMP": "3hump_ei"}.get(method, method.lower())
+        return [
+            "SET_INPUT_SHAPER "
+            + " ".join(
+                f"SHAPER_TYPE_{a}={name} SHAPER_FREQ_{a}={n(f, 2)} DAMPING_RATIO_{a}={n(z, 4)}"
+                for a, (f, z) in zip("XY", modes)
+            )
+        ]
+    if method != "ZV":
+        raise InputError(
+            "correct", "method", "ZV, the shaper of M593", method, "or firmware klipper"
+        )
+    return [f"M593 {a} F{n(f, 2)} D{n(z, 4)}" for a, (f, z) in zip("XY", modes)]
+
 
 def firmware_limits(
-    method:str, # One of `SHAPERS`
-    modes, # Frequency in Hz and damping ratio of x and of y
-    rounding:float=.12, # Most rounding of a turn, mm
-)->dict: # `acceleration` in mm/s² and, for each axis, speeds in mm/s to avoid
+    method: str,  # One of `SHAPERS`
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    rounding: float = 0.12,  # Most rounding of a turn, mm
+) -> dict:  # `acceleration` in mm/s² and, for each axis, speeds in mm/s to avoid
     "Limits that go with a shaper."
-    most = min(rounding/smoothing(shaper(method, f, z), 1.) for f,z in modes)
-    return dict(acceleration=float(np.floor(most/10)*10), **{f'avoid_{a}': [round(f*p, 1) for p in (.2,.8,2.)] for a,(f,_) in zip('xy', modes)})
+    most = min(rounding / smoothing(shaper(method, f, z), 1.0) for f, z in modes)
+    return dict(
+        acceleration=float(np.floor(most / 10) * 10),
+        **{
+            f"avoid_{a}": [round(f * p, 1) for p in (0.2, 0.8, 2.0)]
+            for a, (f, _) in zip("xy", modes)
+        },
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #e4ef8c75
 def slow_part(
-    error:np.ndarray, # mm, `[T]`
-    cutoff:float, # Hz
-    rate:float, # Samples a second
-)->np.ndarray: # mm, `[T]`
+    error: np.ndarray,  # mm, `[T]`
+    cutoff: float,  # Hz
+    rate: float,  # Samples a second
+) -> np.ndarray:  # mm, `[T]`
     "What of an error is slower than a cutoff, without delay."
-    return sosfiltfilt(butter(2, cutoff, fs=rate, output='sos'), error) if len(error) > 16 else np.asarray(error)
+    return (
+        sosfiltfilt(butter(2, cutoff, fs=rate, output="sos"), error)
+        if len(error) > 16
+        else np.asarray(error)
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #b2fe375f
 def apply_correction(
-    gcode, # Text or `Program`
-    error_x:np.ndarray, # Predicted error of the program's motion in x, mm, `[T]`
-    error_y:np.ndarray, # In y
-    rate:float=500., # Samples a second
-    cutoff:float=20., # What is faster is not touched, Hz: half a resonance
-    largest:float=.1, # Largest shift, mm
-)->str: # G-code
+    gcode,  # Text or `Program`
+    error_x: np.ndarray,  # Predicted error of the program's motion in x, mm, `[T]`
+    error_y: np.ndarray,  # In y
+    rate: float = 500.0,  # Samples a second
+    cutoff: float = 20.0,  # What is faster is not touched, Hz: half a resonance
+    largest: float = 0.1,  # Largest shift, mm
+) -> str:  # G-code
     "Move the vertices of a program against the slow part of an error."
     program = gcode if isinstance(gcode, Program) else parse_gcode(gcode)
-    motion = plan(program); table = moves(program).set_index('line'); absolute = _modes(_Lines(program), 'mm')[1]
-    if not absolute[table.index].all(): raise InputError(program.file, 'moves', 'absolute positions (G90)', 'relative ones')
-    last = np.append(np.diff(motion.line) != 0, True); line,end = motion.line[last],(motion.begin+motion.durations)[last]
-    at = np.minimum((end*rate).round().astype(int), len(error_x)-1); straight = table.command.loc[line].to_numpy() < 2; line,at = line[straight],at[straight]
-    shift = {c: -slow_part(np.asarray(e, float), cutoff, rate)[at] for c,e in (('X',error_x),('Y',error_y))}
-    worst = max((np.abs(v).max() for v in shift.values() if len(v)), default=0.)
-    if not worst <= largest: raise InputError(program.file, 'shift', f'at most {largest:g} mm', f'{worst:.3g} mm')
-    factor = np.where(table.units.loc[line] == 'inch', 25.4, 1.); words = program.words[program.words.line.isin(line)]; new = {}
-    for c,v in shift.items():
-        written = words[words.letter == c].drop_duplicates('line').set_index('line').value.reindex(line).to_numpy()
-        new[c] = np.where(np.abs(v) < 5e-4, np.nan, written+v/factor)
-    some = ~(np.isnan(new['X']) & np.isnan(new['Y']))
-    return to_text(replace_words(program, line[some], 4, **{c: v[some] for c,v in new.items()}) if some.any() else program)
+    motion = plan(program)
+    table = moves(program).set_index("line")
+    absolute = _modes(_Lines(program), "mm")[1]
+    if not absolute[table.index].all():
+        raise InputError(program.file, "moves", "absolute positions (G90)", "relative ones")
+    last = np.append(np.diff(motion.line) != 0, True)
+    line, end = motion.line[last], (motion.begin + motion.durations)[last]
+    at = np.minimum((end * rate).round().astype(int), len(error_x) - 1)
+    straight = table.command.loc[line].to_numpy() < 2
+    line, at = line[straight], at[straight]
+    shift = {
+        c: -slow_part(np.asarray(e, float), cutoff, rate)[at]
+        for c, e in (("X", error_x), ("Y", error_y))
+    }
+    worst = max((np.abs(v).max() for v in shift.values() if len(v)), default=0.0)
+    if not worst <= largest:
+        raise InputError(program.file, "shift", f"at most {largest:g} mm", f"{worst:.3g} mm")
+    factor = np.where(table.units.loc[line] == "inch", 25.4, 1.0)
+    words = program.words[program.words.line.isin(line)]
+    new = {}
+    for c, v in shift.items():
+        written = (
+            words[words.letter == c]
+            .drop_duplicates("line")
+            .set_index("line")
+            .value.reindex(line)
+            .to_numpy()
+        )
+        new[c] = np.where(np.abs(v) < 5e-4, np.nan, written + v / factor)
+    some = ~(np.isnan(new["X"]) & np.isnan(new["Y"]))
+    return to_text(
+        replace_words(program, line[some], 4, **{c: v[some] for c, v in new.items()})
+        if some.any()
+        else program
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #a3c20863
 def _grid(motion, step):
     "Lines of the moves, and for all points of all moves their time and the number of their move: the start, multiples of `step`, the end."
-    new = np.append(True, np.diff(motion.line) != 0); first = np.flatnonzero(new); last = np.append(first[1:], len(motion))-1
-    a,b = motion.begin[first],(motion.begin+motion.durations)[last]
-    low,high = np.floor(a/step+.25).astype(int)+1,np.ceil(b/step-.25).astype(int)-1; count = np.maximum(high-low+1, 0)+2
-    move = np.repeat(np.arange(len(a)), count); inside = np.arange(len(move))-np.repeat(np.cumsum(count)-count, count)
-    time = (low[move]+inside-1)*step; time[inside == 0] = a; time[np.cumsum(count)-1] = b
-    return motion.line[first],time,move
+    new = np.append(True, np.diff(motion.line) != 0)
+    first = np.flatnonzero(new)
+    last = np.append(first[1:], len(motion)) - 1
+    a, b = motion.begin[first], (motion.begin + motion.durations)[last]
+    low, high = np.floor(a / step + 0.25).astype(int) + 1, np.ceil(b / step - 0.25).astype(int) - 1
+    count = np.maximum(high - low + 1, 0) + 2
+    move = np.repeat(np.arange(len(a)), count)
+    inside = np.arange(len(move)) - np.repeat(np.cumsum(count) - count, count)
+    time = (low[move] + inside - 1) * step
+    time[inside == 0] = a
+    time[np.cumsum(count) - 1] = b
+    return motion.line[first], time, move
+
 
 def _needed(points, move, at_most=16, tolerance=1e-5):
     "Which points cannot be left out: bends, the end of each move, and one in so many. Starts of moves are never written."
-    first = np.append(True, np.diff(move) != 0); last = np.append(first[1:], True); inside = np.arange(len(move))-np.flatnonzero(first)[move]
-    bend = np.zeros(len(move), bool); bend[1:-1] = np.abs(points[:-2]-2*points[1:-1]+points[2:]).max(1) > tolerance
-    return (bend | last | (inside%at_most == 0)) & ~first
+    first = np.append(True, np.diff(move) != 0)
+    last = np.append(first[1:], True)
+    inside = np.arange(len(move)) - np.flatnonzero(first)[move]
+    bend = np.zeros(len(move), bool)
+    bend[1:-1] = np.abs(points[:-2] - 2 * points[1:-1] + points[2:]).max(1) > tolerance
+    return (bend | last | (inside % at_most == 0)) & ~first
 
 # %% ../../nbs/trajectory/55_correct.ipynb #12863c59
-LIFTED = ('M201 X100000 Y100000 Z100000 E100000', 'M204 P100000 R100000 T100000', 'M205 X1000 Y1000 Z1000 E1000 J100') # of the acceleration and at corners, for firmware with jerk and with junction deviation
+LIFTED = (
+    "M201 X100000 Y100000 Z100000 E100000",
+    "M204 P100000 R100000 T100000",
+    "M205 X1000 Y1000 Z1000 E1000 J100",
+)  # of the acceleration and at corners, for firmware with jerk and with junction deviation
+
 
 def _own_limits(table, line):
     "Commands that set the limits in force on a line which `LIFTED` changes."
-    return [l for l in limit_lines(table, line, deviation=True) if l[:4] in ('M201','M204','M205')]
+    return [
+        l for l in limit_lines(table, line, deviation=True) if l[:4] in ("M201", "M204", "M205")
+    ]
+
 
 def _kept_moves(program, table, motion):
     "Moves that stay as they are, as a mask over the moves; refused where one of them lays something down, or nothing else is left."
-    unit,absolute,absolute_e,_ = _modes(_Lines(program), 'mm'); line = table.index.to_numpy(); why = np.full(len(table), '', object)
-    words = program.words[program.words.line.isin(line) & program.words.letter.isin(['X','Y','Z'])].drop_duplicates(['line','letter'])
-    for c in 'XYZ':
-        w = words[words.letter == c]; off = np.abs(w.value.to_numpy()-table[c.lower()].loc[w.line].to_numpy()) > 1e-6
-        why[np.searchsorted(line, w.line.to_numpy()[off])] = 'an origin that was moved (G92)'
-    why[unit[line] != 1] = 'inches'; why[~absolute[line]] = 'relative positions (G91)'
-    fatal = 'checksums' if len(program.checksums) else '' if motion.junction in ('jerk','deviation') else f'the corners of {motion.junction}'
-    kept = why != ''; laid = kept & ((table.de > 0) & ((table.x != table.x0) | (table.y != table.y0))).to_numpy()
-    bad = fatal or (why[laid][0] if laid.any() else why[0] if kept.all() else '')
-    if bad: raise InputError(program.file, 'program', 'absolute millimetres and limits of Marlin, for a resampled path', bad)
-    return kept,absolute_e
+    unit, absolute, absolute_e, _ = _modes(_Lines(program), "mm")
+    line = table.index.to_numpy()
+    why = np.full(len(table), "", object)
+    words = program.words[
+        program.words.line.isin(line) & program.words.letter.isin(["X", "Y", "Z"])
+    ].drop_duplicates(["line", "letter"])
+    for c in "XYZ":
+        w = words[words.letter == c]
+        off = np.abs(w.value.to_numpy() - table[c.lower()].loc[w.line].to_numpy()) > 1e-6
+        why[np.searchsorted(line, w.line.to_numpy()[off])] = "an origin that was moved (G92)"
+    why[unit[line] != 1] = "inches"
+    why[~absolute[line]] = "relative positions (G91)"
+    fatal = (
+        "checksums"
+        if len(program.checksums)
+        else ""
+        if motion.junction in ("jerk", "deviation")
+        else f"the corners of {motion.junction}"
+    )
+    kept = why != ""
+    laid = kept & ((table.de > 0) & ((table.x != table.x0) | (table.y != table.y0))).to_numpy()
+    bad = fatal or (why[laid][0] if laid.any() else why[0] if kept.all() else "")
+    if bad:
+        raise InputError(
+            program.file,
+            "program",
+            "absolute millimetres and limits of Marlin, for a resampled path",
+            bad,
+        )
+    return kept, absolute_e
 
 # %% ../../nbs/trajectory/55_correct.ipynb #a3127a7c
 def _number(v, digits):
     "`format_number` of an array, as a list."
-    form = f'%.{digits}f'; texts = [form % x for x in v.tolist()]
-    texts = [t.rstrip('0').rstrip('.') for t in texts]
-    return ['0' if t == '-0' else t for t in texts]
+    form = f"%.{digits}f"
+    texts = [form % x for x in v.tolist()]
+    texts = [t.rstrip("0").rstrip(".") for t in texts]
+    return ["0" if t == "-0" else t for t in texts]
+
 
 def _piece_texts(points, before, e, e_before, seconds, absolute, digits):
     "One `G1` a point; empty where nothing changes."
-    change,de = points-before,np.round(e-e_before, 5); way = np.linalg.norm(change, axis=1); way = np.where(way > 0, way, np.abs(de))
-    feed = _number(np.maximum(60*way/np.maximum(seconds, 1e-6), .1), 2); parts = [['']*len(points) for _ in range(4)]
-    for k,(c,v,d) in enumerate(zip('XYZE', (*points.T, np.where(absolute, e, de)), (*change.T, de))):
-        for i,t in zip(np.flatnonzero(d), _number(v[d != 0], 5 if c == 'E' else digits)): parts[k][i] = f' {c}{t}'
-    return [f'G1{x}{y}{z}{q} F{f}' if w else '' for x,y,z,q,f,w in zip(*parts, feed, way > 0)]
+    change, de = points - before, np.round(e - e_before, 5)
+    way = np.linalg.norm(change, axis=1)
+    way = np.where(way > 0, way, np.abs(de))
+    feed = _number(np.maximum(60 * way / np.maximum(seconds, 1e-6), 0.1), 2)
+    parts = [[""] * len(points) for _ in range(4)]
+    for k, (c, v, d) in enumerate(
+        zip("XYZE", (*points.T, np.where(absolute, e, de)), (*change.T, de))
+    ):
+        for i, t in zip(np.flatnonzero(d), _number(v[d != 0], 5 if c == "E" else digits)):
+            parts[k][i] = f" {c}{t}"
+    return [f"G1{x}{y}{z}{q} F{f}" if w else "" for x, y, z, q, f, w in zip(*parts, feed, way > 0)]
 
 # %% ../../nbs/trajectory/55_correct.ipynb #70699c1f
 def _fed_at_ends(motion):
     "Filament fed at the start and at the end of each line's move, mm."
-    new = np.append(True, np.diff(motion.line) != 0); first = np.flatnonzero(new); last = np.append(first[1:], len(motion))-1
-    return motion.start[first,3],motion.start[last,3]+motion.unit[last,3]*motion.length[last]
+    new = np.append(True, np.diff(motion.line) != 0)
+    first = np.flatnonzero(new)
+    last = np.append(first[1:], len(motion)) - 1
+    return motion.start[first, 3], motion.start[last, 3] + motion.unit[last, 3] * motion.length[
+        last
+    ]
 
 # %% ../../nbs/trajectory/55_correct.ipynb #5f4f3447
 def _all_pieces(program, motion, command, rate, step, digits, table, kept, absolute_e):
     "Texts of the pieces of every line that is written anew: line -> list."
-    line,time,move = _grid(motion, step); s = sample(motion, rate, ('z','e')); grid = np.arange(len(s['z']))/rate
-    points = np.column_stack([np.interp(time, grid, v) for v in (*command.T, s['z'])]); fed = np.interp(time, grid, s['e'])
-    t = table.loc[line]; stays = pd.Series(kept, table.index).loc[line].to_numpy(); last = np.append(np.flatnonzero(np.diff(move)), len(move)-1); first = np.append(0, last[:-1]+1)
-    fed[first],fed[last] = _fed_at_ends(motion) # a sample beside the end of a move may lie in the retraction that follows
-    points[last,2] = t.z; home = stays | np.append(stays[1:], False); points[last[home],:2] = t[['x','y']].to_numpy()[home] # a move that stays starts and ends where it is programmed to
-    span = (fed[last]-fed[first])[move]; share = np.where((t.de.to_numpy()[move] != 0) & (span != 0), (fed-fed[first][move])/np.where(span == 0, 1, span), 0.).clip(0, 1); share[last] = 1.
-    written = program.words[program.words.letter == 'E'].drop_duplicates('line').set_index('line').value.reindex(line).fillna(0.).to_numpy()
-    is_abs = absolute_e[line]; e = np.round(np.where(is_abs, written-t.de, 0.)[move]+t.de.to_numpy()[move]*share, 5)
-    need = _needed(np.column_stack([points,fed]), move); points = np.round(points, digits); k = np.flatnonzero(need); before = np.append(-1, k[:-1])
-    begins = np.append(True, np.diff(move[k]) != 0); where = points[before]; where[0] = 0.
-    texts = _piece_texts(points[k], where, e[k], np.where(begins, e[first][move[k]], e[before]), time[k]-np.where(begins, time[first][move[k]], time[before]), is_abs[move[k]], digits)
-    cut = np.flatnonzero(begins); return {l: [x for x in texts[a:b] if x] for l,a,b,q in zip(line.tolist(), cut, np.append(cut[1:], len(texts)), stays) if not q}
+    line, time, move = _grid(motion, step)
+    s = sample(motion, rate, ("z", "e"))
+    grid = np.arange(len(s["z"])) / rate
+    points = np.column_stack([np.interp(time, grid, v) for v in (*command.T, s["z"])])
+    fed = np.interp(time, grid, s["e"])
+    t = table.loc[line]
+    stays = pd.Series(kept, table.index).loc[line].to_numpy()
+    last = np.append(np.flatnonzero(np.diff(move)), len(move) - 1)
+    first = np.append(0, last[:-1] + 1)
+    fed[first], fed[last] = _fed_at_ends(
+        motion
+    )  # a sample beside the end of a move may lie in the retraction that follows
+    points[last, 2] = t.z
+    home = stays | np.append(stays[1:], False)
+    points[last[home], :2] = t[["x", "y"]].to_numpy()[
+        home
+    ]  # a move that stays starts and ends where it is programmed to
+    span = (fed[last] - fed[first])[move]
+    share = np.where(
+        (t.de.to_numpy()[move] != 0) & (span != 0),
+        (fed - fed[first][move]) / np.where(span == 0, 1, span),
+        0.0,
+    ).clip(0, 1)
+    share[last] = 1.0
+    written = (
+        program.words[program.words.letter == "E"]
+        .drop_duplicates("line")
+        .set_index("line")
+        .value.reindex(line)
+        .fillna(0.0)
+        .to_numpy()
+    )
+    is_abs = absolute_e[line]
+    e = np.round(np.where(is_abs, written - t.de, 0.0)[move] + t.de.to_numpy()[move] * share, 5)
+    need = _needed(np.column_stack([points, fed]), move)
+    points = np.round(points, digits)
+    k = np.flatnonzero(need)
+    before = np.append(-1, k[:-1])
+    begins = np.append(True, np.diff(move[k]) != 0)
+    where = points[before]
+    where[0] = 0.0
+    texts = _piece_texts(
+        points[k],
+        where,
+        e[k],
+        np.where(begins, e[first][move[k]], e[before]),
+        time[k] - np.where(begins, time[first][move[k]], time[before]),
+        is_abs[move[k]],
+        digits,
+    )
+    cut = np.flatnonzero(begins)
+    return {
+        l: [x for x in texts[a:b] if x]
+        for l, a, b, q in zip(line.tolist(), cut, np.append(cut[1:], len(texts)), stays)
+        if not q
+    }
 
 # %% ../../nbs/trajectory/55_correct.ipynb #2357b619
 def resampled_program(
-    program:Program, # A program
-    motion:Plan, # Its motion
-    command:np.ndarray, # What the motors are to be told, mm, `[T,2]`
-    rate:float=1000., # Samples a second of the command
-    step:float=.004, # Between points, s
-    digits:int=4, # Decimals of positions
-)->tuple: # Text, and for each of its lines the line of the program that it comes from
+    program: Program,  # A program
+    motion: Plan,  # Its motion
+    command: np.ndarray,  # What the motors are to be told, mm, `[T,2]`
+    rate: float = 1000.0,  # Samples a second of the command
+    step: float = 0.004,  # Between points, s
+    digits: int = 4,  # Decimals of positions
+) -> tuple:  # Text, and for each of its lines the line of the program that it comes from
     "Write a path in time as a program."
-    table = moves(program).set_index('line'); kept,absolute_e = _kept_moves(program, table, motion); made = _all_pieces(program, motion, command, rate, step, digits, table, kept, absolute_e)
-    stays = set(table.index[kept].tolist()) & set(motion.line.tolist()); limits = set(program.words.line[(program.words.letter == 'M') & program.words.value.isin([201,204,205])]); own = limits_of_lines(program)
-    comments = dict(zip(program.comments.line.tolist()[::-1], program.comments.text.tolist()[::-1])); out,origin,lifted,begun = [],[],False,False
-    for line,text in enumerate(program.lines):
-        ending = text[len(text.rstrip('\r\n')):] or '\n'; wanted = [text]
+    table = moves(program).set_index("line")
+    kept, absolute_e = _kept_moves(program, table, motion)
+    made = _all_pieces(program, motion, command, rate, step, digits, table, kept, absolute_e)
+    stays = set(table.index[kept].tolist()) & set(motion.line.tolist())
+    limits = set(
+        program.words.line[
+            (program.words.letter == "M") & program.words.value.isin([201, 204, 205])
+        ]
+    )
+    own = limits_of_lines(program)
+    comments = dict(zip(program.comments.line.tolist()[::-1], program.comments.text.tolist()[::-1]))
+    out, origin, lifted, begun = [], [], False, False
+    for line, text in enumerate(program.lines):
+        ending = text[len(text.rstrip("\r\n")) :] or "\n"
+        wanted = [text]
         if line in made:
-            wanted = [x+ending for x in made[line]]
-            if wanted and line in comments: wanted[0] = f'{made[line][0]} {comments[line]}{ending}'
-            if not lifted: wanted = [l+ending for l in LIFTED]+wanted; lifted = begun = True
-        elif line in stays and lifted: wanted = [l+ending for l in _own_limits(own, line)]+wanted; lifted = False
-        elif line in limits and lifted: wanted += [l+ending for l in LIFTED]
-        out += wanted; origin += [line]*len(wanted)
-    return ''.join(out), np.array(origin)
+            wanted = [x + ending for x in made[line]]
+            if wanted and line in comments:
+                wanted[0] = f"{made[line][0]} {comments[line]}{ending}"
+            if not lifted:
+                wanted = [l + ending for l in LIFTED] + wanted
+                lifted = begun = True
+        elif line in stays and lifted:
+            wanted = [l + ending for l in _own_limits(own, line)] + wanted
+            lifted = False
+        elif line in limits and lifted:
+            wanted += [l + ending for l in LIFTED]
+        out += wanted
+        origin += [line] * len(wanted)
+    return "".join(out), np.array(origin)
 
 # %% ../../nbs/trajectory/55_correct.ipynb #8e33fcd9
 def _fed(motion, origin):
     "Filament fed by each line of the original, mm."
-    return pd.Series(motion.unit[:,3]*motion.length).groupby(origin[motion.line]).sum()
+    return pd.Series(motion.unit[:, 3] * motion.length).groupby(origin[motion.line]).sum()
 
 # %% ../../nbs/trajectory/55_correct.ipynb #9b9eb03d
 def rejudged(
-    motion:Plan, # Motion of the original
-    box:Judge, # Of the original
-    corrected:Plan, # Motion of the corrected program
-    origin:np.ndarray, # Line of the original that each corrected line comes from
-    machine:Machine, # Machine to print on
-    impulses:tuple=None, # Shapers of the firmware, x and y
-)->dict: # As `path_scores`, µm
+    motion: Plan,  # Motion of the original
+    box: Judge,  # Of the original
+    corrected: Plan,  # Motion of the corrected program
+    origin: np.ndarray,  # Line of the original that each corrected line comes from
+    machine: Machine,  # Machine to print on
+    impulses: tuple = None,  # Shapers of the firmware, x and y
+) -> dict:  # As `path_scores`, µm
     "Print a corrected program."
+
     def ends(p, line):
-        last = np.append(np.diff(line) != 0, True); return pd.Series((p.begin+p.durations)[last], line[last])
-    new,old = ends(corrected, origin[corrected.line]),ends(motion, motion.line); both = new.index.intersection(old.index)
-    s = sample(corrected, box.rate, ('t','x','y','e')); when = np.interp(s['t'], np.append(0, new[both]), np.append(0, old[both]))
-    grid = np.arange(len(box.position))/box.rate; reference = np.column_stack([np.interp(when, grid, v) for v in box.position.T])
-    c = np.column_stack([s['x'],s['y']]); c = c if impulses is None else np.column_stack([shape(v, i, box.rate) for v,i in zip(c.T, impulses)])
-    actual = c+np.column_stack(tracking_error(*c.T, machine, box.rate, s['e']))
-    return path_scores(actual, reference, box.keep[np.minimum((when*box.rate).round().astype(int), len(box.keep)-1)], box.rate)
+        last = np.append(np.diff(line) != 0, True)
+        return pd.Series((p.begin + p.durations)[last], line[last])
+
+    new, old = ends(corrected, origin[corrected.line]), ends(motion, motion.line)
+    both = new.index.intersection(old.index)
+    s = sample(corrected, box.rate, ("t", "x", "y", "e"))
+    when = np.interp(s["t"], np.append(0, new[both]), np.append(0, old[both]))
+    grid = np.arange(len(box.position)) / box.rate
+    reference = np.column_stack([np.interp(when, grid, v) for v in box.position.T])
+    c = np.column_stack([s["x"], s["y"]])
+    c = (
+        c
+        if impulses is None
+        else np.column_stack([shape(v, i, box.rate) for v, i in zip(c.T, impulses)])
+    )
+    actual = c + np.column_stack(tracking_error(*c.T, machine, box.rate, s["e"]))
+    return path_scores(
+        actual,
+        reference,
+        box.keep[np.minimum((when * box.rate).round().astype(int), len(box.keep) - 1)],
+        box.rate,
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #b8b6142c
 @dataclass
 class Correction:
     "A corrected program and what it is worth."
-    text:str = field(repr=False) # G-code
-    method:str # What was done
-    table:pd.DataFrame # A row a machine: contour and tracking RMS `before` and `after`, µm
-    modes:list # Frequency in Hz and damping ratio that it was made for
-    limits:dict # From `firmware_limits`, where a shaper was set
-    origin:np.ndarray = field(default=None, repr=False) # Line of the original that each line comes from
-    remedy:object = None # `Remedy`, or the name of a shaper or of `vertices`
+
+    text: str = field(repr=False)  # G-code
+    method: str  # What was done
+    table: pd.DataFrame  # A row a machine: contour and tracking RMS `before` and `after`, µm
+    modes: list  # Frequency in Hz and damping ratio that it was made for
+    limits: dict  # From `firmware_limits`, where a shaper was set
+    origin: np.ndarray = field(
+        default=None, repr=False
+    )  # Line of the original that each line comes from
+    remedy: object = None  # `Remedy`, or the name of a shaper or of `vertices`
 
 # %% ../../nbs/trajectory/55_correct.ipynb #e742b434
 def _insert(program, motion, lines):
     "Text with lines before the first move, and the origin of each line."
-    first = int(motion.line.min()); ending = program.lines[first][len(program.lines[first].rstrip('\r\n')):] or '\n'
-    return ''.join([*program.lines[:first], *(l+ending for l in lines), *program.lines[first:]]), np.concatenate([np.arange(first), np.full(len(lines), first), np.arange(first, len(program.lines))])
+    first = int(motion.line.min())
+    ending = program.lines[first][len(program.lines[first].rstrip("\r\n")) :] or "\n"
+    return "".join(
+        [*program.lines[:first], *(l + ending for l in lines), *program.lines[first:]]
+    ), np.concatenate(
+        [np.arange(first), np.full(len(lines), first), np.arange(first, len(program.lines))]
+    )
 
-MARGIN = 10. # How far a program may leave the bed, mm: many wipe the nozzle beside it
+
+MARGIN = 10.0  # How far a program may leave the bed, mm: many wipe the nozzle beside it
+
 
 def _space(motion, bed):
     "Least and greatest position that a corrected program may have: the bed, and where the program itself goes beside it."
-    if len(bed) not in (3,6): raise InputError('correct', '--bed', '3 numbers, or 6 with the least position first', f'{len(bed)}')
-    low,high = np.array([[0.]*3,bed] if len(bed) == 3 else [bed[:3],bed[3:]])
-    if len(lines := outside(motion, low-MARGIN, high+MARGIN)): raise InputError(motion.file, f'line {lines[0]+1}', f"moves inside {' x '.join(f'{b-a:g}' for a,b in zip(low, high))} mm", 'a move outside', 'another --bed')
-    ends = np.concatenate([motion.start[:,:3], motion.start[:,:3]+motion.unit[:,:3]*motion.length[:,None]*motion.unit[:,:3].any(1)[:,None]])
-    return np.minimum(ends.min(0), low),np.maximum(ends.max(0), high)
+    if len(bed) not in (3, 6):
+        raise InputError(
+            "correct", "--bed", "3 numbers, or 6 with the least position first", f"{len(bed)}"
+        )
+    low, high = np.array([[0.0] * 3, bed] if len(bed) == 3 else [bed[:3], bed[3:]])
+    if len(lines := outside(motion, low - MARGIN, high + MARGIN)):
+        raise InputError(
+            motion.file,
+            f"line {lines[0] + 1}",
+            f"moves inside {' x '.join(f'{b - a:g}' for a, b in zip(low, high))} mm",
+            "a move outside",
+            "another --bed",
+        )
+    ends = np.concatenate(
+        [
+            motion.start[:, :3],
+            motion.start[:, :3]
+            + motion.unit[:, :3] * motion.length[:, None] * motion.unit[:, :3].any(1)[:, None],
+        ]
+    )
+    return np.minimum(ends.min(0), low), np.maximum(ends.max(0), high)
+
 
 def _check_corrected(program, motion, corrected, origin, space):
     "Extrusion, layers and bounds of a corrected program."
-    if len(lines := outside(corrected, space[0]-1e-4, space[1]+1e-4)): raise InputError(program.file, 'corrected program', 'moves inside the space of the original', f'a move outside, line {lines[0]+1}')
-    old,new = _fed(motion, np.arange(len(program.lines))),_fed(corrected, origin); off = np.abs(new.reindex(old.index, fill_value=0)-old)
-    if off.max() > 1e-3: raise InputError(program.file, f'line {off.idxmax()+1}', f'{old[off.idxmax()]:.5f} mm of filament', f'{old[off.idxmax()]+off.max():.5f} mm after correction')
-    if set(corrected.layer) != set(motion.layer): raise InputError(program.file, 'corrected program', f'{len(set(motion.layer))} layers', f'{len(set(corrected.layer))}')
+    if len(lines := outside(corrected, space[0] - 1e-4, space[1] + 1e-4)):
+        raise InputError(
+            program.file,
+            "corrected program",
+            "moves inside the space of the original",
+            f"a move outside, line {lines[0] + 1}",
+        )
+    old, new = _fed(motion, np.arange(len(program.lines))), _fed(corrected, origin)
+    off = np.abs(new.reindex(old.index, fill_value=0) - old)
+    if off.max() > 1e-3:
+        raise InputError(
+            program.file,
+            f"line {off.idxmax() + 1}",
+            f"{old[off.idxmax()]:.5f} mm of filament",
+            f"{old[off.idxmax()] + off.max():.5f} mm after correction",
+        )
+    if set(corrected.layer) != set(motion.layer):
+        raise InputError(
+            program.file,
+            "corrected program",
+            f"{len(set(motion.layer))} layers",
+            f"{len(set(corrected.layer))}",
+        )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #36136781
 def correct_program(
-    program, # `Program` or path
-    modes, # Frequency in Hz and damping ratio of x and of y
-    method='safe', # `safe` chooses; a `Remedy`, `robust`, `inverse` or `full` as a resampled path, `shaper` (the best), one of `SHAPERS`, or `vertices`
-    machines:list=None, # Machines to judge on; by default `unknown_machines(modes)`, of an identified machine itself and 10 % off
-    error=None, # Predicted error for `vertices`, mm, `[T,2]` at 500 samples a second; of the modes by default
-    firmware:str='klipper', # Firmware that sets the shaper: `klipper` or `marlin`
-    bed=(220.,220.,250.), # Space of the machine, mm: its size, or least and greatest position
-    identified:bool=False, # The modes were measured on the machine that prints
-    machine:Machine=None, # From `identified_machine`, of the machine that prints
-    more=(), # More machines to judge on
-)->Correction: # Refused, as an `InputError`, when the contour error falls not on every machine
+    program,  # `Program` or path
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    method="safe",  # `safe` chooses; a `Remedy`, `robust`, `inverse` or `full` as a resampled path, `shaper` (the best), one of `SHAPERS`, or `vertices`
+    machines: list = None,  # Machines to judge on; by default `unknown_machines(modes)`, of an identified machine itself and 10 % off
+    error=None,  # Predicted error for `vertices`, mm, `[T,2]` at 500 samples a second; of the modes by default
+    firmware: str = "klipper",  # Firmware that sets the shaper: `klipper` or `marlin`
+    bed=(220.0, 220.0, 250.0),  # Space of the machine, mm: its size, or least and greatest position
+    identified: bool = False,  # The modes were measured on the machine that prints
+    machine: Machine = None,  # From `identified_machine`, of the machine that prints
+    more=(),  # More machines to judge on
+) -> Correction:  # Refused, as an `InputError`, when the contour error falls not on every machine
     "Correct a program and print it again."
-    program = program if isinstance(program, Program) else read_gcode(program); check_choice('correct', 'method', method.method if isinstance(method, Remedy) else method, ('safe','robust','inverse','full','shaper','vertices',*SHAPERS))
-    if firmware == 'marlin' and method in SHAPERS: firmware_lines(method, modes, firmware)
-    motion = plan(program); space = _space(motion, bed); family = machines or (uncertain_machines(modes, machine=machine) if identified or machine else unknown_machines(modes)); family = [*family, *more]
-    tries,worst = _tries(motion, modes, method, family, machine, firmware); judges = family if machines or identified or machine else [*family[:3], *(m for m in family[3:] if m.name == worst or m in more)]
-    for k,(remedy,its) in enumerate(tries):
-        try: return _corrected(program, motion, its, remedy, judges, error, firmware, space, machine)
+    program = program if isinstance(program, Program) else read_gcode(program)
+    check_choice(
+        "correct",
+        "method",
+        method.method if isinstance(method, Remedy) else method,
+        ("safe", "robust", "inverse", "full", "shaper", "vertices", *SHAPERS),
+    )
+    if firmware == "marlin" and method in SHAPERS:
+        firmware_lines(method, modes, firmware)
+    motion = plan(program)
+    space = _space(motion, bed)
+    family = machines or (
+        uncertain_machines(modes, machine=machine)
+        if identified or machine
+        else unknown_machines(modes)
+    )
+    family = [*family, *more]
+    tries, worst = _tries(motion, modes, method, family, machine, firmware)
+    judges = (
+        family
+        if machines or identified or machine
+        else [*family[:3], *(m for m in family[3:] if m.name == worst or m in more)]
+    )
+    for k, (remedy, its) in enumerate(tries):
+        try:
+            return _corrected(program, motion, its, remedy, judges, error, firmware, space, machine)
         except _Worse as e:
-            if k == len(tries)-1: raise InputError(program.file, *e.args) from None
+            if k == len(tries) - 1:
+                raise InputError(program.file, *e.args) from None
 
 # %% ../../nbs/trajectory/55_correct.ipynb #21f147f7
-class _Worse(Exception): "Not better on a machine."
+class _Worse(Exception):
+    "Not better on a machine."
 
-def _tries(motion, modes, method, family, machine, firmware, seconds=60.):
+
+def _tries(motion, modes, method, family, machine, firmware, seconds=60.0):
     "Remedies or methods to try, each with its modes, and the machine that is the worst one for the first."
-    if method not in ('safe','shaper'): return [(Remedy(method) if method in ('robust','inverse','full') else method, modes)],''
-    box = judge(motion, 1000., 4000, seconds)
-    if method == 'safe':
-        found,ratio = choose_remedies(box, modes, family, machine)
-        if not found: raise InputError(motion.file, 'contour error', 'a command that lowers it on every machine', 'none', 'name one with --method, or measure the machine')
-        return [(r, modes) for r in found[:3]],ratio[str(found[0])].idxmax()
-    kinds = SHAPERS if firmware == 'klipper' else ('ZV',)
-    for scale in (1.,1.25,1.5,2.):
-        higher = [(f*scale, z) for f,z in modes]; name = advise(compare_methods(box, higher, [_quick(m) for m in family], ('none',*kinds)), kinds)
-        if name != 'none': return [(name, higher)],''
-    raise InputError(motion.file, 'contour error', 'a shaper that lowers it on every machine', 'none')
+    if method not in ("safe", "shaper"):
+        return [(Remedy(method) if method in ("robust", "inverse", "full") else method, modes)], ""
+    box = judge(motion, 1000.0, 4000, seconds)
+    if method == "safe":
+        found, ratio = choose_remedies(box, modes, family, machine)
+        if not found:
+            raise InputError(
+                motion.file,
+                "contour error",
+                "a command that lowers it on every machine",
+                "none",
+                "name one with --method, or measure the machine",
+            )
+        return [(r, modes) for r in found[:3]], ratio[str(found[0])].idxmax()
+    kinds = SHAPERS if firmware == "klipper" else ("ZV",)
+    for scale in (1.0, 1.25, 1.5, 2.0):
+        higher = [(f * scale, z) for f, z in modes]
+        name = advise(
+            compare_methods(box, higher, [_quick(m) for m in family], ("none", *kinds)), kinds
+        )
+        if name != "none":
+            return [(name, higher)], ""
+    raise InputError(
+        motion.file, "contour error", "a shaper that lowers it on every machine", "none"
+    )
+
 
 def _corrected(program, motion, modes, remedy, judges, error, firmware, space, machine):
     "One way to correct a program, judged."
-    box = judge(motion, max(map(simulation_rate, judges))); same = np.arange(len(program.lines)); impulses = None
-    if isinstance(remedy, Remedy): text,origin = resampled_program(program, motion, np.clip(remedied(box.position, remedy, modes, box.rate, machine), space[0][:2], space[1][:2]), box.rate) # it overshoots corners, those of the bed too
-    elif remedy == 'vertices': text,origin = _bent(program, motion, modes, error),same
-    else: text,origin = _insert(program, motion, firmware_lines(remedy, modes, firmware)); impulses = tuple(shaper(remedy, *m) for m in modes)
-    corrected = plan(parse_gcode(text, program.file, program.lenient)); _check_corrected(program, motion, corrected, origin, space)
-    table = _gain(motion, box, corrected, origin, judges, impulses); worse = table[table.contour_after >= table.contour_before]
-    if len(worse): raise _Worse(f'contour error on machine {worse.machine.iloc[0]}', f'less than {worse.contour_before.iloc[0]:.2f} µm with {remedy}', f'{worse.contour_after.iloc[0]:.2f} µm', 'nothing was written')
-    return Correction(text, str(remedy), table, [list(map(float, m)) for m in modes], firmware_limits(remedy, modes) if impulses else {}, origin, remedy)
+    box = judge(motion, max(map(simulation_rate, judges)))
+    same = np.arange(len(program.lines))
+    impulses = None
+    if isinstance(remedy, Remedy):
+        text, origin = resampled_program(
+            program,
+            motion,
+            np.clip(
+                remedied(box.position, remedy, modes, box.rate, machine), space[0][:2], space[1][:2]
+            ),
+            box.rate,
+        )  # it overshoots corners, those of the bed too
+    elif remedy == "vertices":
+        text, origin = _bent(program, motion, modes, error), same
+    else:
+        text, origin = _insert(program, motion, firmware_lines(remedy, modes, firmware))
+        impulses = tuple(shaper(remedy, *m) for m in modes)
+    corrected = plan(parse_gcode(text, program.file, program.lenient))
+    _check_corrected(program, motion, corrected, origin, space)
+    table = _gain(motion, box, corrected, origin, judges, impulses)
+    worse = table[table.contour_after >= table.contour_before]
+    if len(worse):
+        raise _Worse(
+            f"contour error on machine {worse.machine.iloc[0]}",
+            f"less than {worse.contour_before.iloc[0]:.2f} µm with {remedy}",
+            f"{worse.contour_after.iloc[0]:.2f} µm",
+            "nothing was written",
+        )
+    return Correction(
+        text,
+        str(remedy),
+        table,
+        [list(map(float, m)) for m in modes],
+        firmware_limits(remedy, modes) if impulses else {},
+        origin,
+        remedy,
+    )
 
 # %% ../../nbs/trajectory/55_correct.ipynb #d7ae9ba5
 def _bent(program, motion, modes, error):
     "Text with moved vertices."
     if error is None:
-        s = sample(motion, 500., ('x','y')); error = np.column_stack(tracking_error(s['x'], s['y'], Machine(frequency=[f for f,_ in modes], damping=[z for _,z in modes]), 500.))
-    return apply_correction(program, *np.asarray(error).T, cutoff=min(f for f,_ in modes)/2)
+        s = sample(motion, 500.0, ("x", "y"))
+        error = np.column_stack(
+            tracking_error(
+                s["x"],
+                s["y"],
+                Machine(frequency=[f for f, _ in modes], damping=[z for _, z in modes]),
+                500.0,
+            )
+        )
+    return apply_correction(program, *np.asarray(error).T, cutoff=min(f for f, _ in modes) / 2)
+
 
 def _gain(motion, box, corrected, origin, machines, impulses):
     "Contour and tracking error before and after, machine by machine."
     rows = []
     for m in machines:
-        a,b = box.judged(box.position, m),rejudged(motion, box, corrected, origin, m, impulses)
-        rows.append(dict(machine=m.name, **{f'{k}_{w}': v[k] for k in ('contour','tracking') for w,v in (('before',a),('after',b))}))
+        a, b = box.judged(box.position, m), rejudged(motion, box, corrected, origin, m, impulses)
+        rows.append(
+            dict(
+                machine=m.name,
+                **{
+                    f"{k}_{w}": v[k]
+                    for k in ("contour", "tracking")
+                    for w, v in (("before", a), ("after", b))
+                },
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/trajectory/55_correct.ipynb #3c5432c0
 def correct_file(
-    path, # G-code file
-    output, # File to write
-    modes, # Frequency in Hz and damping ratio of x and of y
-    method:str='safe', # See `correct_program`
-    machines:list=None, # Machines to judge on
-    error=None, # See `correct_program`
-    firmware:str='klipper', # See `correct_program`
-    bed=(220.,220.,250.), # See `correct_program`
-    lenient:bool=False, # Leave out what cannot be read
-    lines:int=200_000, # Lines of a block
-    large:float=32., # Megabytes from which a resampled path goes block by block
-    identified:bool=False, # See `correct_program`
-    machine:Machine=None, # See `correct_program`
-    more=(), # See `correct_program`
-)->Correction: # Without its text, where it went block by block
+    path,  # G-code file
+    output,  # File to write
+    modes,  # Frequency in Hz and damping ratio of x and of y
+    method: str = "safe",  # See `correct_program`
+    machines: list = None,  # Machines to judge on
+    error=None,  # See `correct_program`
+    firmware: str = "klipper",  # See `correct_program`
+    bed=(220.0, 220.0, 250.0),  # See `correct_program`
+    lenient: bool = False,  # Leave out what cannot be read
+    lines: int = 200_000,  # Lines of a block
+    large: float = 32.0,  # Megabytes from which a resampled path goes block by block
+    identified: bool = False,  # See `correct_program`
+    machine: Machine = None,  # See `correct_program`
+    more=(),  # See `correct_program`
+) -> Correction:  # Without its text, where it went block by block
     "Correct a file; written atomically."
     path = Path(path)
-    if not path.is_file() or method not in ('safe','inverse','robust','full') or path.stat().st_size < large*1e6:
-        done = correct_program(read_gcode(path, lenient), modes, method, machines, error, firmware, bed, identified, machine, more); parts = iter([done.text])
-    else: tables = []; chosen = [method]; parts = _blocks_made(path, modes, chosen, dict(machines=machines, bed=bed, identified=identified, machine=machine, more=more), lenient, lines, tables); done = None
-    with atomic_path(output) as f:
-        with open(f, 'wb') as out:
-            for text in parts: out.write(text.encode('utf-8', 'surrogateescape'))
+    if (
+        not path.is_file()
+        or method not in ("safe", "inverse", "robust", "full")
+        or path.stat().st_size < large * 1e6
+    ):
+        done = correct_program(
+            read_gcode(path, lenient),
+            modes,
+            method,
+            machines,
+            error,
+            firmware,
+            bed,
+            identified,
+            machine,
+            more,
+        )
+        parts = iter([done.text])
+    else:
+        tables = []
+        chosen = [method]
+        parts = _blocks_made(
+            path,
+            modes,
+            chosen,
+            dict(machines=machines, bed=bed, identified=identified, machine=machine, more=more),
+            lenient,
+            lines,
+            tables,
+        )
+        done = None
+    with atomic_path(output) as f, open(f, "wb") as out:
+        for text in parts:
+            out.write(text.encode("utf-8", "surrogateescape"))
     if done is None:
-        if not tables: raise InputError(path, 'moves', 'at least one that extrudes', 'none')
-        t = pd.concat(tables).set_index('machine').pow(2).groupby(level=0, sort=False).mean().pow(.5).reset_index(); done = Correction('', str(chosen[0]), t, [list(map(float, m)) for m in modes], {}, remedy=chosen[0])
+        if not tables:
+            raise InputError(path, "moves", "at least one that extrudes", "none")
+        t = (
+            pd.concat(tables)
+            .set_index("machine")
+            .pow(2)
+            .groupby(level=0, sort=False)
+            .mean()
+            .pow(0.5)
+            .reset_index()
+        )
+        done = Correction(
+            "", str(chosen[0]), t, [list(map(float, m)) for m in modes], {}, remedy=chosen[0]
+        )
     return done
 
 # %% ../../nbs/trajectory/55_correct.ipynb #62660ebd
 def _blocks_made(path, modes, chosen, options, lenient, lines, tables):
     "Texts of the corrected blocks of a file; their tables go into `tables`. What is chosen for the first block is done to all."
-    lifted,at = False,0
-    for block,own,_ in program_blocks(path, lines, lenient=lenient):
+    lifted, at = False, 0
+    for block, own, _ in program_blocks(path, lines, lenient=lenient):
         if not own.extruding.any():
-            restored = [l+'\n' for l in _own_limits(limits_of_lines(block), block.prologue)] if lifted else []
-            lifted = False; yield ''.join([*restored, *block.lines[block.prologue:]]); continue
-        try: done = correct_program(block, modes, chosen[0], **options)
-        except InputError as e: raise in_file(e, block.prologue, block.first) from None
+            restored = (
+                [l + "\n" for l in _own_limits(limits_of_lines(block), block.prologue)]
+                if lifted
+                else []
+            )
+            lifted = False
+            yield "".join([*restored, *block.lines[block.prologue :]])
+            continue
+        try:
+            done = correct_program(block, modes, chosen[0], **options)
+        except InputError as e:
+            raise in_file(e, block.prologue, block.first) from None
         chosen[0] = done.remedy
-        tables.append(done.table); lifted = True
-        yield ''.join(l for l,k in zip(done.text.splitlines(True), done.origin) if k >= block.prologue or l.strip() in LIFTED)
+        tables.append(done.table)
+        lifted = True
+        yield "".join(
+            l
+            for l, k in zip(done.text.splitlines(True), done.origin)
+            if k >= block.prologue or l.strip() in LIFTED
+        )

@@ -12,626 +12,1086 @@ __all__ = ['FEATURES', 'HARMONICS', 'INTERVALS', 'ERRORS', 'THERMAL', 'PARTS', '
            'verify_simulation']
 
 # %% ../../nbs/trajectory/00_data.ipynb #979aa5f3
-import hashlib, json, re, warnings
+import hashlib
+import json
+import re
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice, check_finite, fault_sentences
 from ..core.files import atomic_path, checksum, read_arrays, read_json, write_json
 from ..core.split import check_disjoint, random_split
 from ..core.windows import window_starts
 from ..gcode.planner import Limits, Plan, plan, program_blocks, sample
-from ..gcode.reader import Program, parse_gcode, read_gcode
-from .simulate import Thermal, axis_error, error_filter, exact_error, healing, layer_temperatures, named_machine, point_ages, point_temperatures, simulation_rate, tracking_error
+from ..gcode.reader import parse_gcode, read_gcode
+from gcode_ml.trajectory.simulate import (
+    Thermal,
+    axis_error,
+    exact_error,
+    healing,
+    layer_temperatures,
+    named_machine,
+    point_ages,
+    point_temperatures,
+    simulation_rate,
+    tracking_error,
+)
 
 # %% ../../nbs/trajectory/00_data.ipynb #2f70b6c1
-FEATURES = ('vx','vy','ax','ay','jx','jy','speed','cos','sin','curvature','next_turn','distance','since','extruding','flow')
-HARMONICS = tuple(f'{f}_{c}_{p:g}' for c in 'xy' for p in (.2,.8,2.) for f in ('sin','cos'))+('bed_x','bed_y')
-INTERVALS = ('mean_vx','mean_vy')
-ERRORS,THERMAL = ('error_x','error_y'),('substrate','interface','adhesion')
+FEATURES = (
+    "vx",
+    "vy",
+    "ax",
+    "ay",
+    "jx",
+    "jy",
+    "speed",
+    "cos",
+    "sin",
+    "curvature",
+    "next_turn",
+    "distance",
+    "since",
+    "extruding",
+    "flow",
+)
+HARMONICS = tuple(
+    f"{f}_{c}_{p:g}" for c in "xy" for p in (0.2, 0.8, 2.0) for f in ("sin", "cos")
+) + ("bed_x", "bed_y")
+INTERVALS = ("mean_vx", "mean_vy")
+ERRORS, THERMAL = ("error_x", "error_y"), ("substrate", "interface", "adhesion")
 
 # %% ../../nbs/trajectory/00_data.ipynb #4f8cc7ae
 def segment_geometry(
-    plan:Plan, # The motion
-)->tuple: # Direction `[n,2]`, curvature 1/mm, next turn rad, length mm (0 where nothing moves in the plane)
+    plan: Plan,  # The motion
+) -> tuple:  # Direction `[n,2]`, curvature 1/mm, next turn rad, length mm (0 where nothing moves in the plane)
     "What the features need to know of each segment and its neighbours."
-    flat = np.flatnonzero(plan.unit[:,:2].any(1)) # segments that move in X or Y
-    n,direction = len(plan),np.tile([1.,0.], (len(plan),1))
-    if not len(flat): return direction,np.zeros(n),np.zeros(n),np.zeros(n)
-    u = plan.unit[flat,:2]/np.hypot(*plan.unit[flat,:2].T)[:,None]
-    length = plan.length[flat]*np.hypot(*plan.unit[flat,:2].T)
-    phi = np.arctan2(u[:-1,0]*u[1:,1]-u[:-1,1]*u[1:,0], (u[:-1]*u[1:]).sum(1))
-    across = np.sqrt(length[:-1]**2+length[1:]**2+2*length[:-1]*length[1:]*np.cos(phi))
-    menger = np.concatenate([[0], np.clip(2*np.sin(phi)/np.maximum(across, 1e-9), -20, 20)])
-    last = np.searchsorted(flat, np.arange(n), 'right')-1
-    direction[last>=0] = u[last[last>=0]]
-    curvature,turn,way = np.zeros(n),np.zeros(n),np.zeros(n)
-    curvature[flat] = np.where(plan.turn[flat]!=0, plan.turn[flat], menger)
-    turn[flat] = np.append(phi, 0); way[flat] = plan.length[flat]
-    return direction,curvature,turn,way
+    flat = np.flatnonzero(plan.unit[:, :2].any(1))  # segments that move in X or Y
+    n, direction = len(plan), np.tile([1.0, 0.0], (len(plan), 1))
+    if not len(flat):
+        return direction, np.zeros(n), np.zeros(n), np.zeros(n)
+    u = plan.unit[flat, :2] / np.hypot(*plan.unit[flat, :2].T)[:, None]
+    length = plan.length[flat] * np.hypot(*plan.unit[flat, :2].T)
+    phi = np.arctan2(u[:-1, 0] * u[1:, 1] - u[:-1, 1] * u[1:, 0], (u[:-1] * u[1:]).sum(1))
+    across = np.sqrt(
+        length[:-1] ** 2 + length[1:] ** 2 + 2 * length[:-1] * length[1:] * np.cos(phi)
+    )
+    menger = np.concatenate([[0], np.clip(2 * np.sin(phi) / np.maximum(across, 1e-9), -20, 20)])
+    last = np.searchsorted(flat, np.arange(n), "right") - 1
+    direction[last >= 0] = u[last[last >= 0]]
+    curvature, turn, way = np.zeros(n), np.zeros(n), np.zeros(n)
+    curvature[flat] = np.where(plan.turn[flat] != 0, plan.turn[flat], menger)
+    turn[flat] = np.append(phi, 0)
+    way[flat] = plan.length[flat]
+    return direction, curvature, turn, way
 
 # %% ../../nbs/trajectory/00_data.ipynb #8c315a28
 def trajectory_features(
-    plan:Plan, # The motion
-    rate:float=500., # Samples a second
-    start:float=0., # First time, s
-    stop:float=None, # Time after the last, s
-    diameter:float=1.75, # Of the filament, mm
-    geometry:tuple=None, # Of the segments, when many spans of one plan are wanted: from `segment_geometry`
-)->np.ndarray: # `[T,15]` float32, columns `FEATURES`
+    plan: Plan,  # The motion
+    rate: float = 500.0,  # Samples a second
+    start: float = 0.0,  # First time, s
+    stop: float = None,  # Time after the last, s
+    diameter: float = 1.75,  # Of the filament, mm
+    geometry: tuple = None,  # Of the segments, when many spans of one plan are wanted: from `segment_geometry`
+) -> np.ndarray:  # `[T,15]` float32, columns `FEATURES`
     "The features of the planned motion."
-    early = max(np.ceil(start*rate-1e-9)-2, 0)/rate # two samples before, for the differences
-    s = sample(plan, rate, ('t','vx','vy','ve','s','segment'), early, stop)
-    k,extra = s['segment'],int(np.ceil(start*rate-1e-9)-round(early*rate))
-    direction,curvature,turn,way = geometry or segment_geometry(plan)
-    v = np.stack([s['vx'],s['vy']], 1)
-    a = np.diff(v, axis=0, prepend=v[:1])*rate; j = np.diff(a, axis=0, prepend=a[:1])*rate
-    columns = [v, a, j, np.hypot(*v.T), direction[k], curvature[k], turn[k], np.maximum(way[k]-s['s'], 0)*(way[k]>0),
-               np.minimum(s['t']-(plan.begin-plan.pause[:-1])[k], 1), plan.extruding[k], s['ve']*np.pi*diameter**2/4]
-    return np.column_stack(columns).astype('float32')[extra:]
+    early = (
+        max(np.ceil(start * rate - 1e-9) - 2, 0) / rate
+    )  # two samples before, for the differences
+    s = sample(plan, rate, ("t", "vx", "vy", "ve", "s", "segment"), early, stop)
+    k, extra = s["segment"], int(np.ceil(start * rate - 1e-9) - round(early * rate))
+    direction, curvature, turn, way = geometry or segment_geometry(plan)
+    v = np.stack([s["vx"], s["vy"]], 1)
+    a = np.diff(v, axis=0, prepend=v[:1]) * rate
+    j = np.diff(a, axis=0, prepend=a[:1]) * rate
+    columns = [
+        v,
+        a,
+        j,
+        np.hypot(*v.T),
+        direction[k],
+        curvature[k],
+        turn[k],
+        np.maximum(way[k] - s["s"], 0) * (way[k] > 0),
+        np.minimum(s["t"] - (plan.begin - plan.pause[:-1])[k], 1),
+        plan.extruding[k],
+        s["ve"] * np.pi * diameter**2 / 4,
+    ]
+    return np.column_stack(columns).astype("float32")[extra:]
 
 # %% ../../nbs/trajectory/00_data.ipynb #47e53ceb
 def prepare_trajectory_features(
-    gcode, # Text, path, `Program` or `Plan`
-    rate:float=500., # Samples a second
-    **options, # For `plan`
-)->np.ndarray: # `[T,15]` float32
+    gcode,  # Text, path, `Program` or `Plan`
+    rate: float = 500.0,  # Samples a second
+    **options,  # For `plan`
+) -> np.ndarray:  # `[T,15]` float32
     "Features of a G-code program."
-    if isinstance(gcode, str) and ('\n' in gcode or not Path(gcode).suffix): gcode = parse_gcode(gcode)
+    if isinstance(gcode, str) and ("\n" in gcode or not Path(gcode).suffix):
+        gcode = parse_gcode(gcode)
     return trajectory_features(gcode if isinstance(gcode, Plan) else plan(gcode, **options), rate)
 
 # %% ../../nbs/trajectory/00_data.ipynb #552ab984
 def position_features(
-    position:np.ndarray, # x and y, mm, `[T,2]`
-)->np.ndarray: # `[T,14]` float32, columns `HARMONICS`
+    position: np.ndarray,  # x and y, mm, `[T,2]`
+) -> np.ndarray:  # `[T,14]` float32, columns `HARMONICS`
     "Sine and cosine of the position over the periods of motor and pulley, and the place on the bed."
-    angle = 2*np.pi*position[:,:,None]/np.array([.2,.8,2.])
-    waves = np.stack([np.sin(angle),np.cos(angle)], -1).reshape(len(position), 12)
-    return np.column_stack([waves, position/220]).astype('float32')
+    angle = 2 * np.pi * position[:, :, None] / np.array([0.2, 0.8, 2.0])
+    waves = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(len(position), 12)
+    return np.column_stack([waves, position / 220]).astype("float32")
 
 # %% ../../nbs/trajectory/00_data.ipynb #8a7ec48d
 def interval_velocities(
-    position:np.ndarray, # x and y of consecutive samples, mm, `[T,2]`
-    velocity:np.ndarray, # Planned velocity, mm/s, `[T,2]`: stands in for the first interval
-    rate:float=500., # Samples a second
-)->np.ndarray: # mm/s, `[T,2]`
+    position: np.ndarray,  # x and y of consecutive samples, mm, `[T,2]`
+    velocity: np.ndarray,  # Planned velocity, mm/s, `[T,2]`: stands in for the first interval
+    rate: float = 500.0,  # Samples a second
+) -> np.ndarray:  # mm/s, `[T,2]`
     "Mean velocity since the sample before."
-    return np.concatenate([velocity[:1], np.diff(np.asarray(position, float), axis=0)*rate]).astype('float32')
+    return np.concatenate(
+        [velocity[:1], np.diff(np.asarray(position, float), axis=0) * rate]
+    ).astype("float32")
 
 # %% ../../nbs/trajectory/00_data.ipynb #f57c7e5f
-PARTS = dict(benchy='benchy_crealityprint_ender3v2.gcode', benchy_arcs='benchy_arcfitted_ender3v2.gcode', benchy_prusa='benchy_prusaslicer_mini.gcode',
-             helixcube='helixcube_prusaslicer_mini.gcode', slic3r='sample_slic3r_absE.gcode', cura='part_cura25_absE.gcode', bearing5=None, nautilus=None, boat=None)
+PARTS = dict(
+    benchy="benchy_crealityprint_ender3v2.gcode",
+    benchy_arcs="benchy_arcfitted_ender3v2.gcode",
+    benchy_prusa="benchy_prusaslicer_mini.gcode",
+    helixcube="helixcube_prusaslicer_mini.gcode",
+    slic3r="sample_slic3r_absE.gcode",
+    cura="part_cura25_absE.gcode",
+    bearing5=None,
+    nautilus=None,
+    boat=None,
+)
 
 # %% ../../nbs/trajectory/00_data.ipynb #b2cc4850
 def part_file(
-    name, # A path, or a name in `PARTS`
-    folder=None, # Where the named files lie
-)->Path: # Path of the G-code
+    name,  # A path, or a name in `PARTS`
+    folder=None,  # Where the named files lie
+) -> Path:  # Path of the G-code
     "File of a part."
     path = Path(name)
-    if path.is_file(): return path
-    if str(name) not in PARTS: raise InputError(path, 'file', f"a G-code file, or one of {', '.join(PARTS)}", 'nothing there')
-    found = Path(folder)/PARTS[str(name)] if folder and PARTS[str(name)] else None
-    if found is None or not found.is_file(): raise InputError(name, 'part', 'a G-code file', 'file not provided', 'give the path of one')
+    if path.is_file():
+        return path
+    if str(name) not in PARTS:
+        raise InputError(
+            path, "file", f"a G-code file, or one of {', '.join(PARTS)}", "nothing there"
+        )
+    found = Path(folder) / PARTS[str(name)] if folder and PARTS[str(name)] else None
+    if found is None or not found.is_file():
+        raise InputError(name, "part", "a G-code file", "file not provided", "give the path of one")
     return found
 
 # %% ../../nbs/trajectory/00_data.ipynb #6af42817
 def part_family(
-    name, # Name or path of a part
-)->str: # First word of its name
+    name,  # Name or path of a part
+) -> str:  # First word of its name
     "Family of a part."
-    return re.split(r'[_\W]', Path(name).stem, maxsplit=1)[0].lower()
+    return re.split(r"[_\W]", Path(name).stem, maxsplit=1)[0].lower()
 
 # %% ../../nbs/trajectory/00_data.ipynb #2ddf47bc
 def chosen_layers(
-    layers:str, # `all`, `sampled:N` (every Nth) or `a:b` (from a to before b)
-    available:np.ndarray, # Numbers of the layers that are there
-)->np.ndarray: # Numbers of the layers to keep
+    layers: str,  # `all`, `sampled:N` (every Nth) or `a:b` (from a to before b)
+    available: np.ndarray,  # Numbers of the layers that are there
+) -> np.ndarray:  # Numbers of the layers to keep
     "Read a choice of layers."
-    available = np.unique(np.asarray(available)[np.asarray(available)>=0])
-    m = re.fullmatch(r'all|sampled:(\d+)|(\d*):(\d*)', layers or '')
-    if not m or m[1]=='0': raise InputError('layers', 'choice', 'all, sampled:N or a:b', repr(layers))
-    if m[1]: kept = available[::int(m[1])]
-    else: kept = available if layers=='all' else available[(available>=int(m[2] or 0)) & (available<int(m[3] or 1<<30))]
-    if not len(kept): raise InputError('layers', 'choice', f'some of the {len(available)} layers', repr(layers))
+    available = np.unique(np.asarray(available)[np.asarray(available) >= 0])
+    m = re.fullmatch(r"all|sampled:(\d+)|(\d*):(\d*)", layers or "")
+    if not m or m[1] == "0":
+        raise InputError("layers", "choice", "all, sampled:N or a:b", repr(layers))
+    if m[1]:
+        kept = available[:: int(m[1])]
+    else:
+        kept = (
+            available
+            if layers == "all"
+            else available[(available >= int(m[2] or 0)) & (available < int(m[3] or 1 << 30))]
+        )
+    if not len(kept):
+        raise InputError("layers", "choice", f"some of the {len(available)} layers", repr(layers))
     return kept
 
 # %% ../../nbs/trajectory/00_data.ipynb #06cc03fb
-def _key(parameters): return hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _key(parameters):
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
+
 
 def _is_done(path, key):
     "Whether the file and the note beside it were made from the same input."
-    note = path.with_suffix('.json')
-    if not (path.is_file() and note.is_file()): return False
-    try: return read_json(note).get('key')==key
-    except InputError: return False
+    note = path.with_suffix(".json")
+    if not (path.is_file() and note.is_file()):
+        return False
+    try:
+        return read_json(note).get("key") == key
+    except InputError:
+        return False
+
 
 def _write(path, table, note):
     "Write a table and then its note."
-    path.with_suffix('.json').unlink(missing_ok=True)
-    with atomic_path(path) as f: table.to_parquet(f, compression='zstd', index=False)
-    write_json(path.with_suffix('.json'), note)
+    path.with_suffix(".json").unlink(missing_ok=True)
+    with atomic_path(path) as f:
+        table.to_parquet(f, compression="zstd", index=False)
+    write_json(path.with_suffix(".json"), note)
 
 # %% ../../nbs/trajectory/00_data.ipynb #a3825189
 def _slicer(program):
     "Program that wrote the file, by its comments."
-    found = (re.search(r'generated (?:by|with)\s+([\w.]+(?: \w*\d[\w.]*)?)', c, re.I) for c in program.comments.text[:60])
-    return next((m[1] for m in found if m), 'unknown')
+    found = (
+        re.search(r"generated (?:by|with)\s+([\w.]+(?: \w*\d[\w.]*)?)", c, re.I)
+        for c in program.comments.text[:60]
+    )
+    return next((m[1] for m in found if m), "unknown")
+
 
 def _rows(motion, rate, layers):
     "Sample numbers of the chosen layers at `rate`, and the layer of each."
-    layer = sample(motion, rate, ('layer',))['layer']
+    layer = sample(motion, rate, ("layer",))["layer"]
     row = np.flatnonzero(np.isin(layer, layers))
-    return row,layer[row]
+    return row, layer[row]
 
 # %% ../../nbs/trajectory/00_data.ipynb #083acff8
 def _motion_table(motion, rate, layers, thermal, points=False):
     "Table of the chosen rows: sample number, layer, features, position, thermal targets."
-    row,layer = _rows(motion, rate, layers)
-    cuts = np.flatnonzero(np.diff(row)!=1)+1
-    spans = [(r[0]/rate, (r[-1]+.5)/rate) for r in np.split(row, cuts)]
+    row, layer = _rows(motion, rate, layers)
+    cuts = np.flatnonzero(np.diff(row) != 1) + 1
+    spans = [(r[0] / rate, (r[-1] + 0.5) / rate) for r in np.split(row, cuts)]
     geometry = segment_geometry(motion)
-    features = np.concatenate([trajectory_features(motion, rate, a, b, geometry=geometry) for a,b in spans])
-    where = np.concatenate([np.stack([*sample(motion, rate, ('x','y'), a, b).values()], 1) for a,b in spans]).astype('float32')
-    times = motion.layer_times(); times = times[times.index>=0]
-    heat = layer_temperatures(times.to_numpy(), thermal)[list(THERMAL)].to_numpy()[layer-times.index[0]].astype('float32')
-    heat[features[:,FEATURES.index('extruding')]==0] = np.nan
-    if points: heat = _point_heat(motion, rate, row, heat, times, thermal)
-    table = dict(sample=row.astype('int32'), layer=layer.astype('int16'), **dict(zip(FEATURES, features.T)), x=where[:,0], y=where[:,1],
-                 **dict(zip(THERMAL, heat.T)), layer_time=times.to_numpy('float32')[layer-times.index[0]])
+    features = np.concatenate(
+        [trajectory_features(motion, rate, a, b, geometry=geometry) for a, b in spans]
+    )
+    where = np.concatenate(
+        [np.stack([*sample(motion, rate, ("x", "y"), a, b).values()], 1) for a, b in spans]
+    ).astype("float32")
+    times = motion.layer_times()
+    times = times[times.index >= 0]
+    heat = (
+        layer_temperatures(times.to_numpy(), thermal)[list(THERMAL)]
+        .to_numpy()[layer - times.index[0]]
+        .astype("float32")
+    )
+    heat[features[:, FEATURES.index("extruding")] == 0] = np.nan
+    if points:
+        heat = _point_heat(motion, rate, row, heat, times, thermal)
+    table = dict(
+        sample=row.astype("int32"),
+        layer=layer.astype("int16"),
+        **dict(zip(FEATURES, features.T)),
+        x=where[:, 0],
+        y=where[:, 1],
+        **dict(zip(THERMAL, heat.T)),
+        layer_time=times.to_numpy("float32")[layer - times.index[0]],
+    )
     return pd.DataFrame(table)
 
 # %% ../../nbs/trajectory/00_data.ipynb #806e3b50
 def _point_heat(motion, rate, row, heat, times, thermal):
     "Thermal targets point by point, where something lies below."
-    s = sample(motion, rate, ('t','x','y','layer','segment')); layer = s['layer']-times.index[0]
-    ages = point_ages(s['x'], s['y'], s['t'], layer, motion.extruding[s['segment']] & (layer>=0))
-    own = point_temperatures(ages, layer, times.to_numpy(), thermal)[row].astype('float32')
+    s = sample(motion, rate, ("t", "x", "y", "layer", "segment"))
+    layer = s["layer"] - times.index[0]
+    ages = point_ages(s["x"], s["y"], s["t"], layer, motion.extruding[s["segment"]] & (layer >= 0))
+    own = point_temperatures(ages, layer, times.to_numpy(), thermal)[row].astype("float32")
     return np.where(np.isnan(own) | np.isnan(heat), heat, own)
 
 # %% ../../nbs/trajectory/00_data.ipynb #442afd77
 def _error_table(motion, machine, rate, row):
     "Errors of a machine at the chosen rows."
     fine = simulation_rate(machine)
-    if fine%rate: raise InputError('collect', 'rate', f'a divisor of {fine:g}', f'{rate:g}')
-    s = sample(motion, fine, ('x','y')+(('e',) if machine.moving_mass else ()))
-    errors = tracking_error(s['x'], s['y'], machine, fine, s.get('e'))
-    return pd.DataFrame({c: e[::int(fine/rate)][row].astype('float32') for c,e in zip(ERRORS, errors)})
+    if fine % rate:
+        raise InputError("collect", "rate", f"a divisor of {fine:g}", f"{rate:g}")
+    s = sample(motion, fine, ("x", "y") + (("e",) if machine.moving_mass else ()))
+    errors = tracking_error(s["x"], s["y"], machine, fine, s.get("e"))
+    return pd.DataFrame(
+        {c: e[:: int(fine / rate)][row].astype("float32") for c, e in zip(ERRORS, errors)}
+    )
 
 # %% ../../nbs/trajectory/00_data.ipynb #c54d7a32
-LARGEST = 100 # Megabytes of G-code that are simulated as a whole
+LARGEST = 100  # Megabytes of G-code that are simulated as a whole
 
 # %% ../../nbs/trajectory/00_data.ipynb #a7eb6c4d
 def collect(
-    path, # G-code file, or a name in `PARTS`
-    folder, # Collection to add to
-    layers:str='sampled:5', # `all`, `sampled:N` or `a:b`
-    machine='bedslinger', # Machine, its name as `named_machine` takes it, or a list of these
-    rate:float=500., # Samples a second that are kept
-    data=None, # Folder of the files named in `PARTS`
-    thermal:Thermal=Thermal(), # Constants of the layers' temperature
-    override:dict=None, # For `plan`: other accelerations, corners, speeds
-    name:str='', # Name of the part; by its file when empty
-    limits:Limits=Limits(), # Of the machine, for files that do not say
-    points:bool=False, # Thermal targets point by point instead of one for each layer
-)->Path: # Folder of the part
+    path,  # G-code file, or a name in `PARTS`
+    folder,  # Collection to add to
+    layers: str = "sampled:5",  # `all`, `sampled:N` or `a:b`
+    machine="bedslinger",  # Machine, its name as `named_machine` takes it, or a list of these
+    rate: float = 500.0,  # Samples a second that are kept
+    data=None,  # Folder of the files named in `PARTS`
+    thermal: Thermal = Thermal(),  # Constants of the layers' temperature
+    override: dict = None,  # For `plan`: other accelerations, corners, speeds
+    name: str = "",  # Name of the part; by its file when empty
+    limits: Limits = Limits(),  # Of the machine, for files that do not say
+    points: bool = False,  # Thermal targets point by point instead of one for each layer
+) -> Path:  # Folder of the part
     "Plan and simulate a part on machines, and store the series."
-    given,path = str(path),part_file(path, data)
+    given, path = str(path), part_file(path, data)
     name = name or (given if given in PARTS else path.stem)
-    given = dict(file=path.name, checksum=checksum([path]), layers=layers, rate=rate, thermal=asdict(thermal), override=override, limits=asdict(limits), features=list(FEATURES), version=1, **(dict(points=True) if points else {}))
-    home,key = Path(folder)/name,_key(given)
-    machines = [named_machine(m) for m in (machine if isinstance(machine, (list,tuple)) else [machine])]
-    todo = [m for m in machines if not _is_done(home/f'{m.name}.parquet', _key([key, asdict(m)]))]
-    if _is_done(home/'motion.parquet', key) and not todo: return home
-    if path.stat().st_size > LARGEST*1e6: raise InputError(path, 'size', f'at most {LARGEST} MB for a simulation', f'{path.stat().st_size/1e6:.0f} MB', 'check and correct read larger files block by block')
-    program = read_gcode(path); motion = plan(program, limits, override=override)
+    given = dict(
+        file=path.name,
+        checksum=checksum([path]),
+        layers=layers,
+        rate=rate,
+        thermal=asdict(thermal),
+        override=override,
+        limits=asdict(limits),
+        features=list(FEATURES),
+        version=1,
+        **(dict(points=True) if points else {}),
+    )
+    home, key = Path(folder) / name, _key(given)
+    machines = [
+        named_machine(m) for m in (machine if isinstance(machine, (list, tuple)) else [machine])
+    ]
+    todo = [m for m in machines if not _is_done(home / f"{m.name}.parquet", _key([key, asdict(m)]))]
+    if _is_done(home / "motion.parquet", key) and not todo:
+        return home
+    if path.stat().st_size > LARGEST * 1e6:
+        raise InputError(
+            path,
+            "size",
+            f"at most {LARGEST} MB for a simulation",
+            f"{path.stat().st_size / 1e6:.0f} MB",
+            "check and correct read larger files block by block",
+        )
+    program = read_gcode(path)
+    motion = plan(program, limits, override=override)
     kept = chosen_layers(layers, motion.layer)
-    if not _is_done(home/'motion.parquet', key):
+    if not _is_done(home / "motion.parquet", key):
         table = _motion_table(motion, rate, kept, thermal, points)
-        _write(home/'motion.parquet', table, given|dict(key=key, part=name, family=part_family(name), slicer=_slicer(program), rows=len(table), seconds=motion.duration, issues=motion.issues))
-    row,_ = _rows(motion, rate, kept)
-    for m in todo: _write(home/f'{m.name}.parquet', _error_table(motion, m, rate, row), dict(key=_key([key, asdict(m)]), motion=key, machine=asdict(m)))
+        _write(
+            home / "motion.parquet",
+            table,
+            given
+            | dict(
+                key=key,
+                part=name,
+                family=part_family(name),
+                slicer=_slicer(program),
+                rows=len(table),
+                seconds=motion.duration,
+                issues=motion.issues,
+            ),
+        )
+    row, _ = _rows(motion, rate, kept)
+    for m in todo:
+        _write(
+            home / f"{m.name}.parquet",
+            _error_table(motion, m, rate, row),
+            dict(key=_key([key, asdict(m)]), motion=key, machine=asdict(m)),
+        )
     return home
 
 # %% ../../nbs/trajectory/00_data.ipynb #dd0f46c9
 @dataclass
 class Part:
     "Motion of one part: all rows, and where its runs lie."
-    name:str # Name of the part
-    family:str # Group for splits
-    rate:float # Samples a second
-    features:np.ndarray = field(repr=False) # `[T,15]` float32
-    position:np.ndarray = field(repr=False) # x, y in mm, `[T,2]` float32
-    thermal:np.ndarray = field(repr=False) # `[T,3]` float32, NaN where nothing is laid down
-    sample:np.ndarray = field(repr=False) # Sample number of each row
-    runs:pd.DataFrame = field(repr=False) # first, stop (rows), layer, layer_time
-    note:dict = field(repr=False) # What it was made from
+
+    name: str  # Name of the part
+    family: str  # Group for splits
+    rate: float  # Samples a second
+    features: np.ndarray = field(repr=False)  # `[T,15]` float32
+    position: np.ndarray = field(repr=False)  # x, y in mm, `[T,2]` float32
+    thermal: np.ndarray = field(repr=False)  # `[T,3]` float32, NaN where nothing is laid down
+    sample: np.ndarray = field(repr=False)  # Sample number of each row
+    runs: pd.DataFrame = field(repr=False)  # first, stop (rows), layer, layer_time
+    note: dict = field(repr=False)  # What it was made from
 
 # %% ../../nbs/trajectory/00_data.ipynb #baa8e354
 @patch
-def velocities(self:Part)->np.ndarray: # mm/s, `[T,2]` float32
+def velocities(self: Part) -> np.ndarray:  # mm/s, `[T,2]` float32
     "Mean velocity of each interval, run by run."
-    return np.concatenate([interval_velocities(self.position[a:b], self.features[a:b,:2], self.rate) for a,b in zip(self.runs['first'], self.runs['stop'])])
+    return np.concatenate(
+        [
+            interval_velocities(self.position[a:b], self.features[a:b, :2], self.rate)
+            for a, b in zip(self.runs["first"], self.runs["stop"])
+        ]
+    )
 
 # %% ../../nbs/trajectory/00_data.ipynb #df43a350
 @dataclass
 class Series:
     "One part on one machine."
-    part:Part # Its motion
-    machine:dict # Constants
-    errors:np.ndarray = field(repr=False) # x, y in mm, `[T,2]` float32
+
+    part: Part  # Its motion
+    machine: dict  # Constants
+    errors: np.ndarray = field(repr=False)  # x, y in mm, `[T,2]` float32
+
     @property
-    def name(self): return f"{self.part.name}/{self.machine['name']}"
+    def name(self):
+        return f"{self.part.name}/{self.machine['name']}"
 
 # %% ../../nbs/trajectory/00_data.ipynb #b0477d91
 def _read_table(path, columns):
     "A parquet table with these columns, or an `InputError`."
-    if not path.is_file(): raise InputError(path, 'file', 'a table', 'nothing there', 'collect again')
-    try: table = pd.read_parquet(path)
-    except Exception as e: raise InputError(path, 'content', 'a whole parquet table', f'{type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ""}') from None
+    if not path.is_file():
+        raise InputError(path, "file", "a table", "nothing there", "collect again")
+    try:
+        table = pd.read_parquet(path)
+    except Exception as e:
+        raise InputError(
+            path,
+            "content",
+            "a whole parquet table",
+            f"{type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}",
+        ) from None
     for c in columns:
-        if c not in table: raise InputError(path, f'column {c}', 'to be there', 'no such column')
+        if c not in table:
+            raise InputError(path, f"column {c}", "to be there", "no such column")
     for c in columns:
-        if c not in THERMAL: check_finite(path, f'column {c}', table[c].to_numpy())
+        if c not in THERMAL:
+            check_finite(path, f"column {c}", table[c].to_numpy())
     return table
+
 
 def _read_part(home):
     "Motion of one part."
-    note = read_json(home/'motion.json') if (home/'motion.json').is_file() else {}
-    if note.get('features')!=list(FEATURES): raise InputError(home/'motion.json', 'features', 'those of this version', f"{len(note.get('features', []))} others", 'collect again')
-    table = _read_table(home/'motion.parquet', ['sample','layer',*FEATURES,'x','y',*THERMAL,'layer_time'])
-    layer,row = table.layer.to_numpy(),table['sample'].to_numpy()
-    first = np.flatnonzero(np.concatenate([[True], (np.diff(layer)!=0)|(np.diff(row)!=1)]))
-    runs = pd.DataFrame(dict(first=first, stop=np.append(first[1:], len(table)), layer=layer[first], layer_time=table.layer_time.to_numpy()[first]))
-    pick = lambda c: np.ascontiguousarray(table[list(c)].to_numpy('float32'))
-    return Part(note['part'], note['family'], note['rate'], pick(FEATURES), pick('xy'), pick(THERMAL), row, runs, note)
+    note = read_json(home / "motion.json") if (home / "motion.json").is_file() else {}
+    if note.get("features") != list(FEATURES):
+        raise InputError(
+            home / "motion.json",
+            "features",
+            "those of this version",
+            f"{len(note.get('features', []))} others",
+            "collect again",
+        )
+    table = _read_table(
+        home / "motion.parquet", ["sample", "layer", *FEATURES, "x", "y", *THERMAL, "layer_time"]
+    )
+    layer, row = table.layer.to_numpy(), table["sample"].to_numpy()
+    first = np.flatnonzero(np.concatenate([[True], (np.diff(layer) != 0) | (np.diff(row) != 1)]))
+    runs = pd.DataFrame(
+        dict(
+            first=first,
+            stop=np.append(first[1:], len(table)),
+            layer=layer[first],
+            layer_time=table.layer_time.to_numpy()[first],
+        )
+    )
+
+    def pick(c):
+        return np.ascontiguousarray(table[list(c)].to_numpy("float32"))
+
+    return Part(
+        note["part"],
+        note["family"],
+        note["rate"],
+        pick(FEATURES),
+        pick("xy"),
+        pick(THERMAL),
+        row,
+        runs,
+        note,
+    )
 
 # %% ../../nbs/trajectory/00_data.ipynb #673664a6
 def read_collection(
-    folder, # Folder of `collect`
-    parts='all', # Names of parts or families, or `all`
-    machines='all', # Names of machines, or `all`
-    progress=None, # For instance `tqdm`
-)->list: # `Series`
+    folder,  # Folder of `collect`
+    parts="all",  # Names of parts or families, or `all`
+    machines="all",  # Names of machines, or `all`
+    progress=None,  # For instance `tqdm`
+) -> list:  # `Series`
     "Read all series of a collection."
     folder = Path(folder)
-    homes = sorted(p.parent for p in folder.glob('*/motion.json'))
-    if not homes: raise InputError(folder, 'collection', 'folders with motion.json', 'none', 'make one with collect')
+    homes = sorted(p.parent for p in folder.glob("*/motion.json"))
+    if not homes:
+        raise InputError(
+            folder, "collection", "folders with motion.json", "none", "make one with collect"
+        )
     found = []
-    for home in (progress(homes) if progress else homes):
-        if parts!='all' and home.name not in parts and part_family(home.name) not in parts: continue
+    for home in progress(homes) if progress else homes:
+        if parts != "all" and home.name not in parts and part_family(home.name) not in parts:
+            continue
         part = _read_part(home)
-        for path in sorted(home.glob('*.json')):
-            if path.stem=='motion' or (machines!='all' and path.stem not in machines): continue
-            note,errors = read_json(path),_read_table(path.with_suffix('.parquet'), ERRORS)[list(ERRORS)].to_numpy('float32')
-            if len(errors)!=len(part.features) or note.get('motion')!=part.note['key']: raise InputError(path, 'motion', 'the motion beside it', 'another one', 'collect again')
-            found.append(Series(part, note['machine'], errors))
-    if not found: raise InputError(folder, 'series', f'parts {parts} on machines {machines}', 'none')
-    if len({s.part.rate for s in found})>1: raise InputError(folder, 'rate', 'one rate', ', '.join(f'{s.part.name} {s.part.rate:g}' for s in found))
+        for path in sorted(home.glob("*.json")):
+            if path.stem == "motion" or (machines != "all" and path.stem not in machines):
+                continue
+            note, errors = (
+                read_json(path),
+                _read_table(path.with_suffix(".parquet"), ERRORS)[list(ERRORS)].to_numpy("float32"),
+            )
+            if len(errors) != len(part.features) or note.get("motion") != part.note["key"]:
+                raise InputError(
+                    path, "motion", "the motion beside it", "another one", "collect again"
+                )
+            found.append(Series(part, note["machine"], errors))
+    if not found:
+        raise InputError(folder, "series", f"parts {parts} on machines {machines}", "none")
+    if len({s.part.rate for s in found}) > 1:
+        raise InputError(
+            folder, "rate", "one rate", ", ".join(f"{s.part.name} {s.part.rate:g}" for s in found)
+        )
     return found
 
 # %% ../../nbs/trajectory/00_data.ipynb #808d622c
 @dataclass
 class Scale:
     "Numbers that standardise inputs and targets."
-    features:list # Names of the inputs
-    mean:list # Of each input
-    std:list # Of each input
-    error_std:list # Of the error in x and y, mm
-    thermal_mean:list # Of the thermal targets
-    thermal_std:list # Of the thermal targets
-    static_mean:list # Of layer time and layer number
-    static_std:list # Of layer time and layer number
-    rate:float = 500. # Samples a second
+
+    features: list  # Names of the inputs
+    mean: list  # Of each input
+    std: list  # Of each input
+    error_std: list  # Of the error in x and y, mm
+    thermal_mean: list  # Of the thermal targets
+    thermal_std: list  # Of the thermal targets
+    static_mean: list  # Of layer time and layer number
+    static_std: list  # Of layer time and layer number
+    rate: float = 500.0  # Samples a second
 
     @classmethod
-    def read(cls,
-        path, # JSON file
+    def read(
+        cls,
+        path,  # JSON file
     ):
         "Read from JSON."
         values = read_json(path)
-        if (missing := set(cls.__dataclass_fields__)-set(values)): raise InputError(path, sorted(missing)[0], 'to be there', 'no such key')
+        if missing := set(cls.__dataclass_fields__) - set(values):
+            raise InputError(path, sorted(missing)[0], "to be there", "no such key")
         return cls(**{k: values[k] for k in cls.__dataclass_fields__})
 
 # %% ../../nbs/trajectory/00_data.ipynb #0e74fb02
 def _spread(x, names):
     "Mean and standard deviation of columns; a warning for constants."
-    mean,std = x.mean(0, dtype='float64'),x.std(0, dtype='float64')
-    constant = [n for n,s in zip(names, std) if not s>1e-6]
-    if constant: warnings.warn(f"the same value in all rows: {', '.join(constant)}")
-    return mean.tolist(),np.maximum(std, 1e-6).tolist()
+    mean, std = x.mean(0, dtype="float64"), x.std(0, dtype="float64")
+    constant = [n for n, s in zip(names, std) if not s > 1e-6]
+    if constant:
+        warnings.warn(f"the same value in all rows: {', '.join(constant)}", stacklevel=2)
+    return mean.tolist(), np.maximum(std, 1e-6).tolist()
 
 # %% ../../nbs/trajectory/00_data.ipynb #5ee890c7
 class TrajectoryWindows:
     "Windows over series, gathered by the batch."
-    def __init__(self,
-        series:list, # From `read_collection`
-        size:int=128, # Steps a window
-        stride:int=4, # Steps from one start to the next
-        harmonics:bool=False, # Add `HARMONICS` to the features
-        intervals:bool=False, # Add `INTERVALS` to the features
-        scale:Scale=None, # Set by `fit_scale`; raw values without
+
+    def __init__(
+        self,
+        series: list,  # From `read_collection`
+        size: int = 128,  # Steps a window
+        stride: int = 4,  # Steps from one start to the next
+        harmonics: bool = False,  # Add `HARMONICS` to the features
+        intervals: bool = False,  # Add `INTERVALS` to the features
+        scale: Scale = None,  # Set by `fit_scale`; raw values without
     ):
-        self.series,self.size,self.scale,self.rate = list(series),size,scale,series[0].part.rate
-        self.features = [*FEATURES, *(INTERVALS if intervals else ()), *(HARMONICS if harmonics else ())]
-        self._tables(intervals, harmonics); self._runs()
-        self.recording,self.start,self.stop = window_starts(self.run_table.length.to_numpy(), size, stride)
-        self.lengths = self.stop-self.start
-        self._motion_first,self._error_first = (torch.from_numpy(self.run_table[c].to_numpy()[self.recording]+self.start) for c in ('motion_first','error_first'))
-        self._static = torch.from_numpy(self.run_table[['layer_time','layer']].to_numpy('float32')[self.recording]) # s and number
+        self.series, self.size, self.scale, self.rate = (
+            list(series),
+            size,
+            scale,
+            series[0].part.rate,
+        )
+        self.features = [
+            *FEATURES,
+            *(INTERVALS if intervals else ()),
+            *(HARMONICS if harmonics else ()),
+        ]
+        self._tables(intervals, harmonics)
+        self._runs()
+        self.recording, self.start, self.stop = window_starts(
+            self.run_table.length.to_numpy(), size, stride
+        )
+        self.lengths = self.stop - self.start
+        self._motion_first, self._error_first = (
+            torch.from_numpy(self.run_table[c].to_numpy()[self.recording] + self.start)
+            for c in ("motion_first", "error_first")
+        )
+        self._static = torch.from_numpy(
+            self.run_table[["layer_time", "layer"]].to_numpy("float32")[self.recording]
+        )  # s and number
         self.extra = {}
-    def __len__(self): return len(self.recording)
+
+    def __len__(self):
+        return len(self.recording)
 
 # %% ../../nbs/trajectory/00_data.ipynb #b86c7413
 @patch
-def _tables(self:TrajectoryWindows, intervals, harmonics):
+def _tables(self: TrajectoryWindows, intervals, harmonics):
     "One tensor of all motions, one of all errors."
     self.parts = list({id(s.part): s.part for s in self.series}.values())
-    inputs = [np.concatenate([p.features, *([p.velocities()] if intervals else []), *([position_features(p.position)] if harmonics else [])], 1) for p in self.parts]
-    self.motion,self.thermal = torch.from_numpy(np.concatenate(inputs)),torch.from_numpy(np.concatenate([p.thermal for p in self.parts]))
+    inputs = [
+        np.concatenate(
+            [
+                p.features,
+                *([p.velocities()] if intervals else []),
+                *([position_features(p.position)] if harmonics else []),
+            ],
+            1,
+        )
+        for p in self.parts
+    ]
+    self.motion, self.thermal = (
+        torch.from_numpy(np.concatenate(inputs)),
+        torch.from_numpy(np.concatenate([p.thermal for p in self.parts])),
+    )
     self.errors = torch.from_numpy(np.concatenate([s.errors for s in self.series]))
 
 # %% ../../nbs/trajectory/00_data.ipynb #396c1bcc
 @patch
-def _runs(self:TrajectoryWindows):
+def _runs(self: TrajectoryWindows):
     "Table of all runs on all machines."
-    start = dict(zip(map(id, self.parts), np.cumsum([0]+[len(p.features) for p in self.parts])))
-    rows,at = [],0
-    for k,s in enumerate(self.series):
+    start = dict(zip(map(id, self.parts), np.cumsum([0] + [len(p.features) for p in self.parts])))
+    rows, at = [], 0
+    for k, s in enumerate(self.series):
         r = s.part.runs
-        rows.append(pd.DataFrame(dict(series=k, family=s.part.family, part=s.part.name, machine=s.machine['name'], layer=r.layer, layer_time=r.layer_time, length=r.stop-r['first'],
-                                      motion_first=r['first']+start[id(s.part)], error_first=r['first']+at)))
+        rows.append(
+            pd.DataFrame(
+                dict(
+                    series=k,
+                    family=s.part.family,
+                    part=s.part.name,
+                    machine=s.machine["name"],
+                    layer=r.layer,
+                    layer_time=r.layer_time,
+                    length=r.stop - r["first"],
+                    motion_first=r["first"] + start[id(s.part)],
+                    error_first=r["first"] + at,
+                )
+            )
+        )
         at += len(s.errors)
     self.run_table = pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/trajectory/00_data.ipynb #a03b4674
 @patch
-def rows(self:TrajectoryWindows,
-    index, # Which windows, `[B]`
-)->tuple: # Rows in `motion` and in `errors`, `[B,T]` each
+def rows(
+    self: TrajectoryWindows,
+    index,  # Which windows, `[B]`
+) -> tuple:  # Rows in `motion` and in `errors`, `[B,T]` each
     "Rows of the tables that windows consist of."
-    index,step = torch.as_tensor(np.asarray(index)),torch.arange(self.size)
-    return self._motion_first[index][:,None]+step,self._error_first[index][:,None]+step
+    index, step = torch.as_tensor(np.asarray(index)), torch.arange(self.size)
+    return self._motion_first[index][:, None] + step, self._error_first[index][:, None] + step
 
 # %% ../../nbs/trajectory/00_data.ipynb #b1098a1d
 def _gather(table, first, size):
     "Rows `first` to `first+size` of a table, `[B,size,C]`: overlapping views, copied once."
-    return table.as_strided((max(len(table)-size+1, 1),size,table.shape[1]), (table.stride(0),*table.stride()))[first]
+    return table.as_strided(
+        (max(len(table) - size + 1, 1), size, table.shape[1]), (table.stride(0), *table.stride())
+    )[first]
 
-def _standardise(x, mean, std): return (x-torch.tensor(mean, dtype=torch.float32)).div_(torch.tensor(std, dtype=torch.float32))
+
+def _standardise(x, mean, std):
+    return (x - torch.tensor(mean, dtype=torch.float32)).div_(
+        torch.tensor(std, dtype=torch.float32)
+    )
 
 # %% ../../nbs/trajectory/00_data.ipynb #f9243897
 @patch
-def batch(self:TrajectoryWindows,
-    index, # Which windows, `[B]`
-)->tuple: # (inputs, mask, targets)
+def batch(
+    self: TrajectoryWindows,
+    index,  # Which windows, `[B]`
+) -> tuple:  # (inputs, mask, targets)
     "Gather windows."
-    index = torch.as_tensor(np.asarray(index)); motion,error = self._motion_first[index],self._error_first[index]
-    features,static,errors,thermal = _gather(self.motion, motion, self.size),self._static[index],_gather(self.errors, error, self.size),_gather(self.thermal, motion, self.size)
-    laid = ~thermal[...,0].isnan()
+    index = torch.as_tensor(np.asarray(index))
+    motion, error = self._motion_first[index], self._error_first[index]
+    features, static, errors, thermal = (
+        _gather(self.motion, motion, self.size),
+        self._static[index],
+        _gather(self.errors, error, self.size),
+        _gather(self.thermal, motion, self.size),
+    )
+    laid = ~thermal[..., 0].isnan()
     if (c := self.scale) is not None:
-        features,static = _standardise(features, c.mean, c.std),_standardise(static, c.static_mean, c.static_std)
-        errors,thermal = errors/torch.tensor(c.error_std, dtype=torch.float32),_standardise(thermal, c.thermal_mean, c.thermal_std)
-    inputs = dict(features=features, static=static, **{k: _gather(v, error, self.size) for k,v in self.extra.items()})
-    return inputs, torch.ones(laid.shape, dtype=torch.bool), dict(error=errors, thermal=thermal.nan_to_num(0.), laid=laid)
+        features, static = (
+            _standardise(features, c.mean, c.std),
+            _standardise(static, c.static_mean, c.static_std),
+        )
+        errors, thermal = (
+            errors / torch.tensor(c.error_std, dtype=torch.float32),
+            _standardise(thermal, c.thermal_mean, c.thermal_std),
+        )
+    inputs = dict(
+        features=features,
+        static=static,
+        **{k: _gather(v, error, self.size) for k, v in self.extra.items()},
+    )
+    return (
+        inputs,
+        torch.ones(laid.shape, dtype=torch.bool),
+        dict(error=errors, thermal=thermal.nan_to_num(0.0), laid=laid),
+    )
 
 # %% ../../nbs/trajectory/00_data.ipynb #92d0b4fe
 def fit_scale(
-    windows:TrajectoryWindows, # All windows
-    train, # Training windows
-)->Scale: # Also set as `windows.scale`
+    windows: TrajectoryWindows,  # All windows
+    train,  # Training windows
+) -> Scale:  # Also set as `windows.scale`
     "Means and spreads over the runs that the training windows lie in."
     runs = windows.run_table.iloc[np.unique(windows.recording[np.asarray(train)])]
-    if not len(runs): raise InputError('scale', 'training windows', 'at least one', 'none')
-    pick = lambda c: np.unique(np.concatenate([np.arange(a, a+n) for a,n in zip(runs[c], runs.length)]))
-    motion,error = pick('motion_first'),pick('error_first')
-    mean,std = _spread(windows.motion[motion].numpy(), windows.features)
-    heat = windows.thermal[motion].numpy(); heat = heat[~np.isnan(heat).any(1)]
-    thermal = _spread(heat, THERMAL) if len(heat) else ([0.]*3,[1.]*3)
+    if not len(runs):
+        raise InputError("scale", "training windows", "at least one", "none")
+
+    def pick(c):
+        return np.unique(
+            np.concatenate([np.arange(a, a + n) for a, n in zip(runs[c], runs.length)])
+        )
+
+    motion, error = pick("motion_first"), pick("error_first")
+    mean, std = _spread(windows.motion[motion].numpy(), windows.features)
+    heat = windows.thermal[motion].numpy()
+    heat = heat[~np.isnan(heat).any(1)]
+    thermal = _spread(heat, THERMAL) if len(heat) else ([0.0] * 3, [1.0] * 3)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        static = _spread(runs[['layer_time','layer']].to_numpy(float), ('layer_time','layer'))
-    error_std = np.maximum(np.sqrt((windows.errors[error].numpy().astype(float)**2).mean(0)), 1e-6).tolist()
+        warnings.simplefilter("ignore")
+        static = _spread(runs[["layer_time", "layer"]].to_numpy(float), ("layer_time", "layer"))
+    error_std = np.maximum(
+        np.sqrt((windows.errors[error].numpy().astype(float) ** 2).mean(0)), 1e-6
+    ).tolist()
     windows.scale = Scale(windows.features, mean, std, error_std, *thermal, *static, windows.rate)
     return windows.scale
 
 # %% ../../nbs/trajectory/00_data.ipynb #c1b149eb
 @patch
-def attach(self:TrajectoryWindows,
-    name:str, # Key in `inputs`
-    arrays:list, # One array `[T,C]` a series
+def attach(
+    self: TrajectoryWindows,
+    name: str,  # Key in `inputs`
+    arrays: list,  # One array `[T,C]` a series
 ):
     "Add an input that has the rows of the errors."
-    if len(arrays)!=len(self.series) or any(len(a)!=len(s.errors) for a,s in zip(arrays, self.series)): raise InputError(name, 'arrays', 'one a series with its rows', f'{len(arrays)} arrays')
-    self.extra[name] = torch.from_numpy(np.concatenate(arrays).astype('float32'))
+    if len(arrays) != len(self.series) or any(
+        len(a) != len(s.errors) for a, s in zip(arrays, self.series)
+    ):
+        raise InputError(name, "arrays", "one a series with its rows", f"{len(arrays)} arrays")
+    self.extra[name] = torch.from_numpy(np.concatenate(arrays).astype("float32"))
 
 # %% ../../nbs/trajectory/00_data.ipynb #7d737e1c
 def _layer_blocks(table, size=5):
     "Number of the block of layers of each run, within its part."
-    rank = table.groupby('part').layer.rank(method='dense').astype(int)-1
-    return table.part+':'+(rank//size if size>1 else rank).astype(str)
+    rank = table.groupby("part").layer.rank(method="dense").astype(int) - 1
+    return table.part + ":" + (rank // size if size > 1 else rank).astype(str)
+
 
 def _held_out(labels, share, seed):
     "Mask of a share of the distinct labels."
     names = np.unique(labels)
-    if len(names)<2: raise InputError('split', 'groups', 'two or more', f'{len(names)}')
-    held = np.random.default_rng(seed).permutation(names)[:max(1, round(share*len(names)))]
+    if len(names) < 2:
+        raise InputError("split", "groups", "two or more", f"{len(names)}")
+    held = np.random.default_rng(seed).permutation(names)[: max(1, round(share * len(names)))]
     return np.isin(labels, held)
 
 # %% ../../nbs/trajectory/00_data.ipynb #88fe2c7c
 def _left_out(table, kind, test):
     "Masks of the runs for the test and of those to learn from."
-    columns = dict(both=['family','machine']).get(kind, [kind]); names = {c: sorted(table[c].unique()) for c in columns}
-    asked = dict(zip(columns, str(test).split('/'))) if test else {c: v[0] for c,v in names.items()}
-    chosen = {c: [t.strip() for t in asked.get(c, '').split(',')] for c in columns}
+    columns = dict(both=["family", "machine"]).get(kind, [kind])
+    names = {c: sorted(table[c].unique()) for c in columns}
+    asked = (
+        dict(zip(columns, str(test).split("/"))) if test else {c: v[0] for c, v in names.items()}
+    )
+    chosen = {c: [t.strip() for t in asked.get(c, "").split(",")] for c in columns}
     for c in columns:
-        for n in chosen[c]: check_choice('split', c, n, names[c])
+        for n in chosen[c]:
+            check_choice("split", c, n, names[c])
     of = {c: table[c].isin(chosen[c]).to_numpy() for c in columns}
-    on_test,learned = np.logical_and.reduce(list(of.values())),~np.logical_or.reduce(list(of.values()))
-    if not learned.any(): raise InputError('split', kind, 'another one to learn from', ', '.join(sum(chosen.values(), [])))
-    return on_test,learned
+    on_test, learned = (
+        np.logical_and.reduce(list(of.values())),
+        ~np.logical_or.reduce(list(of.values())),
+    )
+    if not learned.any():
+        raise InputError(
+            "split", kind, "another one to learn from", ", ".join(sum(chosen.values(), []))
+        )
+    return on_test, learned
 
 # %% ../../nbs/trajectory/00_data.ipynb #a4f2242b
 def split_windows(
-    windows:TrajectoryWindows, # All windows
-    kind:str='family', # `family`, `machine`, `both`, `random` or `layer`
-    test='', # Family or machine for the test (names separated by commas), or `family/machine`; the first by name when empty
-    share:float=.2, # Share for validation, and for the test of `random` and `layer`
-    seed:int=0, # Which draw
-)->tuple: # (train, valid, test) window numbers
+    windows: TrajectoryWindows,  # All windows
+    kind: str = "family",  # `family`, `machine`, `both`, `random` or `layer`
+    test="",  # Family or machine for the test (names separated by commas), or `family/machine`; the first by name when empty
+    share: float = 0.2,  # Share for validation, and for the test of `random` and `layer`
+    seed: int = 0,  # Which draw
+) -> tuple:  # (train, valid, test) window numbers
     "Three sides; test families or machines occur on no other."
-    table,run = windows.run_table,windows.recording; check_choice('split', 'kind', kind, ('family','machine','both','random','layer'))
+    table, run = windows.run_table, windows.recording
+    check_choice("split", "kind", kind, ("family", "machine", "both", "random", "layer"))
     everything = np.arange(len(windows))
-    if kind=='random':
-        rest,held = random_split(len(windows), share, seed); a,b = random_split(len(rest), share, seed+1)
-        return rest[a],rest[b],held
-    if kind=='layer': on_test = _held_out(_layer_blocks(table).to_numpy(), share, seed); learned = ~on_test
-    else: on_test,learned = _left_out(table, kind, test)
-    blocks,on_valid = _layer_blocks(table, 1).to_numpy(),learned.copy(); on_valid[learned] = _held_out(blocks[learned], share, seed)
+    if kind == "random":
+        rest, held = random_split(len(windows), share, seed)
+        a, b = random_split(len(rest), share, seed + 1)
+        return rest[a], rest[b], held
+    if kind == "layer":
+        on_test = _held_out(_layer_blocks(table).to_numpy(), share, seed)
+        learned = ~on_test
+    else:
+        on_test, learned = _left_out(table, kind, test)
+    blocks, on_valid = _layer_blocks(table, 1).to_numpy(), learned.copy()
+    on_valid[learned] = _held_out(blocks[learned], share, seed)
     sides = [everything[mask[run]] for mask in (learned & ~on_valid, on_valid, on_test)]
-    for name,side in zip(('train','valid','test'), sides):
-        if not len(side): raise InputError('split', name, 'at least one window', f'none of {len(windows)}')
-    for column in dict(family=['family'], machine=['machine'], both=['family','machine']).get(kind, []): check_disjoint(table[column].to_numpy()[run], np.concatenate(sides[:2]), sides[2], f'split by {column}')
+    for name, side in zip(("train", "valid", "test"), sides):
+        if not len(side):
+            raise InputError("split", name, "at least one window", f"none of {len(windows)}")
+    for column in dict(family=["family"], machine=["machine"], both=["family", "machine"]).get(
+        kind, []
+    ):
+        check_disjoint(
+            table[column].to_numpy()[run], np.concatenate(sides[:2]), sides[2], f"split by {column}"
+        )
     return tuple(sides)
 
 # %% ../../nbs/trajectory/00_data.ipynb #9cb88786
 @patch
-def item(self:TrajectoryWindows,
-    i:int, # Which window
-)->dict: # `input_features [T,15]`, `trajectory_targets [T,2]`, `thermal_targets [T,3]` in physical units, and `metadata`
+def item(
+    self: TrajectoryWindows,
+    i: int,  # Which window
+) -> dict:  # `input_features [T,15]`, `trajectory_targets [T,2]`, `thermal_targets [T,3]` in physical units, and `metadata`
     "One window with its origin."
-    motion,error = (r[0] for r in self.rows([i]))
-    run = self.run_table.iloc[self.recording[i]]; part = self.series[run.series].part
-    metadata = dict(family=run.family, part=run.part, file=part.note['file'], slicer=part.note['slicer'], layer=int(run.layer), layer_time=float(run.layer_time), start=int(part.sample[motion[0]-self._part_start(run.series)]),
-                    rate=float(self.rate), machine=json.dumps(self.series[run.series].machine), features=','.join(self.features))
-    return dict(input_features=self.motion[motion], trajectory_targets=self.errors[error], thermal_targets=self.thermal[motion], metadata=metadata)
+    motion, error = (r[0] for r in self.rows([i]))
+    run = self.run_table.iloc[self.recording[i]]
+    part = self.series[run.series].part
+    metadata = dict(
+        family=run.family,
+        part=run.part,
+        file=part.note["file"],
+        slicer=part.note["slicer"],
+        layer=int(run.layer),
+        layer_time=float(run.layer_time),
+        start=int(part.sample[motion[0] - self._part_start(run.series)]),
+        rate=float(self.rate),
+        machine=json.dumps(self.series[run.series].machine),
+        features=",".join(self.features),
+    )
+    return dict(
+        input_features=self.motion[motion],
+        trajectory_targets=self.errors[error],
+        thermal_targets=self.thermal[motion],
+        metadata=metadata,
+    )
 
 # %% ../../nbs/trajectory/00_data.ipynb #1f565181
 @patch
-def _part_start(self:TrajectoryWindows, series):
+def _part_start(self: TrajectoryWindows, series):
     "First row of a series' part in the table of all motions."
-    run = self.run_table[self.run_table.series==series].iloc[0]
-    return int(run.motion_first-self.series[series].part.runs['first'][0])
+    run = self.run_table[self.run_table.series == series].iloc[0]
+    return int(run.motion_first - self.series[series].part.runs["first"][0])
 
 # %% ../../nbs/trajectory/00_data.ipynb #3fc4a871
 def write_samples(
-    windows:TrajectoryWindows, # With a scale
-    folder, # Gets `train/`, `val/`, `test/` and `stats.json`
-    splits:dict, # Name of the sub-folder -> window numbers
-    every:int=1, # Write each nth window
-    progress=None, # For instance `tqdm`
-)->Path: # The folder
+    windows: TrajectoryWindows,  # With a scale
+    folder,  # Gets `train/`, `val/`, `test/` and `stats.json`
+    splits: dict,  # Name of the sub-folder -> window numbers
+    every: int = 1,  # Write each nth window
+    progress=None,  # For instance `tqdm`
+) -> Path:  # The folder
     "Write windows as `sample_*.pt`."
     folder = Path(folder)
-    if windows.scale is None: raise InputError(folder, 'scale', 'one fitted on the training windows', 'none', 'call fit_scale first')
-    for name,index in splits.items():
+    if windows.scale is None:
+        raise InputError(
+            folder, "scale", "one fitted on the training windows", "none", "call fit_scale first"
+        )
+    for name, index in splits.items():
         index = np.asarray(index)[::every]
-        for k,i in enumerate(progress(index) if progress else index, 1):
-            with atomic_path(folder/name/f'sample_{k:05d}.pt') as f: torch.save({a: v.clone() if torch.is_tensor(v) else v for a,v in windows.item(i).items()}, f)
-    write_json(folder/'stats.json', asdict(windows.scale))
+        for k, i in enumerate(progress(index) if progress else index, 1):
+            with atomic_path(folder / name / f"sample_{k:05d}.pt") as f:
+                torch.save(
+                    {a: v.clone() if torch.is_tensor(v) else v for a, v in windows.item(i).items()},
+                    f,
+                )
+    write_json(folder / "stats.json", asdict(windows.scale))
     return folder
 
 # %% ../../nbs/trajectory/00_data.ipynb #a6560710
 class SampleFiles:
     "Windows in `sample_*.pt` files of one folder."
-    def __init__(self,
-        folder, # Folder of the files; `stats.json` beside or above it is the scale
-        scale:Scale=None, # Instead of `stats.json`; raw values when there is neither
+
+    def __init__(
+        self,
+        folder,  # Folder of the files; `stats.json` beside or above it is the scale
+        scale: Scale = None,  # Instead of `stats.json`; raw values when there is neither
     ):
-        self.folder = Path(folder); self.files = sorted(self.folder.glob('sample_*.pt'))
-        if not self.files: raise InputError(folder, 'files', 'sample_*.pt', 'none')
-        stats = [p for p in (self.folder/'stats.json', self.folder.parent/'stats.json') if p.is_file()]
+        self.folder = Path(folder)
+        self.files = sorted(self.folder.glob("sample_*.pt"))
+        if not self.files:
+            raise InputError(folder, "files", "sample_*.pt", "none")
+        stats = [
+            p
+            for p in (self.folder / "stats.json", self.folder.parent / "stats.json")
+            if p.is_file()
+        ]
         self.scale = scale or (Scale.read(stats[0]) if stats else None)
-        self.lengths = np.full(len(self.files), len(self[0]['input_features']))
-    def __len__(self): return len(self.files)
+        self.lengths = np.full(len(self.files), len(self[0]["input_features"]))
+
+    def __len__(self):
+        return len(self.files)
 
 # %% ../../nbs/trajectory/00_data.ipynb #8c25da9b
 @patch
-def __getitem__(self:SampleFiles,
-    i:int, # Which file
-)->dict: # As it was written
+def __getitem__(
+    self: SampleFiles,
+    i: int,  # Which file
+) -> dict:  # As it was written
     "One checked sample; nothing in it is executed."
     path = self.files[i]
     found = read_arrays(path)
-    for name,width in (('input_features',None),('trajectory_targets',2),('thermal_targets',3)):
-        if name not in found: raise InputError(path, name, 'a tensor', 'no such entry')
+    for name, width in (
+        ("input_features", None),
+        ("trajectory_targets", 2),
+        ("thermal_targets", 3),
+    ):
+        if name not in found:
+            raise InputError(path, name, "a tensor", "no such entry")
         shape = np.shape(found[name])
-        if len(shape)!=2 or width and shape[1]!=width or shape[0]!=len(found['input_features']): raise InputError(path, name, f"[{len(found['input_features'])},{width or 'C'}]", str(list(shape)))
-    check_finite(path, 'input_features', found['input_features'], 'step')
-    return {k: torch.as_tensor(v) if k!='metadata' else v for k,v in found.items()}
+        if (
+            len(shape) != 2
+            or width
+            and shape[1] != width
+            or shape[0] != len(found["input_features"])
+        ):
+            raise InputError(
+                path, name, f"[{len(found['input_features'])},{width or 'C'}]", str(list(shape))
+            )
+    check_finite(path, "input_features", found["input_features"], "step")
+    return {k: torch.as_tensor(v) if k != "metadata" else v for k, v in found.items()}
 
 # %% ../../nbs/trajectory/00_data.ipynb #21f17fdb
 @patch
-def batch(self:SampleFiles,
-    index, # Which files, `[B]`
-)->tuple: # (inputs, mask, targets), as `TrajectoryWindows.batch`
+def batch(
+    self: SampleFiles,
+    index,  # Which files, `[B]`
+) -> tuple:  # (inputs, mask, targets), as `TrajectoryWindows.batch`
     "Read and stack files."
     items = [self[int(i)] for i in np.asarray(index)]
-    stack = lambda k: torch.stack([i[k].float() for i in items])
-    features,errors,thermal = (stack(k) for k in ('input_features','trajectory_targets','thermal_targets'))
-    static = torch.tensor([[float(i.get('metadata', {}).get(k, 0) or 0) for k in ('layer_time','layer')] for i in items])
+
+    def stack(k):
+        return torch.stack([i[k].float() for i in items])
+
+    features, errors, thermal = (
+        stack(k) for k in ("input_features", "trajectory_targets", "thermal_targets")
+    )
+    static = torch.tensor(
+        [
+            [float(i.get("metadata", {}).get(k, 0) or 0) for k in ("layer_time", "layer")]
+            for i in items
+        ]
+    )
     laid = ~thermal.isnan().any(-1)
     if (c := self.scale) is not None:
-        t = lambda x: torch.tensor(x, dtype=torch.float32)
-        features,static,errors,thermal = (features-t(c.mean))/t(c.std),(static-t(c.static_mean))/t(c.static_std),errors/t(c.error_std),(thermal-t(c.thermal_mean))/t(c.thermal_std)
-    return dict(features=features, static=static), torch.ones(features.shape[:2], dtype=torch.bool), dict(error=errors, thermal=thermal.nan_to_num(0.), laid=laid)
+
+        def t(x):
+            return torch.tensor(x, dtype=torch.float32)
+
+        features, static, errors, thermal = (
+            (features - t(c.mean)) / t(c.std),
+            (static - t(c.static_mean)) / t(c.static_std),
+            errors / t(c.error_std),
+            (thermal - t(c.thermal_mean)) / t(c.thermal_std),
+        )
+    return (
+        dict(features=features, static=static),
+        torch.ones(features.shape[:2], dtype=torch.bool),
+        dict(error=errors, thermal=thermal.nan_to_num(0.0), laid=laid),
+    )
 
 # %% ../../nbs/trajectory/00_data.ipynb #aec37763
 def check(
-    path, # A collection, a folder of samples, or a G-code file
-    progress=None, # For instance `tqdm`
-)->list: # One sentence a fault; empty when all is well
+    path,  # A collection, a folder of samples, or a G-code file
+    progress=None,  # For instance `tqdm`
+) -> list:  # One sentence a fault; empty when all is well
     "Read everything and collect what is wrong."
     path = Path(path)
-    if path.is_file(): return fault_sentences([lambda: _check_program(path)])
-    if not path.is_dir(): return [str(InputError(path, 'path', 'a collection, a folder of samples or a G-code file', 'nothing there'))]
-    homes = sorted(p.parent for p in path.glob('*/motion.parquet'))
-    samples = sorted({p.parent for p in path.rglob('sample_*.pt')})
-    if homes: jobs = [lambda h=h: read_collection(h.parent, [h.name]) for h in homes]
-    else: jobs = [lambda f=f,k=k,i=i: f[i] for k in samples for f in [SampleFiles(k, scale=object())] for i in range(len(f))]
-    if not jobs: return [str(InputError(path, 'content', 'motion.parquet or sample_*.pt', 'neither'))]
+    if path.is_file():
+        return fault_sentences([lambda: _check_program(path)])
+    if not path.is_dir():
+        return [
+            str(
+                InputError(
+                    path,
+                    "path",
+                    "a collection, a folder of samples or a G-code file",
+                    "nothing there",
+                )
+            )
+        ]
+    homes = sorted(p.parent for p in path.glob("*/motion.parquet"))
+    samples = sorted({p.parent for p in path.rglob("sample_*.pt")})
+    if homes:
+        jobs = [lambda h=h: read_collection(h.parent, [h.name]) for h in homes]
+    else:
+        jobs = [
+            lambda f=f, k=k, i=i: f[i]
+            for k in samples
+            for f in [SampleFiles(k, scale=object())]
+            for i in range(len(f))
+        ]
+    if not jobs:
+        return [str(InputError(path, "content", "motion.parquet or sample_*.pt", "neither"))]
     return fault_sentences(progress(jobs) if progress else jobs)
 
 # %% ../../nbs/trajectory/00_data.ipynb #c2a2311d
 def _check_program(path):
     "Raise for the first thing that is odd about a program; a large one is read block by block."
-    if path.stat().st_size < 32e6: found = [plan(path).issues]
-    else: found = [own.issues for _,own,_ in program_blocks(path)]
-    if not found: raise InputError(path, 'moves', 'at least one that changes position or E', 'none')
+    if path.stat().st_size < 32e6:
+        found = [plan(path).issues]
+    else:
+        found = [own.issues for _, own, _ in program_blocks(path)]
+    if not found:
+        raise InputError(path, "moves", "at least one that changes position or E", "none")
     for issues in found:
-        if issues: raise InputError(path, 'program', 'nothing to assume', issues[0])
+        if issues:
+            raise InputError(path, "program", "nothing to assume", issues[0])
 
 # %% ../../nbs/trajectory/00_data.ipynb #1b914cac
-def _oracles(rate=1000.):
+def _oracles(rate=1000.0):
     "Differences from closed forms: name, found, bound."
-    t = np.arange(2000)/rate
-    ramp = np.abs(axis_error(80*t, 55, .08, rate)-exact_error(t, 55, .08, speed=80)).max()
+    t = np.arange(2000) / rate
+    ramp = np.abs(axis_error(80 * t, 55, 0.08, rate) - exact_error(t, 55, 0.08, speed=80)).max()
     for_step = _step_difference(rate)
-    parabola = np.abs(axis_error(250*t**2, 55, .08, rate)-exact_error(t, 55, .08, acceleration=500)).max()
-    static = abs(axis_error(250*t**2, 55, .08, rate)[-1]+500/(2*np.pi*55)**2)
-    return [('ramp against the closed form, mm', ramp, 1e-9), ('step against the closed form, mm', for_step, 1e-9), ('constant acceleration, mm', parabola, 500/rate**2/6), ('static error a/ω², mm', static, 500/rate**2/10)]
+    parabola = np.abs(
+        axis_error(250 * t**2, 55, 0.08, rate) - exact_error(t, 55, 0.08, acceleration=500)
+    ).max()
+    static = abs(axis_error(250 * t**2, 55, 0.08, rate)[-1] + 500 / (2 * np.pi * 55) ** 2)
+    return [
+        ("ramp against the closed form, mm", ramp, 1e-9),
+        ("step against the closed form, mm", for_step, 1e-9),
+        ("constant acceleration, mm", parabola, 500 / rate**2 / 6),
+        ("static error a/ω², mm", static, 500 / rate**2 / 10),
+    ]
+
 
 def _step_difference(rate):
     "Largest difference of a position step, spread over one sample, from its closed form."
-    t,f,z = np.arange(2000)/rate,55.,.08
-    spread = exact_error(t+1/rate, f, z, speed=rate)-np.where(t>=0, exact_error(np.maximum(t, 0), f, z, speed=rate), 0)
-    return np.abs(axis_error(np.append(0., np.ones(2000)), f, z, rate)[1:]-spread).max()
+    t, f, z = np.arange(2000) / rate, 55.0, 0.08
+    spread = exact_error(t + 1 / rate, f, z, speed=rate) - np.where(
+        t >= 0, exact_error(np.maximum(t, 0), f, z, speed=rate), 0
+    )
+    return np.abs(axis_error(np.append(0.0, np.ones(2000)), f, z, rate)[1:] - spread).max()
 
 # %% ../../nbs/trajectory/00_data.ipynb #3337f2b1
 def _thermal_checks():
     "Laws of the layer temperature: name, found, bound (found must be below)."
-    tables = {s: layer_temperatures(np.full(40, s)).loc[10:] for s in (5.,10.,20.)}
+    tables = {s: layer_temperatures(np.full(40, s)).loc[10:] for s in (5.0, 10.0, 20.0)}
     peaks = [t.substrate.max() for t in tables.values()]
-    low,high = min(t.substrate.min() for t in tables.values()),max(t.substrate.max() for t in tables.values())
-    th = Thermal(); tau = th.density*th.capacity*th.height/(th.conductivity/th.height+th.convection+th.radiation)
+    low, high = (
+        min(t.substrate.min() for t in tables.values()),
+        max(t.substrate.max() for t in tables.values()),
+    )
+    th = Thermal()
+    tau = (
+        th.density
+        * th.capacity
+        * th.height
+        / (th.conductivity / th.height + th.convection + th.radiation)
+    )
     clock = np.linspace(0, 4, 400)
-    welds = [healing(np.full(400, T), clock) for T in (70.,90.,110.)]+[healing(np.full(100, 90.), clock[:100])]
-    return [('substrate falls with the layer time, °C a step', max(np.diff(peaks)), 0), ('substrate between ambient and deposit, °C outside', max(th.ambient-low, high-th.deposit), 0),
-            ('time constant of a fresh layer against 0.42 s', abs(tau-.42), .01), ('healing grows with temperature and time', max(welds[0]-welds[1], welds[1]-welds[2], welds[3]-welds[1]), 0)]
+    welds = [healing(np.full(400, T), clock) for T in (70.0, 90.0, 110.0)] + [
+        healing(np.full(100, 90.0), clock[:100])
+    ]
+    return [
+        ("substrate falls with the layer time, °C a step", max(np.diff(peaks)), 0),
+        (
+            "substrate between ambient and deposit, °C outside",
+            max(th.ambient - low, high - th.deposit),
+            0,
+        ),
+        ("time constant of a fresh layer against 0.42 s", abs(tau - 0.42), 0.01),
+        (
+            "healing grows with temperature and time",
+            max(welds[0] - welds[1], welds[1] - welds[2], welds[3] - welds[1]),
+            0,
+        ),
+    ]
 
 # %% ../../nbs/trajectory/00_data.ipynb #c81a1dbb
-def verify_simulation()->pd.DataFrame: # check, found, bound, ok
+def verify_simulation() -> pd.DataFrame:  # check, found, bound, ok
     "Hold the simulation against closed forms and laws."
-    table = pd.DataFrame(_oracles()+_thermal_checks(), columns=['check','found','bound'])
-    return table.assign(ok=table.found<=table.bound)
+    table = pd.DataFrame(_oracles() + _thermal_checks(), columns=["check", "found", "bound"])
+    return table.assign(ok=table.found <= table.bound)

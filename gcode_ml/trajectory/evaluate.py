@@ -10,218 +10,355 @@ __all__ = ['KEYS', 'MEASURES', 'covered_rows', 'predict_rows', 'settled_rows', '
            'error_correlation', 'per_axis_error', 'sequence_prediction']
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #42f42818
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+
 from ..core.errors import InputError
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #6e94dd13
 def covered_rows(
-    windows, # `TrajectoryWindows`
-    index, # Which windows
-)->np.ndarray: # Mask over all rows of the errors
+    windows,  # `TrajectoryWindows`
+    index,  # Which windows
+) -> np.ndarray:  # Mask over all rows of the errors
     "Rows that windows cover."
-    first = windows.run_table.error_first.to_numpy()[windows.recording[index]]+windows.start[index]
-    edge = np.zeros(len(windows.errors)+1, int); np.add.at(edge, first, 1); np.add.at(edge, first+windows.size, -1)
+    first = (
+        windows.run_table.error_first.to_numpy()[windows.recording[index]] + windows.start[index]
+    )
+    edge = np.zeros(len(windows.errors) + 1, int)
+    np.add.at(edge, first, 1)
+    np.add.at(edge, first + windows.size, -1)
     return np.cumsum(edge)[:-1] > 0
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #3bade9d5
 def _chunks(length, size):
     "First row, last row, and rows to keep from, of windows that overlap by half."
-    if length <= size: return [(0, length, 0)]
-    starts = [*range(0, length-size, size//2), length-size]; kept = 0; found = []
-    for s in starts: found.append((s, s+size, kept-s)); kept = s+size
+    if length <= size:
+        return [(0, length, 0)]
+    starts = [*range(0, length - size, size // 2), length - size]
+    kept = 0
+    found = []
+    for s in starts:
+        found.append((s, s + size, kept - s))
+        kept = s + size
     return found
+
 
 def _answer(model, features, filter, static):
     "Error in mm of one run, `[T,2]`."
-    spans = [(0, len(features), 0)] if model.unbounded else _chunks(len(features), len(model.positions))
-    return torch.cat([torch.stack(model.deploy(features[None,a:b], filter[None,a:b], static[None]), -1)[0,k:] for a,b,k in spans])
+    spans = (
+        [(0, len(features), 0)] if model.unbounded else _chunks(len(features), len(model.positions))
+    )
+    return torch.cat(
+        [
+            torch.stack(model.deploy(features[None, a:b], filter[None, a:b], static[None]), -1)[
+                0, k:
+            ]
+            for a, b, k in spans
+        ]
+    )
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #48544e07
 @torch.no_grad()
 def predict_rows(
-    model, # Model of the `models` page, with its scale
-    windows, # `TrajectoryWindows` with the input `filter`
-    index, # Windows whose runs are wanted
-    device='cpu', # Device of the model
-    progress=None, # For instance `tqdm`
-)->np.ndarray: # Error in mm of all rows, `[N,2]`; NaN in other runs
+    model,  # Model of the `models` page, with its scale
+    windows,  # `TrajectoryWindows` with the input `filter`
+    index,  # Windows whose runs are wanted
+    device="cpu",  # Device of the model
+    progress=None,  # For instance `tqdm`
+) -> np.ndarray:  # Error in mm of all rows, `[N,2]`; NaN in other runs
     "Predict the runs in which windows lie."
-    model.eval(); out = np.full((len(windows.errors),2), np.nan, 'float32'); runs = np.unique(windows.recording[index])
+    model.eval()
+    out = np.full((len(windows.errors), 2), np.nan, "float32")
+    runs = np.unique(windows.recording[index])
     std = torch.tensor(windows.scale.error_std)
     for i in progress(runs) if progress else runs:
-        r = windows.run_table.iloc[i]; e,m = slice(r.error_first, r.error_first+r.length),slice(r.motion_first, r.motion_first+r.length)
-        values = windows.motion[m],windows.extra['filter'][e]*std,torch.tensor([r.layer_time,r.layer], dtype=torch.float32)
+        r = windows.run_table.iloc[i]
+        e, m = (
+            slice(r.error_first, r.error_first + r.length),
+            slice(r.motion_first, r.motion_first + r.length),
+        )
+        values = (
+            windows.motion[m],
+            windows.extra["filter"][e] * std,
+            torch.tensor([r.layer_time, r.layer], dtype=torch.float32),
+        )
         out[e] = _answer(model, *(v.to(device) for v in values)).cpu().numpy()
     return out
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #a5919bb0
 def settled_rows(
-    windows, # `TrajectoryWindows`
-    history:int=128, # Rows of a run that are left out where it does not begin at the program's start
-)->np.ndarray: # Mask over all rows of the errors
+    windows,  # `TrajectoryWindows`
+    history: int = 128,  # Rows of a run that are left out where it does not begin at the program's start
+) -> np.ndarray:  # Mask over all rows of the errors
     "Rows whose past is in the series."
     keep = np.ones(len(windows.errors), bool)
     for r in windows.run_table.itertuples():
-        part = windows.series[r.series].part; first = r.motion_first-windows.run_table.motion_first[windows.run_table.series == r.series].min()
-        if part.sample[part.runs['first'].min()+first] > 0: keep[r.error_first:r.error_first+min(history, r.length)] = False
+        part = windows.series[r.series].part
+        first = (
+            r.motion_first
+            - windows.run_table.motion_first[windows.run_table.series == r.series].min()
+        )
+        if part.sample[part.runs["first"].min() + first] > 0:
+            keep[r.error_first : r.error_first + min(history, r.length)] = False
     return keep
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #8e60eb6c
 def error_scores(
-    actual:np.ndarray, # Error, mm, `[N,2]`
-    predicted:np.ndarray, # What was said, mm, `[N,2]`
-)->pd.DataFrame: # A row an axis: `MAE`, `RMSE`, `R²`, `p50` to `p99`
+    actual: np.ndarray,  # Error, mm, `[N,2]`
+    predicted: np.ndarray,  # What was said, mm, `[N,2]`
+) -> pd.DataFrame:  # A row an axis: `MAE`, `RMSE`, `R²`, `p50` to `p99`
     "Scores of predicted errors."
-    if actual.shape != predicted.shape: raise InputError('scores', 'predicted', f'shape {actual.shape}', str(predicted.shape))
+    if actual.shape != predicted.shape:
+        raise InputError("scores", "predicted", f"shape {actual.shape}", str(predicted.shape))
     rows = []
-    for axis,columns in (('x',[0]),('y',[1]),('xy',[0,1])):
-        a,left = actual[:,columns].astype(float),(actual-predicted)[:,columns].astype(float)
-        total = ((a-a.mean(0))**2).sum()
-        rows.append(dict(axis=axis, **{'R²': 1-(left**2).sum()/total if total else np.nan, 'RMSE': 1e3*np.sqrt((left**2).mean()), 'MAE': 1e3*np.abs(left).mean()}, **{f'p{p}': v for p,v in zip((50,90,95,99), 1e3*np.percentile(np.abs(left), (50,90,95,99)))}))
+    for axis, columns in (("x", [0]), ("y", [1]), ("xy", [0, 1])):
+        a, left = actual[:, columns].astype(float), (actual - predicted)[:, columns].astype(float)
+        total = ((a - a.mean(0)) ** 2).sum()
+        rows.append(
+            dict(
+                axis=axis,
+                **{
+                    "R²": 1 - (left**2).sum() / total if total else np.nan,
+                    "RMSE": 1e3 * np.sqrt((left**2).mean()),
+                    "MAE": 1e3 * np.abs(left).mean(),
+                },
+                **{
+                    f"p{p}": v
+                    for p, v in zip(
+                        (50, 90, 95, 99), 1e3 * np.percentile(np.abs(left), (50, 90, 95, 99))
+                    )
+                },
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #91e9cd40
 def part_scores(
-    windows, # `TrajectoryWindows`
-    index, # Test windows
-    predicted:np.ndarray, # Of all rows, mm, `[N,2]`
-    **columns # What they belong to: `name`, `split`, `fold`, `seed`
-)->pd.DataFrame: # A row a part, machine and axis
+    windows,  # `TrajectoryWindows`
+    index,  # Test windows
+    predicted: np.ndarray,  # Of all rows, mm, `[N,2]`
+    **columns,  # What they belong to: `name`, `split`, `fold`, `seed`
+) -> pd.DataFrame:  # A row a part, machine and axis
     "Scores of each part, on rows whose past is in the series."
-    rows,bounds = covered_rows(windows, index) & settled_rows(windows),np.cumsum([0]+[len(s.errors) for s in windows.series]); found = []
-    for s,a,b in zip(windows.series, bounds[:-1], bounds[1:]):
-        r = np.flatnonzero(rows[a:b])+a
-        if len(r): found.append(error_scores(windows.errors[r].numpy(), predicted[r]).assign(part=s.part.name, family=s.part.family, machine=s.machine['name'], rows=len(r)))
+    rows, bounds = (
+        covered_rows(windows, index) & settled_rows(windows),
+        np.cumsum([0] + [len(s.errors) for s in windows.series]),
+    )
+    found = []
+    for s, a, b in zip(windows.series, bounds[:-1], bounds[1:]):
+        r = np.flatnonzero(rows[a:b]) + a
+        if len(r):
+            found.append(
+                error_scores(windows.errors[r].numpy(), predicted[r]).assign(
+                    part=s.part.name, family=s.part.family, machine=s.machine["name"], rows=len(r)
+                )
+            )
     return pd.concat(found, ignore_index=True).assign(**columns)
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #2a05839d
-KEYS = ['name','split','fold','seed']
-MEASURES = ('R²','RMSE','MAE','p50','p90','p95','p99')
+KEYS = ["name", "split", "fold", "seed"]
+MEASURES = ("R²", "RMSE", "MAE", "p50", "p90", "p95", "p99")
+
 
 def score_table(
-    scores:pd.DataFrame, # From `part_scores`
-)->pd.DataFrame: # `name`, `measure`, `split`, `value`, `low`, `high`, `seeds`
+    scores: pd.DataFrame,  # From `part_scores`
+) -> pd.DataFrame:  # `name`, `measure`, `split`, `value`, `low`, `high`, `seeds`
     "Mean over parts and folds, then over seeds, with one standard deviation of the seeds to each side."
-    long = scores.melt([*KEYS,'axis','part','machine'], list(MEASURES), var_name='measure')
-    long = long[(long.axis == 'xy') != long.measure.isin(['R²','RMSE'])] # R² and RMSE by axis, the others of both axes together
-    long['measure'] = long.measure+' '+long.axis+np.where(long.measure == 'R²', '', ', µm')
-    each = long.groupby(['name','measure','split','seed'], sort=False).value.mean().reset_index()
-    t = each.groupby(['name','measure','split'], sort=False).value.agg(['mean','std','size']).reset_index(); spread = t['std'].fillna(0)
-    return pd.DataFrame(dict(name=t['name'], measure=t.measure, split=t.split, value=t['mean'], low=t['mean']-spread, high=t['mean']+spread, seeds=t['size']))
+    long = scores.melt([*KEYS, "axis", "part", "machine"], list(MEASURES), var_name="measure")
+    long = long[
+        (long.axis == "xy") != long.measure.isin(["R²", "RMSE"])
+    ]  # R² and RMSE by axis, the others of both axes together
+    long["measure"] = long.measure + " " + long.axis + np.where(long.measure == "R²", "", ", µm")
+    each = long.groupby(["name", "measure", "split", "seed"], sort=False).value.mean().reset_index()
+    t = (
+        each.groupby(["name", "measure", "split"], sort=False)
+        .value.agg(["mean", "std", "size"])
+        .reset_index()
+    )
+    spread = t["std"].fillna(0)
+    return pd.DataFrame(
+        dict(
+            name=t["name"],
+            measure=t.measure,
+            split=t.split,
+            value=t["mean"],
+            low=t["mean"] - spread,
+            high=t["mean"] + spread,
+            seeds=t["size"],
+        )
+    )
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #afc8bd8f
 def beaten_filters(
-    scores:pd.DataFrame, # From `part_scores`
-    name:str, # The model
-    others, # The filters
-)->pd.DataFrame: # A row a split, part and axis: `model`, `std`, `best`, `filter`, `met`
+    scores: pd.DataFrame,  # From `part_scores`
+    name: str,  # The model
+    others,  # The filters
+) -> pd.DataFrame:  # A row a split, part and axis: `model`, `std`, `best`, `filter`, `met`
     "Where a model is better than every filter."
-    s = scores[scores.axis != 'xy']; own = s[s.name == name].groupby(['split','part','machine','axis'])['R²'].agg(['mean','std']).reset_index()
-    rest = s[s.name.isin(list(others))].groupby(['split','part','machine','axis','name'])['R²'].mean().reset_index()
-    best = rest.loc[rest.groupby(['split','part','machine','axis'])['R²'].idxmax()].rename(columns={'R²': 'best', 'name': 'filter'})
-    t = own.rename(columns=dict(mean='model')).merge(best); spread = t['std'].fillna(np.inf)
-    return t.assign(met=t.model-t.best > 2*spread)
+    s = scores[scores.axis != "xy"]
+    own = (
+        s[s.name == name]
+        .groupby(["split", "part", "machine", "axis"])["R²"]
+        .agg(["mean", "std"])
+        .reset_index()
+    )
+    rest = (
+        s[s.name.isin(list(others))]
+        .groupby(["split", "part", "machine", "axis", "name"])["R²"]
+        .mean()
+        .reset_index()
+    )
+    best = rest.loc[rest.groupby(["split", "part", "machine", "axis"])["R²"].idxmax()].rename(
+        columns={"R²": "best", "name": "filter"}
+    )
+    t = own.rename(columns=dict(mean="model")).merge(best)
+    spread = t["std"].fillna(np.inf)
+    return t.assign(met=t.model - t.best > 2 * spread)
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #9fe8fbf6
 def contour_error(
-    actual:np.ndarray, # Position, mm, `[T,2]`
-    reference:np.ndarray, # Programmed position at the same instants, mm, `[T,2]`
-    rate:float=1000., # Samples a second
-    reach:float=.045, # How far in time the path is searched, s
-    rows:np.ndarray=None, # Samples that are wanted; all by default
-    block:int=1<<15, # Samples at a time
-)->np.ndarray: # mm, `[len(rows)]`
+    actual: np.ndarray,  # Position, mm, `[T,2]`
+    reference: np.ndarray,  # Programmed position at the same instants, mm, `[T,2]`
+    rate: float = 1000.0,  # Samples a second
+    reach: float = 0.045,  # How far in time the path is searched, s
+    rows: np.ndarray = None,  # Samples that are wanted; all by default
+    block: int = 1 << 15,  # Samples at a time
+) -> np.ndarray:  # mm, `[len(rows)]`
     "Distance from the programmed path."
-    rows = np.arange(len(actual)) if rows is None else np.asarray(rows); k = int(round(reach*rate)); out = np.empty(len(rows))
-    padded = np.concatenate([np.repeat(reference[:1], k, 0), reference, np.repeat(reference[-1:], k, 0)])
+    rows = np.arange(len(actual)) if rows is None else np.asarray(rows)
+    k = int(round(reach * rate))
+    out = np.empty(len(rows))
+    padded = np.concatenate(
+        [np.repeat(reference[:1], k, 0), reference, np.repeat(reference[-1:], k, 0)]
+    )
     for a in range(0, len(rows), block):
-        r = rows[a:a+block]; best,x,y = np.full(len(r), np.inf),*actual[r].T; px,py = padded[r].T
-        for j in range(1, 2*k+1):
-            qx,qy = padded[r+j].T; dx,dy,gx,gy = qx-px,qy-py,x-px,y-py
-            s = np.clip((gx*dx+gy*dy)/np.maximum(dx*dx+dy*dy, 1e-18), 0, 1)
-            np.minimum(best, (gx-s*dx)**2+(gy-s*dy)**2, out=best); px,py = qx,qy
-        out[a:a+block] = np.sqrt(best)
+        r = rows[a : a + block]
+        best, x, y = np.full(len(r), np.inf), *actual[r].T
+        px, py = padded[r].T
+        for j in range(1, 2 * k + 1):
+            qx, qy = padded[r + j].T
+            dx, dy, gx, gy = qx - px, qy - py, x - px, y - py
+            s = np.clip((gx * dx + gy * dy) / np.maximum(dx * dx + dy * dy, 1e-18), 0, 1)
+            np.minimum(best, (gx - s * dx) ** 2 + (gy - s * dy) ** 2, out=best)
+            px, py = qx, qy
+        out[a : a + block] = np.sqrt(best)
     return out
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #5421b6e8
 def path_scores(
-    actual:np.ndarray, # mm, `[T,2]`
-    reference:np.ndarray, # mm, `[T,2]`
-    keep:np.ndarray=None, # Samples that count, for instance those of walls
-    rate:float=1000., # Samples a second
-)->dict: # µm: `tracking` and `contour` RMS, and p50, p95, p99 and the largest contour error
+    actual: np.ndarray,  # mm, `[T,2]`
+    reference: np.ndarray,  # mm, `[T,2]`
+    keep: np.ndarray = None,  # Samples that count, for instance those of walls
+    rate: float = 1000.0,  # Samples a second
+) -> dict:  # µm: `tracking` and `contour` RMS, and p50, p95, p99 and the largest contour error
     "How far a path is from the programmed one."
     rows = np.arange(len(actual)) if keep is None else np.flatnonzero(keep)
-    if not len(rows): raise InputError('path', 'samples', 'at least one that counts', 'none')
-    c = 1e3*contour_error(actual, reference, rate, rows=rows); e = 1e3*(actual-reference)[rows]
-    return dict(tracking=float(np.sqrt((e**2).sum(1).mean())), contour=float(np.sqrt((c**2).mean())), **{f'p{p}': float(np.percentile(c, p)) for p in (50,95,99)}, max=float(c.max()))
+    if not len(rows):
+        raise InputError("path", "samples", "at least one that counts", "none")
+    c = 1e3 * contour_error(actual, reference, rate, rows=rows)
+    e = 1e3 * (actual - reference)[rows]
+    return dict(
+        tracking=float(np.sqrt((e**2).sum(1).mean())),
+        contour=float(np.sqrt((c**2).mean())),
+        **{f"p{p}": float(np.percentile(c, p)) for p in (50, 95, 99)},
+        max=float(c.max()),
+    )
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #cd4025ed
-def _axes(ax, n=1, size=(6,2.5)): return ax if ax is not None else plt.subplots(1, n, figsize=size, layout='constrained')[1]
+def _axes(ax, n=1, size=(6, 2.5)):
+    return ax if ax is not None else plt.subplots(1, n, figsize=size, layout="constrained")[1]
+
 
 def trajectory_comparison(
-    position:np.ndarray, # Programmed, mm, `[T,2]`
-    actual:np.ndarray, # Error, mm, `[T,2]`
-    predicted:np.ndarray, # Error that was said, mm, `[T,2]`
-    magnify:float=50., # How much larger errors are drawn
-    ax=None, # Axes
-): # The axes
+    position: np.ndarray,  # Programmed, mm, `[T,2]`
+    actual: np.ndarray,  # Error, mm, `[T,2]`
+    predicted: np.ndarray,  # Error that was said, mm, `[T,2]`
+    magnify: float = 50.0,  # How much larger errors are drawn
+    ax=None,  # Axes
+):  # The axes
     "A stretch of the path, with errors drawn larger."
-    ax = _axes(ax, size=(4,3.5))
-    for e,name,style in ((0*actual,'programmed','k:'),(actual,'simulated','C0-'),(predicted,'predicted','C1--')): ax.plot(*(position+magnify*e).T, style, lw=1, label=name)
-    ax.set(xlabel='x, mm', ylabel='y, mm', title=f'errors × {magnify:g}', aspect='equal'); ax.legend(fontsize=7, frameon=False); sns.despine(ax=ax)
+    ax = _axes(ax, size=(4, 3.5))
+    for e, name, style in (
+        (0 * actual, "programmed", "k:"),
+        (actual, "simulated", "C0-"),
+        (predicted, "predicted", "C1--"),
+    ):
+        ax.plot(*(position + magnify * e).T, style, lw=1, label=name)
+    ax.set(xlabel="x, mm", ylabel="y, mm", title=f"errors × {magnify:g}", aspect="equal")
+    ax.legend(fontsize=7, frameon=False)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #b68142ef
 def error_distribution(
-    left:dict, # Name -> what is left of the error, mm, `[N,2]`
-    ax=None, # Axes
-): # The axes
+    left: dict,  # Name -> what is left of the error, mm, `[N,2]`
+    ax=None,  # Axes
+):  # The axes
     "Distribution of what is left, both axes together."
     ax = _axes(ax)
-    for name,e in left.items():
-        values = np.sort(1e3*np.abs(e).ravel())[::max(e.size//2000, 1)]
+    for name, e in left.items():
+        values = np.sort(1e3 * np.abs(e).ravel())[:: max(e.size // 2000, 1)]
         ax.plot(values, np.linspace(0, 1, len(values)), lw=1.2, label=name)
-    ax.set(xlabel='|error left|, µm', ylabel='share below', ylim=(0,1)); ax.legend(fontsize=7, frameon=False); sns.despine(ax=ax)
+    ax.set(xlabel="|error left|, µm", ylabel="share below", ylim=(0, 1))
+    ax.legend(fontsize=7, frameon=False)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #1d4bad69
 def error_correlation(
-    actual:np.ndarray, # mm, `[N,2]`
-    predicted:np.ndarray, # mm, `[N,2]`
-    axs=None, # Two axes
-): # The axes
+    actual: np.ndarray,  # mm, `[N,2]`
+    predicted: np.ndarray,  # mm, `[N,2]`
+    axs=None,  # Two axes
+):  # The axes
     "Said against simulated, for each axis."
     axs = _axes(axs, 2)
-    for k,(ax,name) in enumerate(zip(axs, 'xy')):
-        step = max(len(actual)//3000, 1); a,p = 1e3*actual[::step,k],1e3*predicted[::step,k]
-        ax.plot(a, p, '.', ms=1.5, alpha=.4, rasterized=True); r = np.abs(a).max() or 1; ax.plot([-r,r], [-r,r], 'k:', lw=.8)
-        ax.set(xlabel=f'simulated {name}, µm', ylabel=f'predicted {name}, µm', title=f"R² {error_scores(actual, predicted)['R²'][k]:.3f}"); sns.despine(ax=ax)
+    for k, (ax, name) in enumerate(zip(axs, "xy")):
+        step = max(len(actual) // 3000, 1)
+        a, p = 1e3 * actual[::step, k], 1e3 * predicted[::step, k]
+        ax.plot(a, p, ".", ms=1.5, alpha=0.4, rasterized=True)
+        r = np.abs(a).max() or 1
+        ax.plot([-r, r], [-r, r], "k:", lw=0.8)
+        ax.set(
+            xlabel=f"simulated {name}, µm",
+            ylabel=f"predicted {name}, µm",
+            title=f"R² {error_scores(actual, predicted)['R²'][k]:.3f}",
+        )
+        sns.despine(ax=ax)
     return axs
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #5abf90e6
 def per_axis_error(
-    scores:pd.DataFrame, # From `part_scores`
-    measure:str='RMSE', # Measure
-    ax=None, # Axes
-): # The axes
+    scores: pd.DataFrame,  # From `part_scores`
+    measure: str = "RMSE",  # Measure
+    ax=None,  # Axes
+):  # The axes
     "A bar a method and axis, mean over parts."
-    ax = _axes(ax); t = scores[scores.axis != 'xy'].groupby(['name','axis'], sort=False)[measure].mean().unstack()
-    t.plot.bar(ax=ax, width=.7, rot=30, color=['C0','C1']); ax.set(xlabel='', ylabel=measure+('' if measure == 'R²' else ', µm')); ax.legend(fontsize=7, frameon=False); sns.despine(ax=ax)
+    ax = _axes(ax)
+    t = scores[scores.axis != "xy"].groupby(["name", "axis"], sort=False)[measure].mean().unstack()
+    t.plot.bar(ax=ax, width=0.7, rot=30, color=["C0", "C1"])
+    ax.set(xlabel="", ylabel=measure + ("" if measure == "R²" else ", µm"))
+    ax.legend(fontsize=7, frameon=False)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #8e67890b
 def sequence_prediction(
-    actual:np.ndarray, # mm, `[T,2]`
-    said:dict, # Name -> predicted error, mm, `[T,2]`
-    rate:float=500., # Samples a second
-    axs=None, # Two axes
-): # The axes
+    actual: np.ndarray,  # mm, `[T,2]`
+    said: dict,  # Name -> predicted error, mm, `[T,2]`
+    rate: float = 500.0,  # Samples a second
+    axs=None,  # Two axes
+):  # The axes
     "One stretch in time."
-    axs = _axes(axs, 2, (7,2.2)); t = np.arange(len(actual))/rate
-    for k,(ax,axis) in enumerate(zip(axs, 'xy')):
-        ax.plot(t, 1e3*actual[:,k], 'k', lw=1.2, label='simulated')
-        for name,e in said.items(): ax.plot(t, 1e3*e[:,k], '--', lw=1, label=name)
-        ax.set(xlabel='s', ylabel=f'error in {axis}, µm'); sns.despine(ax=ax)
+    axs = _axes(axs, 2, (7, 2.2))
+    t = np.arange(len(actual)) / rate
+    for k, (ax, axis) in enumerate(zip(axs, "xy")):
+        ax.plot(t, 1e3 * actual[:, k], "k", lw=1.2, label="simulated")
+        for name, e in said.items():
+            ax.plot(t, 1e3 * e[:, k], "--", lw=1, label=name)
+        ax.set(xlabel="s", ylabel=f"error in {axis}, µm")
+        sns.despine(ax=ax)
     axs[0].legend(fontsize=7, frameon=False)
     return axs

@@ -9,141 +9,214 @@ __all__ = ['FILTERS', 'PENALTY', 'filter_columns', 'ErrorFilter', 'oscillator_er
 
 # %% ../../nbs/trajectory/30_filters.ipynb #1475737b
 from dataclasses import dataclass, field
+
 import numpy as np
 from fastcore.basics import patch
 from scipy.optimize import minimize
 from scipy.signal import lfilter
+
 from ..core.errors import InputError, check_choice
 from .data import position_features
 from .simulate import error_filter
 
 # %% ../../nbs/trajectory/30_filters.ipynb #bebec121
-FILTERS = ('zero','fir','harmonics','sign','second_order')
-PENALTY = 1e-2 # of squared weights, velocities in mm/s
+FILTERS = ("zero", "fir", "harmonics", "sign", "second_order")
+PENALTY = 1e-2  # of squared weights, velocities in mm/s
 
 # %% ../../nbs/trajectory/30_filters.ipynb #60afd12e
 def filter_columns(
-    velocity:np.ndarray, # Mean velocity of each interval of one axis, mm/s, `[T]`
-    position:np.ndarray, # Position of the axis at the end of the interval, mm, `[T]`
-    kind:str='sign', # `fir`, `harmonics` or `sign`
-    taps:int=128, # Velocities to look back at
-)->np.ndarray: # `[T,C]`
+    velocity: np.ndarray,  # Mean velocity of each interval of one axis, mm/s, `[T]`
+    position: np.ndarray,  # Position of the axis at the end of the interval, mm, `[T]`
+    kind: str = "sign",  # `fir`, `harmonics` or `sign`
+    taps: int = 128,  # Velocities to look back at
+) -> np.ndarray:  # `[T,C]`
     "Columns of a linear filter; before its start a run is taken to have had its first velocity."
-    padded = np.concatenate([np.full(taps-1, velocity[0]), velocity])
-    columns = [np.lib.stride_tricks.sliding_window_view(padded, taps)[:,::-1], np.ones((len(velocity),1))]
-    if kind in ('harmonics','sign'): columns.append(position_features(np.column_stack([position,position]))[:,:6])
-    if kind=='sign': columns.append(_direction(velocity)[:,None])
+    padded = np.concatenate([np.full(taps - 1, velocity[0]), velocity])
+    columns = [
+        np.lib.stride_tricks.sliding_window_view(padded, taps)[:, ::-1],
+        np.ones((len(velocity), 1)),
+    ]
+    if kind in ("harmonics", "sign"):
+        columns.append(position_features(np.column_stack([position, position]))[:, :6])
+    if kind == "sign":
+        columns.append(_direction(velocity)[:, None])
     return np.concatenate(columns, 1)
+
 
 def _direction(velocity):
     "Sign of the last velocity that was not zero."
-    moving = velocity!=0; last = np.maximum.accumulate(np.where(moving, np.arange(len(velocity)), -1))
-    return np.where(last>=0, np.sign(velocity[last]), 0.)
+    moving = velocity != 0
+    last = np.maximum.accumulate(np.where(moving, np.arange(len(velocity)), -1))
+    return np.where(last >= 0, np.sign(velocity[last]), 0.0)
 
 # %% ../../nbs/trajectory/30_filters.ipynb #85a48b62
 @dataclass
 class ErrorFilter:
     "A fitted filter."
-    kind:str # Name in `FILTERS`
-    rate:float # Samples a second
-    weights:list = field(default_factory=list, repr=False) # Of each axis; frequency and damping of `second_order`
-    taps:int = 128 # Velocities that a linear filter looks back at
-    machines:dict = field(default_factory=dict, repr=False) # Name of a machine -> weights that were fitted on it alone
+
+    kind: str  # Name in `FILTERS`
+    rate: float  # Samples a second
+    weights: list = field(
+        default_factory=list, repr=False
+    )  # Of each axis; frequency and damping of `second_order`
+    taps: int = 128  # Velocities that a linear filter looks back at
+    machines: dict = field(
+        default_factory=dict, repr=False
+    )  # Name of a machine -> weights that were fitted on it alone
 
 # %% ../../nbs/trajectory/30_filters.ipynb #32988751
 def _pieces(part, errors, rows):
     "Runs of a series: axis by axis velocity, position and error, and which of their rows count."
     velocity = part.velocities().astype(float)
-    for a,b in zip(part.runs['first'], part.runs['stop']):
+    for a, b in zip(part.runs["first"], part.runs["stop"]):
         keep = slice(None) if rows is None else np.flatnonzero(rows[a:b])
-        if rows is not None and not len(keep): continue
-        yield velocity[a:b],part.position[a:b].astype(float),errors[a:b].astype(float),keep
+        if rows is not None and not len(keep):
+            continue
+        yield velocity[a:b], part.position[a:b].astype(float), errors[a:b].astype(float), keep
+
 
 def _products(series, rows, taps, block=16384):
     "Sums of products of the columns with each other and with the error, of both axes."
-    sums = [[0.,0.],[0.,0.]]
-    for s,r in zip(series, rows):
-        for velocity,position,error,keep in _pieces(s.part, s.errors, r):
+    sums = [[0.0, 0.0], [0.0, 0.0]]
+    for s, r in zip(series, rows):
+        for velocity, position, error, keep in _pieces(s.part, s.errors, r):
             for k in range(2):
-                columns,target = filter_columns(velocity[:,k], position[:,k], 'sign', taps)[keep],error[keep,k]
-                sums[k][0] = sums[k][0]+columns.T@columns; sums[k][1] = sums[k][1]+columns.T@target
+                columns, target = (
+                    filter_columns(velocity[:, k], position[:, k], "sign", taps)[keep],
+                    error[keep, k],
+                )
+                sums[k][0] = sums[k][0] + columns.T @ columns
+                sums[k][1] = sums[k][1] + columns.T @ target
     return sums
+
 
 def _ridge(sums, kind, taps):
     "Ridge weights of both axes; `fir` and `harmonics` are the first columns of `sign`."
-    n = taps+1+dict(fir=0, harmonics=6, sign=7)[kind]
-    return [np.linalg.solve(xx[:n,:n]+PENALTY*np.eye(n), xy[:n]).tolist() for xx,xy in sums]
+    n = taps + 1 + dict(fir=0, harmonics=6, sign=7)[kind]
+    return [np.linalg.solve(xx[:n, :n] + PENALTY * np.eye(n), xy[:n]).tolist() for xx, xy in sums]
 
 # %% ../../nbs/trajectory/30_filters.ipynb #fc4a4e0f
 def oscillator_error(
-    position:np.ndarray, # Of one axis, mm, `[T]`
-    velocity:float, # At the start, mm/s
-    frequency:float, # Hz
-    damping:float, # Damping ratio
-    rate:float, # Samples a second
-)->np.ndarray: # mm, `[T]`
+    position: np.ndarray,  # Of one axis, mm, `[T]`
+    velocity: float,  # At the start, mm/s
+    frequency: float,  # Hz
+    damping: float,  # Damping ratio
+    rate: float,  # Samples a second
+) -> np.ndarray:  # mm, `[T]`
     "Error of one mode that has been moving at constant speed."
-    b,a = error_filter(frequency, damping, rate)
-    return lfilter(b, a, position-position[0]-velocity*np.arange(len(position))/rate)
+    b, a = error_filter(frequency, damping, rate)
+    return lfilter(b, a, position - position[0] - velocity * np.arange(len(position)) / rate)
 
 # %% ../../nbs/trajectory/30_filters.ipynb #3f347d09
 def _fit_second_order(series, rows, rate, most=60_000):
     "Frequency and damping of each axis."
-    runs = [p for s,r in zip(series, rows) for p in _pieces(s.part, s.errors, r)]; size = np.cumsum([len(p[0]) for p in runs])
-    step = max(int(np.ceil(size[-1]/most)), 1); runs = runs[::min(step, max(len(runs)//3, 1))]
+    runs = [p for s, r in zip(series, rows) for p in _pieces(s.part, s.errors, r)]
+    size = np.cumsum([len(p[0]) for p in runs])
+    step = max(int(np.ceil(size[-1] / most)), 1)
+    runs = runs[:: min(step, max(len(runs) // 3, 1))]
+
     def misfit(q, k):
-        f,z = np.exp(q); 
-        if not (1<f<rate/4.01 and .001<z<.9): return 1e9
-        return sum(((oscillator_error(p[:,k], v[0,k], f, z, rate)-e[:,k])[keep]**2).sum() for v,p,e,keep in runs)
+        f, z = np.exp(q)
+        if not (1 < f < rate / 4.01 and 0.001 < z < 0.9):
+            return 1e9
+        return sum(
+            ((oscillator_error(p[:, k], v[0, k], f, z, rate) - e[:, k])[keep] ** 2).sum()
+            for v, p, e, keep in runs
+        )
+
     found = []
     for k in range(2):
-        grid = [np.log([f, .1]) for f in np.geomspace(15, min(100, rate/4.1), 24)]
+        grid = [np.log([f, 0.1]) for f in np.geomspace(15, min(100, rate / 4.1), 24)]
         best = min(grid, key=lambda q: misfit(q, k))
-        found.append(np.exp(minimize(misfit, best, (k,), method='Nelder-Mead', options=dict(maxiter=80, xatol=1e-4, fatol=1e-12)).x).tolist())
+        found.append(
+            np.exp(
+                minimize(
+                    misfit,
+                    best,
+                    (k,),
+                    method="Nelder-Mead",
+                    options=dict(maxiter=80, xatol=1e-4, fatol=1e-12),
+                ).x
+            ).tolist()
+        )
     return found
 
 # %% ../../nbs/trajectory/30_filters.ipynb #b6cf3c54
 def fit_filters(
-    series:list, # `Series` to learn from
-    kinds=FILTERS, # Names in `FILTERS`
-    rows:list=None, # Rows that count, a mask for each series; all by default
-    taps:int=128, # Velocities that a linear filter looks back at
-)->dict: # Name -> fitted `ErrorFilter`
+    series: list,  # `Series` to learn from
+    kinds=FILTERS,  # Names in `FILTERS`
+    rows: list = None,  # Rows that count, a mask for each series; all by default
+    taps: int = 128,  # Velocities that a linear filter looks back at
+) -> dict:  # Name -> fitted `ErrorFilter`
     "Fit filters."
-    for k in kinds: check_choice('filter', 'kind', k, FILTERS)
-    if not series: raise InputError('filter', 'series', 'at least one', 'none')
-    rows = rows or [None]*len(series); rate = series[0].part.rate; names = sorted({s.machine['name'] for s in series})
-    of = {m: tuple(zip(*[(s, r) for s,r in zip(series, rows) if s.machine['name']==m])) for m in names}
-    linear = {m: _products(*p, taps) for m,p in of.items()} if {*kinds} & {'fir','harmonics','sign'} else {}
+    for k in kinds:
+        check_choice("filter", "kind", k, FILTERS)
+    if not series:
+        raise InputError("filter", "series", "at least one", "none")
+    rows = rows or [None] * len(series)
+    rate = series[0].part.rate
+    names = sorted({s.machine["name"] for s in series})
+    of = {
+        m: tuple(zip(*[(s, r) for s, r in zip(series, rows) if s.machine["name"] == m]))
+        for m in names
+    }
+    linear = (
+        {m: _products(*p, taps) for m, p in of.items()}
+        if {*kinds} & {"fir", "harmonics", "sign"}
+        else {}
+    )
     together = [[sum(v[k][j] for v in linear.values()) for j in range(2)] for k in range(2)]
+
     def fitted(kind):
-        if kind=='zero': return ErrorFilter(kind, rate)
-        if kind=='second_order': each = lambda m: _fit_second_order(*(of[m] if m else (series, rows)), rate)
-        else: each = lambda m: _ridge(linear[m] if m else together, kind, taps)
-        return ErrorFilter(kind, rate, each(''), taps, {m: each(m) for m in names} if len(names)>1 else {})
+        if kind == "zero":
+            return ErrorFilter(kind, rate)
+        if kind == "second_order":
+
+            def each(m):
+                return _fit_second_order(*(of[m] if m else (series, rows)), rate)
+        else:
+
+            def each(m):
+                return _ridge(linear[m] if m else together, kind, taps)
+
+        return ErrorFilter(
+            kind, rate, each(""), taps, {m: each(m) for m in names} if len(names) > 1 else {}
+        )
+
     return {k: fitted(k) for k in kinds}
 
 # %% ../../nbs/trajectory/30_filters.ipynb #d960285f
 def fit_filter(
-    series:list, # `Series` to learn from
-    kind:str='sign', # Name in `FILTERS`
-    rows:list=None, # Rows that count, a mask for each series; all by default
-    taps:int=128, # Velocities that a linear filter looks back at
-)->ErrorFilter: # Fitted
+    series: list,  # `Series` to learn from
+    kind: str = "sign",  # Name in `FILTERS`
+    rows: list = None,  # Rows that count, a mask for each series; all by default
+    taps: int = 128,  # Velocities that a linear filter looks back at
+) -> ErrorFilter:  # Fitted
     "Fit one filter."
     return fit_filters(series, [kind], rows, taps)[kind]
 
 # %% ../../nbs/trajectory/30_filters.ipynb #452695fa
 @patch
-def predict(self:ErrorFilter,
-    part, # `Part`
-    machine:str='', # Machine with weights of its own; those for all machines together where it has none
-)->np.ndarray: # mm, `[T,2]` float32
+def predict(
+    self: ErrorFilter,
+    part,  # `Part`
+    machine: str = "",  # Machine with weights of its own; those for all machines together where it has none
+) -> np.ndarray:  # mm, `[T,2]` float32
     "Error that the filter expects on every row of a part."
     weights = self.machines.get(machine, self.weights)
-    if part.rate!=self.rate: raise InputError(part.name, 'rate', f'{self.rate:g} samples a second', f'{part.rate:g}')
-    if self.kind=='zero': return np.zeros((len(part.features),2), 'float32')
+    if part.rate != self.rate:
+        raise InputError(part.name, "rate", f"{self.rate:g} samples a second", f"{part.rate:g}")
+    if self.kind == "zero":
+        return np.zeros((len(part.features), 2), "float32")
+
     def of(v, p, k):
-        if self.kind=='second_order': return oscillator_error(p[:,k], v[0,k], *weights[k], self.rate)
-        return filter_columns(v[:,k], p[:,k], self.kind, self.taps)@np.array(weights[k])
-    return np.concatenate([np.column_stack([of(v, p, 0), of(v, p, 1)]) for v,p,_,_ in _pieces(part, part.position, None)]).astype('float32')
+        if self.kind == "second_order":
+            return oscillator_error(p[:, k], v[0, k], *weights[k], self.rate)
+        return filter_columns(v[:, k], p[:, k], self.kind, self.taps) @ np.array(weights[k])
+
+    return np.concatenate(
+        [
+            np.column_stack([of(v, p, 0), of(v, p, 1)])
+            for v, p, _, _ in _pieces(part, part.position, None)
+        ]
+    ).astype("float32")

@@ -13,188 +13,286 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.losses import Regression
 
 # %% ../../nbs/trajectory/20_models.ipynb #0df4cb67
 class ErrorModel(nn.Module):
     "Tracking error and layer temperature from features of the planned motion."
-    def __init__(self,
-        features:int=15, # Features a step
-        size:int=48, # States a step
-        dropout:float=.1, # Dropout
-        thermal:bool=True, # Answer temperatures too
+
+    def __init__(
+        self,
+        features: int = 15,  # Features a step
+        size: int = 48,  # States a step
+        dropout: float = 0.1,  # Dropout
+        thermal: bool = True,  # Answer temperatures too
     ):
         super().__init__()
-        self.into,self.drop = nn.Linear(features+4, size),nn.Dropout(dropout) # features, filter in x and y, layer time and number
-        self.error,self.thermal = nn.Linear(size, 2),nn.Linear(size, 3) if thermal else None
-        nn.init.zeros_(self.error.weight); nn.init.zeros_(self.error.bias)
-        for name,n in (('feature',features),('static',2),('heat',3)): self.register_buffer(f'{name}_mean', torch.zeros(n)); self.register_buffer(f'{name}_std', torch.ones(n))
-        self.register_buffer('error_std', torch.ones(2))
+        self.into, self.drop = (
+            nn.Linear(features + 4, size),
+            nn.Dropout(dropout),
+        )  # features, filter in x and y, layer time and number
+        self.error, self.thermal = nn.Linear(size, 2), nn.Linear(size, 3) if thermal else None
+        nn.init.zeros_(self.error.weight)
+        nn.init.zeros_(self.error.bias)
+        for name, n in (("feature", features), ("static", 2), ("heat", 3)):
+            self.register_buffer(f"{name}_mean", torch.zeros(n))
+            self.register_buffer(f"{name}_std", torch.ones(n))
+        self.register_buffer("error_std", torch.ones(2))
 
     def forward(self, inputs, mask):
         "Standardised `features` `[B,T,F]`, `filter` `[B,T,2]`, `static` `[B,2]` to `error` `[B,T,2]` and `thermal` `[B,T,3]`."
-        return self.answer(self.states(self.embedded(inputs, mask))[0], inputs['filter'])
+        return self.answer(self.states(self.embedded(inputs, mask))[0], inputs["filter"])
 
 # %% ../../nbs/trajectory/20_models.ipynb #587c0d8d
 @patch
-def embedded(self:ErrorModel,
-    inputs:dict, # See `forward`
-    mask:Tensor, # `[B,T]`
-)->Tensor: # `[B,T,D]`
+def embedded(
+    self: ErrorModel,
+    inputs: dict,  # See `forward`
+    mask: Tensor,  # `[B,T]`
+) -> Tensor:  # `[B,T,D]`
     "All inputs of each step as one state."
-    x = inputs['features']; static = inputs['static'][:,None].expand(-1, x.shape[1], -1)
-    x = torch.cat([x, inputs['filter'], static], -1)
-    return self.into(torch.where(mask[...,None], x, 0.))
+    x = inputs["features"]
+    static = inputs["static"][:, None].expand(-1, x.shape[1], -1)
+    x = torch.cat([x, inputs["filter"], static], -1)
+    return self.into(torch.where(mask[..., None], x, 0.0))
+
 
 @patch
-def answer(self:ErrorModel,
-    h:Tensor, # States, `[B,T,D]`
-    base:Tensor, # The filter's answer, standardised
-)->dict: # `error`, and `thermal` where there is a head for it
+def answer(
+    self: ErrorModel,
+    h: Tensor,  # States, `[B,T,D]`
+    base: Tensor,  # The filter's answer, standardised
+) -> dict:  # `error`, and `thermal` where there is a head for it
     "Heads."
-    h = self.drop(h); out = dict(error=base+self.error(h))
+    h = self.drop(h)
+    out = dict(error=base + self.error(h))
     return out if self.thermal is None else dict(out, thermal=self.thermal(h))
 
 # %% ../../nbs/trajectory/20_models.ipynb #7485a885
 class ErrorTCN(ErrorModel):
     "Causal convolutions with growing dilation (Bai et al. 2018), on top of a filter."
-    unbounded = True # answers sequences of any length
-    def __init__(self,
-        features:int=15, # Features a step
-        size:int=48, # Channels
-        layers:int=6, # Convolutions; the dilation doubles with each
-        kernel:int=3, # Steps of a convolution
-        dropout:float=.1, # Dropout
-        thermal:bool=True, # Answer temperatures too
+
+    unbounded = True  # answers sequences of any length
+
+    def __init__(
+        self,
+        features: int = 15,  # Features a step
+        size: int = 48,  # Channels
+        layers: int = 6,  # Convolutions; the dilation doubles with each
+        kernel: int = 3,  # Steps of a convolution
+        dropout: float = 0.1,  # Dropout
+        thermal: bool = True,  # Answer temperatures too
     ):
         super().__init__(features, size, dropout, thermal)
-        self.convs = nn.ModuleList(nn.Conv1d(size, size, kernel, dilation=2**i) for i in range(layers))
+        self.convs = nn.ModuleList(
+            nn.Conv1d(size, size, kernel, dilation=2**i) for i in range(layers)
+        )
+
     def states(self, h, past=None):
         "States `[B,T,D]`, and what the next call needs to go on."
-        h,kept = h.mT,[]
-        for i,conv in enumerate(self.convs):
-            reach = conv.dilation[0]*(conv.kernel_size[0]-1)
-            before = F.pad(h, (reach,0)) if past is None else torch.cat([past[i], h], -1)
-            kept.append(before[...,before.shape[-1]-reach:])
-            h = h+self.drop(F.gelu(conv(before)))
-        return h.mT,kept
+        h, kept = h.mT, []
+        for i, conv in enumerate(self.convs):
+            reach = conv.dilation[0] * (conv.kernel_size[0] - 1)
+            before = F.pad(h, (reach, 0)) if past is None else torch.cat([past[i], h], -1)
+            kept.append(before[..., before.shape[-1] - reach :])
+            h = h + self.drop(F.gelu(conv(before)))
+        return h.mT, kept
 
 # %% ../../nbs/trajectory/20_models.ipynb #ca7a1b26
 class ErrorLSTM(ErrorModel):
     "Two LSTM layers that carry their state, on top of a filter."
+
     unbounded = True
-    def __init__(self,
-        features:int=15, # Features a step
-        size:int=56, # States of a layer
-        layers:int=2, # Layers
-        dropout:float=.1, # Dropout
-        thermal:bool=True, # Answer temperatures too
+
+    def __init__(
+        self,
+        features: int = 15,  # Features a step
+        size: int = 56,  # States of a layer
+        layers: int = 2,  # Layers
+        dropout: float = 0.1,  # Dropout
+        thermal: bool = True,  # Answer temperatures too
     ):
         super().__init__(features, size, dropout, thermal)
-        self.lstm = nn.LSTM(size, size, layers, batch_first=True, dropout=dropout if layers > 1 else 0.)
-    def states(self, h, past=None): return self.lstm(h, past)
+        self.lstm = nn.LSTM(
+            size, size, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0
+        )
+
+    def states(self, h, past=None):
+        return self.lstm(h, past)
 
 # %% ../../nbs/trajectory/20_models.ipynb #f26120e4
 def causal_mask(
-    x:Tensor, # States, `[B,T,D]`
-)->Tensor: # `True` where a step must not look, `[T,T]`
+    x: Tensor,  # States, `[B,T,D]`
+) -> Tensor:  # `True` where a step must not look, `[T,T]`
     "No step sees a later one."
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
 
 # %% ../../nbs/trajectory/20_models.ipynb #c7f0840f
 class TrajectoryErrorTransformer(ErrorModel):
     "A causal transformer with an attention-LSTM decoder, on top of a filter."
+
     unbounded = False
-    def __init__(self,
-        features:int=15, # Features a step
-        size:int=256, # States a step
-        heads:int=8, # Attention heads
-        layers:int=6, # Encoder layers
-        hidden:int=0, # Width of their feed-forward part; 0 is four times the size
-        dropout:float=.1, # Dropout
-        thermal:bool=True, # Answer temperatures too
-        steps:int=128, # Steps it has positions for
+
+    def __init__(
+        self,
+        features: int = 15,  # Features a step
+        size: int = 256,  # States a step
+        heads: int = 8,  # Attention heads
+        layers: int = 6,  # Encoder layers
+        hidden: int = 0,  # Width of their feed-forward part; 0 is four times the size
+        dropout: float = 0.1,  # Dropout
+        thermal: bool = True,  # Answer temperatures too
+        steps: int = 128,  # Steps it has positions for
     ):
-        super().__init__(features, size//2, dropout, thermal)
-        self.into,self.positions = nn.Linear(features+4, size),nn.Parameter(.02*torch.randn(steps, size))
-        layer = nn.TransformerEncoderLayer(size, heads, hidden or 4*size, dropout, activation='gelu', batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(size), enable_nested_tensor=False)
-        self.decoder,self.attention = nn.LSTM(size, size//2, batch_first=True),nn.MultiheadAttention(size//2, max(heads//2, 1), dropout, batch_first=True)
+        super().__init__(features, size // 2, dropout, thermal)
+        self.into, self.positions = (
+            nn.Linear(features + 4, size),
+            nn.Parameter(0.02 * torch.randn(steps, size)),
+        )
+        layer = nn.TransformerEncoderLayer(
+            size,
+            heads,
+            hidden or 4 * size,
+            dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.encoder = nn.TransformerEncoder(
+            layer, layers, nn.LayerNorm(size), enable_nested_tensor=False
+        )
+        self.decoder, self.attention = (
+            nn.LSTM(size, size // 2, batch_first=True),
+            nn.MultiheadAttention(size // 2, max(heads // 2, 1), dropout, batch_first=True),
+        )
+
     def states(self, h, past=None):
         "States `[B,T,D]` of the last `T` steps, and the steps to look back at in the next call."
-        new,size = h.shape[1],len(self.positions)
-        if past is not None: h = torch.cat([past[:,1-size:], h], 1)
+        new, size = h.shape[1], len(self.positions)
+        if past is not None:
+            h = torch.cat([past[:, 1 - size :], h], 1)
         kept = h
-        if past is not None: h = h[:,min(h.shape[1]-new, max(h.shape[1]-size, 0)):]
-        hide = causal_mask(h); h = h+self.positions[torch.arange(h.shape[1], device=h.device).clamp_max(size-1)]
-        h = self.decoder(self.encoder(h, hide, is_causal=False))[0] # is_causal only says whether the mask need not be looked at
-        h = h+self.attention(h, h, h, attn_mask=hide, need_weights=False)[0]
-        return (h if past is None else h[:,h.shape[1]-new:]),kept
+        if past is not None:
+            h = h[:, min(h.shape[1] - new, max(h.shape[1] - size, 0)) :]
+        hide = causal_mask(h)
+        h = h + self.positions[torch.arange(h.shape[1], device=h.device).clamp_max(size - 1)]
+        h = self.decoder(self.encoder(h, hide, is_causal=False))[
+            0
+        ]  # is_causal only says whether the mask need not be looked at
+        h = h + self.attention(h, h, h, attn_mask=hide, need_weights=False)[0]
+        return (h if past is None else h[:, h.shape[1] - new :]), kept
 
 # %% ../../nbs/trajectory/20_models.ipynb #ca767ed8
 MODELS = dict(tcn=ErrorTCN, lstm=ErrorLSTM, transformer=TrajectoryErrorTransformer)
 
 # %% ../../nbs/trajectory/20_models.ipynb #bb208cc9
 @patch
-def stream(self:ErrorModel,
-    inputs:dict, # The next steps, standardised
-    state=None, # What the last call returned; `None` at the start
-)->tuple: # Answer, and the state for the next call
+def stream(
+    self: ErrorModel,
+    inputs: dict,  # The next steps, standardised
+    state=None,  # What the last call returned; `None` at the start
+) -> tuple:  # Answer, and the state for the next call
     "Answer the next steps of a stream."
-    x = inputs['features']
-    h,state = self.states(self.embedded(inputs, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)), state)
-    return self.answer(h, inputs['filter']),state
+    x = inputs["features"]
+    h, state = self.states(
+        self.embedded(inputs, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)), state
+    )
+    return self.answer(h, inputs["filter"]), state
 
 # %% ../../nbs/trajectory/20_models.ipynb #13d2a8f8
 @patch
-def set_scale(self:ErrorModel,
-    scale, # `Scale` of the data page
-)->ErrorModel: # The same
+def set_scale(
+    self: ErrorModel,
+    scale,  # `Scale` of the data page
+) -> ErrorModel:  # The same
     "Keep the numbers that standardise a batch."
-    for name,values in dict(feature_mean=scale.mean, feature_std=scale.std, static_mean=scale.static_mean, static_std=scale.static_std, heat_mean=scale.thermal_mean, heat_std=scale.thermal_std, error_std=scale.error_std).items():
+    for name, values in dict(
+        feature_mean=scale.mean,
+        feature_std=scale.std,
+        static_mean=scale.static_mean,
+        static_std=scale.static_std,
+        heat_mean=scale.thermal_mean,
+        heat_std=scale.thermal_std,
+        error_std=scale.error_std,
+    ).items():
         getattr(self, name).copy_(torch.tensor(values))
     return self
 
+
 @patch
-def deploy(self:ErrorModel,
-    features:Tensor, # Physical units, `[B,T,F]`
-    filter:Tensor, # Error that the filter predicts, mm, `[B,T,2]`
-    static:Tensor, # Layer time in s, layer number, `[B,2]`
-)->tuple: # Error in x and in y, mm, `[B,T]` each
+def deploy(
+    self: ErrorModel,
+    features: Tensor,  # Physical units, `[B,T,F]`
+    filter: Tensor,  # Error that the filter predicts, mm, `[B,T,2]`
+    static: Tensor,  # Layer time in s, layer number, `[B,2]`
+) -> tuple:  # Error in x and in y, mm, `[B,T]` each
     "Answer in millimetres."
-    inputs = dict(features=(features-self.feature_mean)/self.feature_std, filter=filter/self.error_std, static=(static-self.static_mean)/self.static_std)
-    error = self.answer(self.states(self.embedded(inputs, torch.ones_like(features[...,0], dtype=torch.bool)))[0], inputs['filter'])['error']*self.error_std
-    return error[...,0],error[...,1]
+    inputs = dict(
+        features=(features - self.feature_mean) / self.feature_std,
+        filter=filter / self.error_std,
+        static=(static - self.static_mean) / self.static_std,
+    )
+    error = (
+        self.answer(
+            self.states(self.embedded(inputs, torch.ones_like(features[..., 0], dtype=torch.bool)))[
+                0
+            ],
+            inputs["filter"],
+        )["error"]
+        * self.error_std
+    )
+    return error[..., 0], error[..., 1]
 
 # %% ../../nbs/trajectory/20_models.ipynb #487e935e
 @patch
-def program_inputs(self:ErrorModel)->dict: # Method -> input -> type and axes
+def program_inputs(self: ErrorModel) -> dict:  # Method -> input -> type and axes
     "What the exported program takes."
-    return dict(deploy=dict(features=f'float32[batch,length,{len(self.feature_mean)}]', filter='float32[batch,length,2]', static='float32[batch,2]'))
+    return dict(
+        deploy=dict(
+            features=f"float32[batch,length,{len(self.feature_mean)}]",
+            filter="float32[batch,length,2]",
+            static="float32[batch,2]",
+        )
+    )
 
 # %% ../../nbs/trajectory/20_models.ipynb #5a735e8e
 class TrajectoryLoss(nn.Module):
     "Error of the path, plus a share of the squared error of the layer temperatures."
-    def __init__(self,
-        measure:str='absolute', # Of the path: `absolute`, `huber` or `squared`
-        thermal:float=.3, # Weight of the temperatures
+
+    def __init__(
+        self,
+        measure: str = "absolute",  # Of the path: `absolute`, `huber` or `squared`
+        thermal: float = 0.3,  # Weight of the temperatures
     ):
         super().__init__()
-        self.path,self.heat,self.weight = Regression(measure, head='error'),Regression('squared', head='thermal'),thermal
+        self.path, self.heat, self.weight = (
+            Regression(measure, head="error"),
+            Regression("squared", head="thermal"),
+            thermal,
+        )
+
     def forward(self, prediction, target):
         loss = self.path(prediction, target)
-        if not self.weight or 'thermal' not in prediction: return loss
-        return loss+self.weight*self.heat(prediction, dict(thermal=torch.where(target['laid'][...,None], target['thermal'], torch.nan)))
+        if not self.weight or "thermal" not in prediction:
+            return loss
+        return loss + self.weight * self.heat(
+            prediction,
+            dict(thermal=torch.where(target["laid"][..., None], target["thermal"], torch.nan)),
+        )
 
 # %% ../../nbs/trajectory/20_models.ipynb #2be5845e
 class OscillatorLaw(nn.Module):
     "How far a predicted error is from the motion of a spring and a mass, `[B,T,2]`, for `core.physics.PhysicsLoss`."
-    def __init__(self,
-        denominators, # `[1, a1, a2]` for x and for y
+
+    def __init__(
+        self,
+        denominators,  # `[1, a1, a2]` for x and for y
     ):
         super().__init__()
-        self.register_buffer('a', torch.tensor(denominators, dtype=torch.float32)[:,1:])
+        self.register_buffer("a", torch.tensor(denominators, dtype=torch.float32)[:, 1:])
+
     def forward(self, prediction, target, inputs, mask):
-        e = prediction['error']
-        left = e[:,2:]+self.a[:,0]*e[:,1:-1]+self.a[:,1]*e[:,:-2]
-        return F.pad(left-inputs['drive'][:,2:], (0,0,2,0))
+        e = prediction["error"]
+        left = e[:, 2:] + self.a[:, 0] * e[:, 1:-1] + self.a[:, 1] * e[:, :-2]
+        return F.pad(left - inputs["drive"][:, 2:], (0, 0, 2, 0))

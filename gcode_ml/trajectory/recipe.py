@@ -9,10 +9,15 @@ __all__ = ['DEFAULTS', 'SPLITS', 'load_series', 'split_groups', 'fitted_filters'
            'part_of', 'predict_part', 'predict_bundle', 'evaluate_bundle', 'simulate']
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #d5758b05
-import re, tempfile
+import re
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+
 from ..core.batch import Subset, dataloaders
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
@@ -22,7 +27,21 @@ from ..core.training import fit, training_options
 from ..gcode.parts import write_parts
 from ..gcode.planner import Plan, plan, sample
 from .augment import ReflectAxes, reflected_signs
-from .data import PARTS, Part, Scale, Series, TrajectoryWindows, check, collect, fit_scale, part_family, read_collection, split_windows, trajectory_features, write_samples
+from gcode_ml.trajectory.data import (
+    PARTS,
+    Part,
+    Scale,
+    Series,
+    TrajectoryWindows,
+    check,
+    collect,
+    fit_scale,
+    part_family,
+    read_collection,
+    split_windows,
+    trajectory_features,
+    write_samples,
+)
 from .evaluate import covered_rows, part_scores, predict_rows, score_table
 from .filters import FILTERS, ErrorFilter, fit_filters
 from .models import MODELS, OscillatorLaw, TrajectoryLoss
@@ -32,228 +51,430 @@ from .simulate import error_filter
 def _programs(data):
     "Names and files of the parts of a folder: those of `PARTS` where they are, else every G-code file."
     folder = Path(data)
-    if folder.is_file(): return {folder.stem: folder}
-    named = {n: folder/f for n,f in PARTS.items() if f and (folder/f).is_file()}
-    found = named or {p.stem: p for p in sorted(folder.glob('*')) if p.suffix.lower() in ('.gcode','.gco','.g','.nc','.ngc')}
-    if not found: raise InputError(data, 'parts', 'a collection, G-code files or a G-code file', 'nothing of these')
+    if folder.is_file():
+        return {folder.stem: folder}
+    named = {n: folder / f for n, f in PARTS.items() if f and (folder / f).is_file()}
+    found = named or {
+        p.stem: p
+        for p in sorted(folder.glob("*"))
+        if p.suffix.lower() in (".gcode", ".gco", ".g", ".nc", ".ngc")
+    }
+    if not found:
+        raise InputError(
+            data, "parts", "a collection, G-code files or a G-code file", "nothing of these"
+        )
     return found
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #a98fa0fc
 def load_series(
-    data='', # Collection, folder of G-code, G-code file; generated parts when empty
-    machine:str='hard', # Machines as `named_machine` takes them, joined by +
-    layers:str='sampled:5', # Layers of each part: `all`, `sampled:N`, `a:b`
-    folder='', # Where the collection is kept; a temporary folder by default
-    seed:int=0, # Seed of generated parts
-    rate:float=500., # Samples a second
-    parts:str='', # Names or families of parts, joined by +; all when empty
-    progress=None, # For instance `tqdm`
-)->tuple: # List of `Series`, and what they are: `kind`, `folder` (the collection), `checksum`, `parts`, `machines`, `hours`
+    data="",  # Collection, folder of G-code, G-code file; generated parts when empty
+    machine: str = "hard",  # Machines as `named_machine` takes them, joined by +
+    layers: str = "sampled:5",  # Layers of each part: `all`, `sampled:N`, `a:b`
+    folder="",  # Where the collection is kept; a temporary folder by default
+    seed: int = 0,  # Seed of generated parts
+    rate: float = 500.0,  # Samples a second
+    parts: str = "",  # Names or families of parts, joined by +; all when empty
+    progress=None,  # For instance `tqdm`
+) -> tuple:  # List of `Series`, and what they are: `kind`, `folder` (the collection), `checksum`, `parts`, `machines`, `hours`
     "Series of a run."
-    machines = [m for m in machine.split('+') if m]; names = [m.replace(':','_') for m in machines]
-    if data and any(Path(data).glob('*/motion.json')): home,files,kind = Path(data),sorted(Path(data).glob('*/*.json')),'collection'
+    machines = [m for m in machine.split("+") if m]
+    names = [m.replace(":", "_") for m in machines]
+    if data and any(Path(data).glob("*/motion.json")):
+        home, files, kind = Path(data), sorted(Path(data).glob("*/*.json")), "collection"
     else:
         home = Path(folder or tempfile.mkdtemp())
-        programs = _programs(data) if data else {p.stem: p for p in write_parts(home/'parts', ('box','tube','label'), (seed,seed+1), layers=3)}
-        if parts: programs = {n: f for n,f in programs.items() if n in parts.split('+') or part_family(n) not in programs and part_family(n) in parts.split('+')}
-        if not programs: raise InputError(data or 'generated', 'parts', 'some that are there', parts)
-        for n in progress(programs) if progress else programs: collect(programs[n], home, layers if data else 'all', machines, rate, name=n)
-        files,kind = list(programs.values()),'G-code' if data else 'generated'
-    series = read_collection(home, parts.split('+') if parts else 'all', names)
-    return series, dict(kind=kind, folder=str(home), checksum=checksum(files) if files else '', parts=sorted({s.part.name for s in series}), machines=names, hours=round(sum(len(s.errors) for s in series)/series[0].part.rate/3600, 3))
+        programs = (
+            _programs(data)
+            if data
+            else {
+                p.stem: p
+                for p in write_parts(
+                    home / "parts", ("box", "tube", "label"), (seed, seed + 1), layers=3
+                )
+            }
+        )
+        if parts:
+            programs = {
+                n: f
+                for n, f in programs.items()
+                if n in parts.split("+")
+                or part_family(n) not in programs
+                and part_family(n) in parts.split("+")
+            }
+        if not programs:
+            raise InputError(data or "generated", "parts", "some that are there", parts)
+        for n in progress(programs) if progress else programs:
+            collect(programs[n], home, layers if data else "all", machines, rate, name=n)
+        files, kind = list(programs.values()), "G-code" if data else "generated"
+    series = read_collection(home, parts.split("+") if parts else "all", names)
+    return series, dict(
+        kind=kind,
+        folder=str(home),
+        checksum=checksum(files) if files else "",
+        parts=sorted({s.part.name for s in series}),
+        machines=names,
+        hours=round(sum(len(s.errors) for s in series) / series[0].part.rate / 3600, 3),
+    )
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #ccd9a846
 DEFAULTS = dict(max_epochs=4, learning_rate=3e-3, weight_decay=1e-4, batch_size=32)
-SPLITS = dict(part='family', machine='machine', both='both', random='random', layer='layer') # As `split_windows` calls them
+SPLITS = dict(
+    part="family", machine="machine", both="both", random="random", layer="layer"
+)  # As `split_windows` calls them
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #d4d4ab6b
 def split_groups(
-    series:list, # `Series`
-    split:str='part', # See `prepare_windows`
-)->list: # Names of the folds
+    series: list,  # `Series`
+    split: str = "part",  # See `prepare_windows`
+) -> list:  # Names of the folds
     "What is left out, fold by fold; leaky splits have one fold."
-    check_choice('parameter', 'split', split, SPLITS)
-    if split not in ('part','machine','both'): return ['']
-    families,machines = sorted({s.part.family for s in series}),sorted({s.machine['name'] for s in series})
-    if split == 'both': return [f'{families[k%len(families)]}/{machines[k%len(machines)]}' for k in range(max(len(families), len(machines)))]
-    return families if split == 'part' else machines
+    check_choice("parameter", "split", split, SPLITS)
+    if split not in ("part", "machine", "both"):
+        return [""]
+    families, machines = (
+        sorted({s.part.family for s in series}),
+        sorted({s.machine["name"] for s in series}),
+    )
+    if split == "both":
+        return [
+            f"{families[k % len(families)]}/{machines[k % len(machines)]}"
+            for k in range(max(len(families), len(machines)))
+        ]
+    return families if split == "part" else machines
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #33dc3c8f
 def fitted_filters(
-    windows:TrajectoryWindows, # Windows
-    train, # Training windows
-    test, # Test windows, on whose rows nothing is fitted
-    kinds=('sign',), # Names in `FILTERS`
-    identify:str='pooled', # `pooled`: all machines have one filter; `machine`: each has its own
-)->dict: # Name -> `ErrorFilter`
+    windows: TrajectoryWindows,  # Windows
+    train,  # Training windows
+    test,  # Test windows, on whose rows nothing is fitted
+    kinds=("sign",),  # Names in `FILTERS`
+    identify: str = "pooled",  # `pooled`: all machines have one filter; `machine`: each has its own
+) -> dict:  # Name -> `ErrorFilter`
     "Filters that have seen what the model sees."
-    check_choice('parameter', 'identify', identify, ('pooled','machine')); bounds = np.cumsum([0]+[len(s.errors) for s in windows.series])
-    rows,tested = ([m[a:b] for a,b in zip(bounds[:-1], bounds[1:])] for m in (covered_rows(windows, train), covered_rows(windows, test)))
-    pick = lambda wanted: tuple(zip(*[(s, r) for s,r in zip(windows.series, wanted) if r.any()]))
-    some,use = pick(rows); found = fit_filters(list(some), kinds, list(use))
-    if identify == 'pooled': return {k: replace(f, machines={}) for k,f in found.items()}
-    seen,known = {},{s.machine['name'] for s in some}
-    for s,r,t in zip(windows.series, rows, tested): seen[id(s.part)] = (seen.get(id(s.part), (False,False))[0] | r, seen.get(id(s.part), (False,False))[1] | t)
-    for m in sorted({s.machine['name'] for s in windows.series}-known):
-        calibration = pick([(seen[id(s.part)][0] & ~seen[id(s.part)][1]) & (s.machine['name'] == m) for s in windows.series])
+    check_choice("parameter", "identify", identify, ("pooled", "machine"))
+    bounds = np.cumsum([0] + [len(s.errors) for s in windows.series])
+    rows, tested = (
+        [m[a:b] for a, b in zip(bounds[:-1], bounds[1:])]
+        for m in (covered_rows(windows, train), covered_rows(windows, test))
+    )
+
+    def pick(wanted):
+        return tuple(zip(*[(s, r) for s, r in zip(windows.series, wanted) if r.any()]))
+
+    some, use = pick(rows)
+    found = fit_filters(list(some), kinds, list(use))
+    if identify == "pooled":
+        return {k: replace(f, machines={}) for k, f in found.items()}
+    seen, known = {}, {s.machine["name"] for s in some}
+    for s, r, t in zip(windows.series, rows, tested):
+        seen[id(s.part)] = (
+            seen.get(id(s.part), (False, False))[0] | r,
+            seen.get(id(s.part), (False, False))[1] | t,
+        )
+    for m in sorted({s.machine["name"] for s in windows.series} - known):
+        calibration = pick(
+            [
+                (seen[id(s.part)][0] & ~seen[id(s.part)][1]) & (s.machine["name"] == m)
+                for s in windows.series
+            ]
+        )
         if calibration:
-            for k,f in fit_filters(list(calibration[0]), kinds, list(calibration[1])).items(): found[k].machines[m] = f.weights
+            for k, f in fit_filters(list(calibration[0]), kinds, list(calibration[1])).items():
+                found[k].machines[m] = f.weights
     return found
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #742bcb4f
 def prepare_windows(
-    series:list, # From `load_series`
-    split:str='part', # `part`, `machine`, `random` (leaks) or `layer` (leaks)
-    fold:int=0, # Which family or machine is the test set
-    seed:int=42, # Seed of the split
-    sequence_length:int=128, # Steps a window
-    stride:int=4, # Steps between windows
-    harmonics:bool=False, # Position waves as features
-    base='sign', # Filter that is fitted, see `FILTERS`, or one that has been, as a dict or an `ErrorFilter`
-    identify:str='pooled', # See `fitted_filters`
-)->tuple: # `TrajectoryWindows` with scale and input `filter`, (train, valid, test), `ErrorFilter`
+    series: list,  # From `load_series`
+    split: str = "part",  # `part`, `machine`, `random` (leaks) or `layer` (leaks)
+    fold: int = 0,  # Which family or machine is the test set
+    seed: int = 42,  # Seed of the split
+    sequence_length: int = 128,  # Steps a window
+    stride: int = 4,  # Steps between windows
+    harmonics: bool = False,  # Position waves as features
+    base="sign",  # Filter that is fitted, see `FILTERS`, or one that has been, as a dict or an `ErrorFilter`
+    identify: str = "pooled",  # See `fitted_filters`
+) -> (
+    tuple
+):  # `TrajectoryWindows` with scale and input `filter`, (train, valid, test), `ErrorFilter`
     "Windows that are split and scaled, and the filter that the model stands on."
-    if isinstance(base, str): check_choice('parameter', 'base', base, FILTERS)
+    if isinstance(base, str):
+        check_choice("parameter", "base", base, FILTERS)
     groups = split_groups(series, split)
-    if not 0 <= fold < len(groups): raise InputError('parameter', 'fold', f'from 0 to {len(groups)-1}', str(fold))
+    if not 0 <= fold < len(groups):
+        raise InputError("parameter", "fold", f"from 0 to {len(groups) - 1}", str(fold))
     windows = TrajectoryWindows(series, sequence_length, stride, harmonics, intervals=True)
-    sets = split_windows(windows, SPLITS[split], groups[fold], seed=seed+fold)
+    sets = split_windows(windows, SPLITS[split], groups[fold], seed=seed + fold)
     scale = fit_scale(windows, sets[0])
-    found = fitted_filters(windows, sets[0], sets[2], [base], identify)[base] if isinstance(base, str) else base if isinstance(base, ErrorFilter) else ErrorFilter(**base)
-    windows.attach('filter', [found.predict(s.part, s.machine['name'])/scale.error_std for s in series])
+    found = (
+        fitted_filters(windows, sets[0], sets[2], [base], identify)[base]
+        if isinstance(base, str)
+        else base
+        if isinstance(base, ErrorFilter)
+        else ErrorFilter(**base)
+    )
+    windows.attach(
+        "filter", [found.predict(s.part, s.machine["name"]) / scale.error_std for s in series]
+    )
     return windows, sets, found
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #a64e80ec
 def _law(windows, train, test, weight, control):
     "The law of one mode as a callback, its right side as the input `drive`; the control has a wrong frequency."
-    if not weight: return []
-    modes = fitted_filters(windows, train, test, ['second_order'])['second_order'].weights
-    coefficients = [error_filter(min(f*(1.3 if control else 1), windows.rate/4.01), z, windows.rate) for f,z in modes]
+    if not weight:
+        return []
+    modes = fitted_filters(windows, train, test, ["second_order"])["second_order"].weights
+    coefficients = [
+        error_filter(min(f * (1.3 if control else 1), windows.rate / 4.01), z, windows.rate)
+        for f, z in modes
+    ]
+
     def drive(part):
-        v = part.velocities(); jump = np.diff(v, axis=0, prepend=v[:1])/windows.rate
-        return np.stack([jump[:,k]*coefficients[k][0][0]/windows.scale.error_std[k] for k in range(2)], 1)
-    windows.attach('drive', [drive(s.part) for s in windows.series])
-    return [PhysicsLoss(OscillatorLaw([a.tolist() for _,a in coefficients]), weight)]
+        v = part.velocities()
+        jump = np.diff(v, axis=0, prepend=v[:1]) / windows.rate
+        return np.stack(
+            [jump[:, k] * coefficients[k][0][0] / windows.scale.error_std[k] for k in range(2)], 1
+        )
+
+    windows.attach("drive", [drive(s.part) for s in windows.series])
+    return [PhysicsLoss(OscillatorLaw([a.tolist() for _, a in coefficients]), weight)]
+
 
 def _arguments(model, windows, size, layers, heads, dropout, thermal):
     "What the model's class is called with."
-    given = dict(features=len(windows.features), dropout=dropout, thermal=thermal > 0) | ({'size': size} if size else {}) | ({'layers': layers} if layers else {})
-    if model == 'transformer': given |= dict(heads=heads, steps=windows.size)
+    given = (
+        dict(features=len(windows.features), dropout=dropout, thermal=thermal > 0)
+        | ({"size": size} if size else {})
+        | ({"layers": layers} if layers else {})
+    )
+    if model == "transformer":
+        given |= dict(heads=heads, steps=windows.size)
     return given
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #d7020834
 def recipe(
-    data='', # What `load_series` takes, or a list of `Series`
-    machine:str='hard', # See `load_series`
-    layers:str='sampled:5', # See `load_series`
-    split:str='part', # See `prepare_windows`
-    fold:int=0, # See `prepare_windows`
-    model:str='tcn', # Name in `MODELS`
-    base='sign', identify:str='pooled', # Filter under the model, see `prepare_windows`
-    lambda_physics:float=0., # Weight of the law of one mode
-    physics_control:bool=False, # The law with a wrong frequency
-    thermal:float=.3, # Weight of the layer temperatures; 0 leaves them out
-    measure:str='absolute', # Loss of the error: `absolute`, `huber`, `squared`
-    noise_level:float=0., # Noise on standardised features, while training
-    mirror:float=0., # Share of the training windows in which an axis is reflected; needs `harmonics=False`
-    sequence_length:int=128, stride:int=4, harmonics:bool=True, # See `prepare_windows`
-    d_model:int=0, num_layers:int=0, heads:int=8, dropout:float=.0, # Size of the model; 0 is its own
-    seed:int=42, # Seed of everything
-    device:str='auto', # Device
-    workers='auto', # Loader processes
-    cbs=(), # More callbacks
-    **training # Shared options of `core.training`
-)->Learner: # With `learn.windows`, `learn.filter`, `learn.arguments`, and window numbers `learn.train`, `learn.valid`, `learn.test`
+    data="",  # What `load_series` takes, or a list of `Series`
+    machine: str = "hard",  # See `load_series`
+    layers: str = "sampled:5",  # See `load_series`
+    split: str = "part",  # See `prepare_windows`
+    fold: int = 0,  # See `prepare_windows`
+    model: str = "tcn",  # Name in `MODELS`
+    base="sign",
+    identify: str = "pooled",  # Filter under the model, see `prepare_windows`
+    lambda_physics: float = 0.0,  # Weight of the law of one mode
+    physics_control: bool = False,  # The law with a wrong frequency
+    thermal: float = 0.3,  # Weight of the layer temperatures; 0 leaves them out
+    measure: str = "absolute",  # Loss of the error: `absolute`, `huber`, `squared`
+    noise_level: float = 0.0,  # Noise on standardised features, while training
+    mirror: float = 0.0,  # Share of the training windows in which an axis is reflected; needs `harmonics=False`
+    sequence_length: int = 128,
+    stride: int = 4,
+    harmonics: bool = True,  # See `prepare_windows`
+    d_model: int = 0,
+    num_layers: int = 0,
+    heads: int = 8,
+    dropout: float = 0.0,  # Size of the model; 0 is its own
+    seed: int = 42,  # Seed of everything
+    device: str = "auto",  # Device
+    workers="auto",  # Loader processes
+    cbs=(),  # More callbacks
+    **training,  # Shared options of `core.training`
+) -> Learner:  # With `learn.windows`, `learn.filter`, `learn.arguments`, and window numbers `learn.train`, `learn.valid`, `learn.test`
     "A prediction of the path error ready to fit."
-    check_choice('parameter', 'model', model, MODELS)
-    if noise_level: training = dict(training, augment=training.get('augment') or f'{{noise: {{std: {noise_level}}}}}')
+    check_choice("parameter", "model", model, MODELS)
+    if noise_level:
+        training = dict(
+            training, augment=training.get("augment") or f"{{noise: {{std: {noise_level}}}}}"
+        )
     options = training_options(training, **DEFAULTS)
     series = data if isinstance(data, list) else load_series(data, machine, layers, seed=0)[0]
-    set_seed(seed); windows,(train,valid,test),found = prepare_windows(series, split, fold, 42, sequence_length, stride, harmonics, base, identify)
-    arguments = _arguments(model, windows, d_model, num_layers, heads, dropout, thermal); net = MODELS[model](**arguments).set_scale(windows.scale)
+    set_seed(seed)
+    windows, (train, valid, test), found = prepare_windows(
+        series, split, fold, 42, sequence_length, stride, harmonics, base, identify
+    )
+    arguments = _arguments(model, windows, d_model, num_layers, heads, dropout, thermal)
+    net = MODELS[model](**arguments).set_scale(windows.scale)
     laws = _law(windows, train, test, lambda_physics, physics_control)
-    if mirror: reflected_signs(windows.features, 0); cbs = [ReflectAxes(windows, mirror), *cbs]
-    dls = dataloaders(Subset(windows, train), Subset(windows, valid), options.batch_size, seed=seed, workers=workers, device=pick_device(device))
-    for law in laws: law.law.to(pick_device(device))
-    learn = options.learner(dls, net, TrajectoryLoss(measure, thermal), [*laws, *cbs], key='features')
-    learn.windows,learn.filter,learn.arguments,learn.train,learn.valid,learn.test = windows,found,arguments,train,valid,test
+    if mirror:
+        reflected_signs(windows.features, 0)
+        cbs = [ReflectAxes(windows, mirror), *cbs]
+    dls = dataloaders(
+        Subset(windows, train),
+        Subset(windows, valid),
+        options.batch_size,
+        seed=seed,
+        workers=workers,
+        device=pick_device(device),
+    )
+    for law in laws:
+        law.law.to(pick_device(device))
+    learn = options.learner(
+        dls, net, TrajectoryLoss(measure, thermal), [*laws, *cbs], key="features"
+    )
+    learn.windows, learn.filter, learn.arguments, learn.train, learn.valid, learn.test = (
+        windows,
+        found,
+        arguments,
+        train,
+        valid,
+        test,
+    )
     return learn
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #38de2ed8
 def preprocessing(
-    learn, # From `recipe`
-)->dict: # JSON-able
+    learn,  # From `recipe`
+) -> dict:  # JSON-able
     "State that turns motion into inputs."
     w = learn.windows
-    return dict(filter=asdict(learn.filter), scale=asdict(w.scale), sequence_length=w.size, harmonics='bed_x' in w.features, rate=w.rate, machines=sorted({s.machine['name'] for s in w.series}))
+    return dict(
+        filter=asdict(learn.filter),
+        scale=asdict(w.scale),
+        sequence_length=w.size,
+        harmonics="bed_x" in w.features,
+        rate=w.rate,
+        machines=sorted({s.machine["name"] for s in w.series}),
+    )
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #e2705c6f
 def part_of(
-    program, # G-code file, `Program` or `Plan`
-    rate:float=500., # Samples a second
-)->Part: # One run a layer
+    program,  # G-code file, `Program` or `Plan`
+    rate: float = 500.0,  # Samples a second
+) -> Part:  # One run a layer
     "Motion of a whole program, without the temperatures."
     motion = program if isinstance(program, Plan) else plan(program)
-    s = sample(motion, rate, ('x','y','layer')); layer = s['layer']; first = np.flatnonzero(np.append(True, np.diff(layer) != 0))
-    times = motion.layer_times(); name = Path(motion.file).stem
-    runs = pd.DataFrame(dict(first=first, stop=np.append(first[1:], len(layer)), layer=layer[first], layer_time=times.reindex(layer[first]).fillna(0.).to_numpy()))
-    position = np.column_stack([s['x'],s['y']]).astype('float32'); nothing = np.full((len(layer),3), np.nan, 'float32')
-    return Part(name, part_family(name), rate, trajectory_features(motion, rate), position, nothing, np.arange(len(layer)), runs, dict(file=Path(motion.file).name, slicer='unknown'))
+    s = sample(motion, rate, ("x", "y", "layer"))
+    layer = s["layer"]
+    first = np.flatnonzero(np.append(True, np.diff(layer) != 0))
+    times = motion.layer_times()
+    name = Path(motion.file).stem
+    runs = pd.DataFrame(
+        dict(
+            first=first,
+            stop=np.append(first[1:], len(layer)),
+            layer=layer[first],
+            layer_time=times.reindex(layer[first]).fillna(0.0).to_numpy(),
+        )
+    )
+    position = np.column_stack([s["x"], s["y"]]).astype("float32")
+    nothing = np.full((len(layer), 3), np.nan, "float32")
+    return Part(
+        name,
+        part_family(name),
+        rate,
+        trajectory_features(motion, rate),
+        position,
+        nothing,
+        np.arange(len(layer)),
+        runs,
+        dict(file=Path(motion.file).name, slicer="unknown"),
+    )
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #1d748846
 def predict_part(
-    bundle, # From `lab.bundle.load_bundle`
-    part:Part, # From `part_of` or a collection
-    machine:str='', # Machine of the training whose own filter is meant; that of all machines otherwise
-)->np.ndarray: # Error, mm, `[T,2]`
+    bundle,  # From `lab.bundle.load_bundle`
+    part: Part,  # From `part_of` or a collection
+    machine: str = "",  # Machine of the training whose own filter is meant; that of all machines otherwise
+) -> np.ndarray:  # Error, mm, `[T,2]`
     "Error that a bundle's model expects on a part."
-    state = bundle.preprocessing; scale = Scale(**state['scale'])
-    windows = TrajectoryWindows([Series(part, dict(name='unknown'), np.zeros((len(part.features),2), 'float32'))], 1, 1<<30, state['harmonics'], intervals=True, scale=scale)
-    if windows.features != list(scale.features): raise InputError(bundle.folder, 'features', ', '.join(windows.features), ', '.join(scale.features))
-    if part.rate != scale.rate: raise InputError(part.name, 'rate', f'{scale.rate:g} samples a second', f'{part.rate:g}')
-    windows.attach('filter', [ErrorFilter(**state['filter']).predict(part, machine)/scale.error_std])
+    state = bundle.preprocessing
+    scale = Scale(**state["scale"])
+    windows = TrajectoryWindows(
+        [Series(part, dict(name="unknown"), np.zeros((len(part.features), 2), "float32"))],
+        1,
+        1 << 30,
+        state["harmonics"],
+        intervals=True,
+        scale=scale,
+    )
+    if windows.features != list(scale.features):
+        raise InputError(
+            bundle.folder, "features", ", ".join(windows.features), ", ".join(scale.features)
+        )
+    if part.rate != scale.rate:
+        raise InputError(part.name, "rate", f"{scale.rate:g} samples a second", f"{part.rate:g}")
+    windows.attach(
+        "filter", [ErrorFilter(**state["filter"]).predict(part, machine) / scale.error_std]
+    )
     return predict_rows(bundle.model, windows, np.arange(len(windows)))
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #cf9c52e6
 def predict_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    path, # G-code file, or a part's folder in a collection
-)->pd.DataFrame: # A row a sample: `t` in s, `layer`, `x`, `y`, `error_x`, `error_y` in mm
+    bundle,  # From `lab.bundle.load_bundle`
+    path,  # G-code file, or a part's folder in a collection
+) -> pd.DataFrame:  # A row a sample: `t` in s, `layer`, `x`, `y`, `error_x`, `error_y` in mm
     "Predict the path error of a part."
-    path = Path(path); rate = bundle.preprocessing['rate']
-    part = read_collection(path.parent, [path.name])[0].part if path.is_dir() else part_of(path, rate)
-    error = predict_part(bundle, part); layer = np.repeat(part.runs.layer, part.runs.stop-part.runs['first'])
-    return pd.DataFrame(dict(t=part.sample/rate, layer=layer.to_numpy(), x=part.position[:,0], y=part.position[:,1], error_x=error[:,0], error_y=error[:,1]))
+    path = Path(path)
+    rate = bundle.preprocessing["rate"]
+    part = (
+        read_collection(path.parent, [path.name])[0].part if path.is_dir() else part_of(path, rate)
+    )
+    error = predict_part(bundle, part)
+    layer = np.repeat(part.runs.layer, part.runs.stop - part.runs["first"])
+    return pd.DataFrame(
+        dict(
+            t=part.sample / rate,
+            layer=layer.to_numpy(),
+            x=part.position[:, 0],
+            y=part.position[:, 1],
+            error_x=error[:, 0],
+            error_y=error[:, 1],
+        )
+    )
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #9083c9b8
 def evaluate_bundle(
-    bundle, # From `lab.bundle.load_bundle`
-    data, # What `load_series` takes; programs are simulated on the machines of the training
-    progress=None, # For instance `tqdm`
-)->tuple: # Table of measures, and facts about the data
+    bundle,  # From `lab.bundle.load_bundle`
+    data,  # What `load_series` takes; programs are simulated on the machines of the training
+    progress=None,  # For instance `tqdm`
+) -> tuple:  # Table of measures, and facts about the data
     "Score a bundle and its filter on parts; parts that it was trained on are scored apart."
-    state = bundle.preprocessing; series,facts = load_series(data, '+'.join(re.sub(r'_(\d+)$', r':\1', m) for m in state['machines']), progress=progress)
-    known = set(bundle.facts['trained_on']) if facts['checksum'] == bundle.facts.get('data', {}).get('checksum') else set()
+    state = bundle.preprocessing
+    series, facts = load_series(
+        data, "+".join(re.sub(r"_(\d+)$", r":\1", m) for m in state["machines"]), progress=progress
+    )
+    known = (
+        set(bundle.facts["trained_on"])
+        if facts["checksum"] == bundle.facts.get("data", {}).get("checksum")
+        else set()
+    )
     found = []
     for s in series:
-        w = TrajectoryWindows([s], 1, 1); kind = dict(split='trained on' if s.part.name in known else 'new', fold=0, seed=0)
-        for name,said in (('zero', 0*s.errors), ('filter', ErrorFilter(**state['filter']).predict(s.part, s.machine['name'])), ('model', predict_part(bundle, s.part, s.machine['name']))): found.append(part_scores(w, np.arange(len(w)), said, name=name, **kind))
+        w = TrajectoryWindows([s], 1, 1)
+        kind = dict(split="trained on" if s.part.name in known else "new", fold=0, seed=0)
+        for name, said in (
+            ("zero", 0 * s.errors),
+            ("filter", ErrorFilter(**state["filter"]).predict(s.part, s.machine["name"])),
+            ("model", predict_part(bundle, s.part, s.machine["name"])),
+        ):
+            found.append(part_scores(w, np.arange(len(w)), said, name=name, **kind))
     scores = pd.concat(found)
-    return score_table(scores).drop(columns='seeds'), dict(facts=facts, parts=scores.to_dict('records'))
+    return score_table(scores).drop(columns="seeds"), dict(
+        facts=facts, parts=scores.to_dict("records")
+    )
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #5473a01e
 def simulate(
-    folder, # Folder to make
-    data:str='', # Folder of G-code or a G-code file; small generated parts when empty
-    machine:str='hard', # Machines joined by +: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED
-    layers:str='sampled:5', # Layers of each part: all, sampled:N, a:b
-    rate:float=500., # Samples a second [1..2000]
-    samples:int=0, # Also write every nth window as sample_*.pt, in train/, val/ and test/; 0 does not [0..]
-    seed:int=0, # Seed of generated parts [0..]
-    progress=None, # For instance `tqdm`
+    folder,  # Folder to make
+    data: str = "",  # Folder of G-code or a G-code file; small generated parts when empty
+    machine: str = "hard",  # Machines joined by +: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED
+    layers: str = "sampled:5",  # Layers of each part: all, sampled:N, a:b
+    rate: float = 500.0,  # Samples a second [1..2000]
+    samples: int = 0,  # Also write every nth window as sample_*.pt, in train/, val/ and test/; 0 does not [0..]
+    seed: int = 0,  # Seed of generated parts [0..]
+    progress=None,  # For instance `tqdm`
 ):
     "A collection of planned motion and simulated errors."
-    series,_ = load_series(data, machine, layers, folder, seed, rate, progress)
-    if not samples: return
-    windows = TrajectoryWindows(series); sets = split_windows(windows, 'family'); fit_scale(windows, sets[0])
-    write_samples(windows, Path(folder)/'samples', dict(zip(('train','val','test'), sets)), samples, progress)
+    series, _ = load_series(data, machine, layers, folder, seed, rate, progress)
+    if not samples:
+        return
+    windows = TrajectoryWindows(series)
+    sets = split_windows(windows, "family")
+    fit_scale(windows, sets[0])
+    write_samples(
+        windows,
+        Path(folder) / "samples",
+        dict(zip(("train", "val", "test"), sets)),
+        samples,
+        progress,
+    )

@@ -12,524 +12,831 @@ __all__ = ['EFFECTS', 'MACHINES', 'SHAPERS', 'error_filter', 'axis_error', 'exac
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b413d47e
 from dataclasses import asdict, dataclass, fields, replace
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from scipy.linalg import eigh_tridiagonal
 from scipy.signal import cont2discrete, lfilter
+
 from ..core.errors import InputError, check_choice
 from ..gcode.planner import Plan, plan, sample
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #a9dd3551
 def error_filter(
-    frequency:float, # Natural frequency, Hz
-    damping:float, # Damping ratio, between 0 and 1
-    rate:float, # Samples a second
-)->tuple: # Numerator and denominator for `scipy.signal.lfilter`
+    frequency: float,  # Natural frequency, Hz
+    damping: float,  # Damping ratio, between 0 and 1
+    rate: float,  # Samples a second
+) -> tuple:  # Numerator and denominator for `scipy.signal.lfilter`
     "Filter from commanded position to error, exact for positions that are linear between samples."
-    if not 0<frequency<rate/4: raise InputError('machine', 'frequency', f'above 0 and below a quarter of {rate:g} samples a second', f'{frequency:g} Hz')
-    if not 0<damping<1: raise InputError('machine', 'damping', 'between 0 and 1', f'{damping:g}')
-    w,h = 2*np.pi*frequency,1/rate
-    wd,decay = w*np.sqrt(1-damping**2),np.exp(-damping*w*h)
-    return -decay*np.sin(wd*h)/(wd*h)*np.array([1,-2,1]),np.array([1,-2*decay*np.cos(wd*h),decay**2])
+    if not 0 < frequency < rate / 4:
+        raise InputError(
+            "machine",
+            "frequency",
+            f"above 0 and below a quarter of {rate:g} samples a second",
+            f"{frequency:g} Hz",
+        )
+    if not 0 < damping < 1:
+        raise InputError("machine", "damping", "between 0 and 1", f"{damping:g}")
+    w, h = 2 * np.pi * frequency, 1 / rate
+    wd, decay = w * np.sqrt(1 - damping**2), np.exp(-damping * w * h)
+    return -decay * np.sin(wd * h) / (wd * h) * np.array([1, -2, 1]), np.array(
+        [1, -2 * decay * np.cos(wd * h), decay**2]
+    )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #82993568
 def axis_error(
-    position:np.ndarray, # Commanded position, mm, `[T]`
-    frequency:float, # Hz
-    damping:float, # Damping ratio
-    rate:float=1000., # Samples a second
-)->np.ndarray: # Actual minus commanded position, mm, `[T]`
+    position: np.ndarray,  # Commanded position, mm, `[T]`
+    frequency: float,  # Hz
+    damping: float,  # Damping ratio
+    rate: float = 1000.0,  # Samples a second
+) -> np.ndarray:  # Actual minus commanded position, mm, `[T]`
     "Error of an axis that stands still at the first sample."
-    coefficients,state,error,size = error_filter(frequency, damping, rate),np.zeros(2),np.empty(len(position)),1<<16
-    for k in range(0, len(position), size): error[k:k+size],state = lfilter(*coefficients, position[k:k+size]-position[0], zi=state) # blocks that stay in the cache
+    coefficients, state, error, size = (
+        error_filter(frequency, damping, rate),
+        np.zeros(2),
+        np.empty(len(position)),
+        1 << 16,
+    )
+    for k in range(0, len(position), size):
+        error[k : k + size], state = lfilter(
+            *coefficients, position[k : k + size] - position[0], zi=state
+        )  # blocks that stay in the cache
     return error
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #2946f599
 def exact_error(
-    t:np.ndarray, # Times after the start, s
-    frequency:float, # Hz
-    damping:float, # Damping ratio
-    step:float=0., # Jump of the position, mm
-    speed:float=0., # Jump of the speed, mm/s
-    acceleration:float=0., # Constant acceleration, mm/s²
-)->np.ndarray: # mm
+    t: np.ndarray,  # Times after the start, s
+    frequency: float,  # Hz
+    damping: float,  # Damping ratio
+    step: float = 0.0,  # Jump of the position, mm
+    speed: float = 0.0,  # Jump of the speed, mm/s
+    acceleration: float = 0.0,  # Constant acceleration, mm/s²
+) -> np.ndarray:  # mm
     "Error after a start from rest, in closed form."
-    w = 2*np.pi*frequency; wd,root = w*np.sqrt(1-damping**2),np.sqrt(1-damping**2)
-    decay,c,s = np.exp(-damping*w*t),np.cos(wd*t),np.sin(wd*t)
-    return -step*decay*(c-damping/root*s) - speed/wd*decay*s - acceleration/w**2*(1-decay*(c+damping/root*s))
+    w = 2 * np.pi * frequency
+    wd, root = w * np.sqrt(1 - damping**2), np.sqrt(1 - damping**2)
+    decay, c, s = np.exp(-damping * w * t), np.cos(wd * t), np.sin(wd * t)
+    return (
+        -step * decay * (c - damping / root * s)
+        - speed / wd * decay * s
+        - acceleration / w**2 * (1 - decay * (c + damping / root * s))
+    )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f144a43a
 @dataclass(frozen=True)
 class Machine:
     "Constants of a machine; pairs are X and Y."
-    name:str = 'machine' # For tables
-    kind:str = 'cartesian' # `cartesian`, `bedslinger` (Y carries the part) or `corexy`
-    frequency:tuple = (55.,40.) # First mode, Hz
-    damping:tuple = (.08,.08) # Its damping ratios
-    second_gain:float = 0. # Share of the second mode in the motion
-    second_ratio:float = 2.2 # Its frequency as a multiple of the first
-    second_damping:float = .05 # Its damping ratio
-    belt_slope:float = 0. # Relative change of the belt's stiffness 110 mm from the centre of the bed
-    ripple:tuple = () # Motor and pulley: (amplitude mm, period mm, phase rad) each
-    steps:float = 0. # Motor steps a mm; 0 does not round
-    friction:float = 0. # Coulomb friction over stiffness, mm: how far an axis is held from its rest
-    backlash:float = 0. # Play, total width, mm
-    belt_ratio:float = 1. # CoreXY: stiffness of belt A over that of belt B
-    moving_mass:float = 0. # Bed-slinger: kg that Y moves without the part; 0 does not let the part's mass grow
-    pressure_advance:float = 0. # s
-    nozzle_lag:float = 0. # Time constant of the flow, s
+
+    name: str = "machine"  # For tables
+    kind: str = "cartesian"  # `cartesian`, `bedslinger` (Y carries the part) or `corexy`
+    frequency: tuple = (55.0, 40.0)  # First mode, Hz
+    damping: tuple = (0.08, 0.08)  # Its damping ratios
+    second_gain: float = 0.0  # Share of the second mode in the motion
+    second_ratio: float = 2.2  # Its frequency as a multiple of the first
+    second_damping: float = 0.05  # Its damping ratio
+    belt_slope: float = (
+        0.0  # Relative change of the belt's stiffness 110 mm from the centre of the bed
+    )
+    ripple: tuple = ()  # Motor and pulley: (amplitude mm, period mm, phase rad) each
+    steps: float = 0.0  # Motor steps a mm; 0 does not round
+    friction: float = (
+        0.0  # Coulomb friction over stiffness, mm: how far an axis is held from its rest
+    )
+    backlash: float = 0.0  # Play, total width, mm
+    belt_ratio: float = 1.0  # CoreXY: stiffness of belt A over that of belt B
+    moving_mass: float = (
+        0.0  # Bed-slinger: kg that Y moves without the part; 0 does not let the part's mass grow
+    )
+    pressure_advance: float = 0.0  # s
+    nozzle_lag: float = 0.0  # Time constant of the flow, s
+
     def __post_init__(self):
-        check_choice('machine', 'kind', self.kind, ('cartesian','bedslinger','corexy'))
-        for f in ('frequency','damping'): object.__setattr__(self, f, tuple(map(float, getattr(self, f))))
-        object.__setattr__(self, 'ripple', tuple(tuple(map(float, r)) for r in self.ripple))
+        check_choice("machine", "kind", self.kind, ("cartesian", "bedslinger", "corexy"))
+        for f in ("frequency", "damping"):
+            object.__setattr__(self, f, tuple(map(float, getattr(self, f))))
+        object.__setattr__(self, "ripple", tuple(tuple(map(float, r)) for r in self.ripple))
         _check_machine(self)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f9730b4b
 def _check_machine(m):
     "Raise `InputError` for constants without a meaning."
-    for name in ('frequency','damping'):
-        if len(getattr(m, name))!=2: raise InputError('machine', name, 'a value for X and one for Y', str(getattr(m, name)))
+    for name in ("frequency", "damping"):
+        if len(getattr(m, name)) != 2:
+            raise InputError("machine", name, "a value for X and one for Y", str(getattr(m, name)))
     for f in m.frequency:
-        if not 0<f<np.inf: raise InputError('machine', 'frequency', 'above 0 Hz', f'{f:g}')
+        if not 0 < f < np.inf:
+            raise InputError("machine", "frequency", "above 0 Hz", f"{f:g}")
     for z in (*m.damping, m.second_damping):
-        if not 0<z<1: raise InputError('machine', 'damping', 'between 0 and 1', f'{z:g}')
-    for name in ('second_gain','steps','friction','backlash','moving_mass','pressure_advance','nozzle_lag'):
-        if not 0<=getattr(m, name)<np.inf: raise InputError('machine', name, 'a number not below 0', str(getattr(m, name)))
-    if not (0<m.belt_ratio<np.inf and 0<m.second_ratio<np.inf and abs(m.belt_slope)<.5 and m.second_gain<1): raise InputError('machine', 'belt_ratio, second_ratio, belt_slope, second_gain', 'ratios above 0, a slope within 0.5 and a gain below 1', f'{m.belt_ratio:g}, {m.second_ratio:g}, {m.belt_slope:g}, {m.second_gain:g}')
+        if not 0 < z < 1:
+            raise InputError("machine", "damping", "between 0 and 1", f"{z:g}")
+    for name in (
+        "second_gain",
+        "steps",
+        "friction",
+        "backlash",
+        "moving_mass",
+        "pressure_advance",
+        "nozzle_lag",
+    ):
+        if not 0 <= getattr(m, name) < np.inf:
+            raise InputError("machine", name, "a number not below 0", str(getattr(m, name)))
+    if not (
+        0 < m.belt_ratio < np.inf
+        and 0 < m.second_ratio < np.inf
+        and abs(m.belt_slope) < 0.5
+        and m.second_gain < 1
+    ):
+        raise InputError(
+            "machine",
+            "belt_ratio, second_ratio, belt_slope, second_gain",
+            "ratios above 0, a slope within 0.5 and a gain below 1",
+            f"{m.belt_ratio:g}, {m.second_ratio:g}, {m.belt_slope:g}, {m.second_gain:g}",
+        )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #1014f09c
-EFFECTS = dict(second_mode='second_gain', belt='belt_slope', ripple='ripple', steps='steps', friction='friction', backlash='backlash', coupling='belt_ratio',
-               mass='moving_mass', advance='pressure_advance', lag='nozzle_lag')
+EFFECTS = dict(
+    second_mode="second_gain",
+    belt="belt_slope",
+    ripple="ripple",
+    steps="steps",
+    friction="friction",
+    backlash="backlash",
+    coupling="belt_ratio",
+    mass="moving_mass",
+    advance="pressure_advance",
+    lag="nozzle_lag",
+)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #2b36007f
 @patch
-def without(self:Machine,
-    *effects, # Names in `EFFECTS`
-)->Machine: # A machine that lacks them
+def without(
+    self: Machine,
+    *effects,  # Names in `EFFECTS`
+) -> Machine:  # A machine that lacks them
     "Switch effects off."
-    for e in effects: check_choice('machine', 'effect', e, EFFECTS)
+    for e in effects:
+        check_choice("machine", "effect", e, EFFECTS)
     default = {f.name: f.default for f in fields(Machine)}
     return replace(self, **{EFFECTS[e]: default[EFFECTS[e]] for e in effects})
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f87376c1
 @patch
-def only(self:Machine,
-    *effects, # Names in `EFFECTS`
-)->Machine: # A machine with these and its first mode
+def only(
+    self: Machine,
+    *effects,  # Names in `EFFECTS`
+) -> Machine:  # A machine with these and its first mode
     "Switch all other effects off."
-    for e in effects: check_choice('machine', 'effect', e, EFFECTS)
+    for e in effects:
+        check_choice("machine", "effect", e, EFFECTS)
     return self.without(*(e for e in EFFECTS if e not in effects))
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #c03ca5ec
-def _spring(mass, stiffness, damping): return np.sqrt(stiffness/mass)/(2*np.pi),damping/(2*np.sqrt(stiffness*mass))
+def _spring(mass, stiffness, damping):
+    return np.sqrt(stiffness / mass) / (2 * np.pi), damping / (2 * np.sqrt(stiffness * mass))
 
-_soft = [_spring(m, 8000., 15.) for m in (.35,.45)]
-_ripple = ((.005,.2,0.),(.003,.8,1.),(.005,2.,2.))
-_hard = Machine('hard', 'bedslinger', (55.,40.), (.08,.08), second_gain=.15, belt_slope=.15, ripple=_ripple, backlash=.01)
+
+_soft = [_spring(m, 8000.0, 15.0) for m in (0.35, 0.45)]
+_ripple = ((0.005, 0.2, 0.0), (0.003, 0.8, 1.0), (0.005, 2.0, 2.0))
+_hard = Machine(
+    "hard",
+    "bedslinger",
+    (55.0, 40.0),
+    (0.08, 0.08),
+    second_gain=0.15,
+    belt_slope=0.15,
+    ripple=_ripple,
+    backlash=0.01,
+)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #55070b72
 MACHINES = dict(
-    soft=Machine('soft', 'cartesian', tuple(f for f,_ in _soft), tuple(z for _,z in _soft)),
-    bedslinger=Machine('bedslinger', 'bedslinger', (55.,40.), (.08,.08)),
+    soft=Machine("soft", "cartesian", tuple(f for f, _ in _soft), tuple(z for _, z in _soft)),
+    bedslinger=Machine("bedslinger", "bedslinger", (55.0, 40.0), (0.08, 0.08)),
     hard=_hard,
-    worn=replace(_hard, name='worn', friction=.005),
-    corexy=Machine('corexy', 'corexy', (70.,60.), (.06,.06), second_gain=.1, belt_ratio=1.1, ripple=_ripple[1:], steps=80.))
+    worn=replace(_hard, name="worn", friction=0.005),
+    corexy=Machine(
+        "corexy",
+        "corexy",
+        (70.0, 60.0),
+        (0.06, 0.06),
+        second_gain=0.1,
+        belt_ratio=1.1,
+        ripple=_ripple[1:],
+        steps=80.0,
+    ),
+)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f2f21e21
 def random_machine(
-    seed:int, # Which machine
-    kind:str='', # `cartesian`, `bedslinger` or `corexy`; drawn when empty
-)->Machine: # A machine
+    seed: int,  # Which machine
+    kind: str = "",  # `cartesian`, `bedslinger` or `corexy`; drawn when empty
+) -> Machine:  # A machine
     "Draw the constants of a machine."
     rng = np.random.default_rng([seed, 5])
-    u = lambda a,b: float(rng.uniform(a, b))
-    kind = kind or str(rng.choice(['cartesian','bedslinger','corexy']))
-    ripple = tuple((u(0, .006), p, u(0, 2*np.pi)) for p in (.2,.8,2.))
-    constants = dict(frequency=(u(35, 90), u(25, 60)), damping=(u(.03, .15), u(.03, .15)), second_gain=u(0, .3), second_ratio=u(1.5, 3), second_damping=u(.03, .1), belt_slope=u(-.15, .15),
-        ripple=ripple, steps=float(rng.choice([0.,80.,160.])), friction=u(0, .02), backlash=u(0, .03), pressure_advance=u(0, .08), nozzle_lag=u(.03, .08))
-    if kind=='corexy': constants['belt_slope'],constants['friction'],constants['belt_ratio'] = 0.,0.,u(.85, 1.15)
-    if kind=='bedslinger': constants['moving_mass'] = u(.3, .8)
-    return Machine(f'random_{seed}', kind, **constants)
+
+    def u(a, b):
+        return float(rng.uniform(a, b))
+
+    kind = kind or str(rng.choice(["cartesian", "bedslinger", "corexy"]))
+    ripple = tuple((u(0, 0.006), p, u(0, 2 * np.pi)) for p in (0.2, 0.8, 2.0))
+    constants = dict(
+        frequency=(u(35, 90), u(25, 60)),
+        damping=(u(0.03, 0.15), u(0.03, 0.15)),
+        second_gain=u(0, 0.3),
+        second_ratio=u(1.5, 3),
+        second_damping=u(0.03, 0.1),
+        belt_slope=u(-0.15, 0.15),
+        ripple=ripple,
+        steps=float(rng.choice([0.0, 80.0, 160.0])),
+        friction=u(0, 0.02),
+        backlash=u(0, 0.03),
+        pressure_advance=u(0, 0.08),
+        nozzle_lag=u(0.03, 0.08),
+    )
+    if kind == "corexy":
+        constants["belt_slope"], constants["friction"], constants["belt_ratio"] = (
+            0.0,
+            0.0,
+            u(0.85, 1.15),
+        )
+    if kind == "bedslinger":
+        constants["moving_mass"] = u(0.3, 0.8)
+    return Machine(f"random_{seed}", kind, **constants)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #c8e03fc5
 def random_process(
-    seed:int, # Which settings
-)->dict: # For `plan(..., override=…)`
+    seed: int,  # Which settings
+) -> dict:  # For `plan(..., override=…)`
     "Draw acceleration, jerk or junction deviation, and a factor of the speed."
     rng = np.random.default_rng([seed, 6])
-    corner = dict(jerk=float(rng.uniform(5, 20))) if rng.random()<.5 else dict(deviation=float(rng.uniform(.005, .05)))
-    return dict(acceleration=float(np.exp(rng.uniform(np.log(300), np.log(5000)))), speed_factor=float(np.exp(rng.uniform(np.log(.5), np.log(2)))), **corner)
+    corner = (
+        dict(jerk=float(rng.uniform(5, 20)))
+        if rng.random() < 0.5
+        else dict(deviation=float(rng.uniform(0.005, 0.05)))
+    )
+    return dict(
+        acceleration=float(np.exp(rng.uniform(np.log(300), np.log(5000)))),
+        speed_factor=float(np.exp(rng.uniform(np.log(0.5), np.log(2)))),
+        **corner,
+    )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #408cf20e
 def vary_machine(
-    machine:Machine, # The machine as built
-    seed:int, # Which other one of its make
-    spread:float=.2, # Largest relative change of a constant
-)->Machine: # Named after the machine and the seed
+    machine: Machine,  # The machine as built
+    seed: int,  # Which other one of its make
+    spread: float = 0.2,  # Largest relative change of a constant
+) -> Machine:  # Named after the machine and the seed
     "Draw a machine of the same make."
-    rng = np.random.default_rng([seed, 7]); u = lambda v: float(v*rng.uniform(1-spread, 1+spread))
-    some = {k: tuple(map(u, getattr(machine, k))) for k in ('frequency','damping')}
-    some |= {k: u(getattr(machine, k)) for k in ('second_gain','second_ratio','second_damping','belt_slope','friction','backlash')}
-    return replace(machine, name=f'{machine.name}_{seed}', ripple=tuple((u(a), p, u(phase)) for a,p,phase in machine.ripple), **some)
+    rng = np.random.default_rng([seed, 7])
+
+    def u(v):
+        return float(v * rng.uniform(1 - spread, 1 + spread))
+
+    some = {k: tuple(map(u, getattr(machine, k))) for k in ("frequency", "damping")}
+    some |= {
+        k: u(getattr(machine, k))
+        for k in (
+            "second_gain",
+            "second_ratio",
+            "second_damping",
+            "belt_slope",
+            "friction",
+            "backlash",
+        )
+    }
+    return replace(
+        machine,
+        name=f"{machine.name}_{seed}",
+        ripple=tuple((u(a), p, u(phase)) for a, p, phase in machine.ripple),
+        **some,
+    )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #6e35a34c
 def named_machine(
-    name, # A `Machine`, a name in `MACHINES`, `NAME:SEED` for another one of its make, or `random:SEED`
-)->Machine: # The machine
+    name,  # A `Machine`, a name in `MACHINES`, `NAME:SEED` for another one of its make, or `random:SEED`
+) -> Machine:  # The machine
     "A machine by its name."
-    if isinstance(name, Machine): return name
-    kind,colon,seed = str(name).partition(':')
-    if colon and seed.isdigit() and kind in ('random',*MACHINES): return random_machine(int(seed)) if kind=='random' else vary_machine(MACHINES[kind], int(seed))
-    if name not in MACHINES: check_choice('machine', 'name', name, [*MACHINES, 'NAME:SEED', 'random:SEED'])
+    if isinstance(name, Machine):
+        return name
+    kind, colon, seed = str(name).partition(":")
+    if colon and seed.isdigit() and kind in ("random", *MACHINES):
+        return (
+            random_machine(int(seed))
+            if kind == "random"
+            else vary_machine(MACHINES[kind], int(seed))
+        )
+    if name not in MACHINES:
+        check_choice("machine", "name", name, [*MACHINES, "NAME:SEED", "random:SEED"])
     return MACHINES[name]
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #3a0d5019
 def play(
-    x:np.ndarray, # Position of the drive, mm, `[T]`
-    width:float, # Width of the gap, mm
-)->np.ndarray: # Position of what it drives, mm, `[T]`
+    x: np.ndarray,  # Position of the drive, mm, `[T]`
+    width: float,  # Width of the gap, mm
+) -> np.ndarray:  # Position of what it drives, mm, `[T]`
     "Backlash, starting in the middle of the gap."
-    r,n = width/2,len(x)
+    r, n = width / 2, len(x)
     lanes = int(np.ceil(np.sqrt(n)))
-    table = np.append(x, np.full(-n%lanes, x[-1])).reshape(lanes, -1).T.copy()
-    low,high = np.full(lanes, -np.inf),np.full(lanes, np.inf)
-    for row in table: low,high = (np.minimum(np.maximum(v, row-r), row+r) for v in (low, high))
-    state = np.empty(lanes); y = x[0]
-    for k in range(lanes): state[k] = y; y = min(max(y, low[k]), high[k])
-    for row in table: np.minimum(np.maximum(state, row-r), row+r, out=state); row[:] = state
+    table = np.append(x, np.full(-n % lanes, x[-1])).reshape(lanes, -1).T.copy()
+    low, high = np.full(lanes, -np.inf), np.full(lanes, np.inf)
+    for row in table:
+        low, high = (np.minimum(np.maximum(v, row - r), row + r) for v in (low, high))
+    state = np.empty(lanes)
+    y = x[0]
+    for k in range(lanes):
+        state[k] = y
+        y = min(max(y, low[k]), high[k])
+    for row in table:
+        np.minimum(np.maximum(state, row - r), row + r, out=state)
+        row[:] = state
     return table.T.ravel()[:n]
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #7b84bc62
-_presliding = .002 # mm
+_presliding = 0.002  # mm
+
 
 def _rungekutta(p, v, u0, u1, h, w2, c, slope, hold):
     "One step of length `h` from (p, v) with the input going from `u0` to `u1`; `hold` is the friction's acceleration."
-    du = (u1-u0)/h
-    def acc(p, v, u): return w2*(1+slope*(p-110))*(u-p)+c*(du-v)-hold
-    half = (u0+u1)/2
+    du = (u1 - u0) / h
+
+    def acc(p, v, u):
+        return w2 * (1 + slope * (p - 110)) * (u - p) + c * (du - v) - hold
+
+    half = (u0 + u1) / 2
     k1 = acc(p, v, u0)
-    v2 = v+h/2*k1; k2 = acc(p+h/2*v, v2, half)
-    v3 = v+h/2*k2; k3 = acc(p+h/2*v2, v3, half)
-    v4 = v+h*k3; k4 = acc(p+h*v3, v4, u1)
-    return p+h/6*(v+2*v2+2*v3+v4),v+h/6*(k1+2*k2+2*k3+k4)
+    v2 = v + h / 2 * k1
+    k2 = acc(p + h / 2 * v, v2, half)
+    v3 = v + h / 2 * k2
+    k3 = acc(p + h / 2 * v2, v3, half)
+    v4 = v + h * k3
+    k4 = acc(p + h * v3, v4, u1)
+    return p + h / 6 * (v + 2 * v2 + 2 * v3 + v4), v + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #7a467c3a
 def _run_lanes(u, state, rate, w2, c, slope, friction, substeps):
     "Advance all lanes; `u` is `[L+1,lanes]`, `w2` `[L,lanes]` or a number. Positions `[L,lanes]` and the end states."
-    p,v,f = state.copy()
-    out,h = np.empty((len(u)-1, u.shape[1])),1/rate/substeps
+    p, v, f = state.copy()
+    out, h = np.empty((len(u) - 1, u.shape[1])), 1 / rate / substeps
     for i in range(len(out)):
-        k = w2[i] if w2.ndim==2 else w2
-        step = (u[i+1]-u[i])/substeps
+        k = w2[i] if w2.ndim == 2 else w2
+        step = (u[i + 1] - u[i]) / substeps
         for j in range(substeps):
-            new,v = _rungekutta(p, v, u[i]+j*step, u[i]+(j+1)*step, h, k, c, slope, k*friction*f if friction else 0.)
-            if friction: s = np.sign(new-p); f = s+(f-s)*np.exp(-np.abs(new-p)/_presliding)
+            new, v = _rungekutta(
+                p,
+                v,
+                u[i] + j * step,
+                u[i] + (j + 1) * step,
+                h,
+                k,
+                c,
+                slope,
+                k * friction * f if friction else 0.0,
+            )
+            if friction:
+                s = np.sign(new - p)
+                f = s + (f - s) * np.exp(-np.abs(new - p) / _presliding)
             p = new
         out[i] = p
-    return out,np.stack([p,v,f])
+    return out, np.stack([p, v, f])
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b9a698db
-def _nonlinear_mode(u, frequency, damping, rate, slope=0., friction=0., growth=None, substeps=4):
+def _nonlinear_mode(u, frequency, damping, rate, slope=0.0, friction=0.0, growth=None, substeps=4):
     "Position of one axis that follows `u` `[T]`; `growth` is the factor of its moving mass, `[T]`."
-    n,w = len(u),2*np.pi*frequency
-    size = int(min(max(25/(damping*w)*rate, n/4096), n))
-    lanes = -(-n//size)
-    pad = lambda x: np.append(x, np.full(lanes*size+1-n, x[-1]))
-    cut = np.lib.stride_tricks.sliding_window_view(pad(u), size+1)[::size].T.copy()
-    w2 = w**2/np.ascontiguousarray(pad(growth)[:-1].reshape(lanes, size).T) if growth is not None else np.array(w**2)
-    args = (rate, w2, 2*damping*w, slope/110, friction, substeps)
-    state = np.stack([cut[0], (cut[1]-cut[0])*rate, np.sign(cut[1]-cut[0])*bool(friction)]); state[1:,0] = 0
-    out,end = _run_lanes(cut, state, *args)
+    n, w = len(u), 2 * np.pi * frequency
+    size = int(min(max(25 / (damping * w) * rate, n / 4096), n))
+    lanes = -(-n // size)
+
+    def pad(x):
+        return np.append(x, np.full(lanes * size + 1 - n, x[-1]))
+
+    cut = np.lib.stride_tricks.sliding_window_view(pad(u), size + 1)[::size].T.copy()
+    w2 = (
+        w**2 / np.ascontiguousarray(pad(growth)[:-1].reshape(lanes, size).T)
+        if growth is not None
+        else np.array(w**2)
+    )
+    args = (rate, w2, 2 * damping * w, slope / 110, friction, substeps)
+    state = np.stack([cut[0], (cut[1] - cut[0]) * rate, np.sign(cut[1] - cut[0]) * bool(friction)])
+    state[1:, 0] = 0
+    out, end = _run_lanes(cut, state, *args)
     for _ in range(lanes):
-        start = np.concatenate([state[:,:1], end[:,:-1]], 1)
-        again = (np.abs(start-state)>[[1e-11],[1e-8],[1e-7]]).any(0)
-        if not again.any(): break
-        state[:,again] = start[:,again]
-        sub = (rate, w2[:,again] if w2.ndim==2 else w2, *args[2:])
-        out[:,again],end[:,again] = _run_lanes(cut[:,again], state[:,again], *sub)
-    return np.concatenate([u[:1], out.T.ravel()[:n-1]])
+        start = np.concatenate([state[:, :1], end[:, :-1]], 1)
+        again = (np.abs(start - state) > [[1e-11], [1e-8], [1e-7]]).any(0)
+        if not again.any():
+            break
+        state[:, again] = start[:, again]
+        sub = (rate, w2[:, again] if w2.ndim == 2 else w2, *args[2:])
+        out[:, again], end[:, again] = _run_lanes(cut[:, again], state[:, again], *sub)
+    return np.concatenate([u[:1], out.T.ravel()[: n - 1]])
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #1e1a8b8b
 def motor_positions(
-    x:np.ndarray, # Commanded X, mm
-    y:np.ndarray, # Commanded Y, mm
-    machine:Machine, # With `steps` and `ripple`
-)->tuple: # X and Y that the motors hold, mm
+    x: np.ndarray,  # Commanded X, mm
+    y: np.ndarray,  # Commanded Y, mm
+    machine: Machine,  # With `steps` and `ripple`
+) -> tuple:  # X and Y that the motors hold, mm
     "What the motors make of the command."
-    if not (machine.ripple or machine.steps): return x,y
-    motors = (x+y,x-y) if machine.kind=='corexy' else (x,y)
+    if not (machine.ripple or machine.steps):
+        return x, y
+    motors = (x + y, x - y) if machine.kind == "corexy" else (x, y)
     held = []
     for q in motors:
-        at = np.round(q*machine.steps)/machine.steps if machine.steps else q
-        held.append(at+sum(a*np.sin(2*np.pi/period*q+phase) for a,period,phase in machine.ripple))
-    return ((held[0]+held[1])/2,(held[0]-held[1])/2) if machine.kind=='corexy' else tuple(held)
+        at = np.round(q * machine.steps) / machine.steps if machine.steps else q
+        held.append(
+            at
+            + sum(a * np.sin(2 * np.pi / period * q + phase) for a, period, phase in machine.ripple)
+        )
+    return (
+        ((held[0] + held[1]) / 2, (held[0] - held[1]) / 2)
+        if machine.kind == "corexy"
+        else tuple(held)
+    )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f2041e0c
 def _modes(machine):
     "Frequencies, damping and shapes of the two coupled modes; column i of `shape` takes (x, y) to mode i, its inverse back."
-    fx,fy = machine.frequency
-    ratio = (machine.belt_ratio-1)/(machine.belt_ratio+1)
-    square,vectors = np.linalg.eigh([[fx**2,ratio*fx*fy],[ratio*fx*fy,fy**2]])
-    if np.abs(vectors[0,0])<np.abs(vectors[0,1]): square,vectors = square[::-1],vectors[:,::-1]
-    root_mass = np.diag([1/fx,1/fy])
-    return np.sqrt(square),machine.damping,vectors.T@root_mass,np.linalg.inv(root_mass)@vectors
+    fx, fy = machine.frequency
+    ratio = (machine.belt_ratio - 1) / (machine.belt_ratio + 1)
+    square, vectors = np.linalg.eigh([[fx**2, ratio * fx * fy], [ratio * fx * fy, fy**2]])
+    if np.abs(vectors[0, 0]) < np.abs(vectors[0, 1]):
+        square, vectors = square[::-1], vectors[:, ::-1]
+    root_mass = np.diag([1 / fx, 1 / fy])
+    return (
+        np.sqrt(square),
+        machine.damping,
+        vectors.T @ root_mass,
+        np.linalg.inv(root_mass) @ vectors,
+    )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #2bc96be6
 def _first_mode(u, machine, rate, fed):
     "Errors of the first mode of both axes against the motors' positions `u` `[2,T]`."
     if machine.belt_slope or machine.friction or (machine.moving_mass and fed is not None):
-        if machine.kind=='corexy' and machine.belt_ratio!=1: raise InputError('machine', 'belt_ratio', '1 together with friction or belt_slope on a CoreXY', f'{machine.belt_ratio:g}')
-        growth = 1+np.pi*1.75**2/4*np.maximum(fed, 0)*1.24e-6/machine.moving_mass if machine.moving_mass and machine.kind=='bedslinger' and fed is not None else None
-        return [_nonlinear_mode(v, f, z, rate, machine.belt_slope, machine.friction, growth if k else None)-v for k,(v,f,z) in enumerate(zip(u, machine.frequency, machine.damping))]
-    if machine.kind!='corexy' or machine.belt_ratio==1: return [axis_error(v, f, z, rate) for v,f,z in zip(u, machine.frequency, machine.damping)]
-    frequency,damping,to,back = _modes(machine)
-    modal = np.stack([axis_error(to[i,0]*u[0]+to[i,1]*u[1], frequency[i], damping[i], rate) for i in range(2)])
-    return list(back@modal)
+        if machine.kind == "corexy" and machine.belt_ratio != 1:
+            raise InputError(
+                "machine",
+                "belt_ratio",
+                "1 together with friction or belt_slope on a CoreXY",
+                f"{machine.belt_ratio:g}",
+            )
+        growth = (
+            1 + np.pi * 1.75**2 / 4 * np.maximum(fed, 0) * 1.24e-6 / machine.moving_mass
+            if machine.moving_mass and machine.kind == "bedslinger" and fed is not None
+            else None
+        )
+        return [
+            _nonlinear_mode(
+                v, f, z, rate, machine.belt_slope, machine.friction, growth if k else None
+            )
+            - v
+            for k, (v, f, z) in enumerate(zip(u, machine.frequency, machine.damping))
+        ]
+    if machine.kind != "corexy" or machine.belt_ratio == 1:
+        return [axis_error(v, f, z, rate) for v, f, z in zip(u, machine.frequency, machine.damping)]
+    frequency, damping, to, back = _modes(machine)
+    modal = np.stack(
+        [
+            axis_error(to[i, 0] * u[0] + to[i, 1] * u[1], frequency[i], damping[i], rate)
+            for i in range(2)
+        ]
+    )
+    return list(back @ modal)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #165a7e13
 def tracking_error(
-    x:np.ndarray, # Commanded X, mm, `[T]`
-    y:np.ndarray, # Commanded Y, mm, `[T]`
-    machine:Machine, # Its constants
-    rate:float=1000., # Samples a second
-    fed:np.ndarray=None, # Filament fed so far, mm, `[T]`: for the growing mass of the part
-)->tuple: # Errors in X and Y, mm, `[T]` each
+    x: np.ndarray,  # Commanded X, mm, `[T]`
+    y: np.ndarray,  # Commanded Y, mm, `[T]`
+    machine: Machine,  # Its constants
+    rate: float = 1000.0,  # Samples a second
+    fed: np.ndarray = None,  # Filament fed so far, mm, `[T]`: for the growing mass of the part
+) -> tuple:  # Errors in X and Y, mm, `[T]` each
     "Error of both axes of a machine."
-    g,motors = machine.second_gain,motor_positions(x, y, machine)
+    g, motors = machine.second_gain, motor_positions(x, y, machine)
     errors = _first_mode(motors, machine, rate, fed)
-    for k,(motor,command) in enumerate(zip(motors, (x,y))):
-        if g: errors[k] = (1-g)*errors[k]+g*axis_error(motor, machine.second_ratio*machine.frequency[k], machine.second_damping, rate)
-        if machine.backlash: errors[k] = play(motor+errors[k], machine.backlash)-command
-        elif motor is not command: errors[k] = errors[k]+(motor-command)
+    for k, (motor, command) in enumerate(zip(motors, (x, y))):
+        if g:
+            errors[k] = (1 - g) * errors[k] + g * axis_error(
+                motor, machine.second_ratio * machine.frequency[k], machine.second_damping, rate
+            )
+        if machine.backlash:
+            errors[k] = play(motor + errors[k], machine.backlash) - command
+        elif motor is not command:
+            errors[k] = errors[k] + (motor - command)
     return tuple(errors)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b8f57a5d
 def simulation_rate(
-    machine:Machine, # A machine
-)->float: # Samples a second
+    machine: Machine,  # A machine
+) -> float:  # Samples a second
     "1 kHz, or 2 kHz when a first mode lies above 80 Hz or a second one above 240 Hz."
-    second = machine.second_ratio*max(machine.frequency) if machine.second_gain else 0.
-    return 2000. if max(machine.frequency)>80 or second>240 else 1000.
+    second = machine.second_ratio * max(machine.frequency) if machine.second_gain else 0.0
+    return 2000.0 if max(machine.frequency) > 80 or second > 240 else 1000.0
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #36bd4ee8
 def _hump2(K, v):
-    X = np.cbrt(v**2*(np.sqrt(1-v**2)+1)); a = (3*X**2+2*X+3*v**2)/(16*X)
-    return [a,(.5-a)*K,(.5-a)*K**2,a*K**3],(0,.5,1,1.5)
+    X = np.cbrt(v**2 * (np.sqrt(1 - v**2) + 1))
+    a = (3 * X**2 + 2 * X + 3 * v**2) / (16 * X)
+    return [a, (0.5 - a) * K, (0.5 - a) * K**2, a * K**3], (0, 0.5, 1, 1.5)
+
 
 def _hump3(K, v):
-    a = (1+3*v+2*np.sqrt(2*(v+1)*v))/16; b = (1-v)/4
-    return [a,b*K,((1+v)/2-2*a)*K**2,b*K**3,a*K**4],(0,.5,1,1.5,2)
+    a = (1 + 3 * v + 2 * np.sqrt(2 * (v + 1) * v)) / 16
+    b = (1 - v) / 4
+    return [a, b * K, ((1 + v) / 2 - 2 * a) * K**2, b * K**3, a * K**4], (0, 0.5, 1, 1.5, 2)
+
 
 def _mzv(K, v):
-    a,k = 1-np.sqrt(.5),K**.75
-    return [a,(np.sqrt(2)-1)*k,a*k**2],(0,.375,.75)
+    a, k = 1 - np.sqrt(0.5), K**0.75
+    return [a, (np.sqrt(2) - 1) * k, a * k**2], (0, 0.375, 0.75)
 
-_shapers = dict(ZV=lambda K,v: ([1,K],(0,.5)), MZV=_mzv, ZVD=lambda K,v: ([1,2*K,K**2],(0,.5,1)), EI=lambda K,v: ([(1+v)/4,(1-v)*K/2,(1+v)*K**2/4],(0,.5,1)), HUMP2=_hump2, HUMP3=_hump3)
-_shapers |= {'2HUMP': _hump2, '3HUMP': _hump3, '2HUMP_EI': _hump2, '3HUMP_EI': _hump3}
+
+_shapers = dict(
+    ZV=lambda K, v: ([1, K], (0, 0.5)),
+    MZV=_mzv,
+    ZVD=lambda K, v: ([1, 2 * K, K**2], (0, 0.5, 1)),
+    EI=lambda K, v: ([(1 + v) / 4, (1 - v) * K / 2, (1 + v) * K**2 / 4], (0, 0.5, 1)),
+    HUMP2=_hump2,
+    HUMP3=_hump3,
+)
+_shapers |= {"2HUMP": _hump2, "3HUMP": _hump3, "2HUMP_EI": _hump2, "3HUMP_EI": _hump3}
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #0ecf99ca
-SHAPERS = ('ZV','MZV','ZVD','EI','2HUMP','3HUMP')
+SHAPERS = ("ZV", "MZV", "ZVD", "EI", "2HUMP", "3HUMP")
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b68fe63b
 def shaper(
-    kind:str, # One of `SHAPERS`
-    frequency:float, # Hz
-    damping:float=.1, # Damping ratio
-    tolerance:float=.05, # Vibration that EI and its humps tolerate
-)->tuple: # Amplitudes, which sum to 1, and times in s, centred on their mean
+    kind: str,  # One of `SHAPERS`
+    frequency: float,  # Hz
+    damping: float = 0.1,  # Damping ratio
+    tolerance: float = 0.05,  # Vibration that EI and its humps tolerate
+) -> tuple:  # Amplitudes, which sum to 1, and times in s, centred on their mean
     "Impulses of an input shaper."
-    check_choice('shaper', 'kind', kind, _shapers)
-    if not (frequency>0 and 0<=damping<1): raise InputError('shaper', 'frequency and damping', 'above 0 Hz and from 0 to below 1', f'{frequency:g} and {damping:g}')
-    root = np.sqrt(1-damping**2)
-    amplitude,time = map(np.array, _shapers[kind](np.exp(-damping*np.pi/root), tolerance))
-    amplitude = amplitude/amplitude.sum(); time = time/(frequency*root)
-    return amplitude,time-(amplitude*time).sum()
+    check_choice("shaper", "kind", kind, _shapers)
+    if not (frequency > 0 and 0 <= damping < 1):
+        raise InputError(
+            "shaper",
+            "frequency and damping",
+            "above 0 Hz and from 0 to below 1",
+            f"{frequency:g} and {damping:g}",
+        )
+    root = np.sqrt(1 - damping**2)
+    amplitude, time = map(np.array, _shapers[kind](np.exp(-damping * np.pi / root), tolerance))
+    amplitude = amplitude / amplitude.sum()
+    time = time / (frequency * root)
+    return amplitude, time - (amplitude * time).sum()
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #9c0ba991
 def residual_vibration(
-    impulses:tuple, # Amplitudes and times
-    frequency, # Hz, number or array
-    damping:float=.1, # Damping ratio
-)->np.ndarray: # Share of the vibration that one impulse would leave
+    impulses: tuple,  # Amplitudes and times
+    frequency,  # Hz, number or array
+    damping: float = 0.1,  # Damping ratio
+) -> np.ndarray:  # Share of the vibration that one impulse would leave
     "Vibration that is left after the last impulse."
-    amplitude,time = impulses
-    w = 2*np.pi*np.asarray(frequency, float)[...,None]; before = time[-1]-time
-    return np.abs((amplitude*np.exp(-damping*w*before+1j*w*np.sqrt(1-damping**2)*time)).sum(-1))/amplitude.sum()
+    amplitude, time = impulses
+    w = 2 * np.pi * np.asarray(frequency, float)[..., None]
+    before = time[-1] - time
+    return (
+        np.abs(
+            (
+                amplitude * np.exp(-damping * w * before + 1j * w * np.sqrt(1 - damping**2) * time)
+            ).sum(-1)
+        )
+        / amplitude.sum()
+    )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #cd118590
 def smoothing(
-    impulses:tuple, # Amplitudes and times
-    acceleration:float=5000., # mm/s²
-)->float: # mm
+    impulses: tuple,  # Amplitudes and times
+    acceleration: float = 5000.0,  # mm/s²
+) -> float:  # mm
     "How far a turn back is rounded off, as Klipper counts it."
-    amplitude,time = impulses
-    mean = (amplitude*time).sum()/amplitude.sum()
-    return float((amplitude*acceleration/2*(time-mean)**2).sum()/amplitude.sum())
+    amplitude, time = impulses
+    mean = (amplitude * time).sum() / amplitude.sum()
+    return float((amplitude * acceleration / 2 * (time - mean) ** 2).sum() / amplitude.sum())
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #56fce68f
 def shape(
-    position:np.ndarray, # Commanded position, mm, `[T]`
-    impulses:tuple, # Amplitudes and times
-    rate:float=1000., # Samples a second
-)->np.ndarray: # Shaped position, mm, `[T]`
+    position: np.ndarray,  # Commanded position, mm, `[T]`
+    impulses: tuple,  # Amplitudes and times
+    rate: float = 1000.0,  # Samples a second
+) -> np.ndarray:  # Shaped position, mm, `[T]`
     "Apply a shaper; the ends are held."
-    n,out = len(position),np.zeros(len(position))
-    for a,t in zip(*impulses):
-        whole = int(np.floor(t*rate)); part = t*rate-whole
-        kernel = np.array([1-part,part])
-        reach = abs(whole)+2
-        padded = np.concatenate([np.full(reach, position[0]), position, np.full(reach, position[-1])])
-        first = reach-whole
-        out += a*(kernel[0]*padded[first:first+n]+kernel[1]*padded[first-1:first-1+n])
+    n, out = len(position), np.zeros(len(position))
+    for a, t in zip(*impulses):
+        whole = int(np.floor(t * rate))
+        part = t * rate - whole
+        kernel = np.array([1 - part, part])
+        reach = abs(whole) + 2
+        padded = np.concatenate(
+            [np.full(reach, position[0]), position, np.full(reach, position[-1])]
+        )
+        first = reach - whole
+        out += a * (
+            kernel[0] * padded[first : first + n] + kernel[1] * padded[first - 1 : first - 1 + n]
+        )
     return out
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #1a435a66
 def extrusion_flow(
-    fed:np.ndarray, # Filament fed, mm, `[T]`
-    machine:Machine, # With `pressure_advance` and `nozzle_lag`
-    rate:float=1000., # Samples a second
-    diameter:float=1.75, # Of the filament, mm
-)->tuple: # Flow asked for and flow out of the nozzle, mm³/s, `[T]` each
+    fed: np.ndarray,  # Filament fed, mm, `[T]`
+    machine: Machine,  # With `pressure_advance` and `nozzle_lag`
+    rate: float = 1000.0,  # Samples a second
+    diameter: float = 1.75,  # Of the filament, mm
+) -> tuple:  # Flow asked for and flow out of the nozzle, mm³/s, `[T]` each
     "Flow that the program means, and what comes out."
-    flow = np.gradient(fed)*rate*np.pi*diameter**2/4
-    out = flow+machine.pressure_advance*np.gradient(flow)*rate
+    flow = np.gradient(fed) * rate * np.pi * diameter**2 / 4
+    out = flow + machine.pressure_advance * np.gradient(flow) * rate
     if machine.nozzle_lag:
-        b,a,_ = cont2discrete(([1.],[machine.nozzle_lag,1.]), 1/rate, 'foh')
+        b, a, _ = cont2discrete(([1.0], [machine.nozzle_lag, 1.0]), 1 / rate, "foh")
         out = lfilter(np.ravel(b), a, out)
-    return flow,out
+    return flow, out
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #401d9082
 @dataclass(frozen=True)
 class Thermal:
     "Constants of polylactide and a printer, SI units and °C."
-    density:float = 1240. # kg/m³
-    capacity:float = 1200. # J/(kg K)
-    conductivity:float = .13 # W/(m K)
-    height:float = 2e-4 # Of a layer, m
-    convection:float = 44. # Top, W/(m² K)
-    radiation:float = 10. # Top, W/(m² K)
-    side:float = 54. # Rim, W/(m² K)
-    bed_contact:float = 150. # W/(m² K)
-    rim:float = 500. # Perimeter over area, 1/m: 500 thin and hollow, 150 bulky
-    deposit:float = 200. # Temperature of what is laid down, °C
-    bed:float = 60. # °C
-    ambient:float = 25. # °C
-    glass:float = 60. # Glass transition, °C
-    activation:float = 6e4 # Of the welding time, J/mol
-    reference:float = 473. # K at which the welding time is `welding`
-    welding:float = .1 # Welding time at `reference`, s: a calibration constant, not a measured one
-    depth:int = 60 # Layers below the top that are followed
+
+    density: float = 1240.0  # kg/m³
+    capacity: float = 1200.0  # J/(kg K)
+    conductivity: float = 0.13  # W/(m K)
+    height: float = 2e-4  # Of a layer, m
+    convection: float = 44.0  # Top, W/(m² K)
+    radiation: float = 10.0  # Top, W/(m² K)
+    side: float = 54.0  # Rim, W/(m² K)
+    bed_contact: float = 150.0  # W/(m² K)
+    rim: float = 500.0  # Perimeter over area, 1/m: 500 thin and hollow, 150 bulky
+    deposit: float = 200.0  # Temperature of what is laid down, °C
+    bed: float = 60.0  # °C
+    ambient: float = 25.0  # °C
+    glass: float = 60.0  # Glass transition, °C
+    activation: float = 6e4  # Of the welding time, J/mol
+    reference: float = 473.0  # K at which the welding time is `welding`
+    welding: float = (
+        0.1  # Welding time at `reference`, s: a calibration constant, not a measured one
+    )
+    depth: int = 60  # Layers below the top that are followed
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #77cd1b01
 def _stack(n, th, frozen):
     "Matrix (diagonal, off-diagonal) and heat of a stack of n layers, W/(m² K) and W/m²; `frozen` is the temperature below, `None` for the bed."
-    across = th.conductivity/th.height; rim = th.side*th.rim*th.height
-    diagonal,heat = np.full(n, rim),np.full(n, rim*th.ambient)
-    diagonal[1:] += across; diagonal[:-1] += across
-    below,temperature = (th.bed_contact,th.bed) if frozen is None else (across,frozen)
-    diagonal[0] += below; heat[0] += below*temperature
-    diagonal[-1] += th.convection+th.radiation; heat[-1] += (th.convection+th.radiation)*th.ambient
-    return diagonal,np.full(n-1, -across),heat
+    across = th.conductivity / th.height
+    rim = th.side * th.rim * th.height
+    diagonal, heat = np.full(n, rim), np.full(n, rim * th.ambient)
+    diagonal[1:] += across
+    diagonal[:-1] += across
+    below, temperature = (th.bed_contact, th.bed) if frozen is None else (across, frozen)
+    diagonal[0] += below
+    heat[0] += below * temperature
+    diagonal[-1] += th.convection + th.radiation
+    heat[-1] += (th.convection + th.radiation) * th.ambient
+    return diagonal, np.full(n - 1, -across), heat
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #887c04df
 def _cool(temperature, seconds, th, frozen):
     "Temperatures of the stack `[len(seconds), n]` at times after a deposit."
-    diagonal,off,heat = _stack(len(temperature), th, frozen)
-    rate,modes = eigh_tridiagonal(diagonal, off)
-    rest = modes@((modes.T@heat)/rate)
-    decay = np.exp(-np.outer(seconds, rate)/(th.density*th.capacity*th.height))
-    return rest+(decay*(modes.T@(temperature-rest)))@modes.T
+    diagonal, off, heat = _stack(len(temperature), th, frozen)
+    rate, modes = eigh_tridiagonal(diagonal, off)
+    rest = modes @ ((modes.T @ heat) / rate)
+    decay = np.exp(-np.outer(seconds, rate) / (th.density * th.capacity * th.height))
+    return rest + (decay * (modes.T @ (temperature - rest))) @ modes.T
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #baa299f2
 def healing(
-    temperature:np.ndarray, # Of the contact, °C, `[T]`
-    seconds:np.ndarray, # Times, s, `[T]`
-    thermal:Thermal=Thermal(), # Constants
-)->float: # 0 to 1
+    temperature: np.ndarray,  # Of the contact, °C, `[T]`
+    seconds: np.ndarray,  # Times, s, `[T]`
+    thermal: Thermal = Thermal(),  # Constants
+) -> float:  # 0 to 1
     "Share of full strength that a contact reaches."
-    kelvin = temperature+273.15
-    speed = np.where(temperature>thermal.glass, np.exp(-thermal.activation/8.314*(1/kelvin-1/thermal.reference))/thermal.welding, 0)
-    return float(min(1, max(np.trapezoid(speed, seconds), 0)**.25))
+    kelvin = temperature + 273.15
+    speed = np.where(
+        temperature > thermal.glass,
+        np.exp(-thermal.activation / 8.314 * (1 / kelvin - 1 / thermal.reference))
+        / thermal.welding,
+        0,
+    )
+    return float(min(1, max(np.trapezoid(speed, seconds), 0) ** 0.25))
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #989b512a
 def layer_temperatures(
-    seconds, # Time that each layer takes, s
-    thermal:Thermal=Thermal(), # Constants
-)->pd.DataFrame: # One row a layer: substrate and interface in °C, adhesion 0 to 1, seconds
+    seconds,  # Time that each layer takes, s
+    thermal: Thermal = Thermal(),  # Constants
+) -> pd.DataFrame:  # One row a layer: substrate and interface in °C, adhesion 0 to 1, seconds
     "Temperature below each layer when it arrives, of the contact then, and how well it welds."
-    stack,rows = np.zeros(0),[]
-    for n,time in enumerate(np.asarray(seconds, float)):
+    stack, rows = np.zeros(0), []
+    for n, time in enumerate(np.asarray(seconds, float)):
         substrate = stack[-1] if n else thermal.bed
         stack = np.append(stack, thermal.deposit)
-        low = max(len(stack)-thermal.depth, 0)
-        clock = np.concatenate([np.linspace(0, min(time, 12.), 241), [time]])
-        followed = _cool(stack[low:], clock, thermal, stack[low-1] if low else None)
-        contact = followed[:-1,-2:].mean(1) if n else (followed[:-1,-1]+thermal.bed)/2
-        rows.append((substrate, (thermal.deposit+substrate)/2, healing(contact, clock[:-1], thermal), time))
+        low = max(len(stack) - thermal.depth, 0)
+        clock = np.concatenate([np.linspace(0, min(time, 12.0), 241), [time]])
+        followed = _cool(stack[low:], clock, thermal, stack[low - 1] if low else None)
+        contact = followed[:-1, -2:].mean(1) if n else (followed[:-1, -1] + thermal.bed) / 2
+        rows.append(
+            (
+                substrate,
+                (thermal.deposit + substrate) / 2,
+                healing(contact, clock[:-1], thermal),
+                time,
+            )
+        )
         stack[low:] = followed[-1]
-    return pd.DataFrame(rows, columns=['substrate','interface','adhesion','seconds']).rename_axis('layer')
+    return pd.DataFrame(
+        rows, columns=["substrate", "interface", "adhesion", "seconds"]
+    ).rename_axis("layer")
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #208b129c
 def point_ages(
-    x:np.ndarray, # mm, `[T]`
-    y:np.ndarray, # mm, `[T]`
-    t:np.ndarray, # s, `[T]`
-    layer:np.ndarray, # Layer of each sample, `[T]`
-    laid:np.ndarray, # Where material is laid down, mask `[T]`
-    cell:float=1., # Raster, mm
-)->np.ndarray: # s, `[T]`; NaN where nothing lies below or nothing is laid down
+    x: np.ndarray,  # mm, `[T]`
+    y: np.ndarray,  # mm, `[T]`
+    t: np.ndarray,  # s, `[T]`
+    layer: np.ndarray,  # Layer of each sample, `[T]`
+    laid: np.ndarray,  # Where material is laid down, mask `[T]`
+    cell: float = 1.0,  # Raster, mm
+) -> np.ndarray:  # s, `[T]`; NaN where nothing lies below or nothing is laid down
     "How long ago the material below each point was laid down."
-    k = np.flatnonzero(laid); at = pd.DataFrame(dict(i=np.floor(x[k]/cell).astype(int), j=np.floor(y[k]/cell).astype(int), layer=layer[k], t=t[k]))
-    last = at.groupby(['i','j','layer']).t.max(); below = last.groupby(['i','j']).shift(1)
-    age = np.full(len(x), np.nan); age[k] = t[k]-below.reindex(pd.MultiIndex.from_frame(at[['i','j','layer']])).to_numpy()
+    k = np.flatnonzero(laid)
+    at = pd.DataFrame(
+        dict(
+            i=np.floor(x[k] / cell).astype(int),
+            j=np.floor(y[k] / cell).astype(int),
+            layer=layer[k],
+            t=t[k],
+        )
+    )
+    last = at.groupby(["i", "j", "layer"]).t.max()
+    below = last.groupby(["i", "j"]).shift(1)
+    age = np.full(len(x), np.nan)
+    age[k] = t[k] - below.reindex(pd.MultiIndex.from_frame(at[["i", "j", "layer"]])).to_numpy()
     return age
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #ecd4f5f3
 def point_temperatures(
-    ages:np.ndarray, # From `point_ages`, s, `[T]`
-    layer:np.ndarray, # Layer of each sample, from 0, `[T]`
-    seconds, # Time that each layer takes, s
-    thermal:Thermal=Thermal(), # Constants
-)->np.ndarray: # Substrate, contact in °C, adhesion 0 to 1, `[T,3]`; NaN where `ages` is
+    ages: np.ndarray,  # From `point_ages`, s, `[T]`
+    layer: np.ndarray,  # Layer of each sample, from 0, `[T]`
+    seconds,  # Time that each layer takes, s
+    thermal: Thermal = Thermal(),  # Constants
+) -> np.ndarray:  # Substrate, contact in °C, adhesion 0 to 1, `[T,3]`; NaN where `ages` is
     "Temperatures and welding of each point, from the time since the layer below was laid there."
-    table = layer_temperatures(seconds, thermal); found = np.full((len(ages),3), np.nan); fresh = np.full(2, thermal.deposit)
-    grid = np.linspace(0, max(np.nanmax(ages, initial=1.), 1.), 200); clock = np.linspace(0, 12., 121)
+    table = layer_temperatures(seconds, thermal)
+    found = np.full((len(ages), 3), np.nan)
+    fresh = np.full(2, thermal.deposit)
+    grid = np.linspace(0, max(np.nanmax(ages, initial=1.0), 1.0), 200)
+    clock = np.linspace(0, 12.0, 121)
     for n in np.unique(layer[~np.isnan(ages)]):
-        k = np.flatnonzero((layer == n) & ~np.isnan(ages)); below = table.substrate[max(n-1, 0)]
-        cooled = _cool(np.array([below,thermal.deposit]), grid, thermal, None if n < 2 else below)[:,-1]; bed = np.arange(0, len(grid), 20)
-        weld = [healing(_cool(np.array([T,thermal.deposit]), clock, thermal, below).mean(1), clock, thermal) for T in cooled[bed]]
-        found[k,0] = np.interp(ages[k], grid, cooled); found[k,1] = (thermal.deposit+found[k,0])/2; found[k,2] = np.interp(ages[k], grid[bed], weld)
+        k = np.flatnonzero((layer == n) & ~np.isnan(ages))
+        below = table.substrate[max(n - 1, 0)]
+        cooled = _cool(np.array([below, thermal.deposit]), grid, thermal, None if n < 2 else below)[
+            :, -1
+        ]
+        bed = np.arange(0, len(grid), 20)
+        weld = [
+            healing(
+                _cool(np.array([T, thermal.deposit]), clock, thermal, below).mean(1), clock, thermal
+            )
+            for T in cooled[bed]
+        ]
+        found[k, 0] = np.interp(ages[k], grid, cooled)
+        found[k, 1] = (thermal.deposit + found[k, 0]) / 2
+        found[k, 2] = np.interp(ages[k], grid[bed], weld)
     return found
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #15caa680
 def fin_temperature(
-    distance, # Behind the nozzle, mm, number or array
-    speed:float, # Of the nozzle, mm/s
-    width:float=.4, # Of the strand, mm
-    thermal:Thermal=Thermal(), # Constants
-)->np.ndarray: # °C
+    distance,  # Behind the nozzle, mm, number or array
+    speed: float,  # Of the nozzle, mm/s
+    width: float = 0.4,  # Of the strand, mm
+    thermal: Thermal = Thermal(),  # Constants
+) -> np.ndarray:  # °C
     "Temperature along a fresh strand."
-    v,w,h = speed*1e-3,width*1e-3,thermal.height; heat = thermal.density*thermal.capacity
-    a,b = thermal.conductivity/(heat*v),(thermal.convection+thermal.radiation)*2*(w+h)/(heat*w*h*v); m = (np.sqrt(1+4*a*b)-1)/(2*a)
-    return thermal.ambient+(thermal.deposit-thermal.ambient)*np.exp(-m*np.asarray(distance, float)*1e-3)
+    v, w, h = speed * 1e-3, width * 1e-3, thermal.height
+    heat = thermal.density * thermal.capacity
+    a, b = (
+        thermal.conductivity / (heat * v),
+        (thermal.convection + thermal.radiation) * 2 * (w + h) / (heat * w * h * v),
+    )
+    m = (np.sqrt(1 + 4 * a * b) - 1) / (2 * a)
+    return thermal.ambient + (thermal.deposit - thermal.ambient) * np.exp(
+        -m * np.asarray(distance, float) * 1e-3
+    )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b785e63b
 def simulate_part(
-    program, # A `Plan`, a `Program` or the path of a file
-    machine='bedslinger', # A `Machine`, or its name as `named_machine` takes it
-    rate:float=None, # Samples a second; by the machine's frequencies
-    start:float=0., # First time, s
-    stop:float=None, # Time after the last, s
-    shapers:tuple=None, # Impulses for X and Y, see `shaper`
-    columns=('t','x','y','layer','type','line'), # Columns of `sample` to keep
-)->dict: # Those columns, and error_x and error_y in mm
+    program,  # A `Plan`, a `Program` or the path of a file
+    machine="bedslinger",  # A `Machine`, or its name as `named_machine` takes it
+    rate: float = None,  # Samples a second; by the machine's frequencies
+    start: float = 0.0,  # First time, s
+    stop: float = None,  # Time after the last, s
+    shapers: tuple = None,  # Impulses for X and Y, see `shaper`
+    columns=("t", "x", "y", "layer", "type", "line"),  # Columns of `sample` to keep
+) -> dict:  # Those columns, and error_x and error_y in mm
     "Plan, sample and simulate; the error is that of the actual against the programmed position."
     motion = program if isinstance(program, Plan) else plan(program)
     machine = named_machine(machine)
     rate = rate or simulation_rate(machine)
-    needed = ['x','y']+(['e'] if machine.moving_mass and machine.kind=='bedslinger' else [])
+    needed = ["x", "y"] + (["e"] if machine.moving_mass and machine.kind == "bedslinger" else [])
     s = sample(motion, rate, tuple(dict.fromkeys([*columns, *needed])), start, stop)
-    x,y = (shape(s[c], i, rate) for c,i in zip('xy', shapers)) if shapers else (s['x'],s['y'])
-    errors = tracking_error(x, y, machine, rate, s.get('e'))
-    if shapers: errors = [e+(v-s[c]) for e,v,c in zip(errors, (x,y), 'xy')]
-    return {c: s[c] for c in columns}|dict(error_x=errors[0], error_y=errors[1])
+    x, y = (shape(s[c], i, rate) for c, i in zip("xy", shapers)) if shapers else (s["x"], s["y"])
+    errors = tracking_error(x, y, machine, rate, s.get("e"))
+    if shapers:
+        errors = [e + (v - s[c]) for e, v, c in zip(errors, (x, y), "xy")]
+    return {c: s[c] for c in columns} | dict(error_x=errors[0], error_y=errors[1])
