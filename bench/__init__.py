@@ -126,7 +126,8 @@ def measure(bench, quick=False):
     (cpu, wall), (cpu_other, wall_other) = (
         [statistics.median(t) for t in zip(*took[f])] for f in (ours, other)
     )
-    ratio, ratio_wall = cpu / max(cpu_other, 1e-9), wall / max(wall_other, 1e-9)
+    ratio = cpu / max(cpu_other, 1e-9)
+    ratio_wall = wall / max(wall_other, 1e-9)
     pairs = sorted(a[0] / max(b[0], 1e-9) for a, b in zip(*took.values()))
     return dict(
         seconds=dict(
@@ -147,7 +148,9 @@ def measure(bench, quick=False):
 def run(only="", quick=False, output=None, tell=print):
     "Measure and write; rows of other names that the file holds for the same machine stay. Returns the rows, and sentences on what failed."
     torch.set_num_threads(1)
-    facts, rows, failed = dict(machine(), quick=quick), [], []
+    facts = dict(machine(), quick=quick)
+    rows = []
+    failed = []
     for bench in find(only):
         base = dict(
             name=bench.name, what=bench.what, alternative=bench.alternative, goal=bench.goal

@@ -10,10 +10,8 @@ import nbformat
 import psutil
 
 COMMAND = "import sys; from gcode_ml.lab.command import main; sys.exit(main())"
-TRIALS, KILLS = (
-    12,
-    ("worker", "kernel", "driver", "kernel", "worker", "driver", "worker", "kernel", "driver"),
-)
+TRIALS = 12
+KILLS = ("worker", "kernel", "driver", "kernel", "worker", "driver", "worker", "kernel", "driver")
 
 CELLS = [
     """x = 0.0  # Place [-10..10]
@@ -109,7 +107,9 @@ def wait_for_work(process):
 
 def killed_sweep(notebook, name, *more, after_driver=lambda: None, pause=(0.5, 3), seed=5):
     "Carry out a sweep under three kills each of a worker, a kernel and the driver; returns the kills and the output."
-    rng, kills, process = random.Random(seed), [], driver(notebook, name, *more)
+    rng = random.Random(seed)
+    kills = []
+    process = driver(notebook, name, *more)
     for what in KILLS:
         wait_for_work(process)
         time.sleep(rng.uniform(*pause))

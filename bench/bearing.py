@@ -150,7 +150,9 @@ def short_time(quick):
 def wigner(quick):
     x = noise(1 if quick else 64, 512 if quick else 2048)
     t = torch.tensor(x)
-    L, K, window = 127, 256, ss.windows.hamming(255)
+    L = 127
+    K = 256
+    window = ss.windows.hamming(255)
 
     def one(x):
         z = ss.hilbert(x)
@@ -175,16 +177,19 @@ def sample_by_sample(rate=20480, seconds=5, seed=0):
     r = random.Random(seed)
     n = rate * seconds
     d = 1 + 0.1 * (2 * r.random() - 1)
-    load, T = 30 + 70 * r.random(), 40 + 40 * r.random()
+    load = 30 + 70 * r.random()
+    T = 40 + 40 * r.random()
     LF, TF = 0.3 + 0.7 * load / 100, 0.9 + 0.2 * (T - 40) / 40
-    A, w, s, phi = (
-        (0.2 + 0.1 * r.random()) * LF * TF,
-        2 * math.pi * 60 * d,
-        r.uniform(0.7, 0.9),
-        r.uniform(0, 6.283),
-    )
-    a, f, p = 1 + 0.5 * r.random(), 50 + 10 * r.random(), r.uniform(0, 6.283)
-    x, walk, sums = [], 0.0, []
+    A = (0.2 + 0.1 * r.random()) * LF * TF
+    w = 2 * math.pi * 60 * d
+    s = r.uniform(0.7, 0.9)
+    phi = r.uniform(0, 6.283)
+    a = 1 + 0.5 * r.random()
+    f = 50 + 10 * r.random()
+    p = r.uniform(0, 6.283)
+    x = []
+    walk = 0.0
+    sums = []
     for _ in range(n):
         walk += r.gauss(0, 1)
         sums.append(walk)
@@ -238,7 +243,8 @@ def statistics(quick):
 
     def one(w, rate=20480.0):
         s = np.abs(w)
-        rms, mean = np.sqrt((w**2).mean()), s.mean()
+        rms = np.sqrt((w**2).mean())
+        mean = s.mean()
         P = np.abs(np.fft.rfft(w)) ** 2 / len(w)
         f = np.fft.rfftfreq(len(w), 1 / rate)
         top = P[1:].argmax() + 1

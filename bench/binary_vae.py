@@ -35,7 +35,8 @@ def images(n):
     1 / 20,
 )
 def exact_likelihood(quick):
-    m, (x, mask) = model().eval(), images(200 if quick else 2000)
+    m = model().eval()
+    (x, mask) = images(200 if quick else 2000)
 
     @torch.no_grad()
     def ours():
@@ -92,7 +93,8 @@ def word_by_word(generator, l):
     1 / 100,
 )
 def soft_blocks(quick):
-    code, l = BlockCode(hamming_8_4(), 25), torch.randn(16 if quick else 512, 200)
+    code = BlockCode(hamming_8_4(), 25)
+    l = torch.randn(16 if quick else 512, 200)
     return lambda: code.bit_probability(code.log_posterior(l)), lambda: word_by_word(
         hamming_8_4(), l
     )
@@ -104,8 +106,10 @@ def soft_blocks(quick):
     1 / 20,
 )
 def soft_golay(quick):
-    code, l = BlockCode(golay_24_12()), torch.randn(4 if quick else 200, 24)
-    book, words = code.codebook.numpy().astype(int), code.words.numpy().astype(int)
+    code = BlockCode(golay_24_12())
+    l = torch.randn(4 if quick else 200, 24)
+    book = code.codebook.numpy().astype(int)
+    words = code.words.numpy().astype(int)
 
     def one(row):
         s = np.array([row[c == 1].sum() for c in book])
@@ -134,7 +138,8 @@ def hard_bch(quick):
 
 def step(m, x, mask):
     "One training step as a function."
-    optimizer, loss = torch.optim.Adam(m.parameters(), 1e-4), NegativeELBO()
+    optimizer = torch.optim.Adam(m.parameters(), 1e-4)
+    loss = NegativeELBO()
     m.train()
 
     def run():
@@ -147,7 +152,8 @@ def step(m, x, mask):
 
 def steps(quick, ours, other):
     x, mask = images(128)
-    one, two = step(model(**ours), x, mask), step(model(**other), x, mask)
+    one = step(model(**ours), x, mask)
+    two = step(model(**other), x, mask)
     times = 1 if quick else 8
     return lambda: [one() for _ in range(times)], lambda: [two() for _ in range(times)]
 
@@ -208,10 +214,8 @@ def exact_12(quick):
 def batches(quick):
     sets = load_data("bars", "full")
     n = 800 if quick else 8000
-    ours, other = (
-        BatchLoader(Subset(sets.items, sets.train[:n]), 128, shuffle=True),
-        DataLoader(TensorDataset(sets.items.batch(sets.train[:n])[0]), 128, shuffle=True),
-    )
+    ours = BatchLoader(Subset(sets.items, sets.train[:n]), 128, shuffle=True)
+    other = DataLoader(TensorDataset(sets.items.batch(sets.train[:n])[0]), 128, shuffle=True)
     return lambda: [x for x, _, _ in ours], lambda: [x for (x,) in other]
 
 
@@ -278,10 +282,8 @@ def coded_text_step(quick):
             **more,
         )
 
-    one, two = (
-        step(make(generator=hamming_8_4().tolist(), blocks=2), x, mask),
-        step(make(blocks=8), x, mask),
-    )
+    one = step(make(generator=hamming_8_4().tolist(), blocks=2), x, mask)
+    two = step(make(blocks=8), x, mask)
     times = 1 if quick else 4
     return lambda: [one() for _ in range(times)], lambda: [two() for _ in range(times)]
 
@@ -302,7 +304,8 @@ def writing(quick):
 def epoch(quick):
     learn = recipe("digits", latent=8, max_epochs=2, beta_warmup_epochs=0)
     m = recipe("digits", latent=8).model
-    optimizer, loss = torch.optim.AdamW(m.parameters(), 1e-3), NegativeELBO()
+    optimizer = torch.optim.AdamW(m.parameters(), 1e-3)
+    loss = NegativeELBO()
 
     def ours():
         with learn.no_bar(), learn.no_logging():

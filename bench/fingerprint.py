@@ -149,7 +149,8 @@ def read_files(quick):
 def stream_of(quick, lag=8):
     "A stream over the library of all runs with an untrained network of the default size, and one recording's rows."
     recordings = read_recordings(folder(quick))
-    library, features = build_library(recordings), row_features(recordings)
+    library = build_library(recordings)
+    features = row_features(recordings)
     network = StateNetwork(
         features.levels,
         features.boards,
@@ -268,7 +269,8 @@ def verified_rows(quick):
     warm = Verifier(response, signals, judged.channels)
     for x, t in zip(judged.values[:20], judged.time[:20]):
         warm.step(x, t)
-    length, shift = float(judged.time[20 + n] - judged.time[20]), [0.0]
+    length = float(judged.time[20 + n] - judged.time[20])
+    shift = [0.0]
 
     def ours():
         shift[0] += length
@@ -296,7 +298,8 @@ def matched_piece(quick):
     library = build_library(placed)
     templates = program_templates(library, placed)
     r = max(placed, key=len)
-    rows, times = align_channels(r, templates.channels)[40:104], r.time[40:104]
+    rows = align_channels(r, templates.channels)[40:104]
+    times = r.time[40:104]
     there = np.isfinite(rows).all(0)
     grid = np.arange(times[0], times[-1] + 1e-6, library.step)
     before = min(int(round((times[32] - times[0]) / library.step)), len(grid) - 1)
@@ -308,7 +311,9 @@ def matched_piece(quick):
         found = []
         for wave in templates.waves:
             known = np.isfinite(wave[:, there]).all(0) & (size > 0)
-            w, y, n = wave[:, there][:, known].astype(float), x[:, known], size[known]
+            w = wave[:, there][:, known].astype(float)
+            y = x[:, known]
+            n = size[known]
             for s in range(len(w)):
                 piece = w[np.clip(np.arange(len(grid)) + s - before, 0, len(w) - 1)]
                 piece = piece - piece.mean(0)
@@ -322,7 +327,8 @@ def matched_piece(quick):
     def ours():
         return templates.match(rows, times)
 
-    a, b = ours(), place_by_place()
+    a = ours()
+    b = place_by_place()
     return (
         ours,
         place_by_place,

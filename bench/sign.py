@@ -99,13 +99,11 @@ def epoch(model, loader, longest=0):
     "Forward and backward over all clips; with `longest` every batch is as long as the longest clip."
     for inputs, mask, _ in loader:
         if longest:
-            inputs, mask = (
-                {
-                    k: torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1]))
-                    for k, v in inputs.items()
-                },
-                torch.nn.functional.pad(mask, (0, longest - mask.shape[1])),
-            )
+            inputs = {
+                k: torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1]))
+                for k, v in inputs.items()
+            }
+            mask = torch.nn.functional.pad(mask, (0, longest - mask.shape[1]))
         model(inputs, mask)["gloss"].sum().backward()
         model.zero_grad()
 
@@ -140,10 +138,8 @@ def one(model, channels, steps=60):
     "A call of a model with one clip."
     x = torch.randn(1, steps, channels)
     model = model.eval()
-    inputs, mask = (
-        dict(channels=x, present=torch.ones_like(x, dtype=torch.bool)),
-        torch.ones(1, steps, dtype=torch.bool),
-    )
+    inputs = dict(channels=x, present=torch.ones_like(x, dtype=torch.bool))
+    mask = torch.ones(1, steps, dtype=torch.bool)
 
     def call():
         with torch.inference_mode():
@@ -208,11 +204,9 @@ def warped_neighbours(quick):
     last = np.array([c.signer == "S08" for c in clips])
     train, test = x[~last], x[last][::12]
     number = np.arange(len(train))
-    ours, theirs = (
-        (lambda: dtw_answers(train, number, test)),
-        lambda: np.array(
-            [dtw_distances(q, np.nan_to_num(train), 5).argmin() for q in np.nan_to_num(test)]
-        ),
+    ours = lambda: dtw_answers(train, number, test)
+    theirs = lambda: np.array(
+        [dtw_distances(q, np.nan_to_num(train), 5).argmin() for q in np.nan_to_num(test)]
     )
     return ours, theirs, dict(same_neighbours=bool((ours() == theirs()).all()))
 
@@ -221,10 +215,8 @@ def warped_neighbours(quick):
 def augment_batch(quick):
     p = Preparation(points=list(range(25)), skeleton="pose78", normalise="body")
     style = signer_style(p.pairs)
-    x, mask = (
-        torch.randn(16 if quick else 64, 40, 50),
-        torch.ones(16 if quick else 64, 40, dtype=torch.bool),
-    )
+    x = torch.randn(16 if quick else 64, 40, 50)
+    mask = torch.ones(16 if quick else 64, 40, dtype=torch.bool)
     return lambda: augment(style, x, mask), lambda: [
         augment(style, x[i : i + 1], mask[i : i + 1]) for i in range(len(x))
     ]
@@ -247,10 +239,8 @@ def frozen_image_net(quick):
         m.frozen = freeze
         return m.train()
 
-    frames, mask = (
-        torch.randn(2, 4 if quick else 16, 3, 64, 64),
-        torch.ones(2, 4 if quick else 16, dtype=torch.bool),
-    )
+    frames = torch.randn(2, 4 if quick else 16, 3, 64, 64)
+    mask = torch.ones(2, 4 if quick else 16, dtype=torch.bool)
 
     def step(m):
         return lambda: m(dict(frames=frames), mask)["gloss"].sum().backward()
@@ -263,10 +253,8 @@ def exported_pair(clips, times):
     torch.manual_seed(0)
     net = small_net().eval()
     x = torch.randn(clips, 40, 50)
-    inputs, mask = (
-        dict(channels=x, present=torch.ones_like(x, dtype=torch.bool)),
-        torch.ones(clips, 40, dtype=torch.bool),
-    )
+    inputs = dict(channels=x, present=torch.ones_like(x, dtype=torch.bool))
+    mask = torch.ones(clips, 40, dtype=torch.bool)
     program = torch.export.export(net, (inputs, mask)).module()
     ours, theirs = (f(inputs, mask)["gloss"].detach() for f in (program, net))
 

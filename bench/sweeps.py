@@ -30,7 +30,9 @@ def warm_kernel(quick):
     from gcode_ml.lab.experiment import execute
     from gcode_ml.lab.sweeps import WarmKernel
 
-    folder, number, kernel = Path(tempfile.mkdtemp()), itertools.count(), WarmKernel()
+    folder = Path(tempfile.mkdtemp())
+    number = itertools.count()
+    kernel = WarmKernel()
     nb = nbformat.v4.new_notebook(
         metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
         cells=[nbformat.v4.new_code_cell(c) for c in CELLS],
@@ -64,7 +66,8 @@ def warm_kernel(quick):
     repetitions=1,
 )
 def killed(quick):
-    notebook, facts = small_experiment(Path(tempfile.mkdtemp())), {}
+    notebook = small_experiment(Path(tempfile.mkdtemp()))
+    facts = {}
     more = ["-p", f"epochs={4 if quick else 40}", "-p", "pause=0.5"]
 
     def ours():

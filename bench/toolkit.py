@@ -38,7 +38,8 @@ class Cuts:
         which = np.arange(items)
         start = 4 * (which // 4) * 4
         self.windows = Windows(self.table, which % 4, start, start + steps)
-        self.lengths, self.targets = self.windows.lengths, torch.from_numpy(which % CLASSES)
+        self.lengths = self.windows.lengths
+        self.targets = torch.from_numpy(which % CLASSES)
 
     def __len__(self):
         return len(self.targets)
@@ -52,7 +53,8 @@ class Encoder(nn.Module):
 
     def __init__(self, size=64, layers=2):
         super().__init__()
-        self.enter, self.head = nn.Linear(CHANNELS, size), nn.Linear(size, CLASSES)
+        self.enter = nn.Linear(CHANNELS, size)
+        self.head = nn.Linear(size, CLASSES)
         layer = nn.TransformerEncoderLayer(
             size, 4, 2 * size, 0.1, "gelu", batch_first=True, norm_first=True
         )

@@ -89,16 +89,15 @@ def scalar_rk4(x, f, z, substeps=1):
     "One axis, one step at a time."
     w, h = 2 * np.pi * f, 1e-3 / substeps
     w2, c = w * w, 2 * z * w
-    p, v = float(x[0]), 0.0
+    p = float(x[0])
+    v = 0.0
     out = [0.0]
     x = x.tolist()
     for i in range(len(x) - 1):
         du = (x[i + 1] - x[i]) * 1000
         for j in range(substeps):
-            a, b = (
-                x[i] + (x[i + 1] - x[i]) * j / substeps,
-                x[i] + (x[i + 1] - x[i]) * (j + 1) / substeps,
-            )
+            a = x[i] + (x[i + 1] - x[i]) * j / substeps
+            b = x[i] + (x[i + 1] - x[i]) * (j + 1) / substeps
             m = (a + b) / 2
             k1 = w2 * (a - p) + c * (du - v)
             v2 = v + h / 2 * k1
@@ -107,7 +106,8 @@ def scalar_rk4(x, f, z, substeps=1):
             k3 = w2 * (m - p - h / 2 * v2) + c * (du - v3)
             v4 = v + h * k3
             k4 = w2 * (b - p - h * v3) + c * (du - v4)
-            p, v = p + h / 6 * (v + 2 * v2 + 2 * v3 + v4), v + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            p = p + h / 6 * (v + 2 * v2 + 2 * v3 + v4)
+            v = v + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         out.append(p - x[i + 1])
     return out
 
@@ -284,7 +284,8 @@ def loop_plan(unit, nominal, jerk, cap_end, rise):
     ]
     w = [safe[0] ** 2]
     for k in range(1, n):
-        v, f = min(nominal[k], nominal[k - 1]), 1.0
+        v = min(nominal[k], nominal[k - 1])
+        f = 1.0
         for a in range(4):
             p, q = unit[k - 1][a] * v * f, unit[k][a] * nominal[k] * f
             c = abs(p - q) if p * q >= 0 else max(abs(p), abs(q))
@@ -450,10 +451,8 @@ def windows(quick):
         )
         for k, n in ((0, "features"), (2, "error"), (2, "thermal"), (2, "laid"))
     ]
-    held, large = (
-        sum(t.nbytes for t in (w.motion, w.errors, w.thermal)),
-        sum(t.nbytes for t in stored),
-    )
+    held = sum(t.nbytes for t in (w.motion, w.errors, w.thermal))
+    large = sum(t.nbytes for t in stored)
     return (
         lambda: [w.batch(i) for i in index],
         lambda: [[t[torch.as_tensor(i)] for t in stored] for i in index],

@@ -147,10 +147,8 @@ def sources(site, lib):
 
 def finish(site, cfg):
     "Make nbdev's absolute links relative, and every page free of requests to other hosts."
-    base, code = (
-        cfg.doc_host + cfg.doc_baseurl.rstrip("/"),
-        f"{cfg.git_url.rstrip('/')}/blob/{cfg.branch}/",
-    )
+    base = cfg.doc_host + cfg.doc_baseurl.rstrip("/")
+    code = f"{cfg.git_url.rstrip('/')}/blob/{cfg.branch}/"
     ids = {
         f.relative_to(site).as_posix(): set(
             re.findall(r'\bid="([^"]+)"', f.read_text(encoding="utf-8"))

@@ -72,7 +72,8 @@ def test_no_source_on_two_sides(seed):
         )
     assert [name for name, _, _ in leave_one_group_out(sources)] == sorted(set(sources))
     for name, train, test in leave_one_group_out(sources):
-        assert set(sources[test]) == {name} and name not in sources[train]
+        assert set(sources[test]) == {name}
+        assert name not in sources[train]
 
 
 def test_splits_repeat_and_shuffle():
@@ -137,7 +138,8 @@ def test_holdout_gives_each_class_its_share():
 def test_bad_input_is_one_sentence(call, words):
     with pytest.raises(InputError) as e:
         call()
-    assert words in str(e.value) and "\n" not in str(e.value)
+    assert words in str(e.value)
+    assert "\n" not in str(e.value)
 
 
 @seeds
@@ -165,33 +167,38 @@ def test_joining_is_transitive(seed):
 def test_window_overlap(seed):
     sources, starts, stops = windows(seed)
     found = window_overlap(sources, starts, stops, *random_split(len(sources), 0.3, seed))
-    assert found.leak and found.value > 0.95 and 0.8 < found.details["near_share"] < found.value
+    assert found.leak
+    assert found.value > 0.95
+    assert 0.8 < found.details["near_share"] < found.value
     for train, test in group_kfold(sources, seed=seed):
         quiet = window_overlap(sources, starts, stops, train, test)
-        assert not quiet.leak and quiet.value == 0 and quiet.details["mean_shared"] == 0
+        assert not quiet.leak
+        assert quiet.value == 0
+        assert quiet.details["mean_shared"] == 0
 
 
 def test_touching_windows_share_nothing():
     assert not window_overlap(["a"] * 3, [0, 10, 20], [10, 20, 30], [0, 2], [1]).leak
     found = window_overlap(["a"] * 3, [0, 10, 19], [10, 20, 30], [0, 2], [1])
-    assert found.leak and found.details["near_share"] == 0
+    assert found.leak
+    assert found.details["near_share"] == 0
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_most_shared_rows_by_brute_force(seed):
     random = np.random.default_rng(seed)
-    start, a = random.integers(0, 200, 40), random.integers(0, 200, 50)
-    stop, b = (
-        start + random.integers(1, [2, 20, 150][seed % 3], 40),
-        a + random.integers(1, [150, 20, 2][seed % 3], 50),
-    )
+    start = random.integers(0, 200, 40)
+    a = random.integers(0, 200, 50)
+    stop = start + random.integers(1, [2, 20, 150][seed % 3], 40)
+    b = a + random.integers(1, [150, 20, 2][seed % 3], 50)
     by_hand = (np.minimum(stop[:, None], b) - np.maximum(start[:, None], a)).clip(0).max(0)
     assert np.array_equal(_most_shared(start, stop, a, b), by_hand)
 
 
 def recordings(seed, copied=0, idle=25):
     "Sources with missing channels and idle rows; the last one starts with rows of the one before."
-    random, series = np.random.default_rng(seed), {}
+    random = np.random.default_rng(seed)
+    series = {}
     for i in range(6):
         x = random.normal(size=(150, 18)).astype("float32")
         x[:idle] = 1.0
@@ -208,7 +215,8 @@ def recordings(seed, copied=0, idle=25):
 @seeds
 def test_duplicate_rows(seed):
     found = duplicate_rows(recordings(seed, 60))
-    assert found.leak and found.details["pairs"] == [["run 4", "run 5", 60]]
+    assert found.leak
+    assert found.details["pairs"] == [["run 4", "run 5", 60]]
     assert not duplicate_rows(recordings(seed)).leak
     assert not duplicate_rows(recordings(seed, 1)).leak  # a single common row may be a common start
     one = {
@@ -219,10 +227,8 @@ def test_duplicate_rows(seed):
 
 def test_duplicates_across_a_split_only():
     series = recordings(0, 60)
-    assert (
-        duplicate_rows(series, ["run 4"], ["run 5"]).leak
-        and duplicate_rows(series, ["run 5"], ["run 4"]).leak
-    )
+    assert duplicate_rows(series, ["run 4"], ["run 5"]).leak
+    assert duplicate_rows(series, ["run 5"], ["run 4"]).leak
     assert not duplicate_rows(series, ["run 4", "run 5"], ["run 0"]).leak
     names = np.array(list(series))
     groups = join_sources(names, duplicate_rows(series).details["pairs"])
@@ -279,11 +285,15 @@ def table(seed, planted):
 @seeds
 def test_affine_copies(seed):
     found = affine_copies(*table(seed, True))
-    assert found.leak and found.details["columns"] == ["copy", "encoder", "step"]
+    assert found.leak
+    assert found.details["columns"] == ["copy", "encoder", "step"]
     copy = found.details["copies"][0]
-    assert copy["answer"] == "position" and abs(copy["slope"] + 3.2) < 1e-4 and copy["share"] > 0.95
+    assert copy["answer"] == "position"
+    assert abs(copy["slope"] + 3.2) < 1e-4
+    assert copy["share"] > 0.95
     quiet = affine_copies(*table(seed, False))
-    assert not quiet.leak and quiet.details["copies"] == []
+    assert not quiet.leak
+    assert quiet.details["copies"] == []
 
 
 def test_common_missing_code_is_no_copy():
@@ -312,7 +322,8 @@ def sessions(seed, planted, n=60):
 def test_class_from_missingness(seed):
     (labels, present, _), (fair, there, _) = sessions(seed, True), sessions(seed, False)
     found = class_from_missingness(present, labels, seed=seed)
-    assert found.leak and found.value > 0.8
+    assert found.leak
+    assert found.value > 0.8
     assert not class_from_missingness(there, fair, seed=seed).leak
     assert not class_from_missingness(np.ones((60, 15), bool), labels, seed=seed).leak
 
@@ -321,7 +332,9 @@ def test_class_from_missingness(seed):
 def test_class_from_slow_channels(seed):
     (labels, _, means), (fair, _, even) = sessions(seed, True), sessions(seed, False)
     found = class_from_slow_channels(means, labels, list("stuvpxyz"), seed=seed)
-    assert found.leak and found.value > 0.6 and found.details["channels"][0][0] == "p"
+    assert found.leak
+    assert found.value > 0.6
+    assert found.details["channels"][0][0] == "p"
     assert not class_from_slow_channels(even, fair, seed=seed).leak
 
 
@@ -377,13 +390,16 @@ def test_the_whole_audit_as_table_and_json():
     assert json.loads(json.dumps(findings_json(findings)))[0]["details"]["pairs"] == [
         ["run 4", "run 5", 60]
     ]
-    assert findings_table(findings).leak.all() and list(findings_table([]).columns) == [
+    assert findings_table(findings).leak.all()
+    assert list(findings_table([]).columns) == [
         "leak",
         "value",
         "limit",
         "sentence",
     ]
-    assert there.shape == (6, 18) and not there[0, 0] and there[1, 0]
+    assert there.shape == (6, 18)
+    assert not there[0, 0]
+    assert there[1, 0]
 
 
 # The real recordings, where they are present.
@@ -409,9 +425,8 @@ def test_real_duplicates():
         for r, t in tables.items()
     }
     found = duplicate_rows(logged)
-    assert [p[:2] for p in found.details["pairs"]] == [
-        ["face150025_008", "face150025_009"]
-    ] and found.details["pairs"][0][2] > 550
+    assert [p[:2] for p in found.details["pairs"]] == [["face150025_008", "face150025_009"]]
+    assert found.details["pairs"][0][2] > 550
     left_out = {
         *controller,
         "t_console",

@@ -69,7 +69,8 @@ def callbacks():
     }
 
 
-NAMES, CBS = sorted(AUGMENTATIONS), sorted(callbacks())
+NAMES = sorted(AUGMENTATIONS)
+CBS = sorted(callbacks())
 ITEMS, STEPS, CHANNELS = 16, 14, 4
 LENGTHS = torch.tensor([14, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 14])
 
@@ -112,7 +113,8 @@ def through(cb):
     learn.training = True
 
     def change(x, mask):
-        learn.xb, learn.yb = (x, mask), (torch.arange(len(x)) % 3,)
+        learn.xb = (x, mask)
+        learn.yb = (torch.arange(len(x)) % 3,)
         cb("before_batch")
         return learn.xb
 
@@ -176,8 +178,10 @@ def same(a, b):
 
 def test_everything_is_found():
     "A new callback cannot be forgotten, nor an example outlive what it is an example of."
-    assert set(CBS) == set(CALLBACKS) and {"core.augment", "core.mixing"} <= set(PAGES)
-    assert set(OPTIONS) <= set(NAMES) and len(NAMES) > 20
+    assert set(CBS) == set(CALLBACKS)
+    assert {"core.augment", "core.mixing"} <= set(PAGES)
+    assert set(OPTIONS) <= set(NAMES)
+    assert len(NAMES) > 20
     assert all(
         p.default is not p.empty
         for n in NAMES
@@ -234,10 +238,10 @@ def test_shape(name):
             mask.shape,
             torch.bool,
         )
-        assert torch.equal(real, length_mask(real.sum(1), STEPS)) and torch.equal(
-            real.any(1), mask.any(1)
-        )
-        assert not torch.equal(x, y) and y[real].isfinite().all()
+        assert torch.equal(real, length_mask(real.sum(1), STEPS))
+        assert torch.equal(real.any(1), mask.any(1))
+        assert not torch.equal(x, y)
+        assert y[real].isfinite().all()
 
 
 @each
@@ -248,11 +252,9 @@ def test_short(name):
             x, mask = batch(torch.tensor(lengths), steps)
             for seed in range(4):
                 y, real = called(CHANGERS[name](), x, mask, seed)
-                assert (
-                    y.shape == x.shape
-                    and y.isfinite().all()
-                    and torch.equal(real.any(1), mask.any(1))
-                )
+                assert y.shape == x.shape
+                assert y.isfinite().all()
+                assert torch.equal(real.any(1), mask.any(1))
                 assert torch.equal(y[~mask & ~real], x[~mask & ~real])
 
 
@@ -279,7 +281,9 @@ def test_gradient(name):
     x.requires_grad_()
     y, real = called(make(name), x, mask)
     y[real].sum().backward()
-    assert x.grad.isfinite().all() and x.grad[mask].any() and not x.grad[~mask].any()
+    assert x.grad.isfinite().all()
+    assert x.grad[mask].any()
+    assert not x.grad[~mask].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -289,7 +293,8 @@ def test_missing(name):
     x[0, :, 2:] = torch.nan
     for seed in range(3):
         y, real = called(make(name), x, mask, seed)
-        assert y[1:][real[1:]].isfinite().all() and (y[0][real[0]].isnan().sum(1) == 2).all()
+        assert y[1:][real[1:]].isfinite().all()
+        assert (y[0][real[0]].isnan().sum(1) == 2).all()
 
 
 @pytest.mark.parametrize("name", CBS)
@@ -313,14 +318,16 @@ def test_missing_in_dictionary(name):
     learn.training = True
     outs = []
     for absent in (0.0, 7.0):
-        learn.xb, learn.yb = (
-            (dict(points=torch.where(present, x, absent), present=present, tokens=x[..., 0]), mask),
-            (torch.arange(ITEMS) % 3,),
+        learn.xb = (
+            dict(points=torch.where(present, x, absent), present=present, tokens=x[..., 0]),
+            mask,
         )
+        learn.yb = (torch.arange(ITEMS) % 3,)
         torch.manual_seed(0)
         cb("before_batch")
         inputs, real = learn.xb
-        assert inputs["tokens"] is not None and inputs["present"].shape == present.shape
+        assert inputs["tokens"] is not None
+        assert inputs["present"].shape == present.shape
         assert (inputs["present"][real].sum(1) == 2).all()
         outs.append(inputs["points"][inputs["present"]])
     assert torch.equal(*outs)
@@ -378,7 +385,8 @@ class PowerCut(Callback):
 def test_fit_and_resume(name, plain, tmp_path):
     "The tiny learner trains on other batches than without, with a finite loss; interrupted in the middle of an epoch, it ends in the same weights."
     whole = fit(FITS[name]())
-    assert torch.stack(whole.recorder.losses).isfinite().all() and not equal(whole, plain)
+    assert torch.stack(whole.recorder.losses).isfinite().all()
+    assert not equal(whole, plain)
 
     def kept():
         return Snapshot(tmp_path / "fit.safetensors", batches=1)
@@ -386,9 +394,8 @@ def test_fit_and_resume(name, plain, tmp_path):
     with pytest.raises(SystemError):
         fit([FITS[name](), kept(), PowerCut()])
     continued = fit([FITS[name](), kept()])
-    assert equal(whole, continued) and list(whole.recorder.values) == list(
-        continued.recorder.values
-    )
+    assert equal(whole, continued)
+    assert list(whole.recorder.values) == list(continued.recorder.values)
 
 
 @pytest.mark.parametrize("name", CBS)
@@ -408,7 +415,8 @@ class Normed(TinyClassifier):
 
     def __init__(self):
         super().__init__(channels=CHANNELS)
-        self.norm, self.frozen = nn.BatchNorm1d(CHANNELS), nn.BatchNorm1d(CHANNELS)
+        self.norm = nn.BatchNorm1d(CHANNELS)
+        self.frozen = nn.BatchNorm1d(CHANNELS)
 
     def train(self, mode=True):
         super().train(mode)
@@ -444,14 +452,12 @@ def test_attack_leaves_no_trace():
     torch.manual_seed(0)
     models = [Normed() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    alone, attacked = (
-        fit(model=models[0]),
-        fit([AdversarialTraining(0.0, 1.0), Trace()], model=models[1]),
-    )
-    assert (
-        set(attacked.trace.seen) == {(True, False, False, False)} and len(attacked.trace.seen) == 6
-    )
-    assert models[1].norm.num_batches_tracked == 6 and models[1].frozen.num_batches_tracked == 0
+    alone = fit(model=models[0])
+    attacked = fit([AdversarialTraining(0.0, 1.0), Trace()], model=models[1])
+    assert set(attacked.trace.seen) == {(True, False, False, False)}
+    assert len(attacked.trace.seen) == 6
+    assert models[1].norm.num_batches_tracked == 6
+    assert models[1].frozen.num_batches_tracked == 0
     assert equal(alone, attacked)
 
 
@@ -460,7 +466,8 @@ def test_attack_of_a_mixture():
     learn = learner([MixUp(weight=0.6), AdversarialTraining(0.1, 1.0)])
     learn.training = True
     x, mask = batch()
-    learn.xb, learn.yb = (x, mask), (torch.arange(ITEMS) % 3,)
+    learn.xb = (x, mask)
+    learn.yb = (torch.arange(ITEMS) % 3,)
     learn.mix_up("before_batch")
     mixed, union = learn.xb
     mixed = mixed.clone().requires_grad_()
@@ -505,12 +512,10 @@ class Always(Augment):
 
 def test_bad_ones_are_found(plain):
     "Each measure sees what breaks its promise."
-    assert (
-        in_place(Overwrite())
-        and touches_padding(Forgetful())
-        and padding_leaks(Leaky())
-        and not draws_differ(OneDraw())
-    )
+    assert in_place(Overwrite())
+    assert touches_padding(Forgetful())
+    assert padding_leaks(Leaky())
+    assert not draws_differ(OneDraw())
     assert changes_validation(Always("noise"), plain.model)
     assert not any(f(make("noise")) for f in (in_place, touches_padding, padding_leaks))
 
@@ -527,11 +532,9 @@ def test_other_batches(name):
 
     if name == "SmilesAugment":
         pytest.importorskip("rdkit")
-    mask, images, signal = (
-        torch.ones(8, 40, dtype=torch.bool),
-        torch.rand(8, 36),
-        torch.randn(1, 40, 1).repeat(8, 1, 1),
-    )
+    mask = torch.ones(8, 40, dtype=torch.bool)
+    images = torch.rand(8, 36)
+    signal = torch.randn(1, 40, 1).repeat(8, 1, 1)
     molecules = Texts(
         ["CC(=O)Oc1ccccc1C(=O)O"] * 8,
         build_vocabulary([smiles_tokens("CC(=O)Oc1ccccc1C(=O)O")]),
@@ -567,9 +570,8 @@ def test_other_batches(name):
 
     before = (images.clone(), signal.clone(), molecules.tokens.clone())
     one = said(0)
-    assert torch.equal(one, said(0)) and not (
-        one.shape == said(1).shape and torch.equal(one, said(1))
-    )
+    assert torch.equal(one, said(0))
+    assert not (one.shape == said(1).shape and torch.equal(one, said(1)))
     assert all(map(torch.equal, (images, signal, molecules.tokens), before))
     if name != "ImageAugment":
         assert len({tuple(row.flatten().tolist()) for row in one}) > (

@@ -140,7 +140,8 @@ def test_check_tells_all_faults(command, data):
     for f in data.iterdir():
         f.write_bytes(b"PAR1")
     code, out, _ = command("check", "fingerprint", data)
-    assert code == 2 and len(out.splitlines()) == 3
+    assert code == 2
+    assert len(out.splitlines()) == 3
     for line in out.splitlines():
         sentence(line, "parquet: content")
 
@@ -213,7 +214,8 @@ SMALL = dict(
 @pytest.fixture(scope="module")
 def bundle(recordings, tmp_path_factory):
     "A bundle of a model that has learnt nothing."
-    learn, folder = recipe(read_recordings(recordings), **SMALL), tmp_path_factory.mktemp("bundle")
+    learn = recipe(read_recordings(recordings), **SMALL)
+    folder = tmp_path_factory.mktemp("bundle")
     save_bundle(
         folder,
         learn.model,
@@ -250,7 +252,8 @@ def gap(state):
 def test_vocabulary_of_another_bundle(command, recordings, bundle, tmp_path, spoil, parts):
     "A bundle whose vocabulary is not the one of its weights predicts nothing."
     code, out, _ = command("predict", bundle, recordings / "face_001.parquet")
-    assert code == 0 and out.startswith("run,seconds,operation,probability,line\nface_001,")
+    assert code == 0
+    assert out.startswith("run,seconds,operation,probability,line\nface_001,")
     shutil.copytree(bundle, tmp_path / "bundle")
     about = read_json(tmp_path / "bundle" / "bundle.json")
     spoil(about["preprocessing"])
@@ -376,7 +379,9 @@ def test_bad_config(command, tmp_path, text, parts):
 def test_grammar(command, words):
     "Words that are no command: exit code 2 and how to use it."
     code, out, error = command(*words.split())
-    assert code == 2 and out == "" and error.startswith("usage: gcode_ml")
+    assert code == 2
+    assert out == ""
+    assert error.startswith("usage: gcode_ml")
 
 
 @pytest.mark.parametrize(
@@ -428,9 +433,8 @@ def test_existing_run(command, tmp_path):
             "--resume taken",
         )
     with_lock = {f for f in run.folder.iterdir() if f.name != ".lock"}
-    assert with_lock == {f for f in before if f.name != ".lock"} and all(
-        f.read_bytes() == before[f] for f in with_lock
-    )
+    assert with_lock == {f for f in before if f.name != ".lock"}
+    assert all(f.read_bytes() == before[f] for f in with_lock)
     run.hold()
     for words in ("run fingerprint --name taken", "run fingerprint --name taken --replace"):
         code, _, error = command(*words.split())
@@ -450,5 +454,6 @@ def test_broken_data_in_a_run(command, data, tmp_path):
         "params.json",
         "run.ipynb",
         "log.txt",
-    } and json.loads((folder / "params.json").read_text())
+    }
+    assert json.loads((folder / "params.json").read_text())
     assert "interrupted" in command("runs")[1]

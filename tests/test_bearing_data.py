@@ -66,7 +66,8 @@ def test_orders_of_published_bearings():
     np.testing.assert_allclose(
         [outer, inner, cage, ball], [3.5848, 5.4152, 0.39828, 4.7135], atol=1e-4
     )
-    assert outer + inner == pytest.approx(g.balls) and outer == pytest.approx(g.balls * cage)
+    assert outer + inner == pytest.approx(g.balls)
+    assert outer == pytest.approx(g.balls * cage)
     assert Geometry(9, 1, 5, 60).orders[0] > Geometry(9, 1, 5, 0).orders[0]
 
 
@@ -187,11 +188,11 @@ def test_cwru_files(tmp_path, refused):
         tmp_path / "normal_0_97.mat", {"X097_DE_time": np.repeat(x, 4)[:, None], "X097RPM": 1796.0}
     )
     assert len(read_cwru(tmp_path / "normal_0_97.mat")) == len(x)
-    assert len(read_records(tmp_path)) == 2 and len(read_records(tmp_path, healthy=True)) == 3
+    assert len(read_records(tmp_path)) == 2
+    assert len(read_records(tmp_path, healthy=True)) == 3
     savemat(tmp_path / "IR007_0_105.mat", {"X106_DE_time": x})
-    assert "X105_DE_time" in refused(
-        read_cwru, tmp_path / "IR007_0_105.mat"
-    ) and "X106_DE_time" in refused(read_cwru, tmp_path / "IR007_0_105.mat")
+    assert "X105_DE_time" in refused(read_cwru, tmp_path / "IR007_0_105.mat")
+    assert "X106_DE_time" in refused(read_cwru, tmp_path / "IR007_0_105.mat")
     (tmp_path / "IR007_0_105.mat").write_bytes(
         b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(999)
     )
@@ -202,9 +203,8 @@ def test_cwru_files(tmp_path, refused):
 
 
 def test_no_data(tmp_path, refused):
-    assert "nothing there" in refused(read_records, tmp_path / "no") and "neither" in refused(
-        read_records, tmp_path
-    )
+    assert "nothing there" in refused(read_records, tmp_path / "no")
+    assert "neither" in refused(read_records, tmp_path)
 
 
 def shaft_lines(rate, seconds=2.0, seed=0):
@@ -221,7 +221,8 @@ def test_wrong_rate_is_doubted(true, declared):
     x = shaft_lines(true)
     assert doubts(Record("right", x, true, 1740.0)) == []
     (doubt,) = doubts(Record("wrong", x, declared, 1740.0))
-    assert f"fit {true} Hz better than {declared} Hz" in doubt and "comb scores" in doubt
+    assert f"fit {true} Hz better than {declared} Hz" in doubt
+    assert "comb scores" in doubt
     assert comb_score(x, true, 1740.0) > comb_score(x, declared, 1740.0) + 1
 
 
@@ -238,16 +239,13 @@ def test_other_doubts():
 def test_windows_are_views_and_standardised(records):
     "No window holds samples of two records; each has mean 0 and deviation 1; the table of samples is held once."
     w = RecordWindows(records, 2000)
-    assert len(w) == sum(len(r) // 2000 for r in records) and len(w.windows.table.values) == sum(
-        map(len, records)
-    )
+    assert len(w) == sum(len(r) // 2000 for r in records)
+    assert len(w.windows.table.values) == sum(map(len, records))
     inputs, mask, labels = w.batch(range(len(w)))
     x = inputs["signal"][..., 0]
-    assert (
-        mask.all()
-        and x.mean(1).abs().max() < 1e-5
-        and (x.std(1, correction=0) - 1).abs().max() < 1e-4
-    )
+    assert mask.all()
+    assert x.mean(1).abs().max() < 1e-5
+    assert (x.std(1, correction=0) - 1).abs().max() < 1e-4
     r = records[w.record[7]]
     part = r.signal[w.start[7] : w.start[7] + 2000]
     np.testing.assert_allclose(x[7], (part - part.mean()) / part.std(), atol=1e-4)
@@ -298,12 +296,12 @@ def test_splits_keep_bearings_apart(records):
     tested = []
     for fold in range(split_folds(w)):
         train, valid, test = split_windows(w, "bearing", fold)
-        assert not {*w.bearings[train]} & {*w.bearings[test]} and {*valid} <= {*train}
+        assert not {*w.bearings[train]} & {*w.bearings[test]}
+        assert {*valid} <= {*train}
         for inner in range(2):
             train, valid, again = split_windows(w, "bearing", fold, inner=inner)
-            assert len(
-                {*w.diameters[train]} | {*w.diameters[valid]} | {*w.diameters[again]}
-            ) == 3 and not {*w.diameters[train]} & {*w.diameters[valid]}
+            assert len({*w.diameters[train]} | {*w.diameters[valid]} | {*w.diameters[again]}) == 3
+            assert not {*w.diameters[train]} & {*w.diameters[valid]}
         tested += [*test]
     assert sorted(tested) == list(range(len(w)))
 
@@ -327,9 +325,8 @@ def test_splits_refuse(records, refused):
     w = RecordWindows([r for r in records if r.load == "0"], 2000)
     assert "loads" in refused(split_windows, w, "load")
     w = RecordWindows(records, 2000)
-    assert "one of bearing, load, leak" in refused(
-        split_windows, w, "random"
-    ) and "0 to 2" in refused(split_windows, w, "bearing", 5)
+    assert "one of bearing, load, leak" in refused(split_windows, w, "random")
+    assert "0 to 2" in refused(split_windows, w, "bearing", 5)
     same = [
         Record(r.name, r.signal, r.rate, r.rpm, r.fault, r.diameter, r.load, "one", r.orders)
         for r in records
@@ -340,7 +337,8 @@ def test_splits_refuse(records, refused):
 def test_low_pass():
     "What is above the limit is gone, what is below stays."
     t = np.arange(12000) / 12000
-    low, high = np.sin(2 * np.pi * 100 * t), np.sin(2 * np.pi * 5500 * t)
+    low = np.sin(2 * np.pi * 100 * t)
+    high = np.sin(2 * np.pi * 5500 * t)
     np.testing.assert_allclose(
         low_pass(Record("x", low + high, 12000.0, 1800.0), 5000.0).signal, low, atol=1e-5
     )
@@ -361,25 +359,24 @@ def test_mapped_copy_is_the_records(folder, tmp_path):
     "What is read from the copy is what the files say, doubts included; a file that changes, or a table, makes it anew."
     import os
 
-    cache, plain = tmp_path / "copy", read_records(folder)
+    cache = tmp_path / "copy"
+    plain = read_records(folder)
     for _ in range(2):
         mapped = read_records(folder, cache=cache)
         for a, b in zip(plain, mapped):
-            assert (
-                np.array_equal(a.signal, b.signal)
-                and np.array_equal(a.orders, b.orders)
-                and all(
-                    getattr(a, k) == getattr(b, k)
-                    for k in ("name", "rate", "rpm", "fault", "diameter", "load", "bearing")
-                )
+            assert np.array_equal(a.signal, b.signal)
+            assert np.array_equal(a.orders, b.orders)
+            assert all(
+                getattr(a, k) == getattr(b, k)
+                for k in ("name", "rate", "rpm", "fault", "diameter", "load", "bearing")
             )
-    assert not mapped[0].signal.flags.owndata and not mapped[0].signal.flags.writeable
+    assert not mapped[0].signal.flags.owndata
+    assert not mapped[0].signal.flags.writeable
     first = folder / plain[0].name
     np.save(first, plain[0].signal.clip(-0.5, 0.5))
     os.utime(first, ns=(1, 1))
-    assert any("clipped" in w for w in said(lambda: read_records(folder, cache=cache))) and any(
-        "clipped" in w for w in said(lambda: read_records(folder, cache=cache))
-    )
+    assert any("clipped" in w for w in said(lambda: read_records(folder, cache=cache)))
+    assert any("clipped" in w for w in said(lambda: read_records(folder, cache=cache)))
     edit(folder, fault="ball")
     assert read_records(folder, cache=cache)[0].fault == "ball"
     assert (

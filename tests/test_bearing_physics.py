@@ -36,7 +36,10 @@ def noise(*shape, seed=0):
 def test_orders_follow_the_geometry():
     "The formulae of the four orders, the catalogue of the 6205, and that lines are sums of them."
     assert np.abs(BEARINGS["6205"].orders - ORDERS).max() < 1e-4
-    n, d, D, phi = 11, 7.5, 38.5, np.deg2rad(12)
+    n = 11
+    d = 7.5
+    D = 38.5
+    phi = np.deg2rad(12)
     r = d / D * np.cos(phi)
     assert np.allclose(
         Geometry(n, d, D, 12.0).orders,
@@ -44,11 +47,9 @@ def test_orders_follow_the_geometry():
         rtol=1e-12,
     )
     lines = dict(zip([name for name, _ in tr.LINES], tr.bearing_lines(ORDERS)))
-    assert (
-        np.isclose(lines["inner + shaft"], ORDERS[1] + 1)
-        and np.isclose(lines["ball - cage"], ORDERS[2] - ORDERS[3])
-        and np.isclose(lines["3 ball / 2"], 1.5 * ORDERS[2])
-    )
+    assert np.isclose(lines["inner + shaft"], ORDERS[1] + 1)
+    assert np.isclose(lines["ball - cage"], ORDERS[2] - ORDERS[3])
+    assert np.isclose(lines["3 ball / 2"], 1.5 * ORDERS[2])
 
 
 # transforms
@@ -112,10 +113,10 @@ def test_picture_of_stft_is_its_formula(n, hop, n_fft):
     image = (image - image.mean((1, 2), keepdims=True)) / image.std((1, 2), keepdims=True)
     layer = sp.Stft(n_fft, hop)
     ours = layer(torch.tensor(x))
-    assert ours.shape == image.shape and np.allclose(ours, image, atol=1e-9)
-    assert np.allclose(
-        layer(torch.tensor(x, dtype=torch.float32)), image, atol=2e-3
-    ) and torch.equal(layer(torch.tensor(x[1:2])), ours[1:2])
+    assert ours.shape == image.shape
+    assert np.allclose(ours, image, atol=1e-9)
+    assert np.allclose(layer(torch.tensor(x, dtype=torch.float32)), image, atol=2e-3)
+    assert torch.equal(layer(torch.tensor(x[1:2])), ours[1:2])
 
 
 @pytest.mark.parametrize(
@@ -134,13 +135,16 @@ def test_quick_way_is_the_way_with_gradients(layer):
     x = torch.tensor(noise(5, 1024))
     quick = layer(x)
     slow = layer(x.clone().requires_grad_()).detach()
-    assert quick.shape == slow.shape and torch.allclose(quick, slow, atol=1e-9, rtol=1e-9)
+    assert quick.shape == slow.shape
+    assert torch.allclose(quick, slow, atol=1e-9, rtol=1e-9)
 
 
 def test_wavelets_are_pywts():
     "To 1 % of the largest value, up to pywt's normalisation, its mean over each sample, and its rounding of the place by half a sample."
     pywt = pytest.importorskip("pywt")
-    rate, x, w0 = 1000.0, noise(1024), 6
+    rate = 1000.0
+    x = noise(1024)
+    w0 = 6
     layer = sp.Cwt(rate, scales=6, low=20, high=80)
     scales = w0 / (2 * np.pi) * rate / layer.frequency.numpy()
     f = np.fft.rfftfreq(1024)
@@ -217,8 +221,10 @@ def test_prewhitening_keeps_phases():
     "The magnitude is one, the phase as before; a constant offset does not matter."
     x = noise(1, 500) + 7
     y = sp.prewhiten(torch.tensor(x))
-    X, Y = np.fft.rfft(x[0])[1:-1], np.fft.rfft(y[0].numpy())[1:-1]
-    assert np.allclose(np.abs(Y), 1, atol=1e-7) and np.allclose(np.angle(Y), np.angle(X), atol=1e-7)
+    X = np.fft.rfft(x[0])[1:-1]
+    Y = np.fft.rfft(y[0].numpy())[1:-1]
+    assert np.allclose(np.abs(Y), 1, atol=1e-7)
+    assert np.allclose(np.angle(Y), np.angle(X), atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +245,8 @@ def test_transforms_let_gradients_through(layer):
     "Finite, and not zero everywhere."
     x = torch.tensor(noise(2, 1024), dtype=torch.float32, requires_grad=True)
     (layer(x) ** 2).sum().backward()
-    assert x.grad.isfinite().all() and (x.grad != 0).any()
+    assert x.grad.isfinite().all()
+    assert (x.grad != 0).any()
 
 
 def test_padding_does_not_change_orders():
@@ -281,7 +288,8 @@ def test_lines_stay_at_their_order():
             )
         )[0, :, 0]
         at_one = y[:, 48:51].amax(1)
-        assert at_one.argmax() == 0 and at_one[0] > 2 > at_one[1:].max()
+        assert at_one.argmax() == 0
+        assert at_one[0] > 2 > at_one[1:].max()
 
 
 def test_speed_up_is_taken_out():
@@ -294,7 +302,8 @@ def test_speed_up_is_taken_out():
         torch.tensor(np.cos(2 * np.pi * 3 * angle))[None], float(n), torch.tensor(shaft)[None], 64
     )[0].numpy()
     Y = np.abs(np.fft.rfft(y))
-    assert Y.argmax() * 64 / len(y) == pytest.approx(3, abs=0.05) and Y.max() > 0.9 * len(y) / 2
+    assert Y.argmax() * 64 / len(y) == pytest.approx(3, abs=0.05)
+    assert Y.max() > 0.9 * len(y) / 2
 
 
 # features
@@ -303,13 +312,13 @@ def test_speed_up_is_taken_out():
 def test_batched_features_are_the_loop():
     "To 1e-9, with speeds, rates and geometries mixed; the decimated envelope to 1e-2 of the scores' range."
     x = noise(5, 6000) + 3 * np.cos(np.arange(6000) / 9)
-    shaft, rate = [29.9, 29.2, 29.9, 24.0, 29.9], [12000.0, 12000.0, 12000.0, 12000.0, 12800.0]
+    shaft = [29.9, 29.2, 29.9, 24.0, 29.9]
+    rate = [12000.0, 12000.0, 12000.0, 12000.0, 12800.0]
     orders = np.stack([ORDERS, ORDERS, ORDERS, Geometry(8, 1, 5).orders, ORDERS])
     loop = np.stack([one_window(*a) for a in zip(x, shaft, rate, orders)])
     batch = ft.order_features(x, shaft, rate, orders)
-    assert (
-        batch.shape == (5, 85) == (5, len(ft.FEATURE_NAMES)) and np.abs(batch - loop).max() < 1e-9
-    )
+    assert batch.shape == (5, 85) == (5, len(ft.FEATURE_NAMES))
+    assert np.abs(batch - loop).max() < 1e-9
     assert np.abs(
         ft.order_features(x, shaft, rate, orders, points=1000) - loop
     ).max() < 1e-2 * np.ptp(loop)
@@ -323,16 +332,16 @@ def test_rule_names_the_fault(snr, least):
         x = np.stack([si.rolling_record(fault, snr=snr, seed=s).signal for s in range(6)])
         right += [*(ft.fault_rule(ft.order_features(x, 29.0, 12000.0, ORDERS)) == i)]
         wrong += [*(ft.fault_rule(ft.order_features(x, 29.0, 12000.0, ORDERS[[1, 2, 0, 3]])) == i)]
-    assert np.mean(right) >= least and np.mean(wrong) == (
-        0 if snr >= -5 else pytest.approx(0, abs=0.2)
-    )
+    assert np.mean(right) >= least
+    assert np.mean(wrong) == (0 if snr >= -5 else pytest.approx(0, abs=0.2))
 
 
 def test_orders_beyond_the_spectrum_are_masked():
     "A shaft so fast that harmonics pass half the rate: no folded lines, no exception, finite numbers; bands are cut with a warning."
     with pytest.warns(UserWarning, match="half the sampling rate"):
         y = ft.order_features(noise(2, 2048), 150.0, 2000.0, ORDERS)
-    assert np.isfinite(y).all() and (y.reshape(2, -1)[:, 30:].reshape(2, 5, 11)[:, 2:4] == 0).all()
+    assert np.isfinite(y).all()
+    assert (y.reshape(2, -1)[:, 30:].reshape(2, 5, 11)[:, 2:4] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -358,17 +367,15 @@ def test_statistics_are_scipys():
     y = pd.DataFrame(ft.tabular_features(x, 20480.0), columns=ft.TABULAR_NAMES)
     e = np.abs(ss.hilbert(x))
     assert np.allclose(y["kurtosis"], kurtosis(x, axis=1))
-    assert (
-        np.allclose(y["skewness"], skew(x, axis=1))
-        and np.allclose(y["rms"], np.sqrt((x**2).mean(1)))
-        and np.allclose(y["clearance"], np.abs(x).max(1) / np.sqrt(np.abs(x)).mean(1) ** 2)
-    )
-    assert np.allclose(y["envelope rms"], np.sqrt((e**2).mean(1))) and np.allclose(
-        y["envelope kurtosis"], kurtosis(e, axis=1)
-    )
+    assert np.allclose(y["skewness"], skew(x, axis=1))
+    assert np.allclose(y["rms"], np.sqrt((x**2).mean(1)))
+    assert np.allclose(y["clearance"], np.abs(x).max(1) / np.sqrt(np.abs(x)).mean(1) ** 2)
+    assert np.allclose(y["envelope rms"], np.sqrt((e**2).mean(1)))
+    assert np.allclose(y["envelope kurtosis"], kurtosis(e, axis=1))
     P = np.abs(np.fft.rfft(x)) ** 2 / 4096
     total = 2 * P.sum(1) - P[:, 0] - P[:, -1]
-    assert np.allclose(total, (x**2).sum(1)) and np.allclose(y["power"], P.sum(1))
+    assert np.allclose(total, (x**2).sum(1))
+    assert np.allclose(y["power"], P.sum(1))
     assert np.allclose(
         y[["power 0-0.5", "power 0.5-2", "power 2-5", "power 5-10"]].sum(axis=1),
         P[:, np.fft.rfftfreq(4096, 1 / 20480) < 10000].sum(1),
@@ -422,22 +429,16 @@ def test_records_are_drawn_as_written():
     "Ranges, shares, lengths, and that a seed gives the same record; optional effects change it."
     records = [si.journal_record("imbalance", "mild", seed=s, seconds=0.1) for s in range(300)]
     facts = pd.DataFrame([r.facts for r in records])
-    assert (
-        len(si.journal_record("wear")) == 102_400
-        and si.journal_record("wear").signal.dtype == np.float32
-    )
-    assert (
-        facts.turns.between(54, 66).all()
-        and facts.load.between(30, 100).all()
-        and facts.sommerfeld.between(0.05, 0.5).all()
-        and facts.temperature.between(40, 80).all()
-    )
-    assert (
-        facts.mean_severity.between(0.45, 0.86).all()
-        and abs(facts.rises.mean() - 0.3) < 0.08
-        and abs((facts.transient != "none").mean() - 0.25) < 0.08
-        and abs(facts.alias.mean() - 0.1) < 0.06
-    )
+    assert len(si.journal_record("wear")) == 102_400
+    assert si.journal_record("wear").signal.dtype == np.float32
+    assert facts.turns.between(54, 66).all()
+    assert facts.load.between(30, 100).all()
+    assert facts.sommerfeld.between(0.05, 0.5).all()
+    assert facts.temperature.between(40, 80).all()
+    assert facts.mean_severity.between(0.45, 0.86).all()
+    assert abs(facts.rises.mean() - 0.3) < 0.08
+    assert abs((facts.transient != "none").mean() - 0.25) < 0.08
+    assert abs(facts.alias.mean() - 0.1) < 0.06
     steady = facts[~facts.rises.astype(bool)]
     assert steady.mean_severity.between(0.45, 0.70).all()
     assert np.array_equal(
@@ -472,19 +473,19 @@ def test_a_third_of_cavitation_windows_is_healthy():
     records = [si.journal_record("cavitation", s, seed=i) for s in si.SEVERITIES for i in range(25)]
     has = np.array([si.burst_in_window(r) for r in records])
     assert 0.28 < 1 - has.mean() < 0.41
-    assert counts["severe"] == 6 and has[-25:].mean() > has[:25].mean()
+    assert counts["severe"] == 6
+    assert has[-25:].mean() > has[:25].mean()
     r = records[0]
     a, b = r.facts["bursts"][0]
-    assert b - a == 163 and si.burst_in_window(r, 163, 163).sum() <= 2 * len(r.facts["bursts"])
+    assert b - a == 163
+    assert si.burst_in_window(r, 163, 163).sum() <= 2 * len(r.facts["bursts"])
 
 
 def test_set_is_balanced_and_split_by_record():
     "Counts of the full plan; gates of a small one."
     plan = si.journal_plan()
-    assert (
-        plan.split.value_counts().to_dict() == dict(train=2464, valid=528, test=528)
-        and plan.name.is_unique
-    )
+    assert plan.split.value_counts().to_dict() == dict(train=2464, valid=528, test=528)
+    assert plan.name.is_unique
     assert (plan.groupby(["split", "fault"]).size().unstack().nunique(axis=1) == 1).all()
     records = si.journal_set(3, seconds=0.1, shares=(1 / 3,) * 3, faults=JOURNAL_FAULTS[:2])
     assert [r.facts["split"] for r in records].count("test") == 8
@@ -525,10 +526,10 @@ def test_simulated_folder_is_read_like_any_other(tmp_path, kind):
         back = read_records(tmp_path)
     assert [(r.fault, r.diameter, r.bearing, round(r.rpm, 6)) for r in back] == [
         (r.fault, r.diameter, r.bearing, round(r.rpm, 6)) for r in made
-    ] and np.array_equal(back[0].signal, made[0].signal)
-    assert not [f for f in check(tmp_path) if "only the bearing" not in f] and len(
-        pd.read_csv(tmp_path / "facts.csv")
-    ) == len(made)
+    ]
+    assert np.array_equal(back[0].signal, made[0].signal)
+    assert not [f for f in check(tmp_path) if "only the bearing" not in f]
+    assert len(pd.read_csv(tmp_path / "facts.csv")) == len(made)
 
 
 # models and search
@@ -548,7 +549,8 @@ def test_simple_models_give_probabilities(windows, name):
     train = np.flatnonzero(windows.diameters != "021")
     p = ft.baseline_probabilities(name, windows, train, test)
     accuracy = (p.argmax(1) == windows.labels[test]).mean()
-    assert p.shape == (len(test), 3) and np.allclose(p.sum(1), 1)
+    assert p.shape == (len(test), 3)
+    assert np.allclose(p.sum(1), 1)
     if name in ("rule", "lines_lr", "physics_lr", "physics_rf"):
         assert accuracy > 0.9
 
@@ -601,17 +603,16 @@ def test_plain_folds_of_grouped_data_are_refused(windows, cv):
         space,
         "grid",
     )
-    assert found.leak and found.history.leak.all()
+    assert found.leak
+    assert found.history.leak.all()
 
 
 def test_search_folds_hold_whole_sizes_out(windows):
     "And a side with one class is an error."
     folds, leak = se.grouped_folds(windows.diameters, windows.labels)
-    assert (
-        not leak
-        and len(folds) == 3
-        and all(not {*windows.diameters[a]} & {*windows.diameters[b]} for a, b in folds)
-    )
+    assert not leak
+    assert len(folds) == 3
+    assert all(not {*windows.diameters[a]} & {*windows.diameters[b]} for a, b in folds)
     with pytest.raises(InputError, match="two or more classes"):
         se.grouped_folds(["a", "a", "b", "b"], [0, 0, 1, 1])
 
@@ -629,12 +630,10 @@ def test_searches_repeat_and_keep_the_budget(method):
         se.search(f, dict(x=[0.0, 0.25, 0.5, 0.75, 1.0], kind=["a", None]), method, 8, seed=3)
         for _ in range(2)
     )
-    assert (
-        len(a.history) == 8
-        and a.history.score.equals(b.history.score)
-        and a.history.best.is_monotonic_increasing
-        and f(a.best) == a.score
-    )
+    assert len(a.history) == 8
+    assert a.history.score.equals(b.history.score)
+    assert a.history.best.is_monotonic_increasing
+    assert f(a.best) == a.score
 
 
 def test_heat_map_takes_none():
@@ -648,9 +647,8 @@ def test_heat_map_takes_none():
         "grid",
     )
     ax = se.plot_settings(found, "depth", "kind")
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "None"] and [
-        t.get_text() for t in ax.get_yticklabels()
-    ] == ["x", "None"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "None"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["x", "None"]
 
 
 def test_rule_on_real_recordings():
@@ -668,4 +666,5 @@ def test_rule_on_real_recordings():
         p[windows.record == i].mean(0).argmax() == windows.labels[windows.record == i][0]
         for i in range(len(records))
     ]
-    assert right.sum() == pytest.approx(190, abs=1) and sum(vote) == 21
+    assert right.sum() == pytest.approx(190, abs=1)
+    assert sum(vote) == 21

@@ -111,7 +111,8 @@ def test_evidence_moves_with_speed_and_geometry():
         inputs, mask, _ = windows_of([r], len(r))
         model = OrderNet().eval()
         q = model.evidence(inputs, mask)[0].amax(0).mean(-1)
-        assert q.argmax() == 0 and q[0] > q[1:].max() + 0.3
+        assert q.argmax() == 0
+        assert q[0] > q[1:].max() + 0.3
         wrong = (
             model.evidence(dict(inputs, orders=inputs["orders"][:, [1, 2, 0, 3]]), mask)[0]
             .amax(0)
@@ -126,10 +127,8 @@ def test_hypotheses_share_their_judge():
     for judge in ("monotone", "free"):
         torch.manual_seed(0)
         model = OrderNet(judge=judge).eval()
-        a, b = (
-            model(inputs, mask)["fault"],
-            model(dict(inputs, orders=inputs["orders"][:, [2, 1, 0, 3]]), mask)["fault"],
-        )
+        a = model(inputs, mask)["fault"]
+        b = model(dict(inputs, orders=inputs["orders"][:, [2, 1, 0, 3]]), mask)["fault"]
         torch.testing.assert_close(a[:, [2, 1, 0]], b, atol=1e-4, rtol=1e-4)
 
 
@@ -140,7 +139,8 @@ def test_monotone():
     q = torch.randn(40, 5, 3, 4)
     more = q.clone()
     more[:, :, 1] += torch.rand(40, 5, 4)
-    a, b = model.judged(q)["fault"], model.judged(more)["fault"]
+    a = model.judged(q)["fault"]
+    b = model.judged(more)["fault"]
     assert (b[:, 1] >= a[:, 1] - 1e-6).all()
     torch.testing.assert_close(a[:, [0, 2]], b[:, [0, 2]])
 
@@ -149,7 +149,9 @@ def test_bands_and_lines_beyond_the_rate():
     "Of what a signal cannot hold there is no evidence, neither for nor against; nothing folds back."
     inputs, mask, _ = windows_of([rolling_record("inner", rate=6000.0, seed=0)], 6000)
     q = OrderFront()(inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"])
-    assert (q[:, 2:4] != NOTHING).any() and (q[:, 3] == NOTHING).all() and q.isfinite().all()
+    assert (q[:, 2:4] != NOTHING).any()
+    assert (q[:, 3] == NOTHING).all()
+    assert q.isfinite().all()
     q = OrderFront(harmonics=20)(
         inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"]
     )
@@ -171,7 +173,8 @@ def test_laws_move_the_answer():
     for law, right in ((LinePenalty(), True), (LinePenalty(permute=True), False)):
         logits = torch.zeros(3, 3, requires_grad=True)
         law(dict(fault=logits), labels, inputs, mask).sum().backward()
-        assert (logits.grad.argmin(1) == labels).all() == right and logits.grad.abs().sum() > 0
+        assert (logits.grad.argmin(1) == labels).all() == right
+        assert logits.grad.abs().sum() > 0
     t = torch.arange(20480) / 20480
     x = torch.sin(2 * np.pi * 60 * t)[None, :, None]
     logits = torch.zeros(1, 2, requires_grad=True)
@@ -194,7 +197,8 @@ def test_unseen_bearings_are_named(learn):
     p = predict_windows(learn.model, learn.windows, learn.test)
     o = outcome_table(learn.windows, learn.test, p, name="m", split="bearing", fold=0, seed=0)
     scores = fold_scores(o)
-    assert scores["records"] == 1 and scores["windows"] > 0.9
+    assert scores["records"] == 1
+    assert scores["windows"] > 0.9
 
 
 def test_other_rig(bundle, tmp_path):
@@ -217,9 +221,12 @@ def test_other_rig(bundle, tmp_path):
     write_records(tmp_path, rig)
     table, facts = evaluate_bundle(bundle, tmp_path)
     value = table.set_index("measure").value
-    assert value["records"] >= 5 / 6 and set(table.split) == {"new"} and 0 < facts["answered"] <= 1
+    assert value["records"] >= 5 / 6
+    assert set(table.split) == {"new"}
+    assert 0 < facts["answered"] <= 1
     said = predict_bundle(bundle, tmp_path / "outer2.0.npy")
-    assert (said.fault == "outer").mean() > 0.5 and list(said)[:4] == [
+    assert (said.fault == "outer").mean() > 0.5
+    assert list(said)[:4] == [
         "record",
         "seconds",
         "fault",
@@ -247,9 +254,8 @@ def test_programs_are_the_model(learn):
 
     model = learn.model.cpu().eval()
     eager = eager_programs(model)["diagnose"]
-    assert list(eager.inputs) == ["signal", "shaft", "rate", "orders"] and eager.outputs == [
-        "fault"
-    ]
+    assert list(eager.inputs) == ["signal", "shaft", "rate", "orders"]
+    assert eager.outputs == ["fault"]
     windows = {
         n: RecordWindows(rolling_records(1, seed=3), n).batch([0, 1])[0] for n in (3001, 12000)
     }
@@ -391,9 +397,8 @@ def test_recipe_refuses(records, refused):
         for f in ("healthy", "wear")
         for d in "ab"
     ]
-    assert "without bearing geometry" in refused(
-        recipe, journal, window=6000
-    ) and "one of order_net" in refused(recipe, records, model="net")
+    assert "without bearing geometry" in refused(recipe, journal, window=6000)
+    assert "one of order_net" in refused(recipe, records, model="net")
     assert "geometry" in refused(
         recipe, [Record(**{**vars(r), "orders": None}) for r in records], window=6000
     )
@@ -485,17 +490,15 @@ def test_votes_and_scores():
         ["a"] * 3 + ["b"] * 3,
     )
     v = record_votes(o).set_index("record")
-    assert v.said.to_dict() == dict(a="outer", b="inner") and v.majority.to_dict() == dict(
-        a="outer", b="inner"
-    )
+    assert v.said.to_dict() == dict(a="outer", b="inner")
+    assert v.majority.to_dict() == dict(a="outer", b="inner")
     s = fold_scores(o)
-    assert s["windows"] == 0.5 and s["records"] == 0.5
+    assert s["windows"] == 0.5
+    assert s["records"] == 0.5
     t = class_table(o).set_index("fault")
-    assert (
-        t.recall["outer"] == pytest.approx(2 / 3)
-        and t.precision["ball"] == 0.5
-        and t.record_recall["ball"] == 0
-    )
+    assert t.recall["outer"] == pytest.approx(2 / 3)
+    assert t.precision["ball"] == 0.5
+    assert t.record_recall["ball"] == 0
 
 
 def test_coverage_takes_equal_confidence_together():
@@ -503,19 +506,14 @@ def test_coverage_takes_equal_confidence_together():
         ["outer", "ball", "ball"], ["outer", "outer", "ball"], list("abc"), [0.9, 0.5, 0.5]
     )
     c = coverage_curve(o)
-    assert c.coverage.tolist() == pytest.approx(
-        [1 / 3, 1]
-    ) and c.accuracy.tolist() == pytest.approx([1, 2 / 3])
+    assert c.coverage.tolist() == pytest.approx([1 / 3, 1])
+    assert c.accuracy.tolist() == pytest.approx([1, 2 / 3])
 
 
 def test_spread_is_over_seeds():
-    a, b = (
-        outcomes(["outer"] * 2, ["outer"] * 2, list("ab")),
-        outcomes(["ball", "outer"], ["outer"] * 2, list("ab")).assign(seed=1),
-    )
+    a = outcomes(["outer"] * 2, ["outer"] * 2, list("ab"))
+    b = outcomes(["ball", "outer"], ["outer"] * 2, list("ab")).assign(seed=1)
     t = score_table(pd.concat([a, b])).set_index("measure").loc["windows"]
-    assert (
-        t.value == 0.75
-        and t.seeds == 2
-        and t.high - t.value == pytest.approx(np.std([1, 0.5], ddof=1))
-    )
+    assert t.value == 0.75
+    assert t.seeds == 2
+    assert t.high - t.value == pytest.approx(np.std([1, 0.5], ddof=1))

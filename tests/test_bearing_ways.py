@@ -43,7 +43,8 @@ def fitted(records, **kwargs):
 @pytest.fixture(scope="module")
 def teacher(records, tmp_path_factory):
     "The bundle of a larger network."
-    learn, folder = fitted(records, model="resnet"), tmp_path_factory.mktemp("teacher")
+    learn = fitted(records, model="resnet")
+    folder = tmp_path_factory.mktemp("teacher")
     save_bundle(
         folder,
         learn.model,
@@ -124,7 +125,8 @@ def test_every_row_of_the_guide(records, teacher, tmp_path, row):
             **(dict(checkpoint_folder=str(tmp_path)) if "save_best" in way else {}),
         },
     )
-    assert np.isfinite(np.array(learn.recorder.values, float)).all() and there(learn)
+    assert np.isfinite(np.array(learn.recorder.values, float)).all()
+    assert there(learn)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +172,8 @@ def test_contrast_of_features(records, teacher, refused):
         return float((z @ z.T)[alike].mean() - (z @ z.T)[~alike].mean())
 
     assert apart(5.0) > apart(0.0)
-    assert "a network with features" in refused(
-        recipe, records, window=2048, contrastive=0.1
-    ) and "beside a teacher" in refused(
+    assert "a network with features" in refused(recipe, records, window=2048, contrastive=0.1)
+    assert "beside a teacher" in refused(
         recipe, records, model="cnn", window=2048, contrastive=0.1, teacher=teacher
     )
 
@@ -182,13 +183,16 @@ def test_contrast_without_a_positive():
     z = torch.randn(3, 8, requires_grad=True)
     value = create_loss("supervised_contrastive", temperature=0.1)(z, torch.tensor([0, 1, 2]))
     value.backward()
-    assert value.item() == 0 and z.grad.isfinite().all() and not z.grad.any()
+    assert value.item() == 0
+    assert z.grad.isfinite().all()
+    assert not z.grad.any()
     one = create_loss("supervised_contrastive")(torch.randn(1, 8), torch.tensor([0]))
     assert one.item() == 0
     mixed = create_loss("supervised_contrastive", reduction="none")(
         torch.randn(4, 8), torch.tensor([0, 0, 1, 2])
     )
-    assert (mixed[:2] > 0).all() and not mixed[2:].any()
+    assert (mixed[:2] > 0).all()
+    assert not mixed[2:].any()
 
 
 # searches
@@ -220,12 +224,10 @@ def test_every_search_of_every_classical_model(windows, kind, method):
         kind, window_features(windows), windows.labels, windows.diameters
     )
     found = se.search(objective, SMALL[kind], method, 4, seed=1)
-    assert (
-        len(found.history) == 4
-        and not found.leak
-        and {"score", "best", "seconds", *SMALL[kind]} <= set(found.history)
-        and found.score == found.history.score.max() <= 1
-    )
+    assert len(found.history) == 4
+    assert not found.leak
+    assert {"score", "best", "seconds", *SMALL[kind]} <= set(found.history)
+    assert found.score == found.history.score.max() <= 1
     assert objective(found.best) == pytest.approx(found.score)
     weight = se.parameter_importance(found)
     assert (
@@ -247,7 +249,8 @@ def test_every_search_of_a_net(method):
     "The validation side is a defect size that the net has not trained on; the test fold is not looked at."
     if method == "bayes":
         pytest.importorskip("optuna")
-    records, seen = rolling_set(seconds=0.5, snr=0.0), []
+    records = rolling_set(seconds=0.5, snr=0.0)
+    seen = []
 
     def make(learning_rate, judge):
         learn = recipe(
@@ -277,11 +280,9 @@ def test_every_search_of_a_net(method):
         3,
         seed=0,
     )
-    assert (
-        len(found.history) == 3
-        and np.isfinite(found.history.score).all()
-        and all(a == {"014"} and b == {"007"} for a, b in seen)
-    )
+    assert len(found.history) == 3
+    assert np.isfinite(found.history.score).all()
+    assert all(a == {"014"} and b == {"007"} for a, b in seen)
 
 
 # bad input
@@ -302,7 +303,8 @@ def test_names_that_are_not_known(records, refused):
         (dict(augment="stretch"), "time_warp"),
     ):
         sentence = refused(recipe, records, window=2048, **bad)
-        assert words in sentence and "\n" not in sentence
+        assert words in sentence
+        assert "\n" not in sentence
 
 
 def test_windows_shorter_than_the_network(records, refused):
@@ -364,7 +366,8 @@ def test_bad_folders_are_one_sentence_each(tmp_path):
         "version 7.3",
     ):
         assert sum(words in s for s in found) == 1, (words, found)
-    assert all("\n" not in s and s.endswith(".") for s in found) and len(found) == 7
+    assert all("\n" not in s and s.endswith(".") for s in found)
+    assert len(found) == 7
 
 
 def test_one_bearing_for_a_class(tmp_path):
@@ -382,8 +385,6 @@ def test_journal_records_take_a_net_and_refuse_the_lines(refused):
         )
     ]
     learn = fitted(journal, model="cnn")
-    assert (
-        learn.windows.classes == ["healthy", "wear", "oil_whirl"]
-        and learn.model.fault.out_features == 3
-    )
+    assert learn.windows.classes == ["healthy", "wear", "oil_whirl"]
+    assert learn.model.fault.out_features == 3
     assert "without bearing geometry" in refused(recipe, journal, window=2048)

@@ -37,16 +37,15 @@ def test_rows(tiny, tmp_path, capsys):
     "What a row has; one that fails is told and does not stop the others."
     file = tmp_path / "results.json"
     assert main(["--quick", "--output", str(file)]) == 1
-    assert tiny == [True] and "fault: RuntimeError: out of order" in capsys.readouterr().out
+    assert tiny == [True]
+    assert "fault: RuntimeError: out of order" in capsys.readouterr().out
     found = json.loads(file.read_text())
     rows = {r["name"].split(".")[-1]: r for r in found["benchmarks"]}
-    assert (
-        set(rows) == {"sums", "nothing"}
-        and found["machine"]["cpus"] > 0
-        and found["machine"]["threads"] == 1
-        and found["machine"]["quick"] is True
-        and found["machine"]["torch"]
-    )
+    assert set(rows) == {"sums", "nothing"}
+    assert found["machine"]["cpus"] > 0
+    assert found["machine"]["threads"] == 1
+    assert found["machine"]["quick"] is True
+    assert found["machine"]["torch"]
     row = rows["sums"]
     assert (row["what"], row["alternative"], row["goal"], row["met"], row["numbers"]) == (
         "a sum",
@@ -55,16 +54,13 @@ def test_rows(tiny, tmp_path, capsys):
         True,
         100,
     )
-    assert (
-        row["ratio"]
-        == pytest.approx(row["seconds"]["ours"]["cpu"] / row["seconds"]["alternative"]["cpu"])
-        and row["ratio_wall"] > 0
+    assert row["ratio"] == pytest.approx(
+        row["seconds"]["ours"]["cpu"] / row["seconds"]["alternative"]["cpu"]
     )
-    assert (
-        row["repetitions"] == 2
-        and rows["nothing"]["met"] is None
-        and [p.name for p in tmp_path.iterdir()] == ["results.json"]
-    )
+    assert row["ratio_wall"] > 0
+    assert row["repetitions"] == 2
+    assert rows["nothing"]["met"] is None
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_only(tiny, tmp_path):
@@ -74,12 +70,11 @@ def test_only(tiny, tmp_path):
     first = json.loads(file.read_text())["benchmarks"]
     assert main(["--quick", "--only", "*.nothing", "--output", str(file)]) == 0
     again = json.loads(file.read_text())["benchmarks"]
-    assert (
-        len(tiny) == 1
-        and [r["name"] for r in again] == [r["name"] for r in first]
-        and [r for r in again if r["name"].endswith("sums")][0]
-        == [r for r in first if r["name"].endswith("sums")][0]
-    )
+    assert len(tiny) == 1
+    assert [r["name"] for r in again] == [r["name"] for r in first]
+    assert [r for r in again if r["name"].endswith("sums")][0] == [
+        r for r in first if r["name"].endswith("sums")
+    ][0]
     assert main(["--only", "nobody"]) == 2
 
 
@@ -88,6 +83,6 @@ def test_real_one(tmp_path):
     file = tmp_path / "results.json"
     assert main(["--quick", "--only", "toolkit.noise", "--output", str(file)]) == 0
     (row,) = json.loads(file.read_text())["benchmarks"]
-    assert (
-        row["name"] == "toolkit.noise" and row["goal"] == 1.0 and row["seconds"]["ours"]["wall"] > 0
-    )
+    assert row["name"] == "toolkit.noise"
+    assert row["goal"] == 1.0
+    assert row["seconds"]["ours"]["wall"] > 0

@@ -58,11 +58,12 @@ def polynomial(coefficients, n, start=0):
 
 def test_weights():
     "Distances and weights that every textbook prints."
-    assert weights(hamming_7_4()) == {3: 7, 4: 7, 7: 1} and weights(hamming_8_4()) == {4: 14, 8: 1}
-    assert weights(golay_24_12()) == {8: 759, 12: 2576, 16: 759, 24: 1} and weights(
-        reed_muller(4)
-    ) == {8: 30, 16: 1}
-    assert weights(simplex(5)) == {16: 31} and weights(parity(6)) == {2: 15, 4: 15, 6: 1}
+    assert weights(hamming_7_4()) == {3: 7, 4: 7, 7: 1}
+    assert weights(hamming_8_4()) == {4: 14, 8: 1}
+    assert weights(golay_24_12()) == {8: 759, 12: 2576, 16: 759, 24: 1}
+    assert weights(reed_muller(4)) == {8: 30, 16: 1}
+    assert weights(simplex(5)) == {16: 31}
+    assert weights(parity(6)) == {2: 15, 4: 15, 6: 1}
     for g in (hamming_8_4(), golay_24_12()):
         assert not (g @ g.T % 2).any()
 
@@ -75,7 +76,8 @@ def test_parity_checks(name):
     n = g.shape[1]
     every = all_words(n).numpy().astype(int)
     inside = {tuple(c) for c in BlockCode(g).codebook.int().tolist()}
-    assert {tuple(c) for c in every[~(every @ h.T % 2).any(1)]} == inside and rank(g) == len(g)
+    assert {tuple(c) for c in every[~(every @ h.T % 2).any(1)]} == inside
+    assert rank(g) == len(g)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -101,12 +103,14 @@ def test_posterior_by_enumeration(name):
                 ]
             )
             weight /= weight.sum()
-            assert np.allclose(q[b, block].exp(), weight) and np.isclose(
+            assert np.allclose(q[b, block].exp(), weight)
+            assert np.isclose(
                 code.kl(q)[b, block].item(), (weight * np.log(weight * 2**code.k)).sum()
             )
+            assert np.allclose(code.bit_probability(q)[b].reshape(2, -1)[block], weight @ words)
             assert np.allclose(
-                code.bit_probability(q)[b].reshape(2, -1)[block], weight @ words
-            ) and np.allclose(code.bit_probability(q, True)[b].reshape(2, -1)[block], weight @ book)
+                code.bit_probability(q, True)[b].reshape(2, -1)[block], weight @ book
+            )
             assert (code.decode(l)[b].reshape(2, -1)[block].numpy() == words[weight.argmax()]).all()
 
 
@@ -118,13 +122,15 @@ def test_law_by_exhaustion(name):
     book = BlockCode(g).codebook.numpy()
     words = all_words(k).numpy()
     law = error_law(g)
-    correct, wrong = np.zeros(n + 1), np.zeros(n + 1)
+    correct = np.zeros(n + 1)
+    wrong = np.zeros(n + 1)
     for e in all_words(n).numpy():
         distance = (book != e).sum(1)
         nearest = np.flatnonzero(distance == distance.min())  # the zero word was sent
         correct[int(e.sum())] += (0 in nearest) / len(nearest)
         wrong[int(e.sum())] += words[nearest].mean()
-    assert np.allclose(law.correct, correct) and np.allclose(law.wrong, wrong)
+    assert np.allclose(law.correct, correct)
+    assert np.allclose(law.wrong, wrong)
 
 
 def test_closed_forms():
@@ -184,11 +190,9 @@ def test_golay():
     )
     errors, syndromes = coset_leaders(golay_24_12())
     weight = np.bitwise_count(errors)
-    assert (
-        len(np.unique(syndromes)) == 4096
-        and weight.max() == 4
-        and [(weight == w).sum() for w in range(5)] == [1, 24, 276, 2024, 1771 * 6]
-    )
+    assert len(np.unique(syndromes)) == 4096
+    assert weight.max() == 4
+    assert [(weight == w).sum() for w in range(5)] == [1, 24, 276, 2024, 1771 * 6]
     words = all_words(12).numpy().astype(np.uint8)
     sent = words @ golay_23_12() % 2
     for _ in range(3):
@@ -210,10 +214,8 @@ def test_decoder_obeys_its_law(name):
     for logits in (channel_logits(code.encode(words), "bsc", p),):
         wrong = (code.decode(logits) != words).numpy()
         true = law.word_error(p)
-        assert (
-            abs(wrong.any(1).mean() - true) < 4 * np.sqrt(true / n) + 1e-9
-            and abs(wrong.mean() - law.bit_error(p)) < 4 * wrong.mean(1).std() / np.sqrt(n) + 1e-9
-        )
+        assert abs(wrong.any(1).mean() - true) < 4 * np.sqrt(true / n) + 1e-9
+        assert abs(wrong.mean() - law.bit_error(p)) < 4 * wrong.mean(1).std() / np.sqrt(n) + 1e-9
     soft = (
         (code.decode(channel_logits(code.encode(words), "awgn", p)) != words)
         .any(1)
@@ -222,9 +224,8 @@ def test_decoder_obeys_its_law(name):
         .item()
     )
     bound, kind = soft_word_error(g, p)
-    assert soft < bound[0] + 4 * np.sqrt(bound[0] / n) + 1e-9 and (
-        kind != "exact" or soft > bound[0] - 4 * np.sqrt(bound[0] / n) - 1e-9
-    )
+    assert soft < bound[0] + 4 * np.sqrt(bound[0] / n) + 1e-9
+    assert kind != "exact" or soft > bound[0] - 4 * np.sqrt(bound[0] / n) - 1e-9
 
 
 def test_soft_is_hard_over_a_symmetric_channel():
@@ -249,18 +250,14 @@ def test_ties():
     torch.manual_seed(0)
     two = BlockCode(repetition(2))
     tie = torch.tensor([[1.0, -1.0]]).expand(4000, 2)
-    assert (
-        abs(two.decode(tie).mean() - 0.5) < 0.04
-        and two.decode(tie, tie="one").all()
-        and not two.decode(tie, tie="zero").any()
-    )
+    assert abs(two.decode(tie).mean() - 0.5) < 0.04
+    assert two.decode(tie, tie="one").all()
+    assert not two.decode(tie, tie="zero").any()
 
 
 def test_bounds():
-    assert (
-        random_coding_bound(12, 24, 0.055) > error_law(golay_24_12()).word_error(0.055)
-        and soft_word_error(repetition(4), P)[0].max() < P.max()
-    )
+    assert random_coding_bound(12, 24, 0.055) > error_law(golay_24_12()).word_error(0.055)
+    assert soft_word_error(repetition(4), P)[0].max() < P.max()
 
 
 def test_bch():
@@ -272,7 +269,8 @@ def test_bch():
     rng = np.random.default_rng(0)
     for row in sent:
         row[rng.choice(15, 2, replace=False)] ^= 1
-    assert min(weights(g)) == 5 and (SyndromeDecoder(g)(sent) == words).all()
+    assert min(weights(g)) == 5
+    assert (SyndromeDecoder(g)(sent) == words).all()
 
 
 def test_compatibility_table():
@@ -281,14 +279,14 @@ def test_compatibility_table():
     def fits(name, R=1):
         return [l % named_generator(name, R).shape[1] == 0 for l in LATENTS]
 
-    assert fits("repetition", 2) == [True] * 8 and fits("repetition", 3) == [False] * 5 + [
+    assert fits("repetition", 2) == [True] * 8
+    assert fits("repetition", 3) == [False] * 5 + [
         True,
         False,
         True,
     ]
-    assert fits("hamming_8_4") == [l % 8 == 0 for l in LATENTS] and not any(
-        fits("hamming_7_4") + fits("golay_24_12") + fits("reed_muller_4")
-    )
+    assert fits("hamming_8_4") == [l % 8 == 0 for l in LATENTS]
+    assert not any(fits("hamming_7_4") + fits("golay_24_12") + fits("reed_muller_4"))
 
 
 def test_refusals(refused, tmp_path):
@@ -300,9 +298,8 @@ def test_refusals(refused, tmp_path):
     assert "the 7 code bits of hamming_7_4, found 100; use 98 or 105" in refused(
         create_code, "hamming_7_4", 100
     )
-    assert "one of hamming_8_4" in refused(
-        create_code, "hamming_84", 8
-    ) and "an integer of at least 1, found 0" in refused(named_generator, "repetition", 0)
+    assert "one of hamming_8_4" in refused(create_code, "hamming_84", 8)
+    assert "an integer of at least 1, found 0" in refused(named_generator, "repetition", 0)
     assert "rank: expected 3, one for each row, found 2" in refused(
         check_generator, [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
     )

@@ -132,7 +132,8 @@ def test_wake_phase():
     )
     loss = NegativeELBO()(out)
     g = torch.autograd.grad(loss, [model.logits, model.decoder.f])
-    f, log_q = model.decoder.f, model.code.joint_log_posterior(model.logits)[0]
+    f = model.decoder.f
+    log_q = model.code.joint_log_posterior(model.logits)[0]
     wanted = (
         torch.autograd.grad(
             (f.softmax(0).detach() * (f.log_softmax(0).detach() - log_q)).sum(), model.logits
@@ -214,9 +215,8 @@ def test_bounds_stand_in_order(name):
     assert broken_bounds(table) == []
     each = exact_bounds(learn.model, items, index)
     truth = bars_log_likelihood(items.pixels[index])
-    assert (
-        each.elbo <= each.log_likelihood + 1e-6
-    ).all() and each.log_likelihood.mean() < truth.mean()
+    assert (each.elbo <= each.log_likelihood + 1e-6).all()
+    assert each.log_likelihood.mean() < truth.mean()
     assert latent_use(learn.model, items, index)["KL"] <= 8 * math.log(2) + 1e-4
 
 
@@ -241,14 +241,16 @@ def test_independent_copies_fail():
         c: broken_bounds(audit_bounds(a.model, *a.sets.items.batch(a.test)[:2]))
         for c, a in arms.items()
     }
-    assert broken["valid"] == [] and "reported objective" in broken["independent"][0]
+    assert broken["valid"] == []
+    assert "reported objective" in broken["independent"][0]
 
 
 def test_two_copies_are_one_bit():
     "Repetition and the plain model with summed logits are the same family: equal KL and equal bounds."
     torch.manual_seed(0)
     l = torch.randn(5, 12)
-    plain, two = BlockCode(blocks=6), BlockCode(repetition(2), blocks=6)
+    plain = BlockCode(blocks=6)
+    two = BlockCode(repetition(2), blocks=6)
     assert torch.allclose(
         two.kl(two.log_posterior(l)),
         plain.kl(plain.log_posterior(l.unflatten(-1, (6, 2)).sum(-1))),
@@ -307,7 +309,9 @@ def test_paired_difference():
     rng = np.random.default_rng(0)
     a = rng.normal(0, 5, (3, 500))
     d = paired_difference(a + 0.3, a)
-    assert d.low < d.value + 1e-9 and abs(d.value - 0.3) < 1e-9 and d.low > 0.29
+    assert d.low < d.value + 1e-9
+    assert abs(d.value - 0.3) < 1e-9
+    assert d.low > 0.29
 
 
 def test_raw_bits_and_code_words():
@@ -323,7 +327,8 @@ def test_raw_bits_and_code_words():
         [int(sum(a * b for a, b in zip(w, c)) % 2) for c in hamming_8_4().T]
         for w in itertools.product((0, 1), repeat=4)
     ]
-    same, error = [], dict(raw=0.0, word=0.0)
+    same = []
+    error = dict(raw=0.0, word=0.0)
     with torch.no_grad():
         for image, l in zip(x, model.encode(x, mask).tolist()):
             raw = [int(v > 0) for v in l]
@@ -336,12 +341,12 @@ def test_raw_bits_and_code_words():
                     .item()
                 )
     found = raw_scores(model, sets.items, index)
-    assert (
-        found["raw words that are code words"] == pytest.approx(np.mean(same))
-        and found["PSNR raw bits"]
-        == pytest.approx(-10 * math.log10(error["raw"] / x.numel()), abs=1e-3)
-        and found["PSNR code word"]
-        == pytest.approx(-10 * math.log10(error["word"] / x.numel()), abs=1e-3)
+    assert found["raw words that are code words"] == pytest.approx(np.mean(same))
+    assert found["PSNR raw bits"] == pytest.approx(
+        -10 * math.log10(error["raw"] / x.numel()), abs=1e-3
+    )
+    assert found["PSNR code word"] == pytest.approx(
+        -10 * math.log10(error["word"] / x.numel()), abs=1e-3
     )
 
 
@@ -350,6 +355,5 @@ def test_signal_to_noise():
     random = torch.Generator().manual_seed(0)
     for p in (0.2, 0.05):
         l = channel_logits(torch.ones(200_000), "awgn", p, random)
-        assert 10 * math.log10(l.mean() ** 2 / l.var()) == pytest.approx(
-            float(snr_db(p)), abs=0.05
-        ) and (l < 0).float().mean() == pytest.approx(p, rel=0.03)
+        assert 10 * math.log10(l.mean() ** 2 / l.var()) == pytest.approx(float(snr_db(p)), abs=0.05)
+        assert (l < 0).float().mean() == pytest.approx(p, rel=0.03)

@@ -47,11 +47,9 @@ def test_parameter_sets():
     for i, s in enumerate(PARAMETER_SETS):
         learn = recipe(parameter_set=i)
         model = learn.model
-        assert (
-            model.code.code_bits == s["latent"]
-            and model.encoder.layers[0].out_features == s["hidden"]
-            and sum(isinstance(m, torch.nn.Linear) for m in model.encoder.layers) == s["depth"] + 1
-        )
+        assert model.code.code_bits == s["latent"]
+        assert model.encoder.layers[0].out_features == s["hidden"]
+        assert sum(isinstance(m, torch.nn.Linear) for m in model.encoder.layers) == s["depth"] + 1
     assert (
         run_name(1, beta_max=1.0, learning_rate=1e-3, seed=42)
         == "hidden_size_200_latent_size_100_depth_2_beta_1.0_lr_0.001_seed_42"
@@ -64,17 +62,18 @@ def test_mean_is_subtracted_and_first():
     mean = torch.tensor(learn.sets.items.mean(learn.train))
     assert torch.allclose(
         learn.model.decoder.layers[-1].bias.sigmoid(), mean.clamp(0.002, 0.998), atol=1e-5
-    ) and torch.allclose(learn.model.encoder.mean, mean)
+    )
+    assert torch.allclose(learn.model.encoder.mean, mean)
 
 
 def test_best_epoch_comes_back(tmp_path):
     "What is left in the model scores as the best row of the history; no epoch of the warm-up counts."
     learn = trained(max_epochs=8, patience=2, learning_rate=0.03, schedule="constant")
     table = epoch_table(learn)
-    assert table.score.isna().sum() == 1 and math.isclose(
-        learn.validate()[0], table.score.min(), rel_tol=1e-5
-    )
-    assert table.beta.iloc[-1] == 1 and table.beta.iloc[0] < 1
+    assert table.score.isna().sum() == 1
+    assert math.isclose(learn.validate()[0], table.score.min(), rel_tol=1e-5)
+    assert table.beta.iloc[-1] == 1
+    assert table.beta.iloc[0] < 1
 
 
 def test_patience_counts_from_the_end_of_the_warmup():
@@ -86,23 +85,24 @@ def test_patience_counts_from_the_end_of_the_warmup():
 def test_loss_record(tmp_path):
     trained(checkpoint_folder=str(tmp_path), save_every_epoch=True)
     data = np.loadtxt(tmp_path / "loss_record_with.txt")
-    assert (
-        data.shape == (4, 4)
-        and np.isfinite(data).all()
-        and (tmp_path / "loss_record_with.txt").read_text().startswith("# loss val_loss kl beta")
-    )
+    assert data.shape == (4, 4)
+    assert np.isfinite(data).all()
+    assert (tmp_path / "loss_record_with.txt").read_text().startswith("# loss val_loss kl beta")
     assert sorted(f.name for f in tmp_path.glob("epochs_*.safetensors")) == [
         f"epochs_{i:04d}.safetensors" for i in range(1, 5)
     ]
 
 
 def test_same_seed_same_result():
-    a, b, c = trained(), trained(), trained(seed=4)
+    a = trained()
+    b = trained()
+    c = trained(seed=4)
 
     def same(x, y):
         return all(torch.equal(p, q) for p, q in zip(x.model.parameters(), y.model.parameters()))
 
-    assert same(a, b) and not same(a, c)
+    assert same(a, b)
+    assert not same(a, c)
 
 
 def test_resume_is_exact(tmp_path):
@@ -125,9 +125,8 @@ def test_resume_is_exact(tmp_path):
     assert all(
         torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters())
     )
-    assert np.allclose(epoch_table(whole).kl, epoch_table(again).kl) and np.allclose(
-        epoch_table(whole).score, epoch_table(again).score, equal_nan=True
-    )
+    assert np.allclose(epoch_table(whole).kl, epoch_table(again).kl)
+    assert np.allclose(epoch_table(whole).score, epoch_table(again).score, equal_nan=True)
 
 
 def bundled(folder, **more):
@@ -150,26 +149,19 @@ def test_bundle(tmp_path, refused):
     np.save(tmp_path / "x.npy", x.numpy())
     table = predict_bundle(bundle, tmp_path / "x.npy")
     words = learn.model.infer(x, mask).int()
-    assert (
-        list(table.word) == ["".join(map(str, w)) for w in words.tolist()]
-        and (table.word == table.code_word.str[:4] + table.code_word.str[8:12]).all()
-    )
+    assert list(table.word) == ["".join(map(str, w)) for w in words.tolist()]
+    assert (table.word == table.code_word.str[:4] + table.code_word.str[8:12]).all()
     scores, facts = evaluate_bundle(bundle, "bars")
-    assert {"-ELBO, exact", "NLL, exact", "loop BER", "ECE"} <= set(scores.measure) and facts[
-        "facts"
-    ]["rows"]
+    assert {"-ELBO, exact", "NLL, exact", "loop BER", "ECE"} <= set(scores.measure)
+    assert facts["facts"]["rows"]
     made = sample_bundle(bundle, 7)
-    assert (
-        made["images"].shape == (7, 64)
-        and made["code_words"].shape == (7, 16)
-        and np.array_equal(made["words"], sample_bundle(bundle, 7)["words"])
-    )
+    assert made["images"].shape == (7, 64)
+    assert made["code_words"].shape == (7, 16)
+    assert np.array_equal(made["words"], sample_bundle(bundle, 7)["words"])
     config = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert (
-        config["information_bits"] == 8
-        and len(config["mean"]) == 64
-        and np.array_equal(config["generator"], learn.model.code.generator)
-    )
+    assert config["information_bits"] == 8
+    assert len(config["mean"]) == 64
+    assert np.array_equal(config["generator"], learn.model.code.generator)
     about = json.loads((tmp_path / "b" / "bundle.json").read_text())
     about["arguments"]["generator"][0][5] ^= 1
     (tmp_path / "b" / "bundle.json").write_text(json.dumps(about))
@@ -285,11 +277,9 @@ def test_sample_command(command, tmp_path):
     )
     assert code == 0, err
     folder = tmp_path / "runs" / "binary_vae" / "a"
-    assert (
-        {"result.json", "history.csv", "log.txt"} <= {f.name for f in folder.iterdir()}
-        and (folder / "bundle" / "config.json").exists()
-        and (folder / "figures" / "samples.png").exists()
-    )
+    assert {"result.json", "history.csv", "log.txt"} <= {f.name for f in folder.iterdir()}
+    assert (folder / "bundle" / "config.json").exists()
+    assert (folder / "figures" / "samples.png").exists()
     code, out, err = command("sample", "a", "-n", "30")
     assert code == 0 and "samples" in out, err
     assert np.load(folder / "samples" / "samples.npz")["images"].shape == (30, 64)
@@ -312,22 +302,19 @@ def check_classic(run, folder):
     }
     kept = load_file(run / "bundle" / "model.safetensors")
     told = torch.load(folder / "bvae_best_model_with.pt", weights_only=True)
-    assert set(kept) == set(told) and all(torch.equal(kept[k], told[k]) for k in kept)
+    assert set(kept) == set(told)
+    assert all(torch.equal(kept[k], told[k]) for k in kept)
     history = pd.read_csv(run / "history.csv")
     history = history[history.fit == history.fit.iloc[0]]
     data = np.loadtxt(folder / "loss_record_with.txt")
-    assert (
-        np.allclose(data, history[["train_loss", "valid_loss", "kl", "beta"]], atol=1e-5)
-        and json.loads((folder / "config.json").read_text())["code_bits"] == 4
-    )
+    assert np.allclose(data, history[["train_loss", "valid_loss", "kl", "beta"]], atol=1e-5)
+    assert json.loads((folder / "config.json").read_text())["code_bits"] == 4
     lines = [
         l for l in (folder / "training_log.txt").read_text().splitlines() if l.startswith("Epoch ")
     ]
-    assert (
-        len(lines) == 3
-        and all(k in lines[-1] for k in ("loss=", "kl=", "beta=1.000", "val_loss=", "patience="))
-        and "beta=0." in lines[0]
-    )
+    assert len(lines) == 3
+    assert all(k in lines[-1] for k in ("loss=", "kl=", "beta=1.000", "val_loss=", "patience="))
+    assert "beta=0." in lines[0]
 
 
 def test_progress_keeps_the_name_of_the_fit(tmp_path):
@@ -344,8 +331,6 @@ def test_progress_keeps_the_name_of_the_fit(tmp_path):
             told.append(fit)
 
     trained([RunProgress(Run(), "seed-7")], max_epochs=1, beta_warmup_epochs=0)
-    assert (
-        told[-1] == "seed-7"
-        and told[-2].startswith("seed-7 loss=")
-        and all(k in told[-2] for k in ("kl=", "beta=", "patience=0/10"))
-    )
+    assert told[-1] == "seed-7"
+    assert told[-2].startswith("seed-7 loss=")
+    assert all(k in told[-2] for k in ("kl=", "beta=", "patience=0/10"))

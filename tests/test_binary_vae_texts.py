@@ -68,7 +68,8 @@ def trained(sets):
 
 def test_bounds_of_texts(trained):
     "ELBO, importance bounds and likelihood by all words stand in their order on a trained model of texts; every word's likelihood is the sum over its tokens."
-    model, items = trained.model.eval(), trained.sets.items
+    model = trained.model.eval()
+    items = trained.sets.items
     x, mask, _ = items.batch(trained.test[:20])
     assert broken_bounds(audit_bounds(model, x, mask)) == []
     ll, _ = model.table(x, mask)
@@ -86,7 +87,8 @@ def test_bounds_of_texts(trained):
 def test_blind_decoder_is_a_language_model(sets):
     "No divergence, the same likelihood under every word, and it learns."
     learn = recipe(f"gcode:{sets}/gcode", **SMALL, blind=True)
-    model, items = learn.model.eval(), learn.sets.items
+    model = learn.model.eval()
+    items = learn.sets.items
     before = learn.validate()[0]
     with learn.no_bar(), learn.no_logging():
         fit(learn)
@@ -94,32 +96,33 @@ def test_blind_decoder_is_a_language_model(sets):
     x, mask, _ = items.batch(learn.test[:10])
     out = model(x, mask)
     ll, _ = model.table(x, mask)
-    assert (
-        out["kl"].abs().max() < 1e-6
-        and torch.allclose(ll, ll[:, :1].expand_as(ll), atol=1e-4)
-        and learn.validate()[0] < before - 1
-    )
+    assert out["kl"].abs().max() < 1e-6
+    assert torch.allclose(ll, ll[:, :1].expand_as(ll), atol=1e-4)
+    assert learn.validate()[0] < before - 1
     exact = exact_bounds(model, items, learn.test[:10])
     assert np.allclose(exact.elbo, exact.log_likelihood, atol=1e-3)
-    assert set(word_use(model, items, learn.test[:10]).values()) == {0.0} and "nats a token" in set(
-        score_model(model, items, learn.test[:10], samples=1).measure
-    )
+    assert set(word_use(model, items, learn.test[:10]).values()) == {0.0}
+    assert "nats a token" in set(score_model(model, items, learn.test[:10], samples=1).measure)
 
 
 def test_word_and_channel(trained):
     "A channel without noise changes nothing; words that are drawn anew at every bit cost what a random word costs, within sampling."
-    model, items = trained.model.eval(), trained.sets.items
+    model = trained.model.eval()
+    items = trained.sets.items
     index = trained.test
     t = channel_texts(model, items, index, (0.0, 0.5))
-    assert t.BER[0] == 0 and abs(t.BER[1] - 0.5) < 0.1
+    assert t.BER[0] == 0
+    assert abs(t.BER[1] - 0.5) < 0.1
     raw = raw_scores(model, items, index)
-    assert raw["raw words that are code words"] == 1 and raw[
-        "nats a token, raw bits"
-    ] == pytest.approx(t["nats a token"][0], rel=1e-5) == pytest.approx(
-        raw["nats a token, code word"], rel=1e-5
+    assert raw["raw words that are code words"] == 1
+    assert (
+        raw["nats a token, raw bits"]
+        == pytest.approx(t["nats a token"][0], rel=1e-5)
+        == pytest.approx(raw["nats a token, code word"], rel=1e-5)
     )
     loop = loop_scores(model, 200)
-    assert loop["wrong"].shape == (200, 4) and 0 <= loop["wrong"].mean() <= 1
+    assert loop["wrong"].shape == (200, 4)
+    assert 0 <= loop["wrong"].mean() <= 1
 
 
 def brute(rows, context, width, before, token):
@@ -179,11 +182,9 @@ def test_molecules_stay_the_same(sets):
     torch.manual_seed(0)
     callback.before_batch()
     new, m = callback.learn.xb
-    assert (
-        canonical_smiles(items.decode(new)) == canonical_smiles(items.decode(x))
-        and (items.decode(new) != items.decode(x))
-        and torch.equal(m, new != 0)
-    )
+    assert canonical_smiles(items.decode(new)) == canonical_smiles(items.decode(x))
+    assert items.decode(new) != items.decode(x)
+    assert torch.equal(m, new != 0)
     learn = recipe(f"smiles:{sets}/molecules", **{**SMALL, "max_epochs": 1}, randomise=0.5)
     with learn.no_bar(), learn.no_logging():
         fit(learn)
@@ -364,7 +365,8 @@ def test_bad_files(case, refused, tmp_path):
     make, use, sentence = BAD_FILES[case]
     make(tmp_path)
     found = refused(use, tmp_path)
-    assert sentence in found and "\n" not in found
+    assert sentence in found
+    assert "\n" not in found
 
 
 def test_real_molecules_are_read():
@@ -374,10 +376,12 @@ def test_real_molecules_are_read():
     if not data_folder("molecules"):
         pytest.skip("no folder molecules")
     s = load_data(f"smiles:{data_folder('molecules')}", "full")
-    assert (
-        [len(p) for p in (s.train, s.valid, s.test, s.more["scaffold"])]
-        == [45_000, 5_000, 10_000, 5_000]
-        and len(s.items.vocabulary) == 26
-        and s.items.lengths.max() == 51
-    )
+    assert [len(p) for p in (s.train, s.valid, s.test, s.more["scaffold"])] == [
+        45_000,
+        5_000,
+        10_000,
+        5_000,
+    ]
+    assert len(s.items.vocabulary) == 26
+    assert s.items.lengths.max() == 51
     assert check(f"smiles:{data_folder('molecules')}") == []

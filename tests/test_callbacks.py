@@ -434,7 +434,8 @@ class HiddenSum(Callback):
     "Only its own record depends on what no snapshot keeps."
 
     def __init__(self):
-        self.batches, self.last = count(), 0
+        self.batches = count()
+        self.last = 0
 
     def before_batch(self):
         self.last = next(self.batches)
@@ -473,9 +474,8 @@ def test_not_resumable(tmp_path):
     class Honest(Hidden):
         resumable = False
 
-    assert resumes(tmp_path, lambda folder: [Honest()]) == set(CUTS) and not list(
-        tmp_path.glob("*/fit.snapshot")
-    )
+    assert resumes(tmp_path, lambda folder: [Honest()]) == set(CUTS)
+    assert not list(tmp_path.glob("*/fit.snapshot"))
 
 
 def test_scaler_resumes(tmp_path, monkeypatch):
@@ -530,7 +530,8 @@ def test_stopped_fit_stops_again(tmp_path):
         return [EarlyStopping(patience=1, min_delta=10), Checkpoints(folder)]
 
     first, again = (fit(tmp_path, stopping, Snapshot(tmp_path / "fit.snapshot")) for _ in range(2))
-    assert len(monitored(first, "valid_loss")) == 2 and same(first, again)
+    assert len(monitored(first, "valid_loss")) == 2
+    assert same(first, again)
 
 
 def test_best_of_both_halves(tmp_path):
@@ -539,7 +540,8 @@ def test_best_of_both_halves(tmp_path):
     def keep(folder):
         return [Checkpoints(folder / "c", "accuracy", "max")]
 
-    whole, broken = fit(tmp_path / "a", keep), resumed(tmp_path / "b", keep, (3, 0, True))
+    whole = fit(tmp_path / "a", keep)
+    broken = resumed(tmp_path / "b", keep, (3, 0, True))
     for folder, learn in ((tmp_path / "a", whole), (tmp_path / "b", broken)):
         values = monitored(learn, "accuracy")
         assert load_checkpoint(TinyClassifier(), folder / "c" / "best.safetensors") == dict(

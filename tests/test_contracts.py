@@ -113,15 +113,14 @@ def real(out, mask):
 @torch.no_grad()
 def padding_matters(model, inputs):
     "Largest change of an output when garbage is put behind the real steps, in units of the output."
-    mask, longer = length_mask(LENGTHS, STEPS), length_mask(LENGTHS, STEPS + EXTRA)
+    mask = length_mask(LENGTHS, STEPS)
+    longer = length_mask(LENGTHS, STEPS + EXTRA)
     return difference(model, inputs, mask, longer)
 
 
 def difference(model, inputs, mask, longer):
-    short, long = (
-        real(model(**inputs, mask=mask), mask),
-        real(model(**padded(inputs, mask, longer.shape[1] - mask.shape[1]), mask=longer), longer),
-    )
+    short = real(model(**inputs, mask=mask), mask)
+    long = real(model(**padded(inputs, mask, longer.shape[1] - mask.shape[1]), mask=longer), longer)
     return max(
         ((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(short, long, strict=True)
     )
@@ -189,7 +188,8 @@ def test_missing_channels(name, train):
     torch.manual_seed(0)
     model, args = EXAMPLES[name]()
     model.train(train)
-    inputs, mask = args["inputs"], length_mask(LENGTHS, STEPS)
+    inputs = args["inputs"]
+    mask = length_mask(LENGTHS, STEPS)
     inputs["present"][0, :, 2] = False
     inputs["present"][1] = False
 
@@ -197,12 +197,11 @@ def test_missing_channels(name, train):
         torch.manual_seed(1)
         return model(dict(inputs, sensors=sensors), mask)
 
-    there, absent = (
-        inputs["sensors"],
-        torch.where(inputs["present"], inputs["sensors"], garbage(inputs["sensors"], STEPS)),
-    )
+    there = inputs["sensors"]
+    absent = torch.where(inputs["present"], inputs["sensors"], garbage(inputs["sensors"], STEPS))
     for a, b, c in zip(*(leaves(out(x)) for x in (there, absent, there + 1))):
-        assert a.isfinite().all() and torch.equal(a, b)
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
         assert not torch.equal(a, c)  # what is present does matter
 
 
@@ -211,7 +210,8 @@ def test_loss_of_missing_channels():
     torch.manual_seed(0)
     model, args = EXAMPLES["fingerprint.models.GCodeFingerprinter"]()
     model.eval()
-    inputs, loss = args["inputs"], LineLoss(torch.tensor(PARTS))
+    inputs = args["inputs"]
+    loss = LineLoss(torch.tensor(PARTS))
     inputs["present"] &= length_mask(LENGTHS, STEPS)[..., None]
     targets = dict(
         tokens=torch.tensor([[3, 4, 5, 2, 0], [3, 2, 0, 0, 0], [4, 5, 5, 5, 2]]),
@@ -228,7 +228,8 @@ def test_loss_of_missing_channels():
         },
     }
     wrong = dict(targets, sensors=torch.where(inputs["present"], inputs["sensors"], 1e3))
-    assert loss(out, targets).isfinite() and torch.equal(loss(out, targets), loss(other, wrong))
+    assert loss(out, targets).isfinite()
+    assert torch.equal(loss(out, targets), loss(other, wrong))
 
 
 WITH_RECIPE = [d for d in domains() if hasattr(examples().get(d), "RECIPE")]

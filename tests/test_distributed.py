@@ -123,11 +123,11 @@ def test_shares(processes, bucket):
     whole = loader(4 * processes).get_idxs()
     shares = [BatchShare(loader(4), rank=r, world_size=processes) for r in range(processes)]
     index = [s.get_idxs() for s in shares]
-    assert {len(i) for i in index} == {-(-46 // processes)} and {len(s) for s in shares} == {
-        -(-46 // (4 * processes))
-    }
+    assert {len(i) for i in index} == {-(-46 // processes)}
+    assert {len(s) for s in shares} == {-(-46 // (4 * processes))}
     together = [j for k in range(0, len(index[0]), 4) for i in index for j in i[k : k + 4]]
-    assert together[:46] == whole and together[46:] == whole[: len(together) - 46]
+    assert together[:46] == whole
+    assert together[46:] == whole[: len(together) - 46]
 
 
 def test_drop_last():
@@ -136,9 +136,8 @@ def test_drop_last():
         BatchShare(BatchLoader(TinySequences(21), 4, drop_last=True), rank=r, world_size=2)
         for r in (0, 1)
     ]
-    assert [[len(y) for *_, y in s] for s in shares] == [[4, 4]] * 2 and [
-        len(s) for s in shares
-    ] == [2, 2]
+    assert [[len(y) for *_, y in s] for s in shares] == [[4, 4]] * 2
+    assert [len(s) for s in shares] == [2, 2]
 
 
 def test_same_curve(fit, tmp_path):
@@ -147,22 +146,23 @@ def test_same_curve(fit, tmp_path):
     alone = plain(14)
     with alone.no_bar(), alone.no_logging():
         alone.fit(EPOCHS)
-    history, expected = pd.read_csv(tmp_path / "history.csv"), epoch_table(alone)
+    history = pd.read_csv(tmp_path / "history.csv")
+    expected = epoch_table(alone)
     assert expected.valid_loss.iloc[-1] < 0.8 * expected.valid_loss.iloc[0]  # it does learn
     for column in ("train_loss", "valid_loss", "accuracy"):
         np.testing.assert_allclose(history[column], expected[column], rtol=1e-4)
     kept = [load_file(tmp_path / f"weights_{r}.safetensors") for r in (0, 1)]
     assert all(torch.equal(kept[0][k], kept[1][k]) for k in kept[0])
     for k, v in load_file(weights).items():
-        assert torch.equal(v, kept[0][k]) and torch.allclose(
-            v, alone.model.state_dict()[k], atol=1e-4
-        )
+        assert torch.equal(v, kept[0][k])
+        assert torch.allclose(v, alone.model.state_dict()[k], atol=1e-4)
     seen = [
         pd.read_csv(tmp_path / f"seen_{r}.txt", sep=" ", names=["epoch", "item"]) for r in (0, 1)
     ]
     for epoch in range(EPOCHS):
         a, b = (set(s[s.epoch == epoch].item) for s in seen)
-        assert len(a) == len(b) == 48 and not a & b
+        assert len(a) == len(b) == 48
+        assert not a & b
 
 
 def test_dead_process(fit, tmp_path, monkeypatch, capsys):
@@ -206,7 +206,8 @@ def test_hanging_process(fit, tmp_path):
         RuntimeError, match="process 0 of 2 failed with .*; the others were stopped"
     ):
         fit("plain", callbacks=[(Stop, dict(sleep=True))], timeout=5)
-    assert (tmp_path / "stopped").exists() and time.time() - began < 120
+    assert (tmp_path / "stopped").exists()
+    assert time.time() - began < 120
 
 
 def test_bad_parameter(tmp_path, refused):

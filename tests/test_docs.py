@@ -24,7 +24,10 @@ class Links(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.ids, self.hrefs, self.loads, self.script = set(), [], [], False
+        self.ids = set()
+        self.hrefs = []
+        self.loads = []
+        self.script = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -146,7 +149,8 @@ def test_search(site):
     "The search index knows every page, and each entry leads to one."
     entries = json.loads((site / "search.json").read_text(encoding="utf-8"))
     found = {e["href"].split("#")[0] for e in entries}
-    assert expected(site) <= found and all((site / f).is_file() for f in found)
+    assert expected(site) <= found
+    assert all((site / f).is_file() for f in found)
     assert "$and" in (site / "site_libs/smalldocs.js").read_text(encoding="utf-8")
 
 

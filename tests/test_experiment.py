@@ -138,36 +138,32 @@ def test_result_is_complete_and_last(whole):
         "fingerprint",
         "whole",
     )
-    assert (
-        result["data"]["recordings"] == 10
-        and len(result["data"]["checksum"]) == 16
-        and result["versions"]["gcode_ml"]
-        and result["durations"]["total"] > 0
-    )
+    assert result["data"]["recordings"] == 10
+    assert len(result["data"]["checksum"]) == 16
+    assert result["versions"]["gcode_ml"]
+    assert result["durations"]["total"] > 0
     files = [
         f for f in run.folder.rglob("*") if f.is_file() and f.name not in ("run.ipynb", ".lock")
     ]
     assert max(files, key=lambda f: f.stat().st_mtime_ns).name == "result.json"
-    assert {"params.json", "history.csv", "log.txt"} <= {f.name for f in files} and not [
-        f for f in files if f.suffix == ".tmp"
-    ]
+    assert {"params.json", "history.csv", "log.txt"} <= {f.name for f in files}
+    assert not [f for f in files if f.suffix == ".tmp"]
 
 
 def test_table_and_pictures(whole):
     "The table is printed with the model beside its baselines; the pictures are there."
     run, out = whole
     table = pd.DataFrame(read_json(run.path("result.json"))["table"])
-    assert {"model", "lookup_time", "majority", "extra_trees"} <= set(table.name) and {
+    assert {"model", "lookup_time", "majority", "extra_trees"} <= set(table.name)
+    assert {
         "line exact, free-running",
         "operation",
     } <= set(table.measure)
     assert all(word in out for word in {*table.name, *table.measure})
     pictures = sorted(run.path("figures").glob("*.png"))
-    assert (
-        len(pictures) >= 4
-        and all(f.read_bytes().startswith(b"\x89PNG") and f.name in out for f in pictures)
-        and "result.json" in out
-    )
+    assert len(pictures) >= 4
+    assert all(f.read_bytes().startswith(b"\x89PNG") and f.name in out for f in pictures)
+    assert "result.json" in out
 
 
 def test_parameters_are_honoured(whole):
@@ -176,26 +172,23 @@ def test_parameters_are_honoured(whole):
     result = read_json(run.path("result.json"))
     for k, v in GIVEN.items():
         assert result["parameters"][k] == (False if v == "no" else v)
-    assert (
-        result["parameters"]["dropout"] == 0.2
-        and result["seed"] == 7
-        and result["split"]["computed"] == 1
-    )  # `seed` as the notebook had it
+    # `seed` as the notebook had it
+    assert result["parameters"]["dropout"] == 0.2
+    assert result["seed"] == 7
+    assert result["split"]["computed"] == 1
     injected = next(
         c for c in executed(run).cells if "injected-parameters" in c.metadata.get("tags", [])
     )
-    assert (
-        "seed = 7" in injected.source
-        and 'augment = "noise, time_warp"' in injected.source
-        and "clip = 1.0" in injected.source
-        and f'run_dir = "{run.folder}"' in injected.source
-    )
+    assert "seed = 7" in injected.source
+    assert 'augment = "noise, time_warp"' in injected.source
+    assert "clip = 1.0" in injected.source
+    assert f'run_dir = "{run.folder}"' in injected.source
     bundle = load_bundle(run.folder)
     history = pd.read_csv(run.path("history.csv"))
-    assert (
-        bundle.model.backbone.reconstruct.in_features == 8 and bundle.preprocessing["stride"] == 64
-    )
-    assert len(history) == 12 and set(history.fit) == {"fold-0"}
+    assert bundle.model.backbone.reconstruct.in_features == 8
+    assert bundle.preprocessing["stride"] == 64
+    assert len(history) == 12
+    assert set(history.fit) == {"fold-0"}
     assert not [
         o for c in executed(run).cells for o in c.get("outputs", []) if o.output_type == "error"
     ]
@@ -230,12 +223,10 @@ def test_resumed_after_kill(whole, runs, recordings, command):
     family = driver_and_kernel_killed(runs, *words(recordings, "killed"))
     run = find_run("killed", runs)
     folder = run.folder
-    assert (
-        len(family) > 1
-        and run.status == "interrupted"
-        and 0 < len(pd.read_csv(folder / "history.csv")) < GIVEN["max_epochs"]
-        and not (folder / "stages").exists()
-    )
+    assert len(family) > 1
+    assert run.status == "interrupted"
+    assert 0 < len(pd.read_csv(folder / "history.csv")) < GIVEN["max_epochs"]
+    assert not (folder / "stages").exists()
     assert command("run", "fingerprint", "--resume", "killed")[0] == 0
     once, again = (read_json(r.path("result.json")) for r in (whole[0], run))
     for key in ("table", "metrics", "baselines", "audit", "split", "data", "seed", "parameters"):
@@ -244,34 +235,39 @@ def test_resumed_after_kill(whole, runs, recordings, command):
     pd.testing.assert_frame_equal(a, b, check_exact=True)
     before = {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.name != ".lock"}
     code, out, _ = command("run", "fingerprint", "--resume", "killed")
-    assert (
-        code == 0 and "lookup_time" in out and {f: f.stat().st_mtime_ns for f in before} == before
-    )  # a finished run is only read
+    # a finished run is only read
+    assert code == 0
+    assert "lookup_time" in out
+    assert {f: f.stat().st_mtime_ns for f in before} == before
 
 
 def test_commands_on_runs(whole, command, recordings, runs, tmp_path):
     "The table of runs, the parameters, the score on other data, and a prediction."
     code, out, _ = command("runs")
-    assert code == 0 and "fingerprint/whole" in out and "finished" in out
+    assert code == 0
+    assert "fingerprint/whole" in out
+    assert "finished" in out
     code, out, _ = command("runs", "no_such_domain")
-    assert code == 0 and "whole" not in out
+    assert code == 0
+    assert "whole" not in out
     code, out, _ = command("parameters", "fingerprint")
-    assert code == 0 and "seed = 42" in out and "max_epochs" in out and "run_dir" not in out
+    assert code == 0
+    assert "seed = 42" in out
+    assert "max_epochs" in out
+    assert "run_dir" not in out
     code, out, _ = command("evaluate", "whole", "--data", recordings, "-o", tmp_path / "score.json")
-    assert (
-        code == 0
-        and "trained on" in out
-        and {r["split"] for r in read_json(tmp_path / "score.json")["table"]}
-        == {"trained on", "new"}
-    )
+    assert code == 0
+    assert "trained on" in out
+    assert {r["split"] for r in read_json(tmp_path / "score.json")["table"]} == {
+        "trained on",
+        "new",
+    }
     code, out, _ = command("predict", whole[0].folder, recordings / "face_001.parquet")
     said = pd.read_csv(io.StringIO(out))
-    assert (
-        code == 0
-        and list(said) == ["run", "seconds", "operation", "probability", "line"]
-        and set(said.run) == {"face_001"}
-        and said.probability.between(0, 1).all()
-    )
+    assert code == 0
+    assert list(said) == ["run", "seconds", "operation", "probability", "line"]
+    assert set(said.run) == {"face_001"}
+    assert said.probability.between(0, 1).all()
 
 
 def test_evaluation_repeats_the_run(whole, command, recordings, tmp_path):
@@ -287,10 +283,8 @@ def test_evaluation_repeats_the_run(whole, command, recordings, tmp_path):
             and not r["measure"].startswith("unique")
         }
 
-    ran, scored = (
-        model(read_json(whole[0].path("result.json"))["table"], "runs"),
-        model(read_json(tmp_path / "score.json")["table"], "new"),
-    )
+    ran = model(read_json(whole[0].path("result.json"))["table"], "runs")
+    scored = model(read_json(tmp_path / "score.json")["table"], "new")
     assert set(scored) <= set(ran)
     np.testing.assert_allclose([ran[m] for m in scored], list(scored.values()), atol=1e-6)
 
@@ -302,19 +296,15 @@ def test_pages(whole, command, tmp_path, kind):
         kind, "whole", *(["whole"] if kind == "compare" else []), "-o", tmp_path / "page.html"
     )
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert (
-        code == 0
-        and "page.html" in out
-        and "line exact, free-running" in page
-        and "data:image/png;base64," in page
+    assert code == 0
+    assert "page.html" in out
+    assert "line exact, free-running" in page
+    assert "data:image/png;base64," in page
+    assert not re.findall(
+        r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:http|//)[^>]*>|url\(["\']?(?:http|//)[^)]*\)|@import[^;]*;',
+        page,
     )
-    assert (
-        not re.findall(
-            r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:http|//)[^>]*>|url\(["\']?(?:http|//)[^)]*\)|@import[^;]*;',
-            page,
-        )
-        and "Traceback (most" not in page
-    )
+    assert "Traceback (most" not in page
 
 
 def test_options_of_every_fit(whole, command):
@@ -323,15 +313,13 @@ def test_options_of_every_fit(whole, command):
     assert run.path("checkpoints", "fold-0", "best.safetensors").exists()
     code, out, _ = command("parameters", "fingerprint")
     own, _, shared = out.partition("\noptions of every fit\n")
-    assert (
-        code == 0
-        and "d_model = " in own
-        and "schedule = " in own
-        and "averaging = " in shared
-        and "tracking = " in shared
-        and "run_dir" not in out
-        and "checkpoint_folder" not in out
-    )
+    assert code == 0
+    assert "d_model = " in own
+    assert "schedule = " in own
+    assert "averaging = " in shared
+    assert "tracking = " in shared
+    assert "run_dir" not in out
+    assert "checkpoint_folder" not in out
 
 
 @pytest.mark.parametrize("name", ["whole", "killed"])
@@ -347,9 +335,8 @@ def test_tracker_is_told(whole, runs, name):
     told = events.Scalars("fold-0/valid_loss")
     assert [e.step for e in told] == history.epoch.tolist()
     np.testing.assert_allclose([e.value for e in told], history.valid_loss, rtol=1e-6)
-    assert {"history", "lines", "operation"} <= set(events.Tags()["images"]) and any(
-        k.startswith("fold-0/gradients/") for k in events.Tags()["histograms"]
-    )
+    assert {"history", "lines", "operation"} <= set(events.Tags()["images"])
+    assert any(k.startswith("fold-0/gradients/") for k in events.Tags()["histograms"])
 
 
 def test_processes(command, runs, recordings):
@@ -403,9 +390,8 @@ def test_processes(command, runs, recordings):
 
     np.testing.assert_allclose(two, alone(8), rtol=0.01)
     assert (two - alone(4)).abs().max() > 0.05 * two.max()
-    assert read_json(run.path("result.json"))["parameters"]["processes"] == 2 and [
-        *run.path("processes", "fold-0").glob("process_1.log")
-    ]
+    assert read_json(run.path("result.json"))["parameters"]["processes"] == 2
+    assert [*run.path("processes", "fold-0").glob("process_1.log")]
 
 
 def test_processes_refused(command):
@@ -425,7 +411,8 @@ def test_processes_refused(command):
         "nhead=1",
     )
     code, _, err = command(*words, "-p", "averaging=ema")
-    assert code == 2 and "parameter: averaging: expected its default with several processes" in err
+    assert code == 2
+    assert "parameter: averaging: expected its default with several processes" in err
 
 
 def test_simulate(command, tmp_path):
@@ -438,7 +425,8 @@ def test_simulate(command, tmp_path):
             == 0
         )
     files = sorted((tmp_path / "a").rglob("*.parquet"))
-    assert len(files) == 5 and all(
+    assert len(files) == 5
+    assert all(
         f.read_bytes() == (tmp_path / "b" / f.relative_to(tmp_path / "a")).read_bytes()
         for f in files
     )
@@ -452,17 +440,16 @@ def test_simulate(command, tmp_path):
         (("fingerprint", "-o", tmp_path, "-p", "runs=many"), "runs: expected int such as 4"),
     ):
         code, _, err = command("simulate", *words)
-        assert code == 2 and part in err
+        assert code == 2
+        assert part in err
 
 
 def test_help_is_grouped(command):
     "Each command once, under its group."
     code, out, _ = command("--help")
-    assert (
-        code == 0
-        and all(f"\n{group}:\n" in out for group in ("experiments", "results", "models", "data"))
-        and all(
-            len(re.findall(rf"^  {c} ", out, re.M)) == 1
-            for c in ("run", "simulate", "predict", "report")
-        )
+    assert code == 0
+    assert all(f"\n{group}:\n" in out for group in ("experiments", "results", "models", "data"))
+    assert all(
+        len(re.findall(rf"^  {c} ", out, re.M)) == 1
+        for c in ("run", "simulate", "predict", "report")
     )

@@ -83,11 +83,9 @@ def test_programs_equal_the_model(name):
             )
             assert found["within"], (kind, found)
             rows = found["compared"]
-            assert (
-                {r["batch"] for r in rows} == {5, 1}
-                and all(r["length"] > 7 for r in rows)
-                and {r["output"] for r in rows} == set(eager.outputs)
-            )
+            assert {r["batch"] for r in rows} == {5, 1}
+            assert all(r["length"] > 7 for r in rows)
+            assert {r["output"] for r in rows} == set(eager.outputs)
     if missing:
         pytest.skip(f"ONNX not compared, {no_onnx}")
 
@@ -100,7 +98,8 @@ def test_programs_name_no_folder(kind):
         data = b"".join(
             z.read(f) for z in [zipfile.ZipFile(io.BytesIO(data))] for f in z.namelist()
         )
-    assert str(ROOT).encode() not in data and str(Path(torch.__file__).parent).encode() not in data
+    assert str(ROOT).encode() not in data
+    assert str(Path(torch.__file__).parent).encode() not in data
 
 
 class Fixed(TinyClassifier):
@@ -174,7 +173,8 @@ LINES = ["G1 X1.5 Y2.", "G0 Z0.5", "M5"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A fingerprinter's bundle, its TorchScript programs, and the inputs of five windows."
-    words, folder = tokenizer("lossless", LINES), tmp_path_factory.mktemp("fingerprint") / "run"
+    words = tokenizer("lossless", LINES)
+    folder = tmp_path_factory.mktemp("fingerprint") / "run"
     arguments = dict(
         modalities=MODALITIES, parts=words.parts.tolist(), operations=3, num_layers=1, **SMALL
     )
@@ -220,35 +220,28 @@ def test_chain_writes_the_same_lines(folder):
             8,
         )
         tokens = out["tokens"]
-        assert (written[:, : tokens.shape[1]] == tokens).all() and not written[
-            :, tokens.shape[1] :
-        ].any()
+        assert (written[:, : tokens.shape[1]] == tokens).all()
+        assert not written[:, tokens.shape[1] :].any()
         assert np.abs(out["operation"] - operation).max() < 1e-5
 
 
 def test_table(folder):
     "Operation by name, lines as text; the same in small batches."
     table = predict_arrays(load_bundle(folder), folder / "a.npz")
-    assert list(table.columns) == ["operation", "operation_value", "text"] and set(
-        table.operation
-    ) <= {"face", "pocket", "drill"}
+    assert list(table.columns) == ["operation", "operation_value", "text"]
+    assert set(table.operation) <= {"face", "pocket", "drill"}
     small = predict_arrays(load_bundle(folder), folder / "a.npz", batch_size=2)
-    assert table.drop(columns="operation_value").equals(
-        small.drop(columns="operation_value")
-    ) and np.allclose(table.operation_value, small.operation_value)
+    assert table.drop(columns="operation_value").equals(small.drop(columns="operation_value"))
+    assert np.allclose(table.operation_value, small.operation_value)
 
 
 def test_findings_are_kept(folder):
     "The description, the card and the list beside the programs say what the comparison gave."
-    facts, listing = (
-        read_json(folder / "bundle" / "bundle.json")["facts"],
-        read_json(folder / "bundle" / "programs" / "programs.json"),
-    )
-    assert (
-        facts["programs"] == listing
-        and "next_token.ts" in listing
-        and all(v["within"] and v["tolerance"] for v in listing.values())
-    )
+    facts = read_json(folder / "bundle" / "bundle.json")["facts"]
+    listing = read_json(folder / "bundle" / "programs" / "programs.json")
+    assert facts["programs"] == listing
+    assert "next_token.ts" in listing
+    assert all(v["within"] and v["tolerance"] for v in listing.values())
     assert all(name in (folder / "bundle" / "README.md").read_text() for name in listing)
 
 
@@ -279,7 +272,8 @@ def test_predict_needs_no_fastai(folder):
     out, err = alone(
         WITHOUT.format(bundle=str(folder / "bundle"), file=str(folder / "a.npz"), words=[]), folder
     )
-    assert out.splitlines()[0] == "operation,operation_value,text" and len(out.splitlines()) == 6
+    assert out.splitlines()[0] == "operation,operation_value,text"
+    assert len(out.splitlines()) == 6
     assert json.loads(err.splitlines()[-1]) == []
 
 
@@ -301,18 +295,16 @@ def test_onnx_runtime_alone(folder, tmp_path):
     "NumPy and ONNX Runtime write the lines, without PyTorch and without this package; `predict` writes the same with them."
     shutil.copytree(folder, tmp_path / "run")
     found = export_bundle(load_bundle(tmp_path / "run"), "onnx")
-    assert {v["format"] for v in found.values()} == {"onnx", "int8"} and all(
-        v["within"] for v in found.values()
-    )
+    assert {v["format"] for v in found.values()} == {"onnx", "int8"}
+    assert all(v["within"] for v in found.values())
     model, arrays = batch(folder)
     mask = arrays.pop("mask")
     tokens = np.array(json.loads(alone(ONNX_ALONE, tmp_path / "run")[0]))
     assert (model.write_lines(arrays, mask, 8).numpy()[:, : tokens.shape[1]] == tokens).all()
     bundle = load_bundle(tmp_path / "run")
     table, onnx = (predict_arrays(bundle, folder / "a.npz", format) for format in ("", "onnx"))
-    assert table.text.equals(onnx.text) and np.allclose(
-        table.operation_value, onnx.operation_value, atol=1e-5
-    )
+    assert table.text.equals(onnx.text)
+    assert np.allclose(table.operation_value, onnx.operation_value, atol=1e-5)
     assert len(predict_arrays(bundle, folder / "a.npz", "int8")) == 5
 
 
@@ -329,11 +321,10 @@ class Evil:
 
 def hostile(folder, marker):
     "Put a `.pt2` whose example inputs are a pickle in the place of a program, checksum and all."
-    eager, good = (
-        eager_programs(load_bundle(folder).model)["read_sensors"],
-        io.BytesIO(made("core.tiny.TinyClassifier", "forward")["exported"]),
-    )
-    pickle, file = io.BytesIO(), folder / "bundle" / "programs" / "read_sensors.pt2"
+    eager = eager_programs(load_bundle(folder).model)["read_sensors"]
+    good = io.BytesIO(made("core.tiny.TinyClassifier", "forward")["exported"])
+    pickle = io.BytesIO()
+    file = folder / "bundle" / "programs" / "read_sensors.pt2"
     torch.save(Evil(marker), pickle)
     with zipfile.ZipFile(good) as old, zipfile.ZipFile(file, "w") as new:
         assert any("sample_inputs" in n for n in old.namelist())
@@ -356,7 +347,8 @@ def test_hostile_program(folder, tmp_path, command):
     assert (code, out) == (
         2,
         "",
-    ) and "expected onnx or int8, which run no code on loading, found exported" in err
+    )
+    assert "expected onnx or int8, which run no code on loading, found exported" in err
     assert command("predict", tmp_path / "run", folder / "a.npz")[0] == 0
     assert not marker.exists()
     with contextlib.suppress(Exception):
@@ -380,7 +372,8 @@ def test_hostile_program(folder, tmp_path, command):
 def test_refused_programs(folder, command, words, sentence):
     "A program that is not there, or that was not said to be one's own."
     code, out, err = command("predict", folder / "bundle", folder / "a.npz", *words)
-    assert (code, out) == (2, "") and sentence in err
+    assert (code, out) == (2, "")
+    assert sentence in err
 
 
 ARRAYS = {  # what is done to the arrays -> part of the sentence
@@ -423,7 +416,9 @@ def test_bad_arrays(folder, command, tmp_path, name):
     spoil(arrays)
     np.savez(tmp_path / "b.npz", **arrays)
     code, out, err = command("predict", folder / "bundle", tmp_path / "b.npz")
-    assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert err.count("\n") == 1
 
 
 def test_format_needs_arrays(folder, command):
@@ -462,11 +457,9 @@ def test_export_command(folder, command, tmp_path):
         "export", "mine", "--format", "torchscript", "-o", tmp_path / "elsewhere"
     )
     assert code == 0, err
-    assert (
-        "next_token.ts" in out
-        and (tmp_path / "elsewhere" / "next_token.ts").exists()
-        and (tmp_path / "elsewhere" / "programs.json").exists()
-    )
+    assert "next_token.ts" in out
+    assert (tmp_path / "elsewhere" / "next_token.ts").exists()
+    assert (tmp_path / "elsewhere" / "programs.json").exists()
     assert (
         "next_token.ts" in read_json(runs / "mine" / "bundle" / "bundle.json")["facts"]["programs"]
     )

@@ -39,7 +39,9 @@ def write_versions(kind, file, begun):
             learn.model.ballast = torch.nn.Parameter(
                 torch.full((SIZE,), float(version)), requires_grad=False
             )
-            learn.n_epoch, learn.pct_train, learn.train_iter = version, 0.0, 0
+            learn.n_epoch = version
+            learn.pct_train = 0.0
+            learn.train_iter = 0
             learn.create_opt()
             snapshot = Snapshot(file)
             snapshot.learn, snapshot.epoch_start = learn, {}
@@ -63,15 +65,17 @@ def versions(kind, file):
 @pytest.mark.parametrize("kind", ["json", "bytes", "snapshot"])
 def test_a_whole_version_survives(fork, tmp_path, kind):
     "Twenty kills while versions are written: the file is one of them, and what is left beside it is hidden."
-    file, rng = tmp_path / "x.safetensors", np.random.default_rng(1)
+    file = tmp_path / "x.safetensors"
+    rng = np.random.default_rng(1)
     for _ in range(20):
         assert fork.kill(write_versions, kind, file, after=rng.uniform(0, 0.05))
         found = versions(kind, file)
-        assert len(found) == SIZE * (2 if kind == "bytes" else 1) and found.min() == found.max() > 0
+        assert len(found) == SIZE * (2 if kind == "bytes" else 1)
+        assert found.min() == found.max() > 0
     left = [f.name for f in tmp_path.iterdir() if f != file]
-    assert left and all(
-        n.startswith(".") and "tmp" in n for n in left
-    )  # some kills came within a write
+    # some kills came within a write
+    assert left
+    assert all(n.startswith(".") and "tmp" in n for n in left)
 
 
 def die(*_):
@@ -106,14 +110,14 @@ def test_no_reader_takes_a_temporary_file(fork, recordings, tmp_path, refused):
     ]
     assert fork.finish(half_written, names) == -9
     assert len(list(tmp_path.rglob("*.tmp"))) == len(names)
-    assert [f.name for f in recording_files(data)] == ["face_001.parquet"] and len(
-        read_recording(data / "face_001.parquet")
-    )
+    assert [f.name for f in recording_files(data)] == ["face_001.parquet"]
+    assert len(read_recording(data / "face_001.parquet"))
     assert runs_table(runs)[["run", "status"]].values.tolist() == [
         ["fingerprint/whole", "interrupted"]
     ]
     assert "found 0" in refused(find_run, "half", runs)
-    assert run.stage("two", lambda: 2) == 2 and list(
+    assert run.stage("two", lambda: 2) == 2
+    assert list(
         run.finish(pd.DataFrame([dict(measure="m", value=1.0)]))["durations"]["stages"]
     ) == ["one", "two"]
     assert (
@@ -129,7 +133,8 @@ def test_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(KeyError), atomic_path(tmp_path / "a.json") as f:
         f.write_text("half")
         raise KeyError
-    assert read_json(tmp_path / "a.json") == 1 and len(list(tmp_path.iterdir())) == 1
+    assert read_json(tmp_path / "a.json") == 1
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def finish_killed(folder, begun):
@@ -144,9 +149,11 @@ def test_result_is_the_last_word(fork, tmp_path):
     "A run killed while it finishes is interrupted, not finished, and its lock is free."
     run = new_run("fingerprint", {}, "x", tmp_path)
     assert fork.finish(finish_killed, run.folder) == -9
-    assert not run.path("result.json").exists() and run.status == "interrupted"
+    assert not run.path("result.json").exists()
+    assert run.status == "interrupted"
     result = run.hold().finish(pd.DataFrame([dict(measure="m", value=1.0)]))
-    assert run.status == "finished" and read_json(run.path("result.json")) == result
+    assert run.status == "finished"
+    assert read_json(run.path("result.json")) == result
     assert max(run.folder.rglob("*.*"), key=lambda f: f.stat().st_mtime_ns).name == "result.json"
 
 
@@ -191,7 +198,8 @@ def test_pickles_are_refused(tmp_path, refused, name):
     "By the reader of arrays, the reader of windows, a snapshot and a bundle; nothing in them is executed."
     file, marker = tmp_path / name, tmp_path / "marker"
     HOSTILE[name](file, Hostile(marker))
-    assert file.name in refused(read_arrays, file) and file.name in refused(read_sequences, file)
+    assert file.name in refused(read_arrays, file)
+    assert file.name in refused(read_sequences, file)
     for skip in (True, False):
         with suppress(ValueError):
             read_arrays(file, skip_objects=skip)

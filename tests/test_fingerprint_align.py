@@ -85,7 +85,9 @@ def enumerated(chains, logp, background, time):
     emission = np.exp(np.c_[logp[:, inside], background])
     begin = np.r_[chains.entry[chains.inside] * (1 - chains.none), chains.none]
     matrices = [dense(chains, g) for g in np.diff(time)]
-    posterior, total, best = np.zeros(emission.shape), 0.0, (0.0, None)
+    posterior = np.zeros(emission.shape)
+    total = 0.0
+    best = (0.0, None)
     for path in itertools.product(range(n + 1), repeat=len(logp)):
         p = begin[path[0]] * emission[0, path[0]]
         for t in range(1, len(path)):
@@ -117,12 +119,12 @@ def test_smoothing_and_viterbi_are_enumeration(case, seed):
     posterior, likelihood, path, best, inside = enumerated(chains, logp, background, time)
     found = chains.smooth(logp, background, time)
     summed = np.stack([np.bincount(inside, p[:-1], logp.shape[1]) for p in posterior])
-    assert np.allclose(found.posterior, summed, atol=1e-6) and np.allclose(
-        found.none, posterior[:, -1], atol=1e-9
-    )
+    assert np.allclose(found.posterior, summed, atol=1e-6)
+    assert np.allclose(found.none, posterior[:, -1], atol=1e-9)
     assert np.isclose(found.log_likelihood, likelihood)
     found_path, score = chains.best_path(logp, background, time)
-    assert np.isclose(score, best) and found_path.tolist() == path
+    assert np.isclose(score, best)
+    assert found_path.tolist() == path
     by_rate = np.stack(
         [
             np.bincount(
@@ -172,14 +174,16 @@ def test_stream_is_smoothing_of_what_it_has_seen(case, lag):
     for t, (p, none) in enumerate(answers):
         seen = min(t + lag, 4) + 1
         found = chains.smooth(logp[:seen], background[:seen], time[:seen])
-        assert np.allclose(p, found.posterior[t], atol=1e-6) and np.isclose(none, found.none[t])
+        assert np.allclose(p, found.posterior[t], atol=1e-6)
+        assert np.isclose(none, found.none[t])
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.257, 0.51, 40.0])
 def test_kernel_is_a_rounded_normal(seconds):
     chains = ProgramChains([300, 50], rates=(0.9, 1.0, 1.1))
     kernel = chains.kernel(seconds)
-    assert np.allclose(kernel.sum(1), 1) and kernel.shape[1] <= 300
+    assert np.allclose(kernel.sum(1), 1)
+    assert kernel.shape[1] <= 300
     mean = chains.rate * seconds / 0.25
     spread = np.maximum(0.2 * mean, 0.3)
     for c in range(6):
@@ -216,11 +220,10 @@ def fitted():
     recordings = [
         recording_from_table(t, n) for n, t in simulate_recordings(runs=4, seed=1).items()
     ]
-    train, test = (
-        [r for r in recordings if not r.name.endswith("4")],
-        [r for r in recordings if r.name.endswith("4")],
-    )
-    library, of = build_library(train), programs(recordings)
+    train = [r for r in recordings if not r.name.endswith("4")]
+    test = [r for r in recordings if r.name.endswith("4")]
+    library = build_library(train)
+    of = programs(recordings)
     channels = [
         c
         for c in select_channels(train)
@@ -240,7 +243,8 @@ def test_library_says_what_the_runs_show(fitted):
     assert (
         len(library) == len(library.seconds) == len(library.program) == library.text_votes.shape[0]
     )
-    assert np.allclose(library.text_votes.sum(1), 1) and np.allclose(library.line_votes.sum(1), 1)
+    assert np.allclose(library.text_votes.sum(1), 1)
+    assert np.allclose(library.line_votes.sum(1), 1)
     assert (np.diff(library.line_votes @ library.lines)[np.diff(library.program) == 0] >= 0).all()
     r = train[0]
     p = library.names.index(of[r.operation])
@@ -277,7 +281,8 @@ def test_unsmoothed_means_are_the_means(fitted):
     fs = [trailing_features(rows[r.name]) for r in train]
     ss = [states[r.name] for r in train]
     emission = GaussianEmission(library, smooth=0).fit(fs, ss)
-    x, s = np.concatenate(fs), np.concatenate(ss)
+    x = np.concatenate(fs)
+    s = np.concatenate(ss)
     for state in np.unique(s)[::97]:
         own = x[s == state]
         real = np.isfinite(own).any(0)
@@ -290,20 +295,18 @@ def test_simulated_runs_are_found(fitted):
     library, emission, rows, states, train, test, of = fitted
     chains = ProgramChains(library.lengths)
     for r in test:
-        x, time, true = rows[r.name][60:], r.time[60:], states[r.name][60:]
+        x = rows[r.name][60:]
+        time = r.time[60:]
+        true = states[r.name][60:]
         found = chains.smooth(*emission.log_probabilities(trailing_features(x)), time)
         said = library.describe(found.posterior, found.none)
-        assert (
-            (said.program == of[r.operation]).mean() > 0.95
-            and np.median(abs(said.seconds - time)) < 1
-            and found.none.mean() < 0.2
-        )
+        assert (said.program == of[r.operation]).mean() > 0.95
+        assert np.median(abs(said.seconds - time)) < 1
+        assert found.none.mean() < 0.2
         assert (said.text == r.texts[60:]).mean() > 0.7
         path, score = chains.best_path(*emission.log_probabilities(trailing_features(x)), time)
-        assert (
-            score <= found.log_likelihood + 1e-6
-            and np.median(abs(library.seconds[path] - time)) < 1
-        )
+        assert score <= found.log_likelihood + 1e-6
+        assert np.median(abs(library.seconds[path] - time)) < 1
 
 
 def test_stream_goes_on_without_boards_and_is_fast(fitted):
@@ -318,13 +321,13 @@ def test_stream_goes_on_without_boards_and_is_fast(fitted):
     answers = []
     for row, t in zip(x, r.time):
         answers.append(stream.step(row, t))
-        assert len(stream.steps) <= 9 and len(stream.rows) <= 6
+        assert len(stream.steps) <= 9
+        assert len(stream.rows) <= 6
     spent = clock.perf_counter() - began
     answers = [a for a in answers if a is not None] + stream.finish()
     said = library.describe(np.array([p for p, _ in answers]), np.array([n for _, n in answers]))
-    assert (said.program == of[r.operation])[10:].mean() > 0.9 and np.isfinite(
-        said.program_probability
-    ).all()
+    assert (said.program == of[r.operation])[10:].mean() > 0.9
+    assert np.isfinite(said.program_probability).all()
     assert spent < r.time[-1] / 10
 
 
@@ -338,20 +341,21 @@ def test_two_programs_in_one_recording(fitted):
         *emission.log_probabilities(trailing_features(x)), time
     )
     said = library.describe(found.posterior, found.none).program
-    assert (said[: len(a)] == "pocket").mean() > 0.9 and (
-        said[len(a) + 10 :] == "contour"
-    ).mean() > 0.85
+    assert (said[: len(a)] == "pocket").mean() > 0.9
+    assert (said[len(a) + 10 :] == "contour").mean() > 0.85
 
 
 def test_neural_emission_is_bayes():
     "Posterior over prior is the likelihood up to a factor that all states share."
     random = np.random.default_rng(0)
-    likelihood, prior = random.random((6, 4)), random.dirichlet(np.ones(4))
+    likelihood = random.random((6, 4))
+    prior = random.dirichlet(np.ones(4))
     posterior = likelihood * prior / (likelihood * prior).sum(1, keepdims=True)
     logp, background = NeuralEmission(
         lambda f: np.log(posterior), prior * 100, offset=-1.0
     ).log_probabilities(np.zeros((6, 1)))
-    assert np.allclose(np.diff(logp), np.diff(np.log(likelihood))) and (background == -1).all()
+    assert np.allclose(np.diff(logp), np.diff(np.log(likelihood)))
+    assert (background == -1).all()
 
 
 def test_bad_input(fitted):
@@ -393,7 +397,8 @@ def test_match_is_the_sum_along_the_diagonal(fitted):
             ]
             assert np.isclose(score[s], sum(logp[t, p] for t, p in enumerate(places)))
     p = posterior(score, 3.0)
-    assert np.isclose(p.sum(), 1) and np.allclose(np.diff(np.log(p)), np.diff(score) / 3)
+    assert np.isclose(p.sum(), 1)
+    assert np.allclose(np.diff(np.log(p)), np.diff(score) / 3)
 
 
 def test_match_is_the_limit_of_the_chains():
@@ -447,7 +452,8 @@ def test_lags_of_both_clocks_are_found(fitted):
     lags, agreement = sensor_lags(
         [moved(r, rows=k) for r, k in zip(runs, (0, 8, 0, 0))], longest=4.0
     )
-    assert np.allclose(lags, [0, 8 * step, 0, 0], atol=0.5) and (agreement > 0).all()
+    assert np.allclose(lags, [0, 8 * step, 0, 0], atol=0.5)
+    assert (agreement > 0).all()
     with pytest.raises(InputError):
         sensor_lags(runs[:2])
 
@@ -468,7 +474,8 @@ def test_training_runs_are_laid_on_the_clock_of_their_sensors(fitted):
             r.name,
             True,
             True,
-        ) and np.allclose(np.diff(p.time), np.diff(r.time))
+        )
+        assert np.allclose(np.diff(p.time), np.diff(r.time))
     assert all(
         (p.time == r.time).all() for p, r in zip(placed[4:], others)
     )  # two runs have no common clock
@@ -476,10 +483,10 @@ def test_training_runs_are_laid_on_the_clock_of_their_sensors(fitted):
     learn = emission_recipe(rows, max_epochs=1)
     plain = emission_recipe(rows, max_epochs=1, clocks=False)
     name = late[1].name
-    assert abs(learn.placed[name].time[0] + 8 * step) < 0.6 and plain.placed[name] is late[1]
-    assert all(learn.placed[r.name].lines is r.lines for r in learn.inner + learn.held) and {
-        r.name for r in learn.inner
-    } == {r.name for r in plain.inner}
+    assert abs(learn.placed[name].time[0] + 8 * step) < 0.6
+    assert plain.placed[name] is late[1]
+    assert all(learn.placed[r.name].lines is r.lines for r in learn.inner + learn.held)
+    assert {r.name for r in learn.inner} == {r.name for r in plain.inner}
     assert (
         not emission_recipe(rows, modalities=("environment", "light"), max_epochs=1)
         .placed[name]
@@ -500,14 +507,16 @@ def test_clock_table_against_its_definition(fitted):
         near = abs(t - at) < 0.15
         weight = np.exp(-0.5 * ((t[near] - at) / 0.05) ** 2)
         if not near.any():
-            near, weight = np.arange(len(t)) == abs(t - at).argmin(), np.ones(1)
+            near = np.arange(len(t)) == abs(t - at).argmin()
+            weight = np.ones(1)
         for text in set(x[near]):
             assert np.isclose(
                 row[list(table.texts).index(text)],
                 weight[x[near] == text].sum() / weight.sum(),
                 atol=1e-9,
             )
-    assert np.allclose(votes.sum(1), 1) and table.texts[votes[2].argmax()] == x[t.argmax()]
+    assert np.allclose(votes.sum(1), 1)
+    assert table.texts[votes[2].argmax()] == x[t.argmax()]
     both = table.votes(time, np.full(len(table.operations), 1 / len(table.operations)))
     assert np.allclose(np.asarray(both.sum(1)).ravel(), 1)
 
@@ -540,9 +549,8 @@ def test_network_ignores_what_is_missing_and_learns_no_slow_channel(placed):
     x = torch.from_numpy(learn.features(learn.held[0]))
     slow = x.clone()
     slow[:, network.motion :] = 9.0
-    assert torch.equal(network.eval()(x)["states"], network(slow)["states"]) and not torch.equal(
-        network(x)["operation"], network(slow)["operation"]
-    )
+    assert torch.equal(network.eval()(x)["states"], network(slow)["states"])
+    assert not torch.equal(network(x)["operation"], network(slow)["operation"])
     x[:, 3] = 0.0
     disturbed = network.disturbed(x)
     assert (disturbed[:, 3] == 0).all()
@@ -555,9 +563,8 @@ def test_network_ignores_what_is_missing_and_learns_no_slow_channel(placed):
 def test_placer_places(placed):
     "Pieces and rows of test runs; probabilities are probabilities; the stream with a lag agrees with smoothing near the end."
     placer, learn, train, test, of = placed
-    assert len(learn.inner) + len(learn.held) == len(train) and not {
-        r.name for r in learn.inner
-    } & {r.name for r in learn.held}
+    assert len(learn.inner) + len(learn.held) == len(train)
+    assert not {r.name for r in learn.inner} & {r.name for r in learn.held}
     for r in test[:3]:
         start = np.arange(0, len(r) - 64, 32)
         said = place_windows(placer, r, start, start + 64)
@@ -565,32 +572,27 @@ def test_placer_places(placed):
         for c in ("text", "program", "operation"):
             assert said[f"{c}_probability"].between(0, 1 + 1e-6).all()
         rows = place_rows(placer, r)
-        assert (
-            len(rows) == len(r)
-            and (rows.known_start_text == r.texts).mean() > 0.7
-            and rows.known_start_text_probability.between(0, 1 + 1e-6).all()
-        )
+        assert len(rows) == len(r)
+        assert (rows.known_start_text == r.texts).mean() > 0.7
+        assert rows.known_start_text_probability.between(0, 1 + 1e-6).all()
 
 
 def test_normal_distributions_in_the_place_of_the_network(placed):
     "The same library and table, the emission of the definition, and no word on the operation."
     placer, learn, train, test, of = placed
     other = gaussian_placer(learn)
-    assert (
-        other.library is learn.library
-        and (other.table.texts == placer.table.texts).all()
-        and other.program_of == placer.program_of
-    )
+    assert other.library is learn.library
+    assert (other.table.texts == placer.table.texts).all()
+    assert other.program_of == placer.program_of
     x = other.features(test[0])
     logp, background, operation = other.emission.both(x)
     n = 3 * sum(learn.features.motion)
-    assert (
-        x.shape[1] == n
-        and np.allclose(np.nan_to_num(x), learn.features(test[0])[:, :n])
-        and np.isnan(x).any()
-        and not operation.any()
-    )
-    assert np.array_equal(logp, other.emission.log_probabilities(x)[0]) and np.isfinite(logp).all()
+    assert x.shape[1] == n
+    assert np.allclose(np.nan_to_num(x), learn.features(test[0])[:, :n])
+    assert np.isnan(x).any()
+    assert not operation.any()
+    assert np.array_equal(logp, other.emission.log_probabilities(x)[0])
+    assert np.isfinite(logp).all()
     right = []
     for r in test:
         start = np.arange(0, len(r) - 64, 32)
@@ -616,29 +618,22 @@ def test_scores_and_shapes():
         )
     )
     t = score_windows(o, "hand", dict(p="p", q="q")).set_index(["name", "measure"]).value
-    assert (
-        t["model", "text at the middle row"] == 0.5
-        and t["model", "shape at the middle row"] == 0.75
-        and t["model", "operation"] == 0.75
-        and t["model", "operation, vote of a run"] == 1
-    )
-    assert (
-        t["lookup", "text at the middle row"] == 0.5
-        and t["lookup", "shape at the middle row"] == 0.5
-    )
-    assert (
-        np.allclose(selective_curve([0.2, 0.9, 0.5], [0, 1, 0]).accuracy, [1, 0.5, 1 / 3])
-        and line_shape("G53 G0 Z0.") == "G53 G0 Z"
-    )
+    assert t["model", "text at the middle row"] == 0.5
+    assert t["model", "shape at the middle row"] == 0.75
+    assert t["model", "operation"] == 0.75
+    assert t["model", "operation, vote of a run"] == 1
+    assert t["lookup", "text at the middle row"] == 0.5
+    assert t["lookup", "shape at the middle row"] == 0.5
+    assert np.allclose(selective_curve([0.2, 0.9, 0.5], [0, 1, 0]).accuracy, [1, 0.5, 1 / 3])
+    assert line_shape("G53 G0 Z0.") == "G53 G0 Z"
 
 
 def test_none_of_the_library_is_the_area_under_the_curve():
-    a, b = (
-        pd.DataFrame(dict(source=list("xxyy"), fit=[3.0, 2.0, 5.0, 4.0])),
-        pd.DataFrame(dict(source=list("zz"), fit=[2.5, 1.0])),
-    )
+    a = pd.DataFrame(dict(source=list("xxyy"), fit=[3.0, 2.0, 5.0, 4.0]))
+    b = pd.DataFrame(dict(source=list("zz"), fit=[2.5, 1.0]))
     found = none_of_the_library(a, b)
-    assert found["window"] == np.mean([u > v for u in a.fit for v in b.fit]) and found["run"] == 1.0
+    assert found["window"] == np.mean([u > v for u in a.fit for v in b.fit])
+    assert found["run"] == 1.0
 
 
 def _other_night(r, size=3.0, seed=0):
@@ -661,18 +656,15 @@ def test_templates_see_neither_level_nor_size(placed):
     t = placer.templates
     assert not {r.name for r in learn.held} & {r.name for r in learn.inner}
     for r in test[:3]:
-        rows, time = align_channels(r, t.channels)[40:104], r.time[40:104]
+        rows = align_channels(r, t.channels)[40:104]
+        time = r.time[40:104]
         score = t.match(rows, time)
-        assert (
-            score.shape == (len(placer.library),)
-            and (score >= 0).all()
-            and np.allclose(t.match(7 * rows - 300, time), score, rtol=2e-2, atol=0.5)
-        )
-        assert (
-            t.match(-rows, time)[score.argmax()] < score.max()
-            and not t.match(np.ones_like(rows), time).any()
-            and not t.match(np.full_like(rows, np.nan), time).any()
-        )
+        assert score.shape == (len(placer.library),)
+        assert (score >= 0).all()
+        assert np.allclose(t.match(7 * rows - 300, time), score, rtol=2e-2, atol=0.5)
+        assert t.match(-rows, time)[score.argmax()] < score.max()
+        assert not t.match(np.ones_like(rows), time).any()
+        assert not t.match(np.full_like(rows, np.nan), time).any()
     with pytest.raises(InputError, match="at least one channel"):
         program_templates(placer.library, train, ("nothing",))
 
@@ -684,12 +676,10 @@ def test_whole_recordings_by_their_pieces(placed):
     lib = placer.library
     for n in (1, 40, 64, 200, 777):
         start, stop = whole_pieces(n)
-        assert (
-            start[0] == 0
-            and stop[-1] == n
-            and (start[1:] == stop[:-1]).all()
-            and (n < 96 or 48 < (stop - start).min() <= (stop - start).max() < 96)
-        )
+        assert start[0] == 0
+        assert stop[-1] == n
+        assert (start[1:] == stop[:-1]).all()
+        assert n < 96 or 48 < (stop - start).min() <= (stop - start).max() < 96
     for r in test:
         rows = align_channels(r, t.channels)
         drift = np.linspace(0, 1, len(rows))[:, None] * np.nanstd(rows, 0)
@@ -710,24 +700,28 @@ def test_the_stream_with_a_known_start_looks_at_nothing_later(placed):
             sensors=r.sensors[:n],
             controller=None,
         )
-        a, b = place_rows(placer, r), place_rows(placer, part)
+        a = place_rows(placer, r)
+        b = place_rows(placer, part)
         first = whole_pieces(len(r))[1][0]
         same = 64 * ((n - 32) // 64)
-        assert (a.known_start_stream_text[:same] == b.known_start_stream_text[:same]).all() and (
-            a.known_start_stream_text == r.texts
-        )[first:].mean() > 0.9
+        assert (a.known_start_stream_text[:same] == b.known_start_stream_text[:same]).all()
+        assert (a.known_start_stream_text == r.texts)[first:].mean() > 0.9
 
 
 def test_a_foreign_day_is_told_and_left_to_the_filter(placed):
     placer, learn, train, test, of = placed
-    own, lost, whole = [], [], []
+    own = []
+    lost = []
+    whole = []
     for r in test:
         start = np.arange(0, len(r) - 64, 32)
         night = place_windows(placer, _other_night(r), start, start + 64, readers=True)
         own += (night.program_said == of[r.operation]).tolist()
         lost += (night.operation_network.map(of) == of[r.operation]).tolist()
         whole.append(of[place_rows(placer, _other_night(r)).operation_said[0]] == of[r.operation])
-    assert np.mean(own) > 0.75 and np.mean(own) > np.mean(lost) and np.mean(whole) >= 0.8
+    assert np.mean(own) > 0.75
+    assert np.mean(own) > np.mean(lost)
+    assert np.mean(whole) >= 0.8
 
 
 def test_readings(placed):
@@ -738,13 +732,14 @@ def test_readings(placed):
     a, b = random.normal(size=(2, 3, len(lib)))
     for r in (Reading(4.0, 8.0, 1.0), Reading(4.0), Reading(float("inf"), 2.0, 0.5)):
         p = r.places(lib, r.score(a, b))
-        assert np.allclose(p.sum(-1), 1) and p.shape == a.shape
-    assert np.array_equal(Reading(4.0).score(a, b), a / 4) and np.array_equal(
-        Reading(float("inf"), 2.0).score(a, b), b / 2
-    )
+        assert np.allclose(p.sum(-1), 1)
+        assert p.shape == a.shape
+    assert np.array_equal(Reading(4.0).score(a, b), a / 4)
+    assert np.array_equal(Reading(float("inf"), 2.0).score(a, b), b / 2)
     one = np.full((1, len(lib)), -1e6)
     one[0, lib.first[1]] = 0.0
     p = Reading(1.0, spread=2.0).places(lib, one)[0]
-    assert np.isclose(p[lib.program == 1].sum(), 1) and p[lib.first[1]] > p[lib.first[1] + 3] > 0
+    assert np.isclose(p[lib.program == 1].sum(), 1)
+    assert p[lib.first[1]] > p[lib.first[1] + 3] > 0
     told = placer.operation(np.eye(len(lib.names))[0], random.normal(size=len(placer.operations)))
     assert np.isclose(told[np.array(placer.program_of) == 0].sum(), 1)

@@ -100,7 +100,8 @@ def test_length_penalty_ranks_by_mean():
     by_sum, by_mean = (
         beam(scores, 1, 4, width=25, length_penalty=p)[0][0, 0].tolist() for p in (0.0, 2.0)
     )
-    assert by_sum == [EOS, 0, 0, 0] and by_mean[0] == 3
+    assert by_sum == [EOS, 0, 0, 0]
+    assert by_mean[0] == 3
 
 
 def test_sampling_has_the_distribution_of_the_filter():
@@ -132,9 +133,8 @@ def test_nucleus_is_the_smallest_set():
         order = np.argsort(-p)
         kept = order[: np.searchsorted(p[order].cumsum(), top) + 1]
         found = filtered(torch.tensor(p).log(), top_p=float(top)).exp().numpy()
-        assert set(np.flatnonzero(found)) == set(kept) and np.allclose(
-            found[kept], p[kept] / p[kept].sum()
-        )
+        assert set(np.flatnonzero(found)) == set(kept)
+        assert np.allclose(found[kept], p[kept] / p[kept].sum())
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -39,7 +39,8 @@ def same(a, b, types=True):
     ]
     for x, y in zip(a, b):
         for k in ("time", "lines", "texts", "sensors"):
-            u, v = getattr(x, k), getattr(y, k)
+            u = getattr(x, k)
+            v = getattr(y, k)
             assert u.dtype == v.dtype and u.shape == v.shape and (u == v).all(), (x.name, k)
         pd.testing.assert_frame_equal(x.controller, y.controller, check_dtype=types)
 
@@ -62,7 +63,8 @@ def test_copy_is_the_files(folder, tmp_path):
 
 
 def test_any_change_of_the_files_is_noticed(folder, tmp_path):
-    cache, files = tmp_path / "copy", recording_files(folder)
+    cache = tmp_path / "copy"
+    files = recording_files(folder)
     before = read_recordings(folder, cache=cache)
     table = pd.read_parquet(files[0])
     changed = table.assign(
@@ -95,20 +97,22 @@ def test_missing_boards_and_columns_stay_missing(folder, tmp_path):
     copy = [read_recordings(folder, cache=tmp_path / "copy") for _ in range(2)][1]
     same(copy, read_recordings(folder), types=False)
     short = next(r for r in copy if r.name == files[1].stem)
-    assert (
-        not any(c.startswith("frame_l2") for c in short.channels) and "coor" not in short.controller
-    )
+    assert not any(c.startswith("frame_l2") for c in short.channels)
+    assert "coor" not in short.controller
 
 
 def test_what_was_said_is_said_again_and_a_broken_copy_is_made_anew(folder, tmp_path):
-    files, cache = recording_files(folder), tmp_path / "copy"
+    files = recording_files(folder)
+    cache = tmp_path / "copy"
     table = pd.read_parquet(files[0])
     sensors = [c for c in table if "." in c or "_motor" in c or c.startswith("spindle")]
     table[sensors] = table[sensors].iloc[0].to_numpy()
     table.to_parquet(files[0])
     (found, said), (again, once_more) = (quietly(folder, cache=cache) for _ in range(2))
     same(found, again)
-    assert len(found) == 3 and said == once_more and "the same values in all" in said[0]
+    assert len(found) == 3
+    assert said == once_more
+    assert "the same values in all" in said[0]
     copy = next(cache.iterdir())
     copy.write_bytes(copy.read_bytes()[:5000])
     same(quietly(folder, cache=cache)[0], found)
@@ -153,4 +157,6 @@ def test_recorded_runs(tmp_path):
         quietly(tmp_path / "runs", cache=tmp_path / "copy"),
     )
     same(plain, copy, types=False)
-    assert said == again and len(said) == 2 and len(copy) > 8
+    assert said == again
+    assert len(said) == 2
+    assert len(copy) > 8

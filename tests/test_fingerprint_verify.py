@@ -60,9 +60,8 @@ def machine():
 def test_planned_motion_takes_the_time_of_its_feeds():
     "A long straight cut lasts length over feed."
     m = planned_motion("G21 G90\nG1 X100 F600\nM30\n")
-    assert m["time"][-1] == pytest.approx(10, abs=0.2) and m["position"][-1, 0] == pytest.approx(
-        100, abs=0.1
-    )
+    assert m["time"][-1] == pytest.approx(10, abs=0.2)
+    assert m["position"][-1, 0] == pytest.approx(100, abs=0.1)
 
 
 def test_fast_sensors_integrate_to_the_motion():
@@ -86,7 +85,8 @@ def test_any_file_becomes_a_recording(rate):
     "A program without M30, in millimetres, with a helix."
     t = record_program("G21 G90\nG0 X5\nG1 Z-1 F300\nG2 X15 Y0 I5 J0 Z-2\nG1 X0\n", rate=rate)
     r = recording_from_table(t, "helix_001")
-    assert {"G2 X15 Y0 I5 J0 Z-2", "M30"} <= set(r.texts) and np.isfinite(r.sensors).all()
+    assert {"G2 X15 Y0 I5 J0 Z-2", "M30"} <= set(r.texts)
+    assert np.isfinite(r.sensors).all()
 
 
 def test_running_mean_is_causal_and_forgets_offsets():
@@ -108,10 +108,8 @@ def test_evidence_is_the_likelihood_ratio_of_normal_distributions(machine):
     project, j, inner, constant, *_ = v._information(np.ones(len(known), bool))
     y = x @ project
     ours = (f @ y - 0.5 * ((f @ j) * f).sum(1))[0] - (0.5 * y @ inner @ y + constant)
-    s, w = (
-        response.covariance[np.ix_(known, known)] * response.temperature,
-        response.weights[:, known],
-    )
+    s = response.covariance[np.ix_(known, known)] * response.temperature
+    w = response.weights[:, known]
     full = multivariate_normal(f[0] @ w, s).logpdf(x) - multivariate_normal(
         np.zeros(len(known)), s + w.T @ response.spread @ w
     ).logpdf(x)
@@ -136,12 +134,10 @@ def test_genuine_matches_and_others_do_not(machine):
                 )
             )
     cusum = {k: np.array([v.cusum for v in vs]) for k, vs in found.items()}
-    assert (cusum["genuine"].max() < cusum["other"].min()) and (
-        cusum["genuine"].max() < cusum["feed"].min()
-    )
-    assert np.mean([v.match for v in found["genuine"]]) >= 0.8 and not any(
-        v.match for v in found["other"]
-    )
+    assert cusum["genuine"].max() < cusum["other"].min()
+    assert cusum["genuine"].max() < cusum["feed"].min()
+    assert np.mean([v.match for v in found["genuine"]]) >= 0.8
+    assert not any(v.match for v in found["other"])
     assert all(v.evidence > 0 for v in found["genuine"])
 
 
@@ -160,7 +156,9 @@ def test_stream_goes_on(machine):
     assert (v.cusum, v.evidence) == before
     assert v.step(np.full(len(r.channels), np.nan), r.time[79] + 0.25)["ratio"] == 0
     last = [v.step(row, t) for row, t in zip(x[81:], r.time[81:])][-1]
-    assert last["cusum"] < 2 * limits.alarm and last["evidence"] > 0 and len(v.parts) == 2
+    assert last["cusum"] < 2 * limits.alarm
+    assert last["evidence"] > 0
+    assert len(v.parts) == 2
 
 
 def test_offline_is_the_stream(machine):
@@ -177,8 +175,10 @@ def test_edits_are_programs(kind):
     "Each edit can be planned, changes the motion from its line on, and is the same for the same seed."
     text, line = edit_program(PROGRAMS["contour"], kind, 3)
     again, _ = edit_program(PROGRAMS["contour"], kind, 3)
-    assert text == again and planned_motion(text)["time"][-1] > 10
-    a, b = planned_motion(PROGRAMS["contour"]), planned_motion(text)
+    assert text == again
+    assert planned_motion(text)["time"][-1] > 10
+    a = planned_motion(PROGRAMS["contour"])
+    b = planned_motion(text)
     before = a["line"] < line
     n = min(before.sum(), len(b["time"])) - 30
     assert a["position"][:n] == pytest.approx(b["position"][:n], abs=1.0)
@@ -207,10 +207,8 @@ def test_numbers_keep_sign_and_magnitude():
     "There and back through spreads; the letters that a line lacks are NaN."
     texts = ["G1 X-0.0151 Y1.575", "X0.157", "F22.", "M30"]
     s = NumberScale.fit(texts)
-    assert (
-        s.write(texts, np.nan_to_num(s.standardise(texts))) == texts
-        and np.isnan(s.standardise(["M30"])).all()
-    )
+    assert s.write(texts, np.nan_to_num(s.standardise(texts))) == texts
+    assert np.isnan(s.standardise(["M30"])).all()
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -218,13 +216,17 @@ def test_detectors_score_rows(name):
     "One finite number a row, larger for a run with broken sensors."
     signals = program_signals(PROGRAMS["pocket"], "pocket")
     d = AnomalyDetector(name).fit([(rows(PROGRAMS["pocket"], seed=i), signals) for i in range(3)])
-    calm, wild = rows(PROGRAMS["pocket"], seed=9), rows(PROGRAMS["pocket"], seed=9)
+    calm = rows(PROGRAMS["pocket"], seed=9)
+    wild = rows(PROGRAMS["pocket"], seed=9)
     wild.values = (
         wild.values
         + np.random.default_rng(0).normal(size=wild.values.shape) * wild.values.std(0) * 5
     )
-    a, b = d.score(calm, signals), d.score(wild, signals)
-    assert np.isfinite(a).all() and len(a) == len(calm.time) and b.mean() > a.mean()
+    a = d.score(calm, signals)
+    b = d.score(wild, signals)
+    assert np.isfinite(a).all()
+    assert len(a) == len(calm.time)
+    assert b.mean() > a.mean()
 
 
 def test_files_with_faults_are_named(tmp_path):
@@ -239,11 +241,9 @@ def test_files_with_faults_are_named(tmp_path):
     with pytest.raises(InputError, match="two programs or more"):
         check_sections(tmp_path / "twice_001.parquet")
     said = check(tmp_path)
-    assert (
-        len(said) == 2
-        and any("two programs" in s for s in said)
-        and any("the clock jumps" in s for s in said)
-    )
+    assert len(said) == 2
+    assert any("two programs" in s for s in said)
+    assert any("the clock jumps" in s for s in said)
 
 
 def test_command(tmp_path, capsys):
@@ -271,9 +271,9 @@ def test_command(tmp_path, capsys):
         ask("other"),
     ] == [0, 1, 0, 1]
     capsys.readouterr()
+    assert ask("none") == 2
     assert (
-        ask("none") == 2
-        and main(
+        main(
             [
                 "verify",
                 str(tmp_path / "runs" / "same_001.parquet"),
@@ -284,7 +284,8 @@ def test_command(tmp_path, capsys):
         == 2
     )
     err = capsys.readouterr().err
-    assert err.count("\n") == 2 and "Traceback" not in err
+    assert err.count("\n") == 2
+    assert "Traceback" not in err
     assert (
         main(
             [
@@ -300,8 +301,8 @@ def test_command(tmp_path, capsys):
             ]
         )
         == 0
-        and (tmp_path / "made" / "runs" / "pocket_001.parquet").exists()
     )
+    assert (tmp_path / "made" / "runs" / "pocket_001.parquet").exists()
 
 
 def test_healthy_runs_of_another_program_are_refused(tmp_path, capsys):
@@ -374,6 +375,8 @@ def test_a_library_of_programs(tmp_path, capsys):
         ask("pocket", "runs/pocket_001"),
         ask("face", "runs/pocket_001"),
     ] == [0, 1, 0, 1]
-    assert "fit pocket best" in capsys.readouterr().out and ask("contour") == 2
+    assert "fit pocket best" in capsys.readouterr().out
+    assert ask("contour") == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "a program with no run cannot be compared" in said
+    assert said.count("\n") == 1
+    assert "a program with no run cannot be compared" in said

@@ -94,7 +94,8 @@ def test_dialects(name):
 
 def test_positions():
     m = moves(parse_gcode(SNIPPETS["nist"]))
-    assert m.x.tolist() == [0, 7, 16, 13.5, 13.5, 18] and m.modal.tolist() == [
+    assert m.x.tolist() == [0, 7, 16, 13.5, 13.5, 18]
+    assert m.modal.tolist() == [
         False,
         True,
         True,
@@ -104,11 +105,9 @@ def test_positions():
     ]
     assert np.allclose(arc_sweeps(m)[[3, 4]], [1.5 * np.pi, -2 * np.pi])
     m = moves(parse_gcode(SNIPPETS["mach"]))
-    assert (
-        np.allclose(m[["x", "y"]].iloc[-1], [2.22 * 25.4, 6.45 * 25.4])
-        and np.allclose(m.feed, 140 * 25.4)
-        and np.isclose(m.r.iloc[-1], 0.4 * 25.4)
-    )
+    assert np.allclose(m[["x", "y"]].iloc[-1], [2.22 * 25.4, 6.45 * 25.4])
+    assert np.allclose(m.feed, 140 * 25.4)
+    assert np.isclose(m.r.iloc[-1], 0.4 * 25.4)
     m = moves(parse_gcode(SNIPPETS["fanuc"]))
     assert m[["x", "z"]].to_numpy().tolist() == [[5, 0], [5, 10]]
     assert moves(parse_gcode("G1 X1\n /X9\n/G91\nX2"), block_delete=True).x.tolist() == [1, 2]
@@ -116,7 +115,10 @@ def test_positions():
 
 def slow_positions(text):
     "Positions by a loop over lines for the words G0 G1 G28 G53 G90 G91 G92 G92.1 M82 M83 X E: an oracle."
-    place, offset, state, rows = dict(X=0.0, E=0.0), dict(X=0.0, E=0.0), dict(x=True, e=True), []
+    place = dict(X=0.0, E=0.0)
+    offset = dict(X=0.0, E=0.0)
+    state = dict(x=True, e=True)
+    rows = []
     for line in text.split("\n"):
         words = slow_words(line)
         codes = [f"{a}{v:g}" for a, v in words if a in "GM"]
@@ -210,11 +212,9 @@ def test_arcs():
 def test_bad_programs(text, expected):
     with pytest.raises(InputError) as e:
         moves(parse_gcode(text, "part.gcode"))
-    assert (
-        expected in str(e.value)
-        and str(e.value).startswith("part.gcode")
-        and "\n" not in str(e.value)
-    )
+    assert expected in str(e.value)
+    assert str(e.value).startswith("part.gcode")
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -238,16 +238,19 @@ def test_replace_words():
     text = SNIPPETS["streamed"] + "N25 G1 X1.000 Y2.5 ; keep (this)*5\r\nN26 g1x1y2*86\n"
     p = parse_gcode(text)
     q = replace_words(p, [3, 4], X=[1.5, -2], Y=[np.nan, 0.25], digits=3)
-    assert q.lines[:3] == p.lines[:3] and q.lines[3] == "N25 G1 X1.5 Y2.5 ; keep (this)*5\r\n"
+    assert q.lines[:3] == p.lines[:3]
+    assert q.lines[3] == "N25 G1 X1.5 Y2.5 ; keep (this)*5\r\n"
     body, written = q.lines[4].strip().split("*")
-    assert body == "N26 g1x-2y0.25" and int(written) == line_checksum(body)
+    assert body == "N26 g1x-2y0.25"
+    assert int(written) == line_checksum(body)
     assert to_text(replace_words(p, 4, X=None)).startswith("".join(p.lines[:4]))
     for bad in (dict(X=np.inf), dict(X=np.nan), dict(XY=1)):
         with pytest.raises(InputError):
             replace_words(p, 3, **bad)
     with pytest.raises(InputError):
         replace_words(p, 99, X=1)
-    assert format_number(-1e-9) == "0" and format_number(3e7) == "30000000"
+    assert format_number(-1e-9) == "0"
+    assert format_number(3e7) == "30000000"
 
 
 def test_fuzz():
@@ -277,9 +280,8 @@ def test_fuzz():
                 checksum_mismatches(p)
                 m = moves(p)
                 read += 1
-                assert np.isfinite(m[["x", "y", "z", "e"]]).all(axis=None) and np.isfinite(
-                    m.loc[m.command >= 2, ["i", "j", "k", "r"]]
-                ).all(axis=None)
+                assert np.isfinite(m[["x", "y", "z", "e"]]).all(axis=None)
+                assert np.isfinite(m.loc[m.command >= 2, ["i", "j", "k", "r"]]).all(axis=None)
                 path_points(m, 0.05)
             except InputError as e:
                 assert str(e).startswith("fuzz")
@@ -353,26 +355,23 @@ def test_filament_of_the_prusa_benchy():
 
 def test_layers_and_types():
     m = moves(read_gcode(real_file("benchy_crealityprint_ender3v2")))
-    assert (
-        m.layer.max() == 239
-        and len(m) == 110413
-        and (m.command == 3).sum() == 248
-        and "Outer wall" in set(m.type)
-        and (m.turns[m.command == 3] == 1).all()
-    )
+    assert m.layer.max() == 239
+    assert len(m) == 110413
+    assert (m.command == 3).sum() == 248
+    assert "Outer wall" in set(m.type)
+    assert (m.turns[m.command == 3] == 1).all()
     m = moves(read_gcode(real_file("part_cura25_absE")))
-    assert m.layer.max() == 57 and set(m.units) == {"mm"}
+    assert m.layer.max() == 57
+    assert set(m.units) == {"mm"}
 
 
 def test_commands_of_a_real_file():
     p = read_gcode(real_file("benchy_prusaslicer_mini"))
     unknown = unknown_commands(p)
-    assert (
-        unknown["M204"] == 9157
-        and unknown["M486"] == 643
-        and unknown["M862.3"] == 1
-        and "G1" not in unknown
-    )
+    assert unknown["M204"] == 9157
+    assert unknown["M486"] == 643
+    assert unknown["M862.3"] == 1
+    assert "G1" not in unknown
 
 
 def test_edit_of_a_real_file():
@@ -382,5 +381,6 @@ def test_edit_of_a_real_file():
     has_x = line[np.isin(line, p.words.line[p.words.letter == "X"])]
     q = replace_words(p, has_x, X=m.set_index("line").x[has_x].to_numpy() + 1)
     changed = [k for k in range(len(p.lines)) if p.lines[k] != q.lines[k]]
-    assert changed == has_x.tolist() and len(checksum_mismatches(q)) == 0
+    assert changed == has_x.tolist()
+    assert len(checksum_mismatches(q)) == 0
     assert np.allclose(moves(q).set_index("line").x[has_x], m.set_index("line").x[has_x] + 1)

@@ -161,7 +161,8 @@ def same(a, b):
 
 def resumes(folder, make, cuts=((1, 2), (1, 5), (3, 0))):
     "Whether a fit that is interrupted once at each of `cuts`, taken up by new learners, equals the unbroken one; `make(*callbacks)` fits."
-    whole, file = make(), folder / "fit.safetensors"
+    whole = make()
+    file = folder / "fit.safetensors"
     for cut in cuts:
         with pytest.raises(SystemError):
             make(Snapshot(file, batches=2), PowerCut(*cut))
@@ -179,10 +180,10 @@ def test_loss_in_a_fit(name, example):
     "Finite, smaller after a few epochs, and the same again from the same seed."
     learn = fitted(example, epochs=6)
     values = np.array([v[:2] for v in learn.recorder.values])
-    assert np.isfinite(values).all() and values[-1, 1] < values[0, 1]
-    assert same(learn, fitted(example, epochs=6)) and not same(
-        learn, fitted(example, epochs=6, seed=1)
-    )
+    assert np.isfinite(values).all()
+    assert values[-1, 1] < values[0, 1]
+    assert same(learn, fitted(example, epochs=6))
+    assert not same(learn, fitted(example, epochs=6, seed=1))
 
 
 @pytest.mark.parametrize("name,example", [*EXAMPLES.items(), *NAMED.items()])
@@ -202,15 +203,15 @@ def test_gradient_reaches_everything(name, example):
         if p.grad is None or not p.grad.any()
     ]
     rows = learn.model.head[1].weight.grad.abs().sum(1) > 0
-    assert silent == [] and value.dim() == 0
+    assert silent == []
+    assert value.dim() == 0
     assert rows.all() or (
         name in ONE_HEAD and rows.tolist() == [name == "Focal"] * 3 + [name == "Regression"]
     )
     loss.reduction = "none"
     items = loss(learn.model(x, mask), y)
-    assert items.shape == (16,) and (
-        getattr(loss, "weight", None) is not None or torch.allclose(items.mean(), value)
-    )
+    assert items.shape == (16,)
+    assert getattr(loss, "weight", None) is not None or torch.allclose(items.mean(), value)
 
 
 @pytest.mark.parametrize("name,example", [*EXAMPLES.items()])
@@ -256,14 +257,16 @@ def test_odd_batches(measure):
         out.grad = None
         value = loss(out, target)
         value.backward()
-        assert value.isfinite() and out.grad.isfinite().all()
+        assert value.isfinite()
+        assert out.grad.isfinite().all()
 
 
 def test_learned_weights(tmp_path):
     "They move, without decay, with a clipped gradient as well, and `lr_find` leaves them; `validate` works before any fit."
     example = EXAMPLES["UncertaintyWeighted"]
     learn = fitted(example, GradientClip(1.0), wd=0.5)
-    assert (learn.loss_func.log_variances.abs() > 1e-3).all() and len(learn.opt.param_lists) == 2
+    assert (learn.loss_func.log_variances.abs() > 1e-3).all()
+    assert len(learn.opt.param_lists) == 2
     fresh = learner(example, path=tmp_path)
     with fresh.no_bar(), fresh.no_logging():
         assert np.isfinite(fresh.validate()[0])
@@ -281,9 +284,11 @@ def test_metrics_see_the_batch():
         lambda: (Distillation(), False, [MoreTargets(teacher_answers(model))]), metrics=accuracy
     )
     *_, valid_loss, share = learn.recorder.values[-1]
-    assert 0 <= share <= 1 and all(map(torch.equal, before, model.parameters()))
+    assert 0 <= share <= 1
+    assert all(map(torch.equal, before, model.parameters()))
     losses_ = learn.get_preds(dl=learn.dls.valid, reorder=False, with_loss=True)[2]
-    assert losses_.shape == (48,) and losses_.mean().item() == pytest.approx(valid_loss, rel=1e-4)
+    assert losses_.shape == (48,)
+    assert losses_.mean().item() == pytest.approx(valid_loss, rel=1e-4)
 
 
 BAD = [
@@ -346,10 +351,10 @@ def test_optimizer(tmp_path, name):
         return fitted(plain, *cbs, opt_func=create_optimizer(**options), metrics=accuracy)
 
     learn = make()
-    assert learn.recorder.values[-1][1] < learn.recorder.values[0][1] and learn.recorder.lrs[
-        0
-    ] == options.get("learning_rate", 1e-2)
-    assert same(learn, make()) and resumes(tmp_path, make)
+    assert learn.recorder.values[-1][1] < learn.recorder.values[0][1]
+    assert learn.recorder.lrs[0] == options.get("learning_rate", 1e-2)
+    assert same(learn, make())
+    assert resumes(tmp_path, make)
 
 
 STARTS = {"plateau": dict(patience=0, min_delta=0.2)}  # falls within four epochs
@@ -382,12 +387,10 @@ def test_schedule(tmp_path, name, warmup):
     np.testing.assert_allclose(
         lrs, [curves[i // 6](i / 30) for i in range(30)], rtol=1e-5, atol=1e-9
     )
-    assert (
-        values[-1] < values[0]
-        and lrs.max() <= 1e-2 * (1 + 1e-6)
-        and (lrs >= 0).all()
-        and (not warmup or lrs[0] == 0)
-    )
+    assert values[-1] < values[0]
+    assert lrs.max() <= 1e-2 * (1 + 1e-6)
+    assert (lrs >= 0).all()
+    assert not warmup or lrs[0] == 0
     assert name != "plateau" or lrs[-1] < 5e-3
     assert resumes(tmp_path, make)
 
@@ -405,7 +408,8 @@ def test_plateau_forgets_nothing(tmp_path):
 
     lrs = make().recorder.lrs[::6]
     falls = [i for i in range(1, 8) if lrs[i] < lrs[i - 1]]
-    assert falls and resumes(
+    assert falls
+    assert resumes(
         tmp_path, make, [(i - 1, 5) for i in falls] + [(i, b) for i in falls[-1:] for b in (0, 3)]
     )
 
@@ -461,14 +465,12 @@ def test_lr_find_is_silent(tmp_path):
     learn.add_cb(schedule("plateau", 1e-2))
     before = weights(learn)
     before = [w.clone() for w in before]
-    state, file = str(learn.opt.state_dict()), (tmp_path / "fit.safetensors").read_bytes()
+    state = str(learn.opt.state_dict())
+    file = (tmp_path / "fit.safetensors").read_bytes()
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=30, show_plot=False)
-    assert (
-        all(map(torch.equal, before, weights(learn)))
-        and str(learn.opt.state_dict()) == state
-        and (tmp_path / "fit.safetensors").read_bytes() == file
-    )
-    assert learn.recorder.lrs[0] == pytest.approx(1e-7) and learn.recorder.lrs == sorted(
-        learn.recorder.lrs
-    )
+    assert all(map(torch.equal, before, weights(learn)))
+    assert str(learn.opt.state_dict()) == state
+    assert (tmp_path / "fit.safetensors").read_bytes() == file
+    assert learn.recorder.lrs[0] == pytest.approx(1e-7)
+    assert learn.recorder.lrs == sorted(learn.recorder.lrs)

@@ -40,7 +40,8 @@ def test_one_item_a_source_is_the_plain_bootstrap():
 def test_sources_that_agree_widen_the_interval():
     "m equal items a source are one: the interval is sqrt(m) wider than that of items taken for independent."
     source_means = np.random.default_rng(0).normal(size=200)
-    x, sources = np.repeat(source_means, 16), np.repeat(np.arange(200), 16)
+    x = np.repeat(source_means, 16)
+    sources = np.repeat(np.arange(200), 16)
 
     def width(i):
         return i.high - i.low
@@ -83,7 +84,8 @@ def test_statistic_of_several_columns():
 
 def test_one_source_has_no_bounds():
     interval = bootstrap_interval([1, 0, 1], ["a"] * 3)
-    assert np.isnan(interval.low) and interval.to_json() == dict(value=2 / 3, low=None, high=None)
+    assert np.isnan(interval.low)
+    assert interval.to_json() == dict(value=2 / 3, low=None, high=None)
 
 
 def test_bad_input_is_one_sentence():
@@ -108,7 +110,8 @@ def test_bad_input_is_one_sentence():
 
 def test_vote_against_a_loop():
     rng = np.random.default_rng(0)
-    predicted, sources = rng.integers(0, 4, 200), rng.integers(0, 30, 200)
+    predicted = rng.integers(0, 4, 200)
+    sources = rng.integers(0, 30, 200)
     names, label = vote(predicted, sources)
     for n, l in zip(names, label):
         assert l == np.bincount(predicted[sources == n]).argmax()
@@ -180,11 +183,9 @@ def test_another_padding_token():
 
 
 def test_edit_distance_of_anything():
-    assert (
-        edit_distance("", "") == 0
-        and edit_distance("", "abc") == 1
-        and edit_distance("abc", "") == 1
-    )
+    assert edit_distance("", "") == 0
+    assert edit_distance("", "abc") == 1
+    assert edit_distance("abc", "") == 1
     assert edit_distance(["G1", "X10"], ("G1", "X20")) == 0.5
 
 
@@ -206,13 +207,12 @@ def test_time_lookup_against_a_double_loop(with_classes):
     "Times in tenths, so that queries half way between two rows, rows at one time and tied votes all occur."
     rng = np.random.default_rng(0)
     n = 400
-    time, answers, sources, classes = (
-        rng.integers(0, 60, n) / 4,
-        rng.choice(list("qwerty"), n),
-        rng.integers(0, 12, n),
-        rng.integers(0, 3, n),
-    )
-    query, asked = rng.integers(-20, 150, 150) / 8, rng.integers(0, 5, 150)
+    time = rng.integers(0, 60, n) / 4
+    answers = rng.choice(list("qwerty"), n)
+    sources = rng.integers(0, 12, n)
+    classes = rng.integers(0, 3, n)
+    query = rng.integers(-20, 150, 150) / 8
+    asked = rng.integers(0, 5, 150)
     first = {a: list(answers).index(a) for a in set(answers)}
     expected = []
     for t, c in zip(query, asked):
@@ -260,7 +260,8 @@ def test_window_statistics_against_loops():
         w[rng.random(w.shape) < 0.5] = np.nan
     windows[4][:] = np.nan
     table = window_statistics(windows, chunk=7)
-    assert table.shape == (50, 20) and table.dtype == np.float32
+    assert table.shape == (50, 20)
+    assert table.dtype == np.float32
     np.testing.assert_allclose(table, nan_table(windows), rtol=1e-5, atol=2e-4)
     np.testing.assert_array_equal(window_statistics(windows, chunk=50), table)
     array = rng.normal(size=(9, 6, 3))
@@ -290,15 +291,16 @@ def test_baselines_take_missing_columns_and_values():
         "high",
         "macro_f1",
         "seconds",
-    ] and list(table.name) == list(BASELINES[:-1])
-    assert (table.accuracy[1:] > 0.6).all() and (
-        (table.low <= table.accuracy) & (table.accuracy <= table.high)
-    ).all()
+    ]
+    assert list(table.name) == list(BASELINES[:-1])
+    assert (table.accuracy[1:] > 0.6).all()
+    assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
 
 
 def test_baselines_repeat_and_obey():
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(60, 4)), rng.integers(0, 2, 60)
+    x = rng.normal(size=(60, 4))
+    y = rng.integers(0, 2, 60)
     for name in ("extra_trees", "hist_gradient_boosting"):
         few = dict(extra_trees=dict(n_estimators=5), hist_gradient_boosting=dict(max_iter=5))[name]
         a, b = (
@@ -381,5 +383,6 @@ def test_plots_return_their_axes(monkeypatch):
         own = f(None)
         own.figure.canvas.draw()
         assert own.get_xlabel() and own.get_ylabel() or f is draw[2]
-        assert own.get_title() and own.figure.get_figwidth() == 6
+        assert own.get_title()
+        assert own.figure.get_figwidth() == 6
     plt.close("all")

@@ -115,7 +115,8 @@ def assert_same_fit(a, b):
     assert same_weights(a, b)
     assert (a / "recorder.json").read_text() == (b / "recorder.json").read_text()
     a, b = (pd.read_csv(f / "history.csv").drop(columns="seconds") for f in (a, b))
-    assert len(a) == EPOCHS and "accuracy" in a
+    assert len(a) == EPOCHS
+    assert "accuracy" in a
     pd.testing.assert_frame_equal(a, b, check_exact=True)
 
 
@@ -124,7 +125,8 @@ def test_ten_kills(fork, unbroken, tmp_path, batches, seed):
     "With snapshots every three batches, and with those after each epoch alone."
     folder = killed_often(fork, tmp_path / "fit", batches, 10, seed)
     begun = begun_at(folder)
-    assert len(begun) == 11 and begun[-1, 0] > 0
+    assert len(begun) == 11
+    assert begun[-1, 0] > 0
     assert (begun[:, 1] > 0).any() if batches else (begun[:, 1] == 0).all()
     assert_same_fit(folder, unbroken)
 
@@ -132,7 +134,8 @@ def test_ten_kills(fork, unbroken, tmp_path, batches, seed):
 def test_generators_matter(fork, unbroken, tmp_path):
     "Without the generators' states the weights differ: the comparison above can fail."
     folder = killed_often(fork, tmp_path / "fit", 3, 3, 3, generators=False)
-    assert begun_at(folder)[-1].sum() > 0 and not same_weights(folder, unbroken)
+    assert begun_at(folder)[-1].sum() > 0
+    assert not same_weights(folder, unbroken)
 
 
 def test_killed_after_the_last_epoch(fork, unbroken, tmp_path):

@@ -117,7 +117,9 @@ def test_broken_file_is_one_sentence(name, copy, refused):
     make, says = BROKEN[name]
     file = files(copy)[3]
     said = refused(read_clip, change(file, **make(read_npz(file))))
-    assert str(file) in said and says in said and "\n" not in said
+    assert str(file) in said
+    assert says in said
+    assert "\n" not in said
     assert says in refused(read_clips, copy)
     faults, _ = quiet(check, copy)
     assert any(says in f.replace("; ", ", found ") or says.split(", found")[0] in f for f in faults)
@@ -151,9 +153,8 @@ def test_other_number_types(clips, copy):
     file = files(copy)[0]
     a = read_npz(file)
     clip, said = quiet(read_clip, change(file, X=np.asfortranarray(a["X"].astype(float))))
-    assert "converted from float64" in said[0] and np.array_equal(
-        clip.points.reshape(len(clip), -1), a["X"]
-    )
+    assert "converted from float64" in said[0]
+    assert np.array_equal(clip.points.reshape(len(clip), -1), a["X"])
 
 
 def test_missing_is_not_the_corner(copy):
@@ -206,7 +207,8 @@ def test_faulty_label_names_its_row(name, tmp_path, refused):
     row, says = LABELS[name]
     (tmp_path / "labels.csv").write_text(f"file,gloss,cat\nb,0,0\n{row}\n")
     said = refused(read_labels, tmp_path / "labels.csv")
-    assert "row 3" in said and says in said
+    assert "row 3" in said
+    assert says in said
 
 
 def test_labels_as_spreadsheets_write_them(tmp_path, refused):
@@ -233,7 +235,8 @@ def test_row_without_file(copy, refused):
     files(copy)[0].unlink()
     assert "nothing there" in refused(read_clips, copy)
     found, said = quiet(read_clips, copy, missing="skip")
-    assert len(found) == 35 and "1 of 36 rows have no file" in said[0]
+    assert len(found) == 35
+    assert "1 of 36 rows have no file" in said[0]
 
 
 def test_names_of_classes(folder, clips, tmp_path):
@@ -250,20 +253,16 @@ def test_split_keeps_signers_and_recordings(clips, refused):
     "Every signer is left out once; a random split keeps recordings whole and says that it is leaky; a clip on two sides is refused."
     for fold in range(3):
         a, b, note = split_clips(clips, fold=fold)
-        assert (
-            {clips[i].signer for i in b} == {f"S0{fold + 1}"}
-            and len(a) + len(b) == 36
-            and f"S0{fold + 1}" in note
-        )
+        assert {clips[i].signer for i in b} == {f"S0{fold + 1}"}
+        assert len(a) + len(b) == 36
+        assert f"S0{fold + 1}" in note
     pairs = [replace(c, recording=f"{c.signer} {c.gloss} {i % 2}") for i, c in enumerate(clips)]
     tested = []
     for fold in range(3):
         (a, b, note), said = quiet(split_clips, pairs, "random", fold, 3)
-        assert (
-            not {pairs[i].recording for i in a} & {pairs[i].recording for i in b}
-            and "leaky" in note
-            and "leaky" in said[0]
-        )
+        assert not {pairs[i].recording for i in a} & {pairs[i].recording for i in b}
+        assert "leaky" in note
+        assert "leaky" in said[0]
         tested += b.tolist()
     assert sorted(tested) == list(range(36))
     assert (
@@ -286,18 +285,14 @@ def test_gaps_against_interp():
     "Every filled coordinate lies on the line that `numpy.interp` draws; longer runs and ends stay missing."
     random = np.random.default_rng(0)
     for T in (1, 2, 9, 60):
-        p, seen, time = (
-            random.random((T, 6, 2)).astype("float32"),
-            random.random((T, 6)) < 0.6,
-            np.cumsum(random.integers(20, 90, T)),
-        )
+        p = random.random((T, 6, 2)).astype("float32")
+        seen = random.random((T, 6)) < 0.6
+        time = np.cumsum(random.integers(20, 90, T))
         filled, state = fill_gaps(p, seen, time, 3)
         again, _ = fill_gaps(np.where(seen[..., None], p, np.nan), seen, time, 3)
-        assert (
-            np.array_equal(filled, again)
-            and (filled[state == 0] == 0).all()
-            and np.array_equal(filled[seen], p[seen])
-        )
+        assert np.array_equal(filled, again)
+        assert (filled[state == 0] == 0).all()
+        assert np.array_equal(filled[seen], p[seen])
         for k in range(6):
             there = np.flatnonzero(seen[:, k])
             wanted = [
@@ -379,12 +374,11 @@ def test_mirror_is_its_own_inverse():
     "Of points and state, for both layouts; left names become right names."
     random = np.random.default_rng(0)
     for s in SKELETONS.values():
-        p, state = (
-            random.normal(size=(5, len(s), 2)).astype("float32"),
-            random.integers(0, 3, (5, len(s))),
-        )
+        p = random.normal(size=(5, len(s), 2)).astype("float32")
+        state = random.integers(0, 3, (5, len(s)))
         q, t = mirror_points(*mirror_points(p, state, s.pairs), s.pairs)
-        assert np.array_equal(p, q) and np.array_equal(state, t)
+        assert np.array_equal(p, q)
+        assert np.array_equal(state, t)
         assert sorted(i for pair in s.pairs for i in pair) == sorted(
             {i for pair in s.pairs for i in pair}
         )
@@ -435,7 +429,8 @@ def test_lengths_from_one_to_thousands(clips, refused):
             [resized(5000)],
             Preparation(frames=None, trim=False, long_clips=rule).fit(clips),
         )
-        assert len(arrays[0]) == 300 and f"more than 300 frames: {rule}" in said[0]
+        assert len(arrays[0]) == 300
+        assert f"more than 300 frames: {rule}" in said[0]
     assert "at most 300, found 5000" in refused(
         prepare_clips,
         [resized(5000)],
@@ -520,12 +515,10 @@ def test_batches_are_the_clips(clips):
                 if len(a) == m.sum() and np.array_equal(np.nan_to_num(a), x[m].numpy())
             )
             seen.append(i)
-            assert (
-                clips[i].gloss == g
-                and np.array_equal(p[m].numpy(), ~np.isnan(arrays[i]))
-                and not p[~m].any()
-                and not x[~m].any()
-            )
+            assert clips[i].gloss == g
+            assert np.array_equal(p[m].numpy(), ~np.isnan(arrays[i]))
+            assert not p[~m].any()
+            assert not x[~m].any()
     assert sorted(seen) == list(range(36))
 
     def padded(bucket):
@@ -540,9 +533,8 @@ def test_batches_are_the_clips(clips):
 def test_simulator(folder, tmp_path):
     "The same bytes for the same seed, others for another; what is written is what is read; features on demand."
     one, two = (simulate_clips(tmp_path / n, 4, 3, 3, seed=s) for n, s in (("a", 0), ("b", 1)))
-    assert all(
-        f.read_bytes() == (folder / "npz" / f.name).read_bytes() for f in files(one)
-    ) and any(f.read_bytes() != (one / "npz" / f.name).read_bytes() for f in files(two))
+    assert all(f.read_bytes() == (folder / "npz" / f.name).read_bytes() for f in files(one))
+    assert any(f.read_bytes() != (one / "npz" / f.name).read_bytes() for f in files(two))
     assert (one / "labels.csv").read_bytes() == (folder / "labels.csv").read_bytes()
     c = simulated_clip(2, 1, 1)
     (back,) = read_clips(
@@ -552,14 +544,13 @@ def test_simulator(folder, tmp_path):
             dict(gloss=["x"], category=["y"], category_of=[0]),
         )
     )
-    assert (
-        np.array_equal(back.points, c.points)
-        and np.array_equal(back.seen, c.seen)
-        and np.array_equal(back.timestamps_ms, c.timestamps_ms)
-        and (back.width, back.height, back.signer) == (c.width, c.height, c.signer)
-    )
+    assert np.array_equal(back.points, c.points)
+    assert np.array_equal(back.seen, c.seen)
+    assert np.array_equal(back.timestamps_ms, c.timestamps_ms)
+    assert (back.width, back.height, back.signer) == (c.width, c.height, c.signer)
     features = read_clips(simulate_clips(tmp_path / "d", 2, 2, 1, features=2048), read="features")
-    assert features[0].features.shape[1] == 2048 and features[0].points is None
+    assert features[0].features.shape[1] == 2048
+    assert features[0].points is None
 
 
 def test_adapters_are_short():
@@ -570,7 +561,8 @@ def test_adapters_are_short():
         if c.cell_type == "code"
     ]
     adapters = [c for c in cells if "yield Clip(" in c and "#|" not in c]
-    assert len(adapters) == 3 and max(len(c.splitlines()) for c in adapters) <= 30
+    assert len(adapters) == 3
+    assert max(len(c.splitlines()) for c in adapters) <= 30
 
 
 def relabel(copy, change_row):
@@ -684,9 +676,8 @@ def test_check_of_a_file(name, fault, says, make, copy):
     faults, told = quiet(check, copy)
     found = faults if fault else faults.warnings
     assert any(f.startswith(f"[{name}]") and says in f for f in found), (faults, faults.warnings)
-    assert (
-        bool(faults) == fault and faults.summary == f"Checked 36 files; {int(fault)} with issues."
-    )
+    assert bool(faults) == fault
+    assert faults.summary == f"Checked 36 files; {int(fault)} with issues."
 
 
 def test_check_of_features(copy):
@@ -799,7 +790,8 @@ def test_check_finds_near_copies(copy):
         },
     )
     faults, _ = quiet(check, copy)
-    assert faults == [] and any("same motion" in w for w in faults.warnings)
+    assert faults == []
+    assert any("same motion" in w for w in faults.warnings)
     faults, _ = quiet(check, copy, split="random")
     assert any("recording: expected the same for the same clip" in f for f in faults)
     assert set(CHECKS) == {n for n, *_ in ONE_FILE + SET}
@@ -807,16 +799,15 @@ def test_check_finds_near_copies(copy):
 
 def test_check_of_no_folder(tmp_path, command):
     "Nothing there, no labels, one file; the command ends with 2 on faults and with 0 on warnings."
-    assert (
-        "nothing there" in quiet(check, tmp_path / "none")[0][0]
-        and "labels.csv" in quiet(check, tmp_path)[0][0]
-    )
+    assert "nothing there" in quiet(check, tmp_path / "none")[0][0]
+    assert "labels.csv" in quiet(check, tmp_path)[0][0]
     folder = simulate_clips(tmp_path / "c", 2, 2, 2)
     assert quiet(check, files(folder)[0])[0] == []
     assert command("check", "sign", folder)[0] == 0
     change(files(folder)[0], X=np.zeros((0, 156), "float32"))
     code, out, _ = command("check", "sign", folder)
-    assert code == 2 and "T at least 1" in out
+    assert code == 2
+    assert "T at least 1" in out
 
 
 def test_hands_layout(tmp_path, refused):
@@ -857,18 +848,16 @@ def test_hands_layout(tmp_path, refused):
         ]
     )
     clips = read_clips(tmp_path)
-    assert [c.recording for c in clips] == ["s1_vowel/a"] * 2 + ["s2_consonant_multi/k"] * 2 and [
-        c.category for c in clips
-    ] == [1, 1, 0, 0]
+    assert [c.recording for c in clips] == ["s1_vowel/a"] * 2 + ["s2_consonant_multi/k"] * 2
+    assert [c.category for c in clips] == [1, 1, 0, 0]
     assert [c.gloss for c in read_nsl49(tmp_path, drop_cropped=True, transitions=True)] == [
         0,
         1,
         -1,
     ]
     faults, _ = quiet(check, tmp_path)
-    assert faults == [] and any(
-        "empty fields in column roman_label: row 2" in w for w in faults.warnings
-    )
+    assert faults == []
+    assert any("empty fields in column roman_label: row 2" in w for w in faults.warnings)
     for arrays, says in (
         (dict(rh=good["rh"][:3]), "equal numbers of frames"),
         (dict(rh=with_nan(good["rh"], (2, 4, 0))), "finite"),
@@ -889,7 +878,8 @@ def test_hands_seen_from_the_wrist():
     a, _ = hand_coordinates(h, state)
     b, size = hand_coordinates(h * scale + 3, state)
     np.testing.assert_allclose(a, b, atol=1e-4)
-    assert not a[:, 0].any() and np.allclose(np.linalg.norm(a[:, 9], axis=1), 1, atol=1e-5)
+    assert not a[:, 0].any()
+    assert np.allclose(np.linalg.norm(a[:, 9], axis=1), 1, atol=1e-5)
 
 
 REAL = data_folder("sign")
@@ -906,9 +896,8 @@ def test_real_sets():
         len({c.signer for c in clips}),
         max(len(c) for c in clips),
     ) == (2001, 50, 8, 164)
-    assert len({c.recording for c in clips}) == 1990 and all(
-        len(split_clips(clips, fold=f)[1]) in (250, 251) for f in range(8)
-    )
+    assert len({c.recording for c in clips}) == 1990
+    assert all(len(split_clips(clips, fold=f)[1]) in (250, 251) for f in range(8))
     letters = read_clips(REAL / "nsl49")
     names = class_names(REAL / "nsl49", letters)
     assert (
@@ -917,7 +906,5 @@ def test_real_sets():
         len(names["gloss"]),
         names["category_of"].count(1),
     ) == (637, 441, 49, 13)
-    assert (
-        np.bincount([c.gloss for c in letters]).tolist() == [13] * 49
-        and len(read_nsl49(REAL / "nsl49", transitions=True)) == 872
-    )
+    assert np.bincount([c.gloss for c in letters]).tolist() == [13] * 49
+    assert len(read_nsl49(REAL / "nsl49", transitions=True)) == 872

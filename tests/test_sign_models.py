@@ -44,7 +44,8 @@ def test_parameters(model, count):
 
 def clips(lengths, channels, seed=0):
     g = torch.Generator().manual_seed(seed)
-    B, T = len(lengths), max(lengths)
+    B = len(lengths)
+    T = max(lengths)
     present = (torch.rand(B, T, channels // 2, generator=g) < 0.8).repeat_interleave(2, -1)
     return dict(channels=torch.randn(B, T, channels, generator=g), present=present), length_mask(
         torch.tensor(lengths)
@@ -80,8 +81,10 @@ def test_a_missing_value_may_be_anything(name):
         return model(dict(inputs, channels=x), mask)
 
     x = inputs["channels"]
-    a, b = out(x), out(torch.where(inputs["present"], x, torch.nan))
-    assert torch.equal(a["gloss"], b["gloss"]) and not torch.equal(a["gloss"], out(x + 1)["gloss"])
+    a = out(x)
+    b = out(torch.where(inputs["present"], x, torch.nan))
+    assert torch.equal(a["gloss"], b["gloss"])
+    assert not torch.equal(a["gloss"], out(x + 1)["gloss"])
     (b["gloss"].sum() + b["category"].sum()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -104,13 +107,14 @@ def test_a_clip_alone_and_padded(name):
 def test_padding_does_not_move_batch_norm():
     "The step of a padded batch is the step of the same clips without padding: statistics come from real frames."
     torch.manual_seed(0)
-    norm, same = MaskedBatchNorm(4), MaskedBatchNorm(4)
-    x, mask = torch.randn(2, 6, 4), length_mask(torch.tensor([6, 3]))
+    norm = MaskedBatchNorm(4)
+    same = MaskedBatchNorm(4)
+    x = torch.randn(2, 6, 4)
+    mask = length_mask(torch.tensor([6, 3]))
     real = norm(x, mask)[mask]
     same(x[mask][None], torch.ones(1, 9, dtype=torch.bool))
-    assert torch.allclose(norm.running_mean, same.running_mean) and torch.allclose(
-        norm.running_var, same.running_var
-    )
+    assert torch.allclose(norm.running_mean, same.running_mean)
+    assert torch.allclose(norm.running_var, same.running_var)
     assert torch.allclose(real.mean(0), torch.zeros(4), atol=1e-6)
 
 
@@ -134,18 +138,19 @@ def test_batch_norm_of_an_answer_is_that_of_torch():
 def test_hand_shape_does_not_depend_on_place_and_size():
     motion = MotionChannels(84, [range(21), range(21, 42)])
     x = torch.randn(1, 5, 42, 2)
-    there, mask = torch.ones(1, 5, 84, dtype=torch.bool), torch.ones(1, 5, dtype=torch.bool)
+    there = torch.ones(1, 5, 84, dtype=torch.bool)
+    mask = torch.ones(1, 5, dtype=torch.bool)
 
     def out(points):
         return motion(dict(channels=points.flatten(2), present=there), mask)[..., :84].unflatten(
             -1, (-1, 2)
         )
 
-    one, two = out(x), out(x * torch.tensor(2.5) + 1)
+    one = out(x)
+    two = out(x * torch.tensor(2.5) + 1)
     fingers = [i for i in range(42) if i % 21]
-    assert torch.allclose(one[:, :, fingers], two[:, :, fingers], atol=1e-4) and not torch.allclose(
-        one[:, :, 0], two[:, :, 0]
-    )
+    assert torch.allclose(one[:, :, fingers], two[:, :, fingers], atol=1e-4)
+    assert not torch.allclose(one[:, :, 0], two[:, :, 0])
 
 
 def test_velocity_needs_both_ends():
@@ -198,12 +203,13 @@ def test_weights_of_a_backbone(tmp_path):
 
     from safetensors.torch import save_file
 
-    one, two, three = ImageNet(), ImageNet(), ImageNet()
+    one = ImageNet()
+    two = ImageNet()
+    three = ImageNet()
     file = tmp_path / "net.safetensors"
     save_file(one.state_dict(), file)
-    assert load_backbone(two, file) == hashlib.sha256(
-        file.read_bytes()
-    ).hexdigest() and torch.equal(one[0].weight, two[0].weight)
+    assert load_backbone(two, file) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert torch.equal(one[0].weight, two[0].weight)
     torch.save({f"other.{k}": v for k, v in one.state_dict().items()}, tmp_path / "net.pt")
     load_backbone(three, tmp_path / "net.pt", in_order=True)
     assert torch.equal(one[0].weight, three[0].weight)
@@ -253,7 +259,8 @@ def test_programs(name, format):
         pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     model = create_model(name, channels=12, glosses=4, categories=2, **SMALL[name])[0].eval()
-    made, eager = make_programs(model, format=format), eager_programs(model)["forward"]
+    made = make_programs(model, format=format)
+    eager = eager_programs(model)["forward"]
     compared = compare_program(
         eager, read_program(made[format], format, eager.inputs, eager.outputs, trusted=True)
     )
@@ -277,20 +284,22 @@ def test_direction_does_not_depend_on_the_length_of_an_arm():
 
     long = x.clone()
     long[:, :, 1] = x[:, :, 0] + 4 * (x[:, :, 1] - x[:, :, 0])
-    a, b = out(x)[:, :, 0], out(long)[:, :, 0]
+    a = out(x)[:, :, 0]
+    b = out(long)[:, :, 0]
     length = (x[:, :, 1] - x[:, :, 0]).norm(dim=-1)
-    assert (
-        (a[..., :2] - b[..., :2]).norm(dim=-1) <= 0.1 / (length + 0.1) + 1e-5
-    ).all() and torch.allclose(b[..., 2], 4 * length, atol=1e-3)
+    assert ((a[..., :2] - b[..., :2]).norm(dim=-1) <= 0.1 / (length + 0.1) + 1e-5).all()
+    assert torch.allclose(b[..., 2], 4 * length, atol=1e-3)
     assert torch.allclose(
         a[..., :2] * (length + 0.1)[..., None], x[:, :, 1] - x[:, :, 0], atol=1e-4
     )
     there = torch.ones(1, 5, 8, dtype=torch.bool)
     there[:, 2, 2:4] = False
-    assert not out(x, there)[0, 2, :2].any() and out(x, there)[0, 2, 2].any()
+    assert not out(x, there)[0, 2, :2].any()
+    assert out(x, there)[0, 2, 2].any()
     still = torch.zeros(1, 5, 4, 2, requires_grad=True)
     out(still).sum().backward()
-    assert still.grad.isfinite().all() and not out(still)[..., :2].any()
+    assert still.grad.isfinite().all()
+    assert not out(still)[..., :2].any()
     for bad in ([(0, 4)], [(0, 1, 2)]):
         with pytest.raises(InputError, match="pairs of points"):
             MotionChannels(8, bones=bad)
@@ -310,14 +319,15 @@ def test_a_clip_and_its_mirror_image_have_one_answer():
         present=seen[:, :, order].flatten(2),
     )
     model.eval()
-    a, b = model(inputs, mask), model(other, mask)
+    a = model(inputs, mask)
+    b = model(other, mask)
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
     plain = SignConv(12, 5, 2, width=8, bones=[(0, 3), (1, 5)]).eval()
     plain.load_state_dict(model.state_dict())
-    one, two = plain(inputs, mask), plain(other, mask)
-    assert torch.allclose(
-        (one["gloss"] + two["gloss"]) / 2, a["gloss"], atol=1e-6
-    ) and not torch.allclose(one["gloss"], two["gloss"], atol=1e-4)
+    one = plain(inputs, mask)
+    two = plain(other, mask)
+    assert torch.allclose((one["gloss"] + two["gloss"]) / 2, a["gloss"], atol=1e-6)
+    assert not torch.allclose(one["gloss"], two["gloss"], atol=1e-4)
 
 
 def test_weights_of_an_image_net_as_they_are_published(tmp_path):
@@ -377,7 +387,8 @@ def test_two_views_side_by_side_are_two_nets():
         ).eval()
         own = {}
         for k, v in two.state_dict().items():
-            name, size = k.rsplit(".", 1)[0], one.state_dict()[k].shape
+            name = k.rsplit(".", 1)[0]
+            size = one.state_dict()[k].shape
             if v.ndim == 3 and "depthwise" not in k and "gate" not in k:
                 own[k] = v[g].T
             elif k.startswith(("gloss.weight", "category.weight")):
@@ -394,4 +405,5 @@ def test_two_views_side_by_side_are_two_nets():
     out = two(inputs, mask)
     assert torch.allclose(out["gloss"], sum(v["gloss"] for v in out["views"]) / 2, atol=1e-5)
     alone = torch.autograd.grad(out["views"][1]["gloss"].sum(), two.stem.weight)[0]
-    assert not alone[0].any() and alone[1].any()
+    assert not alone[0].any()
+    assert alone[1].any()

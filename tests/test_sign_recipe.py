@@ -91,9 +91,8 @@ def test_sides_share_no_signer(source):
     for fold in range(3):
         for kind in ("none", "signer", "share"):
             train, valid, test, note = clip_sets(clips, fold=fold, validation=kind)
-            assert not {*signer[train], *signer[valid]} & {*signer[test]} and note.startswith(
-                "signer "
-            )
+            assert not {*signer[train], *signer[valid]} & {*signer[test]}
+            assert note.startswith("signer ")
             if kind != "none":
                 assert not set(train) & set(valid)
             if kind == "signer":
@@ -130,12 +129,13 @@ def test_table_of_epochs_and_weights(source, tmp_path):
         )
     )
     log = pd.read_csv(tmp_path / "log.csv")
-    assert list(log) == COLUMNS and log.epoch.tolist() == [1, 2] and log.notna().all().all()
+    assert list(log) == COLUMNS
+    assert log.epoch.tolist() == [1, 2]
+    assert log.notna().all().all()
     other = SignConv(**learn.arguments)
     facts = load_checkpoint(other, tmp_path / "SignConv_last.safetensors")
-    assert facts["epoch"] == 2 and all(
-        torch.equal(a, b) for a, b in zip(other.parameters(), learn.model.parameters())
-    )
+    assert facts["epoch"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), learn.model.parameters()))
     best = load_checkpoint(other, tmp_path / "SignConv_best.safetensors")
     values = learn.recorder.values
     assert best["gloss_accuracy"] == pytest.approx(max(v[2] for v in values))
@@ -194,18 +194,17 @@ def test_resume_is_bit_exact(source, tmp_path):
         for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values())
     )
     a, b = (pd.read_csv(tmp_path / f"{k}.csv").drop(columns="epoch_time") for k in ("whole", "cut"))
-    assert b.epoch.tolist() == [1, 2, 3] and np.allclose(a, b)
+    assert b.epoch.tolist() == [1, 2, 3]
+    assert np.allclose(a, b)
 
 
 def test_founding_options(source):
     "Raw points, own lengths, the original's optimiser settings; what is given wins."
     learn = recipe(source, founding=True, width=16, nhead=2, num_layers=1, device="cpu")
     o = learn.options
-    assert (
-        isinstance(learn.model, SignTransformer)
-        and learn.preparation.channels == 156
-        and learn.preparation.frames is None
-    )
+    assert isinstance(learn.model, SignTransformer)
+    assert learn.preparation.channels == 156
+    assert learn.preparation.frames is None
     assert (
         o.max_epochs,
         o.batch_size,
@@ -231,7 +230,8 @@ def test_founding_options(source):
 def test_two_folders(folder, tmp_path):
     "Sides of their own; one alone is refused."
     learn = recipe(keypoints_train=folder, keypoints_val=folder, **SMALL)
-    assert len(learn.train) == len(learn.valid) == 36 and not set(learn.train) & set(learn.valid)
+    assert len(learn.train) == len(learn.valid) == 36
+    assert not set(learn.train) & set(learn.valid)
     with pytest.raises(InputError, match="a folder each"):
         recipe(keypoints_val=folder)
 
@@ -300,16 +300,16 @@ def test_bundle_predicts_and_refuses(folder, fitted, tmp_path):
     broken = sorted(clips.iterdir())[1]
     broken.write_bytes(broken.read_bytes()[:100])
     table = predict_bundle(bundle, clips)
-    assert table.reject.tolist() == [False, True, False, False] and broken.name in table.reason[1]
-    assert (
-        set(table.gloss1.dropna()) <= set(fitted.names["gloss"])
-        and (table.probability1.dropna() >= table.probability2.dropna()).all()
-    )
+    assert table.reject.tolist() == [False, True, False, False]
+    assert broken.name in table.reason[1]
+    assert set(table.gloss1.dropna()) <= set(fitted.names["gloss"])
+    assert (table.probability1.dropna() >= table.probability2.dropna()).all()
     unsure = replace(fitted.clips[0])
     state = preprocessing_state(fitted, threshold=1.1)
     assert "not sure enough" in answer_table(fitted.model, state, [unsure]).reason[0]
     table, _ = evaluate_bundle(bundle, folder)
-    assert set(table.split) == {"new", "trained on"} and {"S", "macro_f1"} & set(table.measure)
+    assert set(table.split) == {"new", "trained on"}
+    assert {"S", "macro_f1"} & set(table.measure)
     with pytest.raises(InputError, match="folder of them"):
         predict_bundle(bundle, tmp_path / "nothing")
 
@@ -357,13 +357,15 @@ def test_channels_that_are_no_points():
         if hasattr(cb, "augmentations")
         for a in cb.augmentations
     ]
-    assert "CropResize" in names and not {"Mirror", "Affine"} & set(names)
+    assert "CropResize" in names
+    assert not {"Mirror", "Affine"} & set(names)
 
 
 def test_rehearsal():
     "Both founding models, from files to an answer."
     table = smoke_test()
-    assert table.model.tolist() == ["SignTransformer", "InceptionV3GRU"] and (table.moved > 0).all()
+    assert table.model.tolist() == ["SignTransformer", "InceptionV3GRU"]
+    assert (table.moved > 0).all()
 
 
 def test_frames_are_read_by_the_model(tmp_path, monkeypatch):
@@ -418,21 +420,17 @@ def test_a_clip_that_shows_nobody(source):
         recipe((clips, facts), fold=(who + 1) % 3, **SMALL)
     assert 0 not in recipe((clips, facts), fold=(who + 1) % 3, empty="skip", **SMALL).train
     learn = recipe((clips, facts), fold=who, **SMALL)
-    assert (
-        0 in learn.test
-        and np.isfinite(model_answers(learn.model, learn.data, learn.test)["gloss"]).all()
-        and len(simple_rows(learn, ("nearest",))) == len(learn.test)
-    )
+    assert 0 in learn.test
+    assert np.isfinite(model_answers(learn.model, learn.data, learn.test)["gloss"]).all()
+    assert len(simple_rows(learn, ("nearest",))) == len(learn.test)
 
 
 def test_more_classes_than_occur(source):
     "Given numbers of classes are those of the heads."
     learn = recipe(source, num_gloss=9, num_cat=5, **SMALL)
-    assert (
-        learn.model.gloss.out_features == 9
-        and learn.model.category.out_features == 5
-        and len(learn.names["category_of"]) == 9
-    )
+    assert learn.model.gloss.out_features == 9
+    assert learn.model.category.out_features == 5
+    assert len(learn.names["category_of"]) == 9
     rows = answer_rows(
         model_answers(learn.model, learn.data, learn.test),
         learn.data,
@@ -460,25 +458,22 @@ def test_scores_by_hand():
         )
     )
     s = sign_scores(rows)
-    assert (
-        s["top1"] == 0.75
-        and s["top5"] == 1
-        and s["category"] == 0.75
-        and s["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
-    )
-    assert s["nll"] == pytest.approx(-np.log([0.6, 0.3, 0.8, 0.9]).mean()) and s[
-        "brier"
-    ] == pytest.approx(np.mean([0.32, 0.98, 0.08, 0.02]))
-    assert signer_table(rows).index.tolist()[0] == "A" and confusion_pairs(rows).iloc[
-        0
-    ].tolist() == [0, 1, 1, 0.5]
+    assert s["top1"] == 0.75
+    assert s["top5"] == 1
+    assert s["category"] == 0.75
+    assert s["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
+    assert s["nll"] == pytest.approx(-np.log([0.6, 0.3, 0.8, 0.9]).mean())
+    assert s["brier"] == pytest.approx(np.mean([0.32, 0.98, 0.08, 0.02]))
+    assert signer_table(rows).index.tolist()[0] == "A"
+    assert confusion_pairs(rows).iloc[0].tolist() == [0, 1, 1, 0.5]
 
 
 def test_absent_gloss_is_left_out_of_the_average():
     rows = pd.DataFrame(
         dict(gloss=[0, 0], said=[0, 0], rank=0, category=0, category_said=0, signer="A")
     )
-    assert sign_scores(rows)["macro_f1"] == 1 and sign_scores(rows)["glosses"] == 1
+    assert sign_scores(rows)["macro_f1"] == 1
+    assert sign_scores(rows)["glosses"] == 1
 
 
 def test_warped_neighbours_are_the_plain_ones():
@@ -538,25 +533,26 @@ def test_temperature_threshold_and_no_sign():
     p = np.exp(z - np.logaddexp.reduce(z, 1)[:, None])
     y = (p.cumsum(1) > r.random((3000, 1))).argmax(1)
     assert fit_temperature(z * 0.5, y) == pytest.approx(0.5, rel=0.1)
-    sure, right = p.max(1), p.argmax(1) == y
+    sure = p.max(1)
+    right = p.argmax(1) == y
     limit = threshold_for(sure, right, 0.9)
-    assert right[sure >= limit].mean() >= 0.9 and reject_curve(sure, right).coverage.iloc[-1] == 1
-    assert (
-        no_sign_scores([0.9, 0.8], [0.1, 0.2])["auroc"] == 1
-        and no_sign_scores([0.5] * 4, [0.5] * 4)["auroc"] == 0.5
-    )
+    assert right[sure >= limit].mean() >= 0.9
+    assert reject_curve(sure, right).coverage.iloc[-1] == 1
+    assert no_sign_scores([0.9, 0.8], [0.1, 0.2])["auroc"] == 1
+    assert no_sign_scores([0.5] * 4, [0.5] * 4)["auroc"] == 0.5
 
 
 def test_occlusion_hides_what_it_says(source, fitted):
     "A share of the frames in one run, nothing else, the same every time; what is hidden has no value."
     hidden = Occluded(fitted.data, [15, 16], 0.3)
     inputs, mask, _ = fitted.data.batch(fitted.test[:4])
-    a, b = hidden.batch(fitted.test[:4]), hidden.batch(fitted.test[:4])
+    a = hidden.batch(fitted.test[:4])
+    b = hidden.batch(fitted.test[:4])
     gone = inputs["present"] & ~a[0]["present"]
-    assert torch.equal(a[0]["present"], b[0]["present"]) and set(
-        gone.any(1).any(0).nonzero().ravel().tolist()
-    ) <= {30, 31, 32, 33}
-    assert (gone[..., 30].sum(1) == 12).all() and (a[0]["channels"][gone] == 0).all()
+    assert torch.equal(a[0]["present"], b[0]["present"])
+    assert set(gone.any(1).any(0).nonzero().ravel().tolist()) <= {30, 31, 32, 33}
+    assert (gone[..., 30].sum(1) == 12).all()
+    assert (a[0]["channels"][gone] == 0).all()
 
 
 def test_a_new_sign(source):
@@ -567,7 +563,8 @@ def test_a_new_sign(source):
     states = centre.repeat_interleave(10, 0) * 3 + 0.1 * torch.randn(40, 16)
     gloss = torch.arange(4).repeat_interleave(10)
     more = add_gloss(model, states[30:35], states[:30])
-    assert torch.equal(more.gloss.weight[:3], model.gloss.weight) and model.gloss.out_features == 3
+    assert torch.equal(more.gloss.weight[:3], model.gloss.weight)
+    assert model.gloss.out_features == 3
     tuned = tune_gloss(more, torch.cat([states[:35]]), gloss[:35])
     assert (tuned.gloss(states).argmax(1) == gloss).float().mean() > 0.95
     with pytest.raises(InputError, match="hidden layer"):
@@ -591,11 +588,9 @@ def test_a_stream_of_known_signs(source, fitted):
     "Windows cover the stream in equal steps; a clip in the stream is prepared as it is alone; a wrong word, a word between two signs and a word said twice count as they should."
     clips = [source[0][i] for i in fitted.test[:4]]
     long, truth = joined_clips(clips)
-    assert (
-        len(long) == sum(map(len, clips)) == truth.stop.iloc[-1]
-        and (np.diff(long.timestamps_ms) > 0).all()
-        and truth.gloss.tolist() == [c.gloss for c in clips]
-    )
+    assert len(long) == sum(map(len, clips)) == truth.stop.iloc[-1]
+    assert (np.diff(long.timestamps_ms) > 0).all()
+    assert truth.gloss.tolist() == [c.gloss for c in clips]
     second = slice(truth.start[1], truth.stop[1])
     part = replace(
         long,
@@ -610,12 +605,10 @@ def test_a_stream_of_known_signs(source, fitted):
     )
     arrays, starts, size = stream_windows(fitted.preparation, long, 1.0, 0.2)
     period = np.median(np.diff(long.timestamps_ms)) / 1000
-    assert (
-        size == round(1 / period)
-        and set(np.diff(starts)) == {round(0.2 / period)}
-        and starts[-1] + size <= len(long)
-        and all(len(a) == 40 for a in arrays if a is not None)
-    )
+    assert size == round(1 / period)
+    assert set(np.diff(starts)) == {round(0.2 / period)}
+    assert starts[-1] + size <= len(long)
+    assert all(len(a) == 40 for a in arrays if a is not None)
     truth = pd.DataFrame(dict(start=[0, 50, 100], stop=[40, 90, 140], gloss=[1, 2, 1]))
     said = pd.DataFrame(
         dict(start=[0, 20, 40, 60, 100], stop=[20, 40, 50, 80, 130], gloss=[1, 1, 1, 1, 1])
@@ -630,24 +623,23 @@ def test_the_mirror_image_is_looked_at_where_there_is_one(source):
     def pairs(**options):
         return recipe(source, **{**SMALL, **options}).arguments
 
-    assert len(pairs()["pairs"]) > 20 and len(pairs()["bones"]) == 11
-    assert (
-        pairs()["centred"]
-        and not pairs(centred=False)["centred"]
-        and not pairs(normalise="none", aspect=False)["centred"]
-    )
-    assert (
-        not pairs(mirror_image=False)["pairs"]
-        and not pairs(directions=False)["bones"]
-        and not pairs(canonical_hand="yes")["pairs"]
-    )
+    assert len(pairs()["pairs"]) > 20
+    assert len(pairs()["bones"]) == 11
+    assert pairs()["centred"]
+    assert not pairs(centred=False)["centred"]
+    assert not pairs(normalise="none", aspect=False)["centred"]
+    assert not pairs(mirror_image=False)["pairs"]
+    assert not pairs(directions=False)["bones"]
+    assert not pairs(canonical_hand="yes")["pairs"]
     stored = pairs(normalise="none", aspect=False)
-    assert not stored["pairs"] and not stored["bones"]
+    assert not stored["pairs"]
+    assert not stored["bones"]
 
 
 def test_without_a_gloss(source):
     clips, facts = without_gloss(*source, 2)
-    assert {c.gloss for c in clips} == {0, 1, 2} and facts["names"]["gloss"] == [
+    assert {c.gloss for c in clips} == {0, 1, 2}
+    assert facts["names"]["gloss"] == [
         n for i, n in enumerate(source[1]["names"]["gloss"]) if i != 2
     ]
 
@@ -670,10 +662,8 @@ def test_several_new_glosses_are_asked_one_by_one(source):
             known=[1, 3],
             augmentations=style_callbacks(learn.preparation, "signer")[0].augmentations,
         ).set_index("way")
-        assert (
-            list(t.index) == ["before", "prototype", "fine-tuned", "fine-tuned, varied"]
-            and t.new_sign["before"] == 0
-        )
+        assert list(t.index) == ["before", "prototype", "fine-tuned", "fine-tuned, varied"]
+        assert t.new_sign["before"] == 0
         right = model_answers(
             learn.model, whole, np.flatnonzero(~here & np.isin(whole.gloss, [1, 3]))
         )["gloss"].argmax(1) == np.searchsorted(
@@ -688,10 +678,10 @@ def test_the_edge_of_a_picture(source):
     mask = torch.ones(50, 6, dtype=torch.bool)
     y = FrameEdge(1.0, 2.0, p=1.0)(x, mask)
     low = y[..., 1::2].amax((1, 2))
-    assert (low <= 2.0).all() and low.std() > 0.1
-    assert torch.equal(y[..., ::2], x[..., ::2]) and torch.equal(
-        y[..., 1::2], torch.minimum(x[..., 1::2], low[:, None, None])
-    )
+    assert (low <= 2.0).all()
+    assert low.std() > 0.1
+    assert torch.equal(y[..., ::2], x[..., ::2])
+    assert torch.equal(y[..., 1::2], torch.minimum(x[..., 1::2], low[:, None, None]))
 
     def edges(**options):
         return "FrameEdge" in str(
@@ -701,13 +691,15 @@ def test_the_edge_of_a_picture(source):
             ]
         )
 
-    assert edges() and not edges(normalise="none", aspect=False)
+    assert edges()
+    assert not edges(normalise="none", aspect=False)
 
 
 def test_small_model_is_faster():
     "A quarter of the transformer's time, a tenth of its parameters."
     torch.manual_seed(0)
-    small, large = SignConv(50), SignTransformer()
+    small = SignConv(50)
+    large = SignTransformer()
     assert sum(p.numel() for p in small.parameters()) * 10 < sum(
         p.numel() for p in large.parameters()
     )

@@ -113,13 +113,10 @@ def test_bad_pages_are_found():
     def export(n):
         return "#| export\ndef f():\n" + "    x = 1\n" * (n - 1)
 
-    assert oversize(dict(a=page(export(10), "f()"))) == [] and oversize(
-        dict(a=page(export(11)))
-    ) == ["median 11"]
-    assert (
-        len(oversize(dict(a=page(*[export(3)] * 20, export(61))))) == 1
-        and len(oversize(dict(a=page(*[export(3)] * 8, export(26))))) == 1
-    )
+    assert oversize(dict(a=page(export(10), "f()"))) == []
+    assert oversize(dict(a=page(export(11)))) == ["median 11"]
+    assert len(oversize(dict(a=page(*[export(3)] * 20, export(61))))) == 1
+    assert len(oversize(dict(a=page(*[export(3)] * 8, export(26))))) == 1
     assert unshown(dict(a=page(export(3), "import os", "f()", "#| export\nimport os")))[0] == 0
     assert unshown(dict(a=page(export(3), export(3), "#| hide\nf()", export(3), "f()")))[0] == 2 / 3
     assert (
@@ -178,11 +175,10 @@ def test_no_machine_paths():
 def test_machine_path_is_found():
     "A path is found in text and in an output, not in an address and not in a picture."
     p = FORBIDDEN[0]
-    assert machine_paths(f'open("{p}main/x")') == [p] and machine_paths(f"File {p}main/x") == [p]
-    assert (
-        machine_paths(f"https://example.org{p}x") == []
-        and machine_paths(f'"image/png": "iVB+{p}+x"') == []
-    )
+    assert machine_paths(f'open("{p}main/x")') == [p]
+    assert machine_paths(f"File {p}main/x") == [p]
+    assert machine_paths(f"https://example.org{p}x") == []
+    assert machine_paths(f'"image/png": "iVB+{p}+x"') == []
 
 
 def test_notebooks_are_light():

@@ -14,7 +14,9 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
 CFG = get_config()
-ROOT, LIB, NBS = CFG.config_path, CFG.lib_path, CFG.nbs_path
+ROOT = CFG.config_path
+LIB = CFG.lib_path
+NBS = CFG.nbs_path
 PAGES = sorted(nbglob(NBS, as_path=True))
 
 

@@ -86,12 +86,8 @@ def gradients(*cbs, **kwargs):
 def test_distill_is_the_loss(alpha, temperature):
     "With cross entropy the callback has the gradient of the loss of the paper; validation keeps the learner's loss."
     teacher = model(9, width=8)
-    a, b = (
-        gradients(Distill(teacher, temperature, alpha)),
-        gradients(
-            MoreTargets(teacher_answers(teacher)), loss_func=Distillation(temperature, alpha)
-        ),
-    )
+    a = gradients(Distill(teacher, temperature, alpha))
+    b = gradients(MoreTargets(teacher_answers(teacher)), loss_func=Distillation(temperature, alpha))
     for p, q in zip(a, b):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
     learn = fit(Distill(teacher, temperature, alpha))
@@ -120,7 +116,8 @@ class StepHead(TinyClassifier):
 def test_distill_heads_and_padding():
     "A named head; steps without a label count neither for the labels nor for the teacher."
     torch.manual_seed(3)
-    teacher, student = StepHead(width=8), StepHead()
+    teacher = StepHead(width=8)
+    student = StepHead()
     loss = CrossEntropy(head="kind")
     made = dict(model=student, loss_func=loss, metrics=None, data=Steps)
     found = gradients(Distill(teacher, 2.0, 0.5, head="kind"), **made)
@@ -130,7 +127,9 @@ def test_distill_heads_and_padding():
     student = StepHead()
     dls = dataloaders(Steps(96), Steps(48), 16)
     x, mask, y = next(iter(dls.train))
-    s, t, real = student(x, mask)["kind"], teacher(x, mask)["kind"], y["kind"] >= 0
+    s = student(x, mask)["kind"]
+    t = teacher(x, mask)["kind"]
+    real = y["kind"] >= 0
     soft = 4 * F.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="none").sum(-1)
     (0.5 * soft[real].mean() + 0.5 * F.cross_entropy(s[real], y["kind"][real])).backward()
     for p, q in zip(found, student.parameters()):
@@ -143,11 +142,9 @@ def test_distill_leaves_the_teacher(tmp_path):
     before = [p.clone() for p in teacher.parameters()]
     fit(Distill(teacher), Snapshot(tmp_path / "a.safetensors"))
     fit(Snapshot(tmp_path / "b.safetensors"))
-    assert (
-        all(map(torch.equal, before, teacher.parameters()))
-        and not teacher.training
-        and not any(p.requires_grad for p in teacher.parameters())
-    )
+    assert all(map(torch.equal, before, teacher.parameters()))
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
     assert (tmp_path / "a.safetensors").stat().st_size < (
         tmp_path / "b.safetensors"
     ).stat().st_size + 2000
@@ -166,9 +163,8 @@ def test_distill_on_mixtures():
         weights(fit(MixUp(1.0), Distill(teacher, alpha=1.0), data=data))
         for data in (TinySequences, Shuffled)
     )
-    assert torch.allclose(a, b, atol=1e-6) and not torch.equal(
-        a, weights(fit(Distill(teacher, alpha=1.0), data=TinySequences))
-    )
+    assert torch.allclose(a, b, atol=1e-6)
+    assert not torch.equal(a, weights(fit(Distill(teacher, alpha=1.0), data=TinySequences)))
 
 
 BAD = [
@@ -235,20 +231,21 @@ def test_student_is_not_its_teacher(refused):
 
 def test_compare():
     "Sizes, accuracy and times of what was given; modes and threads are left as they were."
-    a, b = model(width=4), fit(epochs=6).model.train()
+    a = model(width=4)
+    b = fit(epochs=6).model.train()
     data = TinySequences(60, seed=7)
     before = torch.get_num_threads()
     table = compare(dict(small=a, large=b), BatchLoader(data, 16), items=20)
-    assert a.training and b.training and torch.get_num_threads() == before
+    assert a.training
+    assert b.training
+    assert torch.get_num_threads() == before
     assert table.parameters.tolist() == [sum(p.numel() for p in m.parameters()) for m in (a, b)]
     x, mask, y = data.batch(np.arange(60))
     for share, m in zip(table.accuracy, (a, b)):
         assert share == (m.eval()(x, mask).argmax(-1) == y).float().mean()
-    assert (
-        (table.latency_ms > 0).all()
-        and (table.latency_ms <= table.latency_p95_ms).all()
-        and (table.latency_p95_ms <= table.latency_p99_ms).all()
-    )
+    assert (table.latency_ms > 0).all()
+    assert (table.latency_ms <= table.latency_p95_ms).all()
+    assert (table.latency_p95_ms <= table.latency_p99_ms).all()
     assert model_size(a)[1] == table.size_mb[0] < table.size_mb[1]
 
 
@@ -267,15 +264,14 @@ def test_latencies_are_of_the_model():
             import time
 
             time.sleep(0.003)
-            assert len(x) == 1 and torch.get_num_threads() == 1
+            assert len(x) == 1
+            assert torch.get_num_threads() == 1
             return super().forward(x, mask)
 
     times = latencies(dict(fast=model(), slow=Slow()), TinySequences(4), 10)
-    assert (
-        times.shape == (10, 2)
-        and (times.slow >= 3).all()
-        and times.fast.median() < times.slow.median()
-    )
+    assert times.shape == (10, 2)
+    assert (times.slow >= 3).all()
+    assert times.fast.median() < times.slow.median()
 
 
 # -- laws
@@ -294,9 +290,8 @@ def test_physics_is_the_loss():
     valid_loss = learn.recorder.values[-1][1]
     out, y = learn.get_preds(act=lambda x: x)
     assert valid_loss == pytest.approx(F.cross_entropy(out, y).item(), rel=1e-4)
-    assert not torch.equal(weights(learn), weights(fit())) and torch.equal(
-        weights(fit(PhysicsLoss(law, 0.0))), weights(fit())
-    )
+    assert not torch.equal(weights(learn), weights(fit()))
+    assert torch.equal(weights(fit(PhysicsLoss(law, 0.0))), weights(fit()))
 
 
 def test_physics_rows():
@@ -310,12 +305,10 @@ def test_physics_rows():
             0.5,
         ]
     )  # a batch without weight is left out
-    assert (
-        np.isnan(table.physics_loss[0])
-        and (table.physics_loss[1:] > 0).all()
-        and table.physics_share[0] == 0
-        and table.physics_share[1:].between(0, 1).all()
-    )
+    assert np.isnan(table.physics_loss[0])
+    assert (table.physics_loss[1:] > 0).all()
+    assert table.physics_share[0] == 0
+    assert table.physics_share[1:].between(0, 1).all()
     assert json.dumps([ramp(e, 1, 2) for e in (0, 1, 2, 3, 9)]) == "[0.0, 0.0, 0.5, 1.0, 1.0]"
 
 
@@ -379,17 +372,20 @@ def test_curriculum_grows(pacing):
     )
     for seen, n in zip(learn.seen.lengths, wanted):
         assert sorted(seen) == lengths[:n]
-    assert wanted == sorted(wanted) and wanted[0] == 24 and wanted[3:] == [96, 96]
-    assert learn.dls.train.among is None and len(learn.dls.train) == 6 and learn.dls.train.n == 96
+    assert wanted == sorted(wanted)
+    assert wanted[0] == 24
+    assert wanted[3:] == [96, 96]
+    assert learn.dls.train.among is None
+    assert len(learn.dls.train) == 6
+    assert learn.dls.train.n == 96
 
 
 def test_curriculum_options():
     "Groups enter at one rate; the opposite order; an order within the epoch; a function as difficulty; a share of the fit."
     y = TinySequences(96).targets.numpy()
     counts = np.bincount(fit(Curriculum(y, start=0.5, until=2, groups=y), Seen()).seen.labels[0])
-    assert counts.tolist() == [16] * 3 and set(
-        fit(Curriculum(y, start=1 / 3, until=2), Seen()).seen.labels[0]
-    ) == {0}
+    assert counts.tolist() == [16] * 3
+    assert set(fit(Curriculum(y, start=1 / 3, until=2), Seen()).seen.labels[0]) == {0}
     assert min(fit(Curriculum(start=0.1, hardest_first=True), Seen()).seen.lengths[0]) > 35
     ordered = fit(
         Curriculum(lambda data: -data.lengths, until=0, ordered=True), Seen()
@@ -425,21 +421,26 @@ def test_restricted_buckets():
     easy = difficulty_order(data.lengths)[:60]
     dl.restrict(easy)
     order = dl.get_idxs()
-    assert sorted(order) == sorted(easy) and len(dl) == 8 and len(list(dl)) == 8
+    assert sorted(order) == sorted(easy)
+    assert len(dl) == 8
+    assert len(list(dl)) == 8
     spread = [np.ptp(data.lengths[order[i : i + 8]]) for i in range(0, 56, 8)]
     assert np.mean(spread) < np.ptp(data.lengths[easy]) / 2
 
 
 def test_item_losses():
     "One value an item, with a mean of the loss; dropout is off, and the model and the loss stay as they are."
-    net, data, loss = model(dropout=0.5), TinySequences(40), CrossEntropy()
+    net = model(dropout=0.5)
+    data = TinySequences(40)
+    loss = CrossEntropy()
     a, b = (item_losses(net, data, loss, 16) for _ in range(2))
     x, mask, y = data.batch(np.arange(40))
     net.eval()
     np.testing.assert_allclose(
         a, F.cross_entropy(net(x, mask), y, reduction="none").detach(), rtol=1e-4
     )
-    assert (a == b).all() and loss.reduction == "mean"
+    assert (a == b).all()
+    assert loss.reduction == "mean"
     assert item_losses(model().train(), data, loss).shape == (40,)
 
 
@@ -504,7 +505,8 @@ def test_own_tokens():
     learn = write(ScheduledSampling("linear", start=-100.0), Fed())
     for fed, right, own in learn.fed.batches:
         keep = (right < 3) | (own < 3)
-        assert torch.equal(fed, torch.where(keep, right, own)) and (fed[:, 0] == 1).all()
+        assert torch.equal(fed, torch.where(keep, right, own))
+        assert (fed[:, 0] == 1).all()
     assert any((fed != right).any() for fed, right, _ in learn.fed.batches)
     x = learn.dls.train.dataset.batch(np.arange(96))[0]["tokens"]
     assert torch.equal(x, Lines(96).batch(np.arange(96))[0]["tokens"])
@@ -525,12 +527,10 @@ def test_share_of_own_tokens():
         for fed, right, own in learn.fed.batches
     ]
     wanted = [1 - teacher_forcing(i / 6, "linear", 4.0) for i in range(48)]
-    assert (
-        shares[0] == 0
-        and shares[24:] == [1.0] * 24
-        and np.abs(np.array(shares) - wanted).max() < 0.35
-        and abs(np.mean(shares) - np.mean(wanted)) < 0.05
-    )
+    assert shares[0] == 0
+    assert shares[24:] == [1.0] * 24
+    assert np.abs(np.array(shares) - wanted).max() < 0.35
+    assert abs(np.mean(shares) - np.mean(wanted)) < 0.05
     assert epoch_table(learn).teacher_forcing.tolist() == pytest.approx(
         [max(0, 1 - (e + 5 / 6) / 4) for e in range(8)]
     )
@@ -540,7 +540,9 @@ def test_first_pass_is_silent():
     "As long as all tokens are right, nothing differs from a fit without; the same seed repeats, another does not."
     assert torch.equal(weights(write(ScheduledSampling(start=99.0))), weights(write()))
     a, b, c = (weights(write(ScheduledSampling(k=2.0, greedy=False), seed=s)) for s in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, weights(write()))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert not torch.equal(a, weights(write()))
 
 
 def test_gradient_under_autocast():
@@ -601,11 +603,9 @@ def test_fingerprinter_reads_its_own_tokens():
         loss_func=LineLoss(torch.tensor(parts)),
         metrics=None,
     )
-    assert (
-        learn.changed.share[0] == 0
-        and max(learn.changed.share[6:]) > 0.1
-        and np.isfinite(learn.recorder.values[-1]).all()
-    )
+    assert learn.changed.share[0] == 0
+    assert max(learn.changed.share[6:]) > 0.1
+    assert np.isfinite(learn.recorder.values[-1]).all()
 
 
 @pytest.mark.parametrize(
@@ -615,12 +615,10 @@ def test_decays(decay, k):
     "Falling, between 0 and 1, never below the least; the curves of the paper."
     at = np.linspace(0, 30, 61)
     shares = [teacher_forcing(e, decay, k, 0.1) for e in at]
-    assert (
-        all(a >= b for a, b in zip(shares, shares[1:]))
-        and max(shares) <= 1
-        and min(shares) >= 0.1
-        and set(DECAYS) == {"linear", "exponential", "inverse_sigmoid"}
-    )
+    assert all(a >= b for a, b in zip(shares, shares[1:]))
+    assert max(shares) <= 1
+    assert min(shares) >= 0.1
+    assert set(DECAYS) == {"linear", "exponential", "inverse_sigmoid"}
     wanted = dict(linear=1 - at / k, exponential=k**at, inverse_sigmoid=k / (k + np.exp(at / k)))[
         decay
     ]

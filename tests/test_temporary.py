@@ -25,15 +25,14 @@ def test_killed_and_alive(fork, tmp_path):
     "A living process keeps its file; once it is dead the file goes."
     process = fork.start(writing, tmp_path)
     try:
-        assert len(temporary(tmp_path)) == 1 and sweep_temporary(tmp_path) == []
+        assert len(temporary(tmp_path)) == 1
+        assert sweep_temporary(tmp_path) == []
     finally:
         process.kill()
         process.join()
-    assert (
-        len(temporary(tmp_path)) == 1
-        and len(sweep_temporary(tmp_path)) == 1
-        and temporary(tmp_path) == []
-    )
+    assert len(temporary(tmp_path)) == 1
+    assert len(sweep_temporary(tmp_path)) == 1
+    assert temporary(tmp_path) == []
 
 
 def test_other_machine(tmp_path, monkeypatch):
@@ -43,9 +42,11 @@ def test_other_machine(tmp_path, monkeypatch):
         m.setattr(files.os, "getpid", lambda: 2**22 + 1)
         context = atomic_path(tmp_path / "a.json")
         f = context.__enter__()
-    assert sweep_temporary(tmp_path) == [] and f.exists()
+    assert sweep_temporary(tmp_path) == []
+    assert f.exists()
     os.utime(f, (time.time() - 90000,) * 2)
-    assert sweep_temporary(tmp_path) == [f] and not f.exists()
+    assert sweep_temporary(tmp_path) == [f]
+    assert not f.exists()
     with pytest.raises(FileNotFoundError):
         context.__exit__(None, None, None)
 
@@ -70,4 +71,5 @@ def test_only_temporary_names(tmp_path):
     assert sweep_temporary(run) == [
         run / ".result.json.abc.tmp"
     ]  # as names were before they told the process
-    assert (away / ".x.tmp").exists() and sweep_temporary(tmp_path / "nowhere") == []
+    assert (away / ".x.tmp").exists()
+    assert sweep_temporary(tmp_path / "nowhere") == []

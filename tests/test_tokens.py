@@ -28,10 +28,8 @@ def random_lines(n, seed=0):
     rng = np.random.default_rng(seed)
 
     def number():
-        whole, part = (
-            str(rng.integers(0, 200)),
-            "".join(map(str, rng.integers(0, 10, rng.integers(0, 5)))),
-        )
+        whole = str(rng.integers(0, 200))
+        part = "".join(map(str, rng.integers(0, 10, rng.integers(0, 5))))
         text = rng.choice([whole, f"{whole}.", f"{whole}.{part}", f".{part or 0}"])
         return rng.choice(["", "", "-", "+"]) + text
 
@@ -116,7 +114,8 @@ def test_bucket_by_hand(letter, value, digits, leading):
     ],
 )
 def test_canonical(text, canon):
-    assert canonical(text) == canon and canonical(canon) == canon
+    assert canonical(text) == canon
+    assert canonical(canon) == canon
 
 
 def test_lossless_round_trip(lines):
@@ -158,7 +157,8 @@ def test_bucket_tokens():
 
     assert named("G1 X1.575 Z0.") == ["G1", "X", "NUM_X_15", "Z", "NUM_Z_00", "EOS"]
     assert named("X1.5 Y-0.1996") == ["X", "NUM_X_15", "Y", "NUM_Y_-2", "EOS"]
-    assert named("X9.") == ["X", "UNK", "EOS"] and named("G2 X1.5") == [
+    assert named("X9.") == ["X", "UNK", "EOS"]
+    assert named("G2 X1.5") == [
         "UNK",
         "X",
         "NUM_X_15",
@@ -181,9 +181,11 @@ def test_components_are_inverse_over_the_whole_vocabulary(lines):
     for tok in all_tokenizers(lines):
         ids = np.arange(len(tok))
         parts = tok.decompose(ids)
-        assert parts.dtype == np.int64 and parts.shape == (len(tok), 4)
+        assert parts.dtype == np.int64
+        assert parts.shape == (len(tok), 4)
         np.testing.assert_array_equal(tok.compose(parts), ids)
-        assert (parts < list(tok.head_sizes.values())).all() and list(tok.head_sizes) == [
+        assert (parts < list(tok.head_sizes.values())).all()
+        assert list(tok.head_sizes) == [
             "type",
             "command",
             "param_type",
@@ -199,9 +201,9 @@ def test_class_zero_means_none(lines):
         for i, t in enumerate(tok.tokens):
             is_command = t[0] in "GM" and t[1:2].isdigit()
             assert (command[i] > 0) == is_command == (kind[i] == 1)
-        assert (
-            (kind[:5] == 0).all() and value[:5].tolist() == [1, 2, 3, 4, 5] and (kind[5:] > 0).all()
-        )
+        assert (kind[:5] == 0).all()
+        assert value[:5].tolist() == [1, 2, 3, 4, 5]
+        assert (kind[5:] > 0).all()
         assert (value[5:] > 5)[kind[5:] == 3].all()
 
 
@@ -220,16 +222,16 @@ def test_batches():
     tok = LosslessTokenizer()
     texts = ["X1", "G1 X12.5", "", "X1"]
     ids = tok.encode_batch(texts)
-    assert ids.dtype == np.int64 and ids.shape == (4, 7)
+    assert ids.dtype == np.int64
+    assert ids.shape == (4, 7)
     assert [row[row != PAD].tolist() for row in ids] == [tok.encode(t) for t in texts]
-    assert tok.encode_batch(texts, length=9).shape == (4, 9) and tok.encode_batch([]).shape == (
+    assert tok.encode_batch(texts, length=9).shape == (4, 9)
+    assert tok.encode_batch([]).shape == (
         0,
         0,
     )
-    assert (
-        tok.decode([BOS, PAD, *tok.encode("X1"), *tok.encode("Y2")]) == "X1"
-        and tok.decode([]) == ""
-    )
+    assert tok.decode([BOS, PAD, *tok.encode("X1"), *tok.encode("Y2")]) == "X1"
+    assert tok.decode([]) == ""
     assert tok.decode([MASK, UNK]) == "MASK UNK"
     with pytest.raises(InputError, match="expected at most 6 tokens, found 7 with EOS"):
         tok.encode_batch(texts, length=6)
@@ -262,11 +264,9 @@ def test_vocabulary_json(lines):
         tok.check_vocabulary(again.vocab)
         ids = tok.encode_batch(lines)
         np.testing.assert_array_equal(again.encode_batch(lines), ids)
-        assert (
-            again.decode_batch(ids) == tok.decode_batch(ids)
-            and again.to_json() == tok.to_json()
-            and type(again) is type(tok)
-        )
+        assert again.decode_batch(ids) == tok.decode_batch(ids)
+        assert again.to_json() == tok.to_json()
+        assert type(again) is type(tok)
         flat = tokenizer_from_json(json.loads(json.dumps(tok.vocab)))
         np.testing.assert_array_equal(flat.encode_batch(lines), ids)
 
@@ -371,9 +371,8 @@ def test_mismatch_sentence():
 
 
 def test_by_name():
-    assert isinstance(tokenizer("lossless"), LosslessTokenizer) and isinstance(
-        tokenizer("bucket", ["X1"], digits=1), BucketTokenizer
-    )
+    assert isinstance(tokenizer("lossless"), LosslessTokenizer)
+    assert isinstance(tokenizer("bucket", ["X1"], digits=1), BucketTokenizer)
     assert all(isinstance(tokenizer(n, ["X1"]), Tokenizer) for n in ("lossless", "bucket"))
     with pytest.raises(InputError, match="tokenizer: expected one of lossless, bucket"):
         tokenizer("bpe", [])
@@ -391,17 +390,17 @@ def test_every_text_of_the_recordings():
     for f in (folder / "runs").glob("*.parquet"):
         texts |= set(pd.read_parquet(f, columns=["gcode_string"]).gcode_string.dropna())
     texts = sorted(t for t in texts if canonical(t))
-    assert len(texts) >= 2259 and all(canonical(t) == t for t in texts)
+    assert len(texts) >= 2259
+    assert all(canonical(t) == t for t in texts)
     for tok in (LosslessTokenizer(), LosslessTokenizer(texts)):
         ids = tok.encode_batch(texts)
-        assert (
-            not (ids == UNK).any()
-            and len(np.unique(ids, axis=0)) == len(texts)
-            and tok.decode_batch(ids) == texts
-        )
+        assert not (ids == UNK).any()
+        assert len(np.unique(ids, axis=0)) == len(texts)
+        assert tok.decode_batch(ids) == texts
     bucket = BucketTokenizer(texts)
     ids = bucket.encode_batch(texts)
-    assert not (ids == UNK).any() and len(np.unique(ids, axis=0)) < 0.6 * len(texts)
+    assert not (ids == UNK).any()
+    assert len(np.unique(ids, axis=0)) < 0.6 * len(texts)
     np.testing.assert_array_equal(
         bucket.encode_batch(bucket.decode_batch(ids), length=ids.shape[1]), ids
     )

@@ -177,7 +177,8 @@ def read_wandb(folder):
         }
 
     media = {r[k]["path"] for k in kind("image-file") for r in rows if k in r}
-    assert media and all((file.parent / "files" / p).is_file() for p in media)
+    assert media
+    assert all((file.parent / "files" / p).is_file() for p in media)
     return (
         scalars,
         kind("histogram"),
@@ -204,12 +205,12 @@ def test_read_back(fork, name, tmp_path):
         steps, values = zip(*sorted(rows))
         assert steps == tuple(range(EPOCHS))
         np.testing.assert_allclose(values, history[k.removeprefix("fold-0/")], rtol=1e-5)
-    assert len(histograms) == 6 and all(
+    assert len(histograms) == 6
+    assert all(
         sorted(steps) == list(range(0, 6 * EPOCHS, EVERY)) for k, steps in histograms.items()
     )
-    assert all(k.startswith("fold-0/gradients/") for k in histograms) and list(
-        pictures.values()
-    ) == [[3]]
+    assert all(k.startswith("fold-0/gradients/") for k in histograms)
+    assert list(pictures.values()) == [[3]]
     assert {k: str(v) for k, v in parameters.items()} == {k: str(v) for k, v in PARAMETERS.items()}
 
 
@@ -266,7 +267,8 @@ class Listener:
     "A proxy and server that answers nobody and counts who calls."
 
     def __init__(self):
-        self.calls, self.socket = [], socket.create_server(("127.0.0.1", 0))
+        self.calls = []
+        self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self.listen, daemon=True).start()
 

@@ -221,9 +221,8 @@ def test_bad_value_is_one_sentence(name):
     for value in bad:
         with pytest.raises(InputError) as error:
             training_options({name: value})
-        assert str(error.value).startswith(f"parameter: {name}: expected ") and "\n" not in str(
-            error.value
-        )
+        assert str(error.value).startswith(f"parameter: {name}: expected ")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,8 @@ def test_bad_combinations(given, part):
         learn = learner(**given)
         with learn.no_bar(), learn.no_logging():
             fit(learn)
-    assert part in str(error.value) and "\n" not in str(error.value)
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_defaults_are_checked():
@@ -275,9 +275,8 @@ def test_presets(preset):
         says["weight_decay"],
     )
     made = options.opt_func()
-    assert made.func is OPTIMIZERS[says["name"]] and made.keywords.get(
-        "nesterov", False
-    ) == says.get("nesterov", False)
+    assert made.func is OPTIMIZERS[says["name"]]
+    assert made.keywords.get("nesterov", False) == says.get("nesterov", False)
     mine = training_options(
         dict(preset=preset, learning_rate=0.07, optimizer="rmsprop"), learning_rate=0.5
     )
@@ -303,23 +302,20 @@ def test_what_decays():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.group, self.root, self.batch, self.layer = (
-                nn.GroupNorm(2, 4),
-                nn.RMSNorm(4),
-                nn.BatchNorm1d(4),
-                nn.LayerNorm(4),
-            )
-            self.lstm, self.attention, self.linear = (
-                nn.LSTM(2, 4),
-                nn.MultiheadAttention(4, 2),
-                nn.Linear(4, 3),
-            )
+            self.group = nn.GroupNorm(2, 4)
+            self.root = nn.RMSNorm(4)
+            self.batch = nn.BatchNorm1d(4)
+            self.layer = nn.LayerNorm(4)
+            self.lstm = nn.LSTM(2, 4)
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.linear = nn.Linear(4, 3)
 
         def forward(self, x, mask):
             return 0 * sum(p.sum() for p in self.parameters()) + torch.zeros(len(x), 3)
 
     def shrunk(**training):
-        base, net = tiny_learner(), Net()
+        base = tiny_learner()
+        net = Net()
         options = training_options(
             training,
             weight_decay=0.5,
@@ -483,10 +479,8 @@ def with_experiment():
 @pytest.mark.parametrize("domain", with_experiment())
 def test_notebook_has_the_defaults_of_the_recipe(domain):
     "The parameters cell lists every default that is the domain's own, with its value; other shared options only as they are everywhere."
-    defaults, cell = (
-        domain_recipe(domain).DEFAULTS,
-        read_parameters(experiment_notebook(domain), shared=False),
-    )
+    defaults = domain_recipe(domain).DEFAULTS
+    cell = read_parameters(experiment_notebook(domain), shared=False)
     training_options({}, **defaults)  # they pass their own check
     own = {k: v for k, v in defaults.items() if v != TRAINING[k].default}
     listed = {k: p.default for k, p in cell.items() if k in TRAINING}

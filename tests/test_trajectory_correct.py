@@ -91,16 +91,16 @@ def test_inverse_undoes_a_smooth_motion():
 
 def test_resampled_program_keeps(text, made):
     "Comments, other lines, extrusion of each line, layers and time."
-    a, b = parse_gcode(text), parse_gcode(made["inverse"].text)
-    p, q = plan(a), plan(b)
+    a = parse_gcode(text)
+    b = parse_gcode(made["inverse"].text)
+    p = plan(a)
+    q = plan(b)
     assert [l for l in b.lines if not l.startswith(("G1 ", "M201", "M204", "M205"))] == [
         l for l in a.lines if not l.startswith(("G1 ", "M201", "M204", "M205"))
     ]
-    assert (
-        abs(moves(a).de.sum() - moves(b).de.sum()) < 1e-3
-        and abs(p.duration - q.duration) < 0.01 * p.duration
-        and set(p.layer) == set(q.layer)
-    )
+    assert abs(moves(a).de.sum() - moves(b).de.sum()) < 1e-3
+    assert abs(p.duration - q.duration) < 0.01 * p.duration
+    assert set(p.layer) == set(q.layer)
     assert all(l in b.lines for l in a.lines if l.startswith("M2"))
 
 
@@ -168,30 +168,29 @@ def test_vertices_keep_everything_but_positions(text):
     n = len(sample(plan(parse_gcode(text)), 500.0, ("x",))["x"])
     assert apply_correction(text, np.zeros(n), np.zeros(n)) == text
     moved = apply_correction(text, np.full(n, 0.02), np.full(n, -0.02))
-    a, b = moves(parse_gcode(text)), moves(parse_gcode(moved))
-    assert (
-        len(moved.splitlines()) == len(text.splitlines())
-        and a.de.equals(b.de)
-        and a.feed.equals(b.feed)
-    )
-    assert np.abs(b.x - a.x + 0.02)[6:].max() < 2e-3 and [
-        l for l in moved.splitlines() if not l.startswith("G1")
-    ] == [l for l in text.splitlines() if not l.startswith("G1")]
+    a = moves(parse_gcode(text))
+    b = moves(parse_gcode(moved))
+    assert len(moved.splitlines()) == len(text.splitlines())
+    assert a.de.equals(b.de)
+    assert a.feed.equals(b.feed)
+    assert np.abs(b.x - a.x + 0.02)[6:].max() < 2e-3
+    assert [l for l in moved.splitlines() if not l.startswith("G1")] == [
+        l for l in text.splitlines() if not l.startswith("G1")
+    ]
 
 
 def test_refused(text, refused):
-    program, n = parse_gcode(text), len(sample(plan(parse_gcode(text)), 500.0, ("x",))["x"])
-    assert "at most 0.1 mm" in refused(
-        apply_correction, text, np.full(n, 0.5), np.zeros(n)
-    ) and "relative ones" in refused(
+    program = parse_gcode(text)
+    n = len(sample(plan(parse_gcode(text)), 500.0, ("x",))["x"])
+    assert "at most 0.1 mm" in refused(apply_correction, text, np.full(n, 0.5), np.zeros(n))
+    assert "relative ones" in refused(
         apply_correction, "G91\nG1 X1 F600\nG90\n", np.zeros(100), np.zeros(100)
     )
     assert "nothing was written" in refused(
         correct_program, program, [(20.0, 0.08)] * 2, "inverse", [MACHINES["bedslinger"]]
     )
-    assert "moves inside" in refused(
-        correct_program, program, MODES, bed=(50.0, 50.0, 50.0)
-    ) and "one of" in refused(correct_program, program, MODES, "subtract")
+    assert "moves inside" in refused(correct_program, program, MODES, bed=(50.0, 50.0, 50.0))
+    assert "one of" in refused(correct_program, program, MODES, "subtract")
     for lines, words in (
         ("G91\nG1 X1 Y1 F600\n", "relative"),
         ("G20\nG1 X1 Y1 F60\n", "inches"),
@@ -219,7 +218,9 @@ def test_commands_write_atomically(text, tmp_path, capsys):
         str(out),
         "--identified",
     ]
-    assert main(words) == 0 and "as modelled" in capsys.readouterr().out and out.exists()
+    assert main(words) == 0
+    assert "as modelled" in capsys.readouterr().out
+    assert out.exists()
     out.unlink()
     assert (
         main(
@@ -236,8 +237,8 @@ def test_commands_write_atomically(text, tmp_path, capsys):
             ]
         )
         == 2
-        and not out.exists()
     )
+    assert not out.exists()
     assert "gcode_ml: " in capsys.readouterr().err
     assert (
         main(
@@ -254,11 +255,12 @@ def test_commands_write_atomically(text, tmp_path, capsys):
             ]
         )
         == 0
-        and (tmp_path / "set" / "box_1" / "soft.parquet").exists()
     )
+    assert (tmp_path / "set" / "box_1" / "soft.parquet").exists()
     assert main(["correct", str(tmp_path / "no.gcode"), "--model", "filter", "-o", str(out)]) == 2
     file.write_bytes(b"\x1f\x8b\x08\x00" + bytes(range(256)) * 4)
-    assert main(words) == 2 and not out.exists()
+    assert main(words) == 2
+    assert not out.exists()
 
 
 def test_extrusion_before_a_retraction():
@@ -272,11 +274,10 @@ def test_extrusion_before_a_retraction():
     written, origin = resampled_program(
         program, motion, np.column_stack([*sample(motion, 1000.0, ("x", "y")).values()])
     )
-    a, b = moves(program), moves(parse_gcode(written))
-    assert (
-        b.de.clip(0).sum() == pytest.approx(a.de.clip(0).sum(), rel=1e-6)
-        and (b.de[np.isin(origin[b.line], a.line[(a.de > 0) & (a.x != a.x0)])] >= 0).all()
-    )
+    a = moves(program)
+    b = moves(parse_gcode(written))
+    assert b.de.clip(0).sum() == pytest.approx(a.de.clip(0).sum(), rel=1e-6)
+    assert (b.de[np.isin(origin[b.line], a.line[(a.de > 0) & (a.x != a.x0)])] >= 0).all()
 
 
 def test_commands_one_after_the_other(text):
@@ -300,10 +301,8 @@ def hard():
 def test_machine_is_identified_from_a_record(hard):
     true = MACHINES["hard"]
     np.testing.assert_allclose(hard.frequency, true.frequency, rtol=0.02)
-    assert (
-        abs(hard.backlash - true.backlash) < 1e-3
-        and abs(hard.second_gain - true.second_gain) < 0.03
-    )
+    assert abs(hard.backlash - true.backlash) < 1e-3
+    assert abs(hard.second_gain - true.second_gain) < 0.03
     np.testing.assert_allclose(
         [a for a, _, _ in hard.ripple], [a for a, _, _ in true.ripple], atol=5e-4
     )
@@ -339,7 +338,8 @@ def test_identified_machine_is_below_zv(hard):
             MACHINES["hard"],
         )["contour"]
 
-    assert of("full") < 0.5 * of("ZV") and all(of("full", k) <= of("MZV", k) for k in (0.9, 1.1))
+    assert of("full") < 0.5 * of("ZV")
+    assert all(of("full", k) <= of("MZV", k) for k in (0.9, 1.1))
 
 
 def test_safe_choice_is_better_on_the_whole_family():
@@ -347,11 +347,9 @@ def test_safe_choice_is_better_on_the_whole_family():
     box = judge(plan(parse_gcode(part_program("label", 2, layers=1))), most=3000)
     machines = unknown_machines(MODES)
     chosen, ratio = choose_remedies(box, MODES, machines)
-    assert (
-        (ratio[str(chosen[0])] < 1).all()
-        and ratio["inverse"].max() > 1
-        and len({m.name for m in machines}) == len(machines)
-    )
+    assert (ratio[str(chosen[0])] < 1).all()
+    assert ratio["inverse"].max() > 1
+    assert len({m.name for m in machines}) == len(machines)
     c = remedied(box.position, chosen[0], MODES)
     for machine in (
         MACHINES["soft"],
@@ -361,9 +359,9 @@ def test_safe_choice_is_better_on_the_whole_family():
     ):
         assert box.judged(c, machine)["contour"] < box.judged(box.position, machine)["contour"]
     known, _ = choose_remedies(box, MODES, uncertain_machines(MODES))
+    assert known[0].share == 1
     assert (
-        known[0].share == 1
-        and box.judged(remedied(box.position, known[0], MODES), MACHINES["bedslinger"])["contour"]
+        box.judged(remedied(box.position, known[0], MODES), MACHINES["bedslinger"])["contour"]
         < 0.5 * box.judged(c, MACHINES["bedslinger"])["contour"]
     )
 
@@ -374,9 +372,8 @@ def test_shares_and_refusals(text, refused):
         remedied(box.position, Remedy("ZV", 1.0, 0.5), MODES),
         (box.position + commands(box.position, "ZV", MODES)) / 2,
     )
-    assert "an identified machine" in refused(
-        commands, box.position, "full", MODES
-    ) and "one of" in refused(correct_program, parse_gcode(text), MODES, Remedy("magic"))
+    assert "an identified machine" in refused(commands, box.position, "full", MODES)
+    assert "one of" in refused(correct_program, parse_gcode(text), MODES, Remedy("magic"))
 
 
 def test_record_of_a_machine(tmp_path, capsys, refused):
@@ -407,9 +404,9 @@ def test_record_of_a_machine(tmp_path, capsys, refused):
             ]
         )
         == 0
-        and "chosen   full" in capsys.readouterr().out
-        and out.exists()
     )
+    assert "chosen   full" in capsys.readouterr().out
+    assert out.exists()
     table.drop(columns="x").to_csv(tmp_path / "r.csv")
     assert "none called x" in refused(read_record, tmp_path / "r.csv")
     table.assign(x=np.nan).to_csv(tmp_path / "n.csv")

@@ -34,17 +34,16 @@ def test_a_stream_that_was_resent_is_the_program():
         text[5] = text[5].replace("E.5", "E.6")  # number 5 arrives broken
         p = parse_gcode("".join(text))
         m = moves(p)
-        assert (
-            m.x.tolist() == plain.x.tolist()
-            and m.e.iloc[-1] == plain.e.iloc[-1]
-            and any("sent again" in i for i in p.issues)
-            and "".join(p.lines) == "".join(text)
-        )
+        assert m.x.tolist() == plain.x.tolist()
+        assert m.e.iloc[-1] == plain.e.iloc[-1]
+        assert any("sent again" in i for i in p.issues)
+        assert "".join(p.lines) == "".join(text)
 
 
 def test_numbers_without_checksums_are_labels():
     p = parse_gcode("N1 G1 X1 F60\nN1 G1 X2\nN1 G1 X3\n")
-    assert len(moves(p)) == 3 and not p.issues
+    assert len(moves(p)) == 3
+    assert not p.issues
 
 
 def test_a_number_may_come_again_after_m110():
@@ -56,9 +55,8 @@ def test_gap_and_lasting_fault_are_named():
     text = streamed(["G1 X1 F60", "G1 X2", "G1 X3"], [1, 2, 5]).replace("X2", "X9")
     p = parse_gcode(text)
     assert moves(p).x.tolist() == [1, 9, 3]
-    assert any("executed as it stands" in i for i in p.issues) and any(
-        "does not follow" in i for i in p.issues
-    )
+    assert any("executed as it stands" in i for i in p.issues)
+    assert any("does not follow" in i for i in p.issues)
 
 
 @pytest.mark.parametrize("bad", ["G1 Xnan Y2", "G1 X1.2.3", "G1 X--1", "G1 X", "G1 X[1+2]"])
@@ -66,12 +64,10 @@ def test_lenient_leaves_lines_out(bad, refused):
     text = f"G1 X1 Y1 F600\n{bad}\nG1 X5\n"
     assert "line 2" in refused(parse_gcode, text)
     p = parse_gcode(text, lenient=True)
-    assert (
-        moves(p).x.tolist() == [1, 5]
-        and len(p.issues) == 1
-        and "line 2" in p.issues[0]
-        and len(plan(p).issues) >= 1
-    )
+    assert moves(p).x.tolist() == [1, 5]
+    assert len(p.issues) == 1
+    assert "line 2" in p.issues[0]
+    assert len(plan(p).issues) >= 1
 
 
 def test_lenient_arcs_are_chords(refused):
@@ -79,13 +75,13 @@ def test_lenient_arcs_are_chords(refused):
     assert "line 2" in refused(moves, parse_gcode(text))
     p = parse_gcode(text, lenient=True)
     m = plan(p)
-    assert np.isclose(m.length.sum(), 1 + 9 + 10 + np.pi, rtol=1e-3) and len(p.issues) == 2
+    assert np.isclose(m.length.sum(), 1 + 9 + 10 + np.pi, rtol=1e-3)
+    assert len(p.issues) == 2
 
 
 def test_lenient_coordinates_without_a_motion(refused):
-    assert "line 1" in refused(moves, parse_gcode("X5\nG1 X7 F60\n")) and moves(
-        parse_gcode("X5\nG1 X7 F60\n", lenient=True)
-    ).x.tolist() == [7]
+    assert "line 1" in refused(moves, parse_gcode("X5\nG1 X7 F60\n"))
+    assert moves(parse_gcode("X5\nG1 X7 F60\n", lenient=True)).x.tolist() == [7]
 
 
 def program(rows=600, seed=0):
@@ -210,15 +206,16 @@ def test_corrected_in_blocks_keeps_the_program(tmp_path):
         done = correct_file(
             file, tmp_path / f"{name}.gcode", MODES, "inverse", judges, large=large, lines=400
         )
-        a, b = file.read_text(), (tmp_path / f"{name}.gcode").read_text()
-        p, q = plan(parse_gcode(a)), plan(parse_gcode(b))
-        assert (
-            other_lines(a) == other_lines(b)
-            and abs(moves(parse_gcode(a)).de.sum() - moves(parse_gcode(b)).de.sum()) < 2e-3
-            and set(p.layer) == set(q.layer)
-            and abs(p.duration - q.duration) < 0.02 * p.duration
-        )
-        assert (done.table.contour_after < 0.5 * done.table.contour_before).all() and np.allclose(
+        a = file.read_text()
+        b = (tmp_path / f"{name}.gcode").read_text()
+        p = plan(parse_gcode(a))
+        q = plan(parse_gcode(b))
+        assert other_lines(a) == other_lines(b)
+        assert abs(moves(parse_gcode(a)).de.sum() - moves(parse_gcode(b)).de.sum()) < 2e-3
+        assert set(p.layer) == set(q.layer)
+        assert abs(p.duration - q.duration) < 0.02 * p.duration
+        assert (done.table.contour_after < 0.5 * done.table.contour_before).all()
+        assert np.allclose(
             q.start[-1, :3] + q.unit[-1, :3] * q.length[-1],
             p.start[-1, :3] + p.unit[-1, :3] * p.length[-1],
             atol=0.05,
@@ -229,10 +226,10 @@ def test_relative_moves_keep_their_limits():
     "Lines that stay as they are run under the program's own acceleration and corners."
     text = part_program("box", 1, layers=1) + "G91\nG1 X5 Y5 F6000\nG1 X5 Y-5\nG90\n"
     done = correct_program(parse_gcode(text), MODES, "inverse", [MACHINES["bedslinger"]])
-    p, q = plan(parse_gcode(text)), plan(parse_gcode(done.text))
-    assert (
-        np.allclose(q.acceleration[-2:], p.acceleration[-2:]) and q.entry[-1] <= 1.05 * p.entry[-1]
-    )
+    p = plan(parse_gcode(text))
+    q = plan(parse_gcode(done.text))
+    assert np.allclose(q.acceleration[-2:], p.acceleration[-2:])
+    assert q.entry[-1] <= 1.05 * p.entry[-1]
 
 
 def test_machine_at_hand_is_identified_and_helped():
@@ -297,9 +294,7 @@ def test_commands(tmp_path, capsys):
         "bedslinger:1",
         "--identified",
     ]
-    assert (
-        main(words) == 2
-        and "a number after X" in capsys.readouterr().err
-        and main([*words, "--lenient"]) == 0
-        and "G1 Xnan" in (tmp_path / "b.gcode").read_text()
-    )
+    assert main(words) == 2
+    assert "a number after X" in capsys.readouterr().err
+    assert main([*words, "--lenient"]) == 0
+    assert "G1 Xnan" in (tmp_path / "b.gcode").read_text()

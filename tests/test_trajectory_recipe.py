@@ -86,10 +86,8 @@ def r2(scores, axis):
 
 def test_linear_machine_is_a_filter(linear):
     "On a family that they were not fitted on, FIR and fitted mode explain the linear machine; a mode 10 % off does not."
-    train, test = (
-        [s for s in linear if s.part.family != "box"],
-        [s for s in linear if s.part.family == "box"],
-    )
+    train = [s for s in linear if s.part.family != "box"]
+    test = [s for s in linear if s.part.family == "box"]
     mode = fit_filter(train, "second_order")
     off = ErrorFilter("second_order", mode.rate, [[1.1 * f, z] for f, z in mode.weights])
     assert np.allclose(np.array(mode.weights)[:, 0], MACHINES["bedslinger"].frequency, rtol=0.01)
@@ -149,13 +147,15 @@ def test_model_beats_its_filter_on_an_unseen_family(learn):
     said = part_scores(w, learn.test, predict_rows(learn.model, w, learn.test))
     base = part_scores(w, learn.test, (w.extra["filter"] * torch.tensor(w.scale.error_std)).numpy())
     both = said.axis == "xy"
-    assert set(said.family) == {"box"} and (said[both]["RMSE"] < 0.9 * base[both]["RMSE"]).all()
+    assert set(said.family) == {"box"}
+    assert (said[both]["RMSE"] < 0.9 * base[both]["RMSE"]).all()
 
 
 def test_sizes():
     "The reference has about 5 million parameters, those for deployment at most 0.2."
     size = {k: sum(p.numel() for p in m().parameters()) for k, m in MODELS.items()}
-    assert 4.8e6 < size["transformer"] < 5.3e6 and max(size["tcn"], size["lstm"]) < 0.2e6
+    assert 4.8e6 < size["transformer"] < 5.3e6
+    assert max(size["tcn"], size["lstm"]) < 0.2e6
 
 
 def test_rows_of_windows(hard):
@@ -200,7 +200,8 @@ def test_law_moves_the_weights(linear):
         ).model.error.weight
         for l, c in ((0, False), (5, False), (5, True))
     ]
-    assert not torch.equal(runs[0], runs[1]) and not torch.equal(runs[1], runs[2])
+    assert not torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[1], runs[2])
 
 
 def test_law_holds_on_the_linear_machine(linear):
@@ -247,11 +248,9 @@ def test_leave_a_machine_out(series):
     def machines(index):
         return set(learn.windows.run_table.machine.iloc[learn.windows.recording[index]])
 
-    assert (
-        machines(learn.test) == {"hard"}
-        and machines(learn.train) == {"bedslinger"}
-        and split_groups(series, "machine") == ["bedslinger", "hard"]
-    )
+    assert machines(learn.test) == {"hard"}
+    assert machines(learn.train) == {"bedslinger"}
+    assert split_groups(series, "machine") == ["bedslinger", "hard"]
 
 
 def test_leave_a_part_on_a_machine_out(series):
@@ -264,12 +263,11 @@ def test_leave_a_part_on_a_machine_out(series):
     def at(index, c):
         return set(table[c].iloc[learn.windows.recording[index]])
 
-    assert at(learn.test, "machine") == {"hard"} and at(learn.test, "family") == {"label"}
-    assert (
-        at(learn.train, "machine") == {"bedslinger"}
-        and "label" not in at(learn.train, "family")
-        and list(learn.filter.machines) == ["hard"]
-    )
+    assert at(learn.test, "machine") == {"hard"}
+    assert at(learn.test, "family") == {"label"}
+    assert at(learn.train, "machine") == {"bedslinger"}
+    assert "label" not in at(learn.train, "family")
+    assert list(learn.filter.machines) == ["hard"]
     import copy
 
     other = [copy.copy(s) for s in series]
@@ -279,7 +277,8 @@ def test_leave_a_part_on_a_machine_out(series):
     again = recipe(
         other, split="both", fold=1, identify="machine", base="fir", stride=64, device="cpu"
     )
-    assert again.filter == learn.filter and again.windows.scale == learn.windows.scale
+    assert again.filter == learn.filter
+    assert again.windows.scale == learn.windows.scale
 
 
 def test_travel_only_window_has_no_thermal_loss():
@@ -294,7 +293,8 @@ def test_travel_only_window_has_no_thermal_loss():
     )
     loss = TrajectoryLoss()(said, target)
     loss.backward()
-    assert loss == 0 and said["thermal"].grad.isfinite().all()
+    assert loss == 0
+    assert said["thermal"].grad.isfinite().all()
 
 
 def test_contour_is_searched_nearby():
@@ -310,18 +310,15 @@ def test_bundle_reads_programs_and_collections(bundle, learn, home, tmp_path):
     file = tmp_path / "tube_9.gcode"
     file.write_text(part_program("tube", 9, layers=2))
     table = predict_bundle(bundle, file)
-    assert (
-        list(table) == ["t", "layer", "x", "y", "error_x", "error_y"]
-        and np.isfinite(table.to_numpy(float)).all()
-    )
+    assert list(table) == ["t", "layer", "x", "y", "error_x", "error_y"]
+    assert np.isfinite(table.to_numpy(float)).all()
     assert len(predict_bundle(bundle, home / "box_0")) == len(
         [s for s in learn.windows.series if s.part.name == "box_0"][0].errors
     )
     scores, facts = evaluate_bundle(bundle, file)
     value = scores.set_index(["name", "measure"]).value
-    assert value["model", "R² x"] > value["filter", "R² x"] > value["zero", "R² x"] and set(
-        scores.split
-    ) == {"new"}
+    assert value["model", "R² x"] > value["filter", "R² x"] > value["zero", "R² x"]
+    assert set(scores.split) == {"new"}
 
 
 def test_modes_of_a_large_file_come_from_its_beginning(learn, tmp_path, monkeypatch):
@@ -355,7 +352,8 @@ def test_modes_of_a_large_file_come_from_its_beginning(learn, tmp_path, monkeypa
         planner, "program_blocks", partial(planner.program_blocks, lines=lines // 4)
     )
     first, none = commands.modes_of(tmp_path / "bundle", file, large=0.0)
-    assert none is None and len(error) > 2 * len(seen[0].position)
+    assert none is None
+    assert len(error) > 2 * len(seen[0].position)
     assert np.allclose([f for f, _ in first], [f for f, _ in whole], rtol=0.1)
 
 
@@ -376,20 +374,16 @@ def test_bundle_refuses_other_features(bundle, learn, refused):
 
 
 def test_recipe_refuses(hard, refused, tmp_path):
-    assert (
-        "harmonics=False" in refused(recipe, hard, mirror=0.5)
-        and "from 0 to 2" in refused(recipe, hard, fold=3)
-        and "one of tcn" in refused(recipe, hard, model="gru")
-    )
-    assert "shorter windows" in refused(recipe, hard, sequence_length=10**6) and "base" in refused(
-        recipe, hard, base="kalman"
-    )
+    assert "harmonics=False" in refused(recipe, hard, mirror=0.5)
+    assert "from 0 to 2" in refused(recipe, hard, fold=3)
+    assert "one of tcn" in refused(recipe, hard, model="gru")
+    assert "shorter windows" in refused(recipe, hard, sequence_length=10**6)
+    assert "base" in refused(recipe, hard, base="kalman")
     assert "another one to learn from" in refused(
         recipe, [s for s in hard if s.part.family == "box"]
     )
-    assert "nothing of these" in refused(load_series, tmp_path) and "epochs" in refused(
-        recipe, hard, epochs=3
-    )
+    assert "nothing of these" in refused(load_series, tmp_path)
+    assert "epochs" in refused(recipe, hard, epochs=3)
 
 
 def test_one_seed_meets_no_target():
@@ -398,21 +392,20 @@ def test_one_seed_meets_no_target():
         [dict(row, name="tcn", seed=s, **{"R²": 0.9 + 0.001 * s}) for s in range(3)]
         + [dict(row, name="fir", seed=0, **{"R²": 0.5})]
     )
-    assert (
-        beaten_filters(table, "tcn", ["fir"]).met.all()
-        and not beaten_filters(table[table.seed == 0], "tcn", ["fir"]).met.any()
-    )
+    assert beaten_filters(table, "tcn", ["fir"]).met.all()
+    assert not beaten_filters(table[table.seed == 0], "tcn", ["fir"]).met.any()
 
 
 def test_sweep_space():
     space = read_space(get_config().nbs_path / "experiments/trajectory.sweep.yaml")
     d = space.dimensions if hasattr(space, "dimensions") else space.parameters
-    assert (
-        (d["learning_rate"].low, d["learning_rate"].high, d["learning_rate"].log)
-        == (1e-5, 1e-3, True)
-        and d["batch_size"].values == [16, 32, 64]
-        and (d["dropout"].low, d["dropout"].high) == (0, 0.3)
+    assert (d["learning_rate"].low, d["learning_rate"].high, d["learning_rate"].log) == (
+        1e-5,
+        1e-3,
+        True,
     )
+    assert d["batch_size"].values == [16, 32, 64]
+    assert (d["dropout"].low, d["dropout"].high) == (0, 0.3)
     assert space.metric == "valid_loss"
 
 
@@ -424,11 +417,9 @@ def test_reference_model_is_exported_at_its_size():
     model = TrajectoryErrorTransformer().eval()
     torch.nn.init.normal_(model.error.weight, 0, 0.02)
     eager = eager_programs(model)["deploy"]
-    assert (
-        len(model.encoder.layers) == 6
-        and model.encoder.layers[0].self_attn.num_heads == 8
-        and model.into.out_features == 256
-    )
+    assert len(model.encoder.layers) == 6
+    assert model.encoder.layers[0].self_attn.num_heads == 8
+    assert model.into.out_features == 256
     for kind in ("exported", "torchscript"):
         found = compare_program(
             eager,
@@ -440,4 +431,5 @@ def test_reference_model_is_exported_at_its_size():
                 trusted=True,
             ),
         )
-        assert found["within"] and max(r["difference"] for r in found["compared"]) < 1e-5
+        assert found["within"]
+        assert max(r["difference"] for r in found["compared"]) < 1e-5

@@ -213,7 +213,8 @@ def doubts(
     record: Record,  # A record
 ) -> list:  # One sentence each
     "What looks wrong with a record and need not be."
-    found, top = [], np.abs(record.signal).max()
+    found = []
+    top = np.abs(record.signal).max()
     clipped = (np.abs(record.signal) >= 0.999 * top).mean()
     if clipped > 0.002:
         found.append(
@@ -421,7 +422,8 @@ def _labelled(folder, row):
         except ValueError:
             raise InputError(file, f"{k} of {name}", "a number", repr(row[k])) from None
 
-    rate, rpm = number("fs"), number("rpm")
+    rate = number("fs")
+    rpm = number("rpm")
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(file, "file", "a path inside the folder", name)
@@ -587,10 +589,12 @@ def _state(path, healthy):
 
 def _cached(path, healthy, progress, cache):
     "Records whose signals are parts of one mapped file."
-    listing, state = cache / "records.json", _state(path, healthy)
+    listing = cache / "records.json"
+    state = _state(path, healthy)
     if not listing.exists() or read_json(listing)["state"] != state:
         _write_cache(path, healthy, progress, cache, state)
-    about, samples = read_json(listing), np.load(cache / "samples.npy", mmap_mode="r")
+    about = read_json(listing)
+    samples = np.load(cache / "samples.npy", mmap_mode="r")
     for d in about["doubts"]:
         warnings.warn(d, stacklevel=2)
     return [
@@ -650,21 +654,17 @@ class RecordWindows:
                     f"{len(r)}",
                     "choose a shorter window",
                 )
-        self.records, self.size, self.stride, self.severity = (
-            records,
-            size,
-            stride or size,
-            severity,
-        )
+        self.records = records
+        self.size = size
+        self.stride = stride or size
+        self.severity = severity
         table = RowTable([r.signal[:, None] for r in records], [r.name for r in records])
         number, start, stop = window_starts(table.lengths, size, self.stride, partial=True)
         on_grid = start % self.stride == 0  # no last window that overlaps its neighbour
         self.windows = Windows(table, number[on_grid], start[on_grid], stop[on_grid])
-        self.record, self.start, self.lengths = (
-            self.windows.recording,
-            self.windows.start,
-            self.windows.lengths,
-        )
+        self.record = self.windows.recording
+        self.start = self.windows.start
+        self.lengths = self.windows.lengths
         self.classes = (
             list(classes) if classes is not None else class_names(r.fault for r in records)
         )
@@ -721,7 +721,8 @@ def signals(
     "Standardised windows; a window that does not move is an `InputError`."
     index = torch.as_tensor(np.asarray(index))
     x, mask = self.windows.batch(index)
-    x, m = x[..., 0], mask.float()
+    x = x[..., 0]
+    m = mask.float()
     count = m.sum(1, keepdim=True)
     x = (x - (x * m).sum(1, keepdim=True) / count) * m
     spread = (x.square().sum(1, keepdim=True) / count).sqrt()
@@ -817,7 +818,8 @@ def _outer_split(windows, split, fold, seed):
         raise InputError(
             "split bearing", "defect sizes or bearings", "two or more", ", ".join(names)
         )
-    train, test = np.flatnonzero(groups != names[fold]), np.flatnonzero(groups == names[fold])
+    train = np.flatnonzero(groups != names[fold])
+    test = np.flatnonzero(groups == names[fold])
     check_disjoint(windows.bearings, train, test, "split bearing")
     return train, test
 

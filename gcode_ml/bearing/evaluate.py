@@ -94,7 +94,8 @@ def fold_scores(
     outcomes: pd.DataFrame,  # Windows of one model, split, fold and seed
 ) -> dict:  # Measure -> value
     "All measures of one test set."
-    votes, names = record_votes(outcomes), [c[2:] for c in outcomes if c.startswith("p_")]
+    votes = record_votes(outcomes)
+    names = [c[2:] for c in outcomes if c.startswith("p_")]
     precision, recall, f1, _ = precision_recall_fscore_support(
         outcomes.fault,
         outcomes.said,
@@ -172,7 +173,8 @@ def paired_test(
             )
         }
 
-    a, b = of(name), of(other)
+    a = of(name)
+    b = of(other)
     once = {f: v for (f, _), v in b.items()}
     if not a or not b:
         raise InputError(
@@ -191,7 +193,8 @@ def class_table(
     outcomes: pd.DataFrame,  # Windows
 ) -> pd.DataFrame:  # Precision, recall, F1 and recall by record of each class
     "Scores of each class, pooled over folds and seeds."
-    rows, votes = [], record_votes(outcomes)
+    rows = []
+    votes = record_votes(outcomes)
     for (name, split), part in outcomes.groupby(["name", "split"], sort=False):
         labels = [c[2:] for c in part if c.startswith("p_") and (part.fault == c[2:]).any()]
         v = votes[(votes.name == name) & (votes.split == split)]

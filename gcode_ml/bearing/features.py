@@ -48,7 +48,8 @@ def _line_scores(spectra, step, frequency, resolution):
         )
         if f >= (bins - 1) * step or near.start >= near.stop:
             continue
-        peak, floor = spectra[..., near].max(-1), np.median(spectra[..., far], -1)
+        peak = spectra[..., near].max(-1)
+        floor = np.median(spectra[..., far], -1)
         with np.errstate(divide="ignore", invalid="ignore"):
             q[..., p] = np.where((floor > 0) & (peak > 0), np.log(peak / floor), 0)
     return q
@@ -103,7 +104,8 @@ def _spectra(x, rate, bands, whiten, points, bins):
 # %% ../../nbs/bearing/08_features.ipynb #a9474400
 def _features(x, shaft, rate, orders, bands, whiten, points, chunk=2):
     "Columns `[n,K,11]` of windows that share speed, rate and orders."
-    n, lines = x.shape[-1], bearing_lines(orders) * shaft
+    n = x.shape[-1]
+    lines = bearing_lines(orders) * shaft
     half = (points or n) / n * rate / 2
     last = lines[lines < half].max(initial=0)
     bins = (
@@ -277,7 +279,9 @@ def _waveform(x):
     c = x - x.mean(-1, keepdims=True)
     s = c * c
     v = np.maximum(s.mean(-1), 1e-30)
-    rms, mean, top = np.sqrt(np.einsum("bn,bn->b", x, x) / x.shape[-1]), size.mean(-1), size.max(-1)
+    rms = np.sqrt(np.einsum("bn,bn->b", x, x) / x.shape[-1])
+    mean = size.mean(-1)
+    top = size.max(-1)
     return [
         rms,
         np.einsum("bn,bn->b", s, s) / x.shape[-1] / v**2 - 3,

@@ -40,11 +40,9 @@ def _means(x, parts):
     "Means `[B,parts]` of parts of equal width of rows `[B,F]`; in a program as a product, which ONNX has for any width."
     if not in_program():
         return F.adaptive_avg_pool1d(x[:, None], parts)[:, 0]
-    n, k, i = (
-        x.shape[1],
-        torch.arange(x.shape[1], device=x.device),
-        torch.arange(parts, device=x.device)[:, None],
-    )
+    n = x.shape[1]
+    k = torch.arange(x.shape[1], device=x.device)
+    i = torch.arange(parts, device=x.device)[:, None]
     member = ((k >= i * n // parts) & (k < -(-(i + 1) * n // parts))).to(x)
     return x @ (member / member.sum(1, keepdim=True)).T
 
@@ -65,12 +63,14 @@ class SignalModel(nn.Module):
         dropout: float = 0.2,  # Before the heads
     ):
         super().__init__()
-        self.dropout, self.fault = nn.Dropout(dropout), nn.Linear(size, classes)
+        self.dropout = nn.Dropout(dropout)
+        self.fault = nn.Linear(size, classes)
         if severities:
             self.diameter = nn.Linear(size, severities)
 
     def forward(self, inputs, mask):
-        x, about = inputs["signal"][..., 0], (inputs["shaft"], inputs["rate"], inputs["orders"])
+        x = inputs["signal"][..., 0]
+        about = (inputs["shaft"], inputs["rate"], inputs["orders"])
 
         def rows(x, i):
             return self.encode(_at_least(x, self.least), *(a[i[:, 0]] for a in about))
@@ -178,11 +178,9 @@ class AttentionCNN(SignalModel):
         heads: int = 4,  # Attention heads
     ):
         super().__init__(widths[-1], classes, severities, dropout)
-        self.blocks, self.attention, self.weight = (
-            conv_blocks(widths),
-            nn.MultiheadAttention(widths[-1], heads, batch_first=True),
-            nn.Linear(widths[-1], 1),
-        )
+        self.blocks = conv_blocks(widths)
+        self.attention = nn.MultiheadAttention(widths[-1], heads, batch_first=True)
+        self.weight = nn.Linear(widths[-1], 1)
         self.norm = nn.LayerNorm(widths[-1])
 
     def encode(self, x, shaft, rate, orders):
@@ -205,10 +203,8 @@ class CNNLSTM(SignalModel):
         hidden: int = 64,  # States, half of them a direction
     ):
         super().__init__(hidden, classes, severities, dropout)
-        self.blocks, self.lstm = (
-            conv_blocks(widths),
-            nn.LSTM(widths[-1], hidden // 2, batch_first=True, bidirectional=True),
-        )
+        self.blocks = conv_blocks(widths)
+        self.lstm = nn.LSTM(widths[-1], hidden // 2, batch_first=True, bidirectional=True)
 
     def encode(self, x, shaft, rate, orders):
         return self.lstm(self.blocks(x[:, None]).mT)[0].mean(1)
@@ -312,8 +308,11 @@ class PatchTransformer(SignalModel):
         augment=None,  # Called with patches `[B,P,size]` and their mask while training; a recipe sets it
     ):
         super().__init__(size, classes, severities, dropout)
-        self.patch, self.least, self.augment = patch, patch, augment
-        self.embed, self.positions = nn.Linear(patch, size), SinusoidalPositions(size)
+        self.patch = patch
+        self.least = patch
+        self.augment = augment
+        self.embed = nn.Linear(patch, size)
+        self.positions = SinusoidalPositions(size)
         self.layers = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(
                 size, heads, 2 * size, dropout, batch_first=True, norm_first=True
@@ -361,11 +360,9 @@ class SpectrogramCNN(SignalModel):
         augment=None,  # Called with pictures `[B,C,F,T]` and a mask `[B,T]` while training; a recipe sets it
     ):
         super().__init__(widths[-1], classes, severities, dropout)
-        self.pictures, self.shape, self.augment = (
-            nn.ModuleList(representation(k, rate) for k in representations),
-            tuple(shape),
-            augment,
-        )
+        self.pictures = nn.ModuleList(representation(k, rate) for k in representations)
+        self.shape = tuple(shape)
+        self.augment = augment
         layers = [
             [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
             for i, o in zip([len(representations), *widths], widths)
@@ -439,13 +436,11 @@ class OrderFront(nn.Module):
         sharpness: float = 8.0,  # Of the soft maximum
     ):
         super().__init__()
-        self.harmonics, self.sidebands, self.learn_bands, self.slip, self.sharpness = (
-            harmonics,
-            sidebands,
-            learn_bands,
-            slip,
-            sharpness,
-        )
+        self.harmonics = harmonics
+        self.sidebands = sidebands
+        self.learn_bands = learn_bands
+        self.slip = slip
+        self.sharpness = sharpness
         bands = torch.tensor(bands, dtype=torch.float32)
         if learn_bands:
             self.bands = nn.Parameter(
@@ -505,17 +500,16 @@ def forward(
     x = (
         x.double() if in_program() else x
     )  # ONNX Runtime's transforms of most lengths are poor in single precision
-    n, kept = x.shape[-1], self.kept(rate)
+    n = x.shape[-1]
+    kept = self.kept(rate)
     bands = 1000 * self.bands if len(kept) == len(self.bands) else 1000 * self.bands[kept]
     hz = (
         (order_places(orders, self.harmonics, self.sidebands) * shaft[:, None, None])
         .flatten(1)
         .abs()
     )
-    width, around = (
-        torch.maximum(self.slip * hz, 0.75 * rate[:, None] / n),
-        torch.clamp_min(8 * rate[:, None] / n, 25.0).expand_as(hz),
-    )
+    width = torch.maximum(self.slip * hz, 0.75 * rate[:, None] / n)
+    around = torch.clamp_min(8 * rate[:, None] / n, 25.0).expand_as(hz)
     e = self.envelopes(x, rate, bands, envelope_points(n, rate, (hz + around).amax(1)))
     q = soft_peaks(
         envelope_spectrum(e, samples=n), rate / (4 * n), hz, width, around, self.sharpness
@@ -540,8 +534,10 @@ class MonotoneJudge(nn.Module):
         bend: float = 4.0,  # How sharp the threshold is
     ):
         super().__init__()
-        self.bend, self.weight = bend, nn.Parameter(torch.zeros(places))
-        self.threshold, self.gain = nn.Parameter(torch.tensor(0.8)), nn.Parameter(torch.tensor(1.0))
+        self.bend = bend
+        self.weight = nn.Parameter(torch.zeros(places))
+        self.threshold = nn.Parameter(torch.tensor(0.8))
+        self.gain = nn.Parameter(torch.tensor(1.0))
 
     def forward(
         self,
@@ -575,11 +571,9 @@ class OrderNet(nn.Module):
         if classes != 3:
             raise InputError("OrderNet", "classes", "3: outer, inner, ball", str(classes))
         check_choice("OrderNet", "judge", judge, JUDGES)
-        self.front, self.jitter, self.contrast = (
-            OrderFront(bands, harmonics, sidebands, learn_bands),
-            jitter,
-            contrast and judge == "free",
-        )
+        self.front = OrderFront(bands, harmonics, sidebands, learn_bands)
+        self.jitter = jitter
+        self.contrast = contrast and judge == "free"
         places = self.front.places * (1 + self.contrast)
         self.judge = (
             MonotoneJudge(places)
@@ -607,7 +601,8 @@ def evidence(
 
 def window_evidence(front, inputs, mask):
     "Evidence of a batch by any front end, each length on its own."
-    x, about = inputs["signal"][..., 0], (inputs["shaft"], inputs["rate"], inputs["orders"])
+    x = inputs["signal"][..., 0]
+    about = (inputs["shaft"], inputs["rate"], inputs["orders"])
 
     def rows(x, i):
         return front(_at_least(x, 64), *(a[i[:, 0]] for a in about))
@@ -638,7 +633,8 @@ def forward(self: OrderNet, inputs, mask):
     return self.judged(inputs["evidence"] if "evidence" in inputs else self.evidence(inputs, mask))
 
 
-OrderNet.program_inputs, OrderNet.diagnose = SignalModel.program_inputs, SignalModel.diagnose
+OrderNet.program_inputs = SignalModel.program_inputs
+OrderNet.diagnose = SignalModel.diagnose
 
 # %% ../../nbs/bearing/20_models.ipynb #cd16de8b
 class FeatureMLP(SignalModel):
@@ -689,7 +685,9 @@ class LinePenalty(nn.Module):
         permute: bool = False,  # Evidence of another hypothesis, a control
     ):
         super().__init__()
-        self.margin, self.permute, self.front = margin, permute, OrderFront(bands)
+        self.margin = margin
+        self.permute = permute
+        self.front = OrderFront(bands)
 
     @torch.no_grad()
     def lack(self, inputs, mask):
@@ -778,7 +776,8 @@ def temporal_penalty(
     record: Tensor,  # Number of the record of each, `[B]`
 ) -> Tensor:  # Mean squared step of the probabilities between neighbours of one record
     "How much the answer jumps within records."
-    p, same = logits.softmax(-1), (record[1:] == record[:-1]).to(logits)
+    p = logits.softmax(-1)
+    same = (record[1:] == record[:-1]).to(logits)
     return ((p[1:] - p[:-1]).square().sum(-1) * same).sum() / same.sum().clamp_min(1)
 
 # %% ../../nbs/bearing/20_models.ipynb #dffcf6ba

@@ -69,18 +69,14 @@ def load_records(
 ) -> tuple:  # Records, and what they are: `kind`, `folder`, `checksum`, `records`
     "Records of a run."
     if data:
-        records, files = (
-            read_records(data, progress=progress, cache=cache),
-            [f for f, _ in record_files(data)],
-        )
+        records = read_records(data, progress=progress, cache=cache)
+        files = [f for f, _ in record_files(data)]
         labels = Path(data) / "labels.csv"
         files += [labels] * labels.exists()
         facts = dict(kind="recorded", folder=Path(data).name, checksum=checksum(files))
     else:
-        records, facts = (
-            rolling_set(seconds=seconds, snr=snr, seed=seed),
-            dict(kind="simulated", folder="", checksum=""),
-        )
+        records = rolling_set(seconds=seconds, snr=snr, seed=seed)
+        facts = dict(kind="simulated", folder="", checksum="")
     return records, dict(
         facts,
         records=len(records),
@@ -99,7 +95,10 @@ class EvidenceWindows:
         front,  # `OrderFront`
         chunk: int = 32,  # Windows worked on at a time
     ):
-        self.windows, self.front, self.chunk, self.lengths = windows, front, chunk, windows.lengths
+        self.windows = windows
+        self.front = front
+        self.chunk = chunk
+        self.lengths = windows.lengths
 
     def __len__(self):
         return len(self.windows)
@@ -363,13 +362,11 @@ def recipe(
     learn = options.learner(
         dls, net, _loss(options, windows, train, severity, contrastive), [*laws, *cbs], key="signal"
     )
-    learn.windows, learn.arguments, learn.train, learn.valid, learn.test = (
-        windows,
-        arguments,
-        train,
-        valid,
-        test,
-    )
+    learn.windows = windows
+    learn.arguments = arguments
+    learn.train = train
+    learn.valid = valid
+    learn.test = test
     return learn
 
 # %% ../../nbs/bearing/50_recipe.ipynb #0839e43c
@@ -383,11 +380,9 @@ def _changes_signal(options):
 
 def _loss(options, windows, train, severity, contrastive=0.0):
     "Loss of the fault, of the size of the defect, and of the features."
-    labels, classes, weights = (
-        windows.labels[train],
-        len(windows.classes),
-        {k: w for k, w in dict(diameter=severity, features=contrastive).items() if w},
-    )
+    labels = windows.labels[train]
+    classes = len(windows.classes)
+    weights = {k: w for k, w in dict(diameter=severity, features=contrastive).items() if w}
     if not weights:
         return options.loss(labels, classes, head="fault", key="target")
     if options.teacher:
@@ -419,7 +414,8 @@ def _laws(weights, control, windows, device):
         temporal=lambda: _temporal,
         sommerfeld=lambda: _sommerfeld(windows.sizes),
     )
-    laws, total = {k: known[k]() for k, w in weights.items() if w}, sum(weights.values())
+    laws = {k: known[k]() for k, w in weights.items() if w}
+    total = sum(weights.values())
     if not laws:
         return []
     return [

@@ -56,7 +56,8 @@ def _draw(dimension, random):
     "A random value."
     if dimension.values is not None:
         return dimension.values[random.integers(len(dimension.values))]
-    low, high = dimension.low, dimension.high + (dimension.whole and not dimension.log)
+    low = dimension.low
+    high = dimension.high + (dimension.whole and not dimension.log)
     value = float(
         np.exp(random.uniform(np.log(low), np.log(high)))
         if dimension.log
@@ -211,7 +212,8 @@ def grouped_folds(
     seed: int = 0,  # Seed of the parts
 ) -> tuple:  # List of (train, test), and whether groups stand on both sides
     "Folds of a search; plain folds of grouped data are refused."
-    groups, labels = np.asarray(groups), np.asarray(labels)
+    groups = np.asarray(groups)
+    labels = np.asarray(labels)
     leak = False
     if cv is None:
         folds = (
@@ -331,7 +333,9 @@ class Pruning(Callback):
         monitor: str = "valid_loss",  # Name of a recorded number
         larger: bool = False,  # Whether larger is better
     ):
-        self.report, self.monitor, self.larger = report, monitor, larger
+        self.report = report
+        self.monitor = monitor
+        self.larger = larger
 
     def after_epoch(self):
         if not hasattr(self, "gather_preds") and self.learn.recorder.values:

@@ -60,10 +60,8 @@ def rolling_record(
     random = np.random.default_rng(seed)
     n = round(seconds * rate)
     orders = np.asarray(geometry.orders if isinstance(geometry, Geometry) else geometry, float)
-    resonance, damping = (
-        resonance or random.uniform(2000, 4000) * min(1, rate / 12000),
-        damping or random.uniform(0.02, 0.05),
-    )
+    resonance = resonance or random.uniform(2000, 4000) * min(1, rate / 12000)
+    damping = damping or random.uniform(0.02, 0.05)
     if not 0 < resonance < rate / 2:
         raise InputError(
             "rolling_record",
@@ -146,10 +144,8 @@ def rolling_set(
     records = []
     for fault in FAULTS:
         for size, ratio in zip(("007", "014", "021"), (-5, 0, 5)):
-            resonance, damping = (
-                random.uniform(2000, 4000) * rate / 12000,
-                random.uniform(0.02, 0.05),
-            )
+            resonance = random.uniform(2000, 4000) * rate / 12000
+            damping = random.uniform(0.02, 0.05)
             for load, rpm in zip("012", (1797, 1772, 1750)):
                 records.append(
                     rolling_record(
@@ -182,7 +178,8 @@ def _operation(random):
     d = 1 + 0.10 * (2 * u() - 1)
     load = 30 + 70 * u()
     temperature = 40 + 40 * u()
-    LF, TF = 0.3 + 0.7 * load / 100, 0.9 + 0.2 * (temperature - 40) / 40
+    LF = 0.3 + 0.7 * load / 100
+    TF = 0.9 + 0.2 * (temperature - 40) / 40
     S = float(np.clip(0.15 * np.exp(-0.03 * (temperature - 60)) * d / LF, 0.05, 0.50))
     return dict(
         speed=d,
@@ -394,7 +391,8 @@ class _Known:
     def __init__(self, facts, rate, severity, transient):
         self.__dict__.update(facts)
         self.rate, self.w = rate, 2 * np.pi * self.turns
-        self.m, self.g = float(np.mean(severity)), severity * transient
+        self.m = float(np.mean(severity))
+        self.g = severity * transient
 
 # %% ../../nbs/bearing/05_simulate.ipynb #63c328eb
 def journal_record(
@@ -419,7 +417,8 @@ def journal_record(
     )
     if n < 200:
         raise InputError("journal_record", "length", "at least 200 samples", str(n))
-    r, t = _Draws(seed), _time(n, rate)
+    r = _Draws(seed)
+    t = _time(n, rate)
     facts = dict(
         _operation(r.random),
         seed=seed,

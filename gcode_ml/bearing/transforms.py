@@ -68,12 +68,10 @@ class BearingLines(nn.Module):
         inputs: dict,  # `signal` `[B,T,1]`, `shaft` `[B]`, `rate` `[B]`, `orders` `[B,4]`
         mask: Tensor = None,  # `True` where real, `[B,T]`
     ) -> Tensor:  # `[B,K,20]`
-        x, rate, shaft, orders = (
-            inputs["signal"][..., 0],
-            inputs["rate"],
-            inputs["shaft"],
-            bearing_lines(inputs["orders"]),
-        )
+        x = inputs["signal"][..., 0]
+        rate = inputs["rate"]
+        shaft = inputs["shaft"]
+        orders = bearing_lines(inputs["orders"])
         return (
             self.scores(x, rate, shaft, orders)
             if mask is None

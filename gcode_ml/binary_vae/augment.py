@@ -26,10 +26,8 @@ def shifted(
     h, w = shape
     pictures = F.pad(x.unflatten(-1, (1, h, w)), [most] * 4, mode="replicate")[:, 0]
     down, right = torch.randint(0, 2 * most + 1, (2, len(x)), device=x.device)
-    rows, columns = (
-        down[:, None] + torch.arange(h, device=x.device),
-        right[:, None] + torch.arange(w, device=x.device),
-    )
+    rows = down[:, None] + torch.arange(h, device=x.device)
+    columns = right[:, None] + torch.arange(w, device=x.device)
     return pictures[
         torch.arange(len(x), device=x.device)[:, None, None], rows[:, :, None], columns[:, None]
     ].flatten(1)
@@ -47,7 +45,10 @@ class ImageAugment(Callback):
         redraw: bool = False,  # Draw each pixel anew with its grey value as probability
         flips: float = 0.0,  # Share of the pixels that are inverted
     ):
-        self.shape, self.shift, self.redraw, self.flips = tuple(shape), shift, redraw, flips
+        self.shape = tuple(shape)
+        self.shift = shift
+        self.redraw = redraw
+        self.flips = flips
         if not 0 <= shift < min(self.shape):
             raise InputError("parameter", "shift", f"0 to {min(self.shape) - 1}", repr(shift))
         if not 0 <= flips <= 0.5:
@@ -92,7 +93,9 @@ class SmilesAugment(Callback):
             raise InputError(
                 "parameter", "randomise", "RDKit", "none", "pip install gcode_ml[chem]"
             )
-        self.items, self.share, self.known = items, share, set(items.vocabulary)
+        self.items = items
+        self.share = share
+        self.known = set(items.vocabulary)
 
     def before_batch(self):
         x, mask = self.xb

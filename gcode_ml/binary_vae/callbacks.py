@@ -89,7 +89,9 @@ class TemperatureAnneal(Callback):
         least: float = 0.3,  # Last temperature
         rate: float = 1e-3,  # Decay a step
     ):
-        self.start, self.least, self.rate = start, least, rate
+        self.start = start
+        self.least = least
+        self.rate = rate
 
     def before_batch(self):
         self.model.temperature = max(
@@ -157,10 +159,8 @@ class ChannelNoise(Callback):
         channel: str = "bsc",  # `bsc` flips bits, `awgn` adds Gaussian noise
         rate: float = 0.05,  # Probability that a hard decision on a bit is wrong, 0 to .5
     ):
-        self.channel, self.rate = (
-            check_choice("parameter", "channel", channel, ("bsc", "awgn")),
-            rate,
-        )
+        self.channel = check_choice("parameter", "channel", channel, ("bsc", "awgn"))
+        self.rate = rate
         if not 0 <= rate < 0.5:
             raise InputError("parameter", "channel_rate", "0 to below 0.5", repr(rate))
         self.deviation = (
@@ -202,7 +202,9 @@ class Terms(Callback):
             self.epoch_rows = []
 
     def before_epoch(self):
-        self.kl_sum, self.items, self.beta = 0.0, 0, getattr(self.loss_func, "beta", 1.0)
+        self.kl_sum = 0.0
+        self.items = 0
+        self.beta = getattr(self.loss_func, "beta", 1.0)
 
     def after_train(self):
         self.beta = self.loss_func.beta
@@ -211,7 +213,8 @@ class Terms(Callback):
         if self.training:
             return
         kl = self.pred["kl"].detach().sum(-1)
-        self.kl_sum, self.items = self.kl_sum + kl.sum().item(), self.items + len(kl)
+        self.kl_sum = self.kl_sum + kl.sum().item()
+        self.items = self.items + len(kl)
 
     def after_epoch(self):
         kl = self.kl_sum / max(self.items, 1)
@@ -238,7 +241,10 @@ class BestWeights(Callback):
     ):
         if patience < 1:
             raise InputError("parameter", "patience", "at least 1", repr(patience))
-        self.patience, self.min_delta, self.best, self.waited = patience, min_delta, {}, 0
+        self.patience = patience
+        self.min_delta = min_delta
+        self.best = {}
+        self.waited = 0
 
     def before_fit(self):
         self.run = in_fit(self.learn)
@@ -293,11 +299,9 @@ class ProgressLine(Callback):
     order = 59
 
     def before_fit(self):
-        self.run, self.line, self.fit_name = (
-            in_fit(self.learn),
-            "",
-            getattr(getattr(self.learn, "run_progress", None), "text", ""),
-        )
+        self.run = in_fit(self.learn)
+        self.line = ""
+        self.fit_name = getattr(getattr(self.learn, "run_progress", None), "text", "")
 
     def after_batch(self):
         if not self.training:
@@ -386,13 +390,11 @@ class ExactAudit(Callback):
         seed: int = 0,  # Seed of the samples
         strict: bool = True,  # Raise when the order is broken
     ):
-        self.rows, self.samples, self.seed, self.strict, self.table = (
-            rows,
-            tuple(samples),
-            seed,
-            strict,
-            None,
-        )
+        self.rows = rows
+        self.samples = tuple(samples)
+        self.seed = seed
+        self.strict = strict
+        self.table = None
 
     def after_fit(self):
         if not in_fit(self.learn) or not self.model.enumerable:

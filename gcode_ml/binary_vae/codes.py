@@ -57,7 +57,8 @@ def hamming_8_4() -> np.ndarray:  # `[4,8]`
 # %% ../../nbs/binary_vae/05_codes.ipynb #ead97eb9
 def golay_23_12() -> np.ndarray:  # `[12,23]`
     "Golay's perfect code: distance 7, corrects three errors. Systematic cyclic, generator polynomial x^11+x^9+x^7+x^6+x^5+x+1."
-    poly, rows = sum(1 << e for e in (11, 9, 7, 6, 5, 1, 0)), []
+    poly = sum(1 << e for e in (11, 9, 7, 6, 5, 1, 0))
+    rows = []
     for i in range(12):
         rest = 1 << 22 - i
         for e in range(22, 10, -1):
@@ -94,7 +95,9 @@ def simplex(
 def _reduced(generator):
     "Rows reduced over GF(2), their pivot columns, and the matrix that did it."
     g = np.concatenate([np.asarray(generator) % 2, np.eye(len(generator))], 1).astype(np.uint8)
-    n, pivots, row = np.shape(generator)[1], [], 0
+    n = np.shape(generator)[1]
+    pivots = []
+    row = 0
     for col in range(n):
         hit = np.flatnonzero(g[row:, col]) + row if row < len(g) else []
         if not len(hit):
@@ -319,7 +322,9 @@ def coset_leaders(
     if n > 24:
         raise InputError("code", "code bits", "at most 24 for a table of cosets", str(n))
     column = (h.T.astype(np.int64) @ (1 << np.arange(r)[::-1])) if r else np.zeros(n, np.int64)
-    found, errors, syndromes = np.zeros(2**r, bool), [], []
+    found = np.zeros(2**r, bool)
+    errors = []
+    syndromes = []
     for w in range(n + 1):
         places = np.array(list(itertools.combinations(range(n), w)), np.int64).reshape(
             math.comb(n, w), w
@@ -392,8 +397,10 @@ def error_law(
     errors, syndromes = coset_leaders(g)
     ties = np.bincount(syndromes)[syndromes]
     words = np.arange(2**k)[:, None] >> np.arange(k - 1, -1, -1) & 1
-    code, share = (words @ g % 2) @ (1 << np.arange(n)[::-1]), words.mean(1)
-    correct, wrong = np.bincount(np.bitwise_count(errors), 1 / ties, n + 1), np.zeros(n + 1)
+    code = (words @ g % 2) @ (1 << np.arange(n)[::-1])
+    share = words.mean(1)
+    correct = np.bincount(np.bitwise_count(errors), 1 / ties, n + 1)
+    wrong = np.zeros(n + 1)
     for i in range(0, len(errors), 256):
         w = np.bitwise_count(errors[i : i + 256, None] ^ code).ravel()
         wrong += np.bincount(w, (share / ties[i : i + 256, None]).ravel(), n + 1)

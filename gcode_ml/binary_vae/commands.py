@@ -80,7 +80,9 @@ def epoch_lines(
     patience: int = 10,  # Epochs without improvement that are allowed
 ) -> list:  # One line an epoch
     "The progress of a fit: loss, kl, beta, val_loss, patience."
-    best, waited, lines = float("inf"), 0, []
+    best = float("inf")
+    waited = 0
+    lines = []
     for i, r in enumerate(history.itertuples(), 1):
         if r.score < best:
             best, waited = r.score, 0
@@ -108,7 +110,8 @@ def write_classic(
 
     if run.domain != "binary_vae":
         raise InputError("--format", "classic", "a run of binary_vae", f"one of {run.domain}")
-    result, model = read_json(run.path("result.json")), load_bundle(run.folder).model
+    result = read_json(run.path("result.json"))
+    model = load_bundle(run.folder).model
     folder = Path(folder or run.path("classic")) / result["named"]
     folder.mkdir(parents=True, exist_ok=True)
     history = pd.read_csv(run.path("history.csv"))

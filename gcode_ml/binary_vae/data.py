@@ -38,8 +38,12 @@ class Images:
         pixels = np.asarray(pixels)
         if pixels.ndim != 2 or pixels.shape[1] != np.prod(shape):
             raise InputError(name, "shape", f"[N,{np.prod(shape)}]", str(list(pixels.shape)))
-        self.pixels, self.shape, self.name = _checked(pixels, name), tuple(shape), name
-        self.width, self.length, self.vocabulary = pixels.shape[1], 1, []
+        self.pixels = _checked(pixels, name)
+        self.shape = tuple(shape)
+        self.name = name
+        self.width = pixels.shape[1]
+        self.length = 1
+        self.vocabulary = []
         self.lengths = np.ones(len(pixels), np.int64)
 
     def __len__(self):
@@ -170,10 +174,8 @@ def _fashion(folder, protocol, limit):
             raise InputError(
                 Path(folder) / file, "axes", "images, height, width", str(list(a.shape))
             )
-    n, most = (
-        len(train),
-        dict(small=(10_000, 10_000, 2_000), full=(50_000, 10_000, 10_000))[protocol],
-    )
+    n = len(train)
+    most = dict(small=(10_000, 10_000, 2_000), full=(50_000, 10_000, 10_000))[protocol]
     counts = (min(most[0], n - n // 6), min(most[1], n // 6), min(most[2], len(test)))
     rows = np.concatenate([train[: counts[0]], train[n - counts[1] :], test[: counts[2]]])
     return Images(rows.reshape(len(rows), -1), rows.shape[1:], "Fashion-MNIST"), counts
@@ -181,7 +183,8 @@ def _fashion(folder, protocol, limit):
 # %% ../../nbs/binary_vae/00_data.ipynb #ba23ba87
 def _binarised(folder, protocol, limit):
     "Binarised MNIST, as it is split."
-    file, size = Path(folder) / "binarized_mnist_packed.npz", 784
+    file = Path(folder) / "binarized_mnist_packed.npz"
+    size = 784
     parts = _packed(file)
     for k, a in parts.items():
         if a.ndim != 2 or a.shape[1] != size // 8:
@@ -241,17 +244,16 @@ class Texts:
         length: int = 0,  # Longest row with its end; 0: the longest there is
         file: str = "texts",  # For error messages
     ):
-        self.texts, self.vocabulary, self.tokenizer, self.name = (
-            list(texts),
-            list(vocabulary),
-            tokenizer,
-            file,
-        )
+        self.texts = list(texts)
+        self.vocabulary = list(vocabulary)
+        self.tokenizer = tokenizer
+        self.name = file
         rows = [tokenizer(t) for t in self.texts]
         self.lengths = np.array([len(r) + 1 for r in rows], np.int64)
         self.length = length or int(self.lengths.max(initial=1))
         self.tokens = self._numbers(rows)
-        self.width, self.shape = len(vocabulary), (self.length,)
+        self.width = len(vocabulary)
+        self.shape = (self.length,)
 
     def __len__(self):
         return len(self.texts)
@@ -360,10 +362,8 @@ def gcode_lines(
     from gcode_ml.gcode.reader import parse_gcode
 
     program = parse_gcode(text, file)  # refuses what is no G-code
-    ends, kept_as_text = (
-        dict(zip(program.comments.line[::-1], program.comments.start[::-1])),
-        set(program.extended.line),
-    )
+    ends = dict(zip(program.comments.line[::-1], program.comments.start[::-1]))
+    kept_as_text = set(program.extended.line)
     lines = [
         line[: ends.get(k)].upper().split("*")[0]
         for k, line in enumerate(program.lines)
@@ -599,7 +599,8 @@ def simulate(
     seed: int = 0,  # Seed
 ) -> Path:  # The folder
     "Small files in the layouts of the four sets that need files."
-    folder, rng = Path(folder), np.random.default_rng(seed)
+    folder = Path(folder)
+    rng = np.random.default_rng(seed)
     for name in FOLDERS.values():
         (folder / name).mkdir(parents=True, exist_ok=True)
     bars = np.pad(

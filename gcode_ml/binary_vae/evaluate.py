@@ -44,10 +44,12 @@ def exact_bounds(
             "take importance bounds",
         )
     model.eval()
-    parts, prior = [], model.code.information_bits * math.log(2)
+    parts = []
+    prior = model.code.information_bits * math.log(2)
     for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / rows))):
         ll, log_q = model.table(*items.batch(i)[:2])
-        ll, log_q = ll.double(), log_q.double()
+        ll = ll.double()
+        log_q = log_q.double()
         q = log_q.exp()
         kl = (q * (log_q + prior)).sum(-1)
         parts.append(torch.stack([(q * ll).sum(-1) - kl, ll.logsumexp(-1) - prior, kl], 1))
@@ -114,11 +116,11 @@ def audit_bounds(
     reported = -(out["fit"] + out["kl"].sum(-1)).double().numpy()
     rows, before = [], None
     for name, v in {**columns, "reported objective": reported}.items():
-        excess, step = (
-            np.asarray(v - exact.log_likelihood),
+        excess = np.asarray(v - exact.log_likelihood)
+        step = (
             np.asarray(v - before)
             if before is not None and name != "reported objective"
-            else np.zeros(len(x)),
+            else np.zeros(len(x))
         )
         before = np.asarray(v)
 
@@ -165,7 +167,9 @@ def image_scores(
     "Peak signal-to-noise ratio of reconstructions."
     model.eval()
     set_seed(seed)
-    code, sums, n = model.code, {}, 0
+    code = model.code
+    sums = {}
+    n = 0
     for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / 500))):
         x, mask, _ = items.batch(i)
         logits = model.encode(x, mask)
@@ -195,7 +199,9 @@ def raw_scores(
 ) -> dict:  # Share of raw words that are code words; PSNR, or nats a token, with the raw bits and with the code word they are decoded to
     "The decoder with raw bits, and with real code words."
     model.eval()
-    same, told, n = [], dict(raw=0.0, word=0.0), 0
+    same = []
+    told = dict(raw=0.0, word=0.0)
+    n = 0
     for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / 500))):
         x, mask, _ = items.batch(i)
         logits = model.encode(x, mask)
@@ -241,7 +247,8 @@ def loop_scores(
     mask = x != 0 if tokens else torch.ones(len(x), 1, dtype=torch.bool)
     logits = model.encode(x, mask)
     p = code.bit_probability(code.log_posterior(logits))
-    found, floor = code.decode(logits), np.nan
+    found = code.decode(logits)
+    floor = np.nan
     if model.enumerable and not tokens:
         floor = (
             (_numbered(model.table(x, mask)[0].argmax(-1), code.information_bits) != m)
@@ -264,7 +271,8 @@ def loop_table(
     loop: dict,  # From `loop_scores`
 ) -> pd.DataFrame:  # `measure`, `value`, `low`, `high`
     "Error rates with intervals, calibration and entropy of the loop."
-    wrong, p = loop["wrong"], loop["probability"].astype(float).clip(1e-12, 1 - 1e-12)
+    wrong = loop["wrong"]
+    p = loop["probability"].astype(float).clip(1e-12, 1 - 1e-12)
     ber = bootstrap_interval(wrong.mean(1), resamples=200)
     wer = wilson(wrong.any(1).sum(), len(wrong))
     half = 2 * (
@@ -295,10 +303,8 @@ def wilson(
 ) -> Interval:  # Share and its bounds
     "Interval of Wilson 1927 for a share."
     share = hits / n
-    middle, half = (
-        (share + z * z / 2 / n) / (1 + z * z / n),
-        z * math.sqrt(share * (1 - share) / n + z * z / 4 / n / n) / (1 + z * z / n),
-    )
+    middle = (share + z * z / 2 / n) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / 4 / n / n) / (1 + z * z / n)
     return Interval(share, middle - half, middle + half)
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #7c090e4c
@@ -312,7 +318,10 @@ def latent_use(
 ):  # `KL` and `mutual information` in nats, `words used`, `active bits`, `KL per bit` in bits
     "What the words carry."
     model.eval()
-    code, kl, p, words = model.code, [], [], []
+    code = model.code
+    kl = []
+    p = []
+    words = []
     joint = torch.zeros(2**code.information_bits, dtype=torch.float64) if model.enumerable else None
     for i in np.array_split(np.asarray(index), max(1, math.ceil(len(index) / 500))):
         logits = model.encode(*items.batch(i)[:2])
@@ -427,10 +436,8 @@ def mixture_means(
         .fit(x)
         .cluster_centers_
     )
-    t, means = (
-        torch.as_tensor(x, dtype=torch.float32),
-        torch.as_tensor(centres, dtype=torch.float32).clamp(0.01, 0.99),
-    )
+    t = torch.as_tensor(x, dtype=torch.float32)
+    means = torch.as_tensor(centres, dtype=torch.float32).clamp(0.01, 0.99)
     mean = t.mean(0).clamp(0.002, 0.998)
     for _ in range(steps):
         o = means.logit()
@@ -447,7 +454,8 @@ def baseline_scores(
     seed: int = 0,  # Seed of k-means
 ) -> pd.DataFrame:  # As `score_model`
     "Mean image, k-means and a Bernoulli mixture with as many components as there are words."
-    t, rows = torch.as_tensor(test, dtype=torch.float32), []
+    t = torch.as_tensor(test, dtype=torch.float32)
+    rows = []
 
     def psnr(picture):
         return -10 * math.log10(max(float(((picture - t) ** 2).double().mean()), 1e-12))
@@ -608,7 +616,8 @@ def channel_pictures(
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     x, mask, _ = items.batch(index)
-    words, rows = model.infer(x, mask), []
+    words = model.infer(x, mask)
+    rows = []
     for p in rates:
         found = (
             model.code.decode(
@@ -644,7 +653,8 @@ def channel_texts(
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     x, mask, _ = items.batch(index)
-    words, rows = model.infer(x, mask), []
+    words = model.infer(x, mask)
+    rows = []
     for p in rates:
         found = (
             model.code.decode(

@@ -52,11 +52,9 @@ class BlockCode(nn.Module):
     ):
         super().__init__()
         g = torch.as_tensor(generator, dtype=torch.uint8)
-        self.blocks, self.name, self.tie = (
-            int(blocks),
-            name,
-            check_choice("code", "tie", tie, ("fair", "zero", "one")),
-        )
+        self.blocks = int(blocks)
+        self.name = name
+        self.tie = check_choice("code", "tie", tie, ("fair", "zero", "one"))
         self.k, self.n = g.shape
         words = all_words(self.k)
         self.register_buffer("generator", g)
@@ -400,19 +398,16 @@ class SequenceDecoder(nn.Module):
         mean=None,  # Relative frequency of each token, `[width]`
     ):
         super().__init__()
-        self.token_dropout, self.depth, self.hidden, self.blind = (
-            token_dropout,
-            depth,
-            hidden,
-            False,
-        )
+        self.token_dropout = token_dropout
+        self.depth = depth
+        self.hidden = hidden
+        self.blind = False
         self.embedding = nn.Embedding(width, hidden // 2, padding_idx=0)
-        self.beside, self.start = (
-            nn.Linear(bits, hidden - hidden // 2),
-            nn.Linear(bits, depth * hidden),
-        )
+        self.beside = nn.Linear(bits, hidden - hidden // 2)
+        self.start = nn.Linear(bits, depth * hidden)
         self.gru = nn.GRU(hidden, hidden, depth, batch_first=True)
-        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden, width)
         if mean is not None:
             self.head.bias.data = torch.as_tensor(mean, dtype=torch.float32).clamp_min(1e-4).log()
 
@@ -475,11 +470,9 @@ def write(
     generator=None,  # `torch.Generator` of the draws
 ) -> Tensor:  # `[B,T]`, with the end token; 0 behind it
     "Write one text for each code word, all at once."
-    last, state, written = (
-        torch.ones(len(codes), 1, dtype=torch.long, device=codes.device),
-        None,
-        [],
-    )
+    last = torch.ones(len(codes), 1, dtype=torch.long, device=codes.device)
+    state = None
+    written = []
     for _ in range(length):
         logits, state = self(codes, last, state)
         logits = logits[:, 0].clone()
@@ -576,38 +569,29 @@ class BernoulliVAE(nn.Module):
             ("gru",) if kind == "tokens" else ("mlp", "conv"),
         )
         self.code = BlockCode(generator, blocks, code_name, tie)
-        self.kind, self.shape, self.width, self.logit_scale, self.logit_limit = (
-            kind,
-            tuple(shape),
-            width,
-            logit_scale,
-            logit_limit,
-        )
+        self.kind = kind
+        self.shape = tuple(shape)
+        self.width = width
+        self.logit_scale = logit_scale
+        self.logit_limit = logit_limit
         self.estimator = chosen_estimator(estimator, self.code, kind)
-        self.samples, self.temperature, self.wake, self.copies = (
-            samples,
-            temperature,
-            1.0 if estimator == "wake" else wake,
-            check_choice("parameter", "copies", copies, ("valid", "independent")),
-        )
-        bits, size = self.code.code_bits, dict(hidden=hidden, depth=depth)
+        self.samples = samples
+        self.temperature = temperature
+        self.wake = 1.0 if estimator == "wake" else wake
+        self.copies = check_choice("parameter", "copies", copies, ("valid", "independent"))
+        bits = self.code.code_bits
+        size = dict(hidden=hidden, depth=depth)
         if kind == "tokens":
-            self.encoder, self.decoder = (
-                SequenceEncoder(width, bits, max(2, hidden // 2), depth),
-                SequenceDecoder(
-                    width, bits, token_dropout=token_dropout, dropout=dropout, mean=mean, **size
-                ),
+            self.encoder = SequenceEncoder(width, bits, max(2, hidden // 2), depth)
+            self.decoder = SequenceDecoder(
+                width, bits, token_dropout=token_dropout, dropout=dropout, mean=mean, **size
             )
         elif architecture == "conv":
-            self.encoder, self.decoder = (
-                ConvolutionalEncoder(shape, bits, mean=mean, **size),
-                ConvolutionalDecoder(shape, bits, mean=mean, **size),
-            )
+            self.encoder = ConvolutionalEncoder(shape, bits, mean=mean, **size)
+            self.decoder = ConvolutionalDecoder(shape, bits, mean=mean, **size)
         else:
-            self.encoder, self.decoder = (
-                BinaryEncoder(width, bits, mean=mean, **size),
-                BinaryDecoder(width, bits, mean=mean, **size),
-            )
+            self.encoder = BinaryEncoder(width, bits, mean=mean, **size)
+            self.decoder = BinaryDecoder(width, bits, mean=mean, **size)
         self.blind = bool(blind)
         if blind:
             self.decoder.blind = check_choice("parameter", "blind", kind, ("tokens",)) == "tokens"
@@ -670,10 +654,8 @@ def straight_through(model, x, mask, logits, q):
 def concrete(model, x, mask, logits, q):
     "A relaxed word (Maddison et al., Jang et al. 2017), one a block; repeated bits share it. Biased for hard bits."
     if model.copies == "independent":  # each code bit relaxed on its own: no sample of the model
-        l, u = (
-            model.code.bit_probability(q, coded=True).clamp(1e-6, 1 - 1e-6).logit(),
-            torch.rand_like(logits).clamp(1e-6, 1 - 1e-6),
-        )
+        l = model.code.bit_probability(q, coded=True).clamp(1e-6, 1 - 1e-6).logit()
+        u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
         soft = ((l + u.logit()) / model.temperature).sigmoid()
     else:
         gumbel = -torch.empty_like(q).exponential_().clamp_min(1e-20).log()
@@ -733,7 +715,8 @@ def exact(model, x, mask, logits, q):
     if not model.wake:
         return fit
     kl = model.code.kl(q).sum(-1)
-    likelihood, follow = -ll.logsumexp(-1), -(ll.softmax(-1).detach() * log_q).sum(-1)
+    likelihood = -ll.logsumexp(-1)
+    follow = -(ll.softmax(-1).detach() * log_q).sum(-1)
     return _with_gradient(
         fit.detach(), (1 - model.wake) * (fit + kl) + model.wake * (likelihood + follow) - kl
     )  # the loss adds the KL again
@@ -850,10 +833,8 @@ def next_tokens(
 @patch
 def program_inputs(self: BernoulliVAE) -> dict:  # Method -> input -> type and axes
     "What the programs of a model take."
-    words, tokens = (
-        f"int64[batch,{self.code.information_bits}]<2",
-        f"int64[batch,length]<{self.width}",
-    )
+    words = f"int64[batch,{self.code.information_bits}]<2"
+    tokens = f"int64[batch,length]<{self.width}"
     if self.kind == "image":
         return dict(read=dict(x=f"float32[batch,{self.width}]"), picture=dict(words=words))
     return dict(

@@ -94,15 +94,16 @@ def write(
     seed: int = 0,  # Seed
 ) -> np.ndarray:  # `[n,length]`, 0 behind the end
     "Draw texts: in each context one of the places where it occurred, or a shorter context as often as back-off says."
-    rng, made = np.random.default_rng(seed), np.full((n, self.context + length), 1, np.int64)
+    rng = np.random.default_rng(seed)
+    made = np.full((n, self.context + length), 1, np.int64)
     for t in range(self.context, self.context + length):
-        before, new, open_ = made[:, t - self.context : t], np.zeros(n, np.int64), np.ones(n, bool)
+        before = made[:, t - self.context : t]
+        new = np.zeros(n, np.int64)
+        open_ = np.ones(n, bool)
         for k in range(self.context, -1, -1):
             h = self.number(before, k)
-            low, high = (
-                np.searchsorted(self.keys[k], h * self.width),
-                np.searchsorted(self.keys[k], (h + 1) * self.width),
-            )
+            low = np.searchsorted(self.keys[k], h * self.width)
+            high = np.searchsorted(self.keys[k], (h + 1) * self.width)
             kinds = np.searchsorted(self.kinds[k], h, "right") - np.searchsorted(
                 self.kinds[k], h, "left"
             )

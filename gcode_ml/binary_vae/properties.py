@@ -31,7 +31,9 @@ def shares(
     )
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #53db3aee
-_axes, _moves, _circles = set("XYZEABCUVW"), {0.0, 1.0, 2.0, 3.0}, {2.0, 3.0}
+_axes = set("XYZEABCUVW")
+_moves = {0.0, 1.0, 2.0, 3.0}
+_circles = {2.0, 3.0}
 
 
 def _line_fault(words):

@@ -288,13 +288,11 @@ def recipe(
     model = BernoulliVAE(**arguments, mean=items.mean(sets.train))
     own = _callbacks(given, block, items, warmup, options)
     learn = options.learner(dls, model, NegativeELBO(beta_max), [*own, *cbs])
-    learn.sets, learn.arguments, learn.train, learn.valid, learn.test = (
-        sets,
-        arguments,
-        sets.train,
-        sets.valid,
-        sets.test,
-    )
+    learn.sets = sets
+    learn.arguments = arguments
+    learn.train = sets.train
+    learn.valid = sets.valid
+    learn.test = sets.test
     return learn
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #2e2f7d68
@@ -470,7 +468,9 @@ def predict_bundle(
     "The most probable word of each item."
     from gcode_ml.binary_vae.evaluate import importance_bound
 
-    items, model, rows = read_items(path, bundle.preprocessing), bundle.model, []
+    items = read_items(path, bundle.preprocessing)
+    model = bundle.model
+    rows = []
     _check_bundle(bundle)
     for i in np.array_split(np.arange(len(items)), max(1, math.ceil(len(items) / 250))):
         x, mask, _ = items.batch(i)
@@ -525,10 +525,13 @@ def evaluate_bundle(
     _check_bundle(bundle)
     if Path(data).is_file():
         items = read_items(data, bundle.preprocessing)
-        index, facts = np.arange(len(items)), dict(kind="file", rows=len(items))
+        index = np.arange(len(items))
+        facts = dict(kind="file", rows=len(items))
     else:
         sets = load_data(str(data))
-        items, index, facts = sets.items, sets.test, sets.facts
+        items = sets.items
+        index = sets.test
+        facts = sets.facts
     if items.kind == "tokens" and list(items.vocabulary) != bundle.preprocessing["vocabulary"]:
         items = Texts(
             [items.texts[i] for i in index],
@@ -552,7 +555,8 @@ def sample_bundle(
     if n < 1:
         raise InputError("sample", "n", "at least 1", str(n))
     _check_bundle(bundle)
-    model, random = bundle.model.eval(), torch.Generator().manual_seed(seed)
+    model = bundle.model.eval()
+    random = torch.Generator().manual_seed(seed)
     words = torch.randint(0, 2, (n, model.code.information_bits), generator=random).float()
     made = torch.cat(
         [

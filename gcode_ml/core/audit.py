@@ -53,7 +53,8 @@ def _most_shared(start, stop, a, b):
     start, stop = start[order], stop[order]
     outer = stop > np.concatenate([[-1], np.maximum.accumulate(stop)[:-1]])
     start, stop = start[outer], stop[outer]
-    i, j = np.searchsorted(start, a, "right") - 1, np.searchsorted(stop, b, "left")
+    i = np.searchsorted(start, a, "right") - 1
+    j = np.searchsorted(stop, b, "left")
 
     def common(k):
         return np.where(
@@ -70,7 +71,8 @@ def _most_shared(start, stop, a, b):
 
 def _longest_between(length, first, last):
     "Largest of `length[first:last]` for each pair, 0 where that is empty."
-    result, some = np.zeros(len(first), int), np.flatnonzero(last > first)
+    result = np.zeros(len(first), int)
+    some = np.flatnonzero(last > first)
     some = some[
         np.argsort(first[some], kind="stable")
     ]  # in order, so that `reduceat` passes over the array once
@@ -107,11 +109,13 @@ def window_overlap(
     for c, mine in pd.Series(test).groupby(code[test]).indices.items():
         if c not in learnt:
             continue
-        other, own = np.asarray(train)[learnt[c]], test[mine]
+        other = np.asarray(train)[learnt[c]]
+        own = test[mine]
         shared[mine] = _most_shared(starts[other], stops[other], starts[own], stops[own]) / (
             stops[own] - starts[own]
         )
-    some, most = (shared > 0).mean(), (shared >= near).mean()
+    some = (shared > 0).mean()
+    most = (shared >= near).mean()
     return _finding(
         "window_overlap",
         some,
@@ -242,7 +246,9 @@ def _within_sources(x, y, source):
     "Least-squares slope and R2 after each source's mean is taken away."
     n = np.maximum(np.bincount(source), 1)
     x, y = [v - (np.bincount(source, v) / n)[source] for v in (x, y)]
-    xx, yy, xy = x @ x, y @ y, x @ y
+    xx = x @ x
+    yy = y @ y
+    xy = x @ y
     small = 1e-20 * len(x)
     return (0.0, 0.0) if xx <= small or yy <= small else (float(xy / xx), float(xy**2 / (xx * yy)))
 
@@ -250,7 +256,8 @@ def _within_sources(x, y, source):
 def _median_ratio(x, y, source):
     "Median of the ratio of changes from row to row, over the larger half of the changes in `x`."
     same = np.diff(source) == 0
-    dx, dy = np.diff(x)[same], np.diff(y)[same]
+    dx = np.diff(x)[same]
+    dy = np.diff(y)[same]
     moves = dx != 0
     if not moves.any():
         return 0.0
@@ -264,14 +271,17 @@ def _centre(x, source):
 
 def _share_right(error, departure, limit):
     "Share of rows with a small error; 0 unless half of the rows that leave the median are among them."
-    right, leaves = np.abs(error) <= limit, np.abs(departure) > limit
+    right = np.abs(error) <= limit
+    leaves = np.abs(departure) > limit
     return float(right.mean()) if leaves.any() and right[leaves].mean() >= 0.5 else 0.0
 
 # %% ../../nbs/core/06_audit.ipynb #97e0a73b
 def _copy_fit(y, x, source, tolerance):
     "How well column `y` gives back answer `x`: slope, share of rows within the tolerance, R2 and share of equal rows."
     both = np.isfinite(x) & np.isfinite(y)
-    x, y, source = x[both], y[both], source[both]
+    x = x[both]
+    y = y[both]
+    source = source[both]
     fit = dict(slope=0.0, share=0.0, r2=0.0, equal=0.0)
     if len(x) < 20 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return fit
@@ -457,7 +467,9 @@ def lookup_by_time(
         sources=sources,
         **({} if classes is None else dict(classes=classes)),
     )
-    time, answers, sources = np.asarray(time, float), np.asarray(answers), np.asarray(sources)
+    time = np.asarray(time, float)
+    answers = np.asarray(answers)
+    sources = np.asarray(sources)
 
     def reached(classes):
         table = TimeLookup().fit(

@@ -65,7 +65,8 @@ class Augmentation:
                 along_steps(was | real, before, self.time_axis), after, before
             )  # real steps come first: where the last ones are, nothing is padded
         if not whole:
-            after, real = x.index_copy(0, rows, after), mask.index_copy(0, rows, real)
+            after = x.index_copy(0, rows, after)
+            real = mask.index_copy(0, rows, real)
         return (after, real) if self.changes_mask else after
 
 # %% ../../nbs/core/15_augment.ipynb #067356b5
@@ -179,7 +180,9 @@ class MagnitudeWarp(Augmentation):
         waves: int = 4,  # Number of cosines; more are rougher
         p: float = 1.0,  # Share of the samples
     ):
-        self.std, self.waves, self.p = std, waves, p
+        self.std = std
+        self.waves = waves
+        self.p = p
 
     def change(self, x, mask):
         steps, length = _real_steps(mask)
@@ -246,11 +249,14 @@ class CropResize(Augmentation):
         bend: float = 0.0,  # Standard deviation of ln gamma; 0 reads evenly
         p: float = 1.0,  # Share of the samples
     ):
-        self.share, self.bend, self.p = share, bend, p
+        self.share = share
+        self.bend = bend
+        self.p = p
 
     def change(self, x, mask):
         steps, length = _real_steps(mask)
-        part, at = _uniform(x, self.share, 1.0, 1), (steps / (length - 1).clamp_min(1)).clamp_max(1)
+        part = _uniform(x, self.share, 1.0, 1)
+        at = (steps / (length - 1).clamp_min(1)).clamp_max(1)
         start = _uniform(x, 0.0, 1.0, 1) * (1 - part)
         if self.bend:
             at = at ** torch.exp(self.bend * torch.randn(len(x), 1, device=x.device))
@@ -310,7 +316,9 @@ class TimeShift(Augmentation):
         wrap: bool = True,  # Round the end; else the value at the edge is held
         p: float = 1.0,  # Share of the samples
     ):
-        self.limit, self.wrap, self.p = limit, wrap, p
+        self.limit = limit
+        self.wrap = wrap
+        self.p = p
 
     def change(self, x, mask):
         steps, length = _real_steps(mask)
@@ -335,8 +343,10 @@ class TimeShift(Augmentation):
 
 def _rolled(x, first, most):
     "Each sequence from its step `first` `[B]` on, round the end; none is further than `most` from its start: whole rows of the sequences with as much of both ends laid around them."
-    size, steps = x[0].numel(), x.shape[1]
-    first, most = first.fmod(steps), min(most, steps)
+    size = x[0].numel()
+    steps = x.shape[1]
+    first = first.fmod(steps)
+    most = min(most, steps)
     wide = torch.cat([x[:, steps - most :], x, x[:, :most]], 1)
     return (
         wide.flatten()
@@ -393,7 +403,9 @@ class TimeMask(Augmentation):
         fill: float = 0.0,  # Value in it
         p: float = 1.0,  # Share of the samples
     ):
-        self.share, self.fill, self.p = share, fill, p
+        self.share = share
+        self.fill = fill
+        self.p = p
 
     def change(self, x, mask):
         length = _real_steps(mask)[1]
@@ -412,7 +424,10 @@ class CutOut(Augmentation):
         fill: float = 0.0,  # Value in it
         p: float = 1.0,  # Share of the samples
     ):
-        self.holes, self.size, self.fill, self.p = holes, size, fill, p
+        self.holes = holes
+        self.size = size
+        self.fill = fill
+        self.p = p
 
     def change(self, x, mask):
         length = _real_steps(mask)[1]
@@ -430,7 +445,9 @@ class StepDropout(Augmentation):
         fill: float = 0.0,  # Value in it
         p: float = 1.0,  # Share of the samples
     ):
-        self.share, self.fill, self.p = share, fill, p
+        self.share = share
+        self.fill = fill
+        self.p = p
 
     def change(self, x, mask):
         return _blank(x, torch.rand(mask.shape, device=x.device)[..., None] < self.share, self.fill)
@@ -446,7 +463,9 @@ class ChannelDropout(Augmentation):
         fill: float = 0.0,  # Value in it
         p: float = 1.0,  # Share of the samples
     ):
-        self.share, self.fill, self.p = share, fill, p
+        self.share = share
+        self.fill = fill
+        self.p = p
 
     def change(self, x, mask):
         luck = _uniform(x, 0.0, 1.0, 1, x.shape[2])
@@ -467,17 +486,18 @@ class SpecAugment(Augmentation):
         time_axis: int = -1,  # Axis of `x` that the mask belongs to; the frequencies are on -2, or on -1 if this is 1
         p: float = 1.0,  # Share of the samples
     ):
-        self.time_masks, self.time_width, self.frequency_masks, self.frequency_width = (
-            time_masks,
-            time_width,
-            frequency_masks,
-            frequency_width,
-        )
-        self.fill, self.time_axis, self.p = fill, time_axis, p
+        self.time_masks = time_masks
+        self.time_width = time_width
+        self.frequency_masks = frequency_masks
+        self.frequency_width = frequency_width
+        self.fill = fill
+        self.time_axis = time_axis
+        self.p = p
 
     def change(self, x, mask):
         axis = -1 if self.time_axis == 1 else -2
-        length, bins = _real_steps(mask)[1], torch.full((len(x), 1), x.shape[axis], device=x.device)
+        length = _real_steps(mask)[1]
+        bins = torch.full((len(x), 1), x.shape[axis], device=x.device)
         times = _stretches(length, _widths(length, self.time_masks, self.time_width), mask.shape[1])
         bands = _stretches(
             bins, _widths(bins, self.frequency_masks, self.frequency_width), x.shape[axis]
@@ -512,7 +532,9 @@ class PatchAugmentation(Augmentation):
         p: float = 1.0,  # Share of the samples
     ):
         n = PATCH_PRESETS[check_choice("PatchAugmentation", "preset", preset, PATCH_PRESETS)]
-        self.preset, self.size, self.p = preset, size, p
+        self.preset = preset
+        self.size = size
+        self.p = p
         self.parts = [
             StepDropout(n["dropout"]),
             CutOut(n["holes"], n["hole"]),
@@ -525,10 +547,8 @@ class PatchAugmentation(Augmentation):
         cut = count * self.size
         if not count:
             return x
-        patches, real = (
-            x[:, :cut].reshape(len(x), count, -1),
-            mask[:, :cut].view(len(x), count, self.size).all(2),
-        )
+        patches = x[:, :cut].reshape(len(x), count, -1)
+        real = mask[:, :cut].view(len(x), count, self.size).all(2)
         return torch.cat(
             [augment(self.parts, patches, real)[0].reshape(len(x), cut, -1), x[:, cut:]], 1
         )
@@ -562,7 +582,9 @@ class RandomPolicy(Augmentation):
         n: int = 2,  # How many of them
         p: float = 1.0,  # Share of the samples
     ):
-        self.augmentations, self.n, self.p = create_augmentations(augmentations), n, p
+        self.augmentations = create_augmentations(augmentations)
+        self.n = n
+        self.p = p
         if not 0 <= n <= len(self.augmentations):
             raise InputError(
                 "RandomPolicy",
@@ -578,7 +600,8 @@ class RandomPolicy(Augmentation):
         for k, a in enumerate(self.augmentations):
             rows = (rank[:, : self.n] == k).any(1).nonzero()[:, 0]
             part, real = augment([a], x[rows], mask[rows])
-            x, mask = x.index_copy(0, rows, part), mask.index_copy(0, rows, real)
+            x = x.index_copy(0, rows, part)
+            mask = mask.index_copy(0, rows, real)
         return (x, mask) if self.changes_mask else x
 
 # %% ../../nbs/core/15_augment.ipynb #cc9777c7
@@ -603,7 +626,9 @@ class Mirror(Augmentation):
         center: float = 0.0,  # Where the mirror stands on the x axis
         p: float = 0.5,  # Share of the samples
     ):
-        self.pairs, self.center, self.p = [tuple(i) for i in pairs], center, p
+        self.pairs = [tuple(i) for i in pairs]
+        self.center = center
+        self.p = p
 
     def change(self, x, mask):
         points = _points("Mirror", x, [i for pair in self.pairs for i in pair])
@@ -628,14 +653,19 @@ class Affine(Augmentation):
         shift: float = 0.05,  # Largest shift along each axis
         p: float = 1.0,  # Share of the samples
     ):
-        self.rotation, self.scale, self.shear, self.shift, self.p = rotation, scale, shear, shift, p
+        self.rotation = rotation
+        self.scale = scale
+        self.shear = shear
+        self.shift = shift
+        self.p = p
 
     def change(self, x, mask):
         angle, scale, shear = (
             _uniform(x, m - l, m + l)
             for m, l in ((0, self.rotation), (1, self.scale), (0, self.shear))
         )
-        cos, sin = scale * angle.cos(), scale * angle.sin()
+        cos = scale * angle.cos()
+        sin = scale * angle.sin()
         matrix = (
             torch.stack([cos, sin, cos * shear - sin, sin * shear + cos], 1)
             .view(-1, 2, 2)
@@ -683,20 +713,16 @@ class Occlusion(Augmentation):
         fill: float = 0.0,  # Value in it
         p: float = 1.0,  # Share of the samples
     ):
-        self.groups, self.share, self.least, self.fill, self.p = (
-            dict(groups or {}),
-            share,
-            least,
-            fill,
-            p,
-        )
+        self.groups = dict(groups or {})
+        self.share = share
+        self.least = least
+        self.fill = fill
+        self.p = p
 
     def change(self, x, mask):
         points = _points("Occlusion", x, [i for g in self.groups.values() for i in g])
-        length, hit = (
-            _real_steps(mask)[1],
-            torch.zeros(*points.shape[:3], dtype=torch.bool, device=x.device),
-        )
+        length = _real_steps(mask)[1]
+        hit = torch.zeros(*points.shape[:3], dtype=torch.bool, device=x.device)
         luck = torch.rand(len(x), len(self.groups), device=x.device)
         for k, g in enumerate(self.groups.values()):
             chosen = luck[:, k] < (
@@ -730,14 +756,13 @@ class Augment(Callback):
         augmentations,  # What `create_augmentations` takes
         key: str = None,  # Name of the tensor, where the inputs are a dictionary
     ):
-        self.augmentations, self.key = create_augmentations(augmentations), key
+        self.augmentations = create_augmentations(augmentations)
+        self.key = key
 
     def before_batch(self):
         inputs, mask = self.xb
-        x, present = (
-            input_tensor(inputs, self.key, "Augment"),
-            inputs.get("present") if isinstance(inputs, dict) else None,
-        )
+        x = input_tensor(inputs, self.key, "Augment")
+        present = inputs.get("present") if isinstance(inputs, dict) else None
         if present is not None:
             x = x.masked_fill(~present, torch.nan)
         x, mask = augment(self.augmentations, x, mask)

@@ -26,15 +26,15 @@ class EMA(Callback):
         decay: float = 0.999,  # Share of the old average
         keep: bool = True,  # Leave the averaged weights in the model after the fit
     ):
-        self.decay, self.keep, self.exchanged = decay, keep, False
+        self.decay = decay
+        self.keep = keep
+        self.exchanged = False
 
     def before_fit(self):
         self.run = in_fit(self.learn)
         if self.run:
-            self.average, self.exchanged = (
-                AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay)),
-                False,
-            )
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+            self.exchanged = False
 
     def after_step(self):
         self.average.update_parameters(self.model)

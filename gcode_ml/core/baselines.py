@@ -66,7 +66,9 @@ class TimeLookup(BaseEstimator):
         sources,  # Source of each row, `[N]`
         classes=None,  # Class of each row, `[N]`, when it may be used
     ):
-        time, answers, sources = np.asarray(time, float), np.asarray(answers), np.asarray(sources)
+        time = np.asarray(time, float)
+        answers = np.asarray(answers)
+        sources = np.asarray(sources)
         _same_length(
             answers=answers,
             time=time,
@@ -145,7 +147,8 @@ def _statistics(x, statistics):
     real = ~np.isnan(x)
     count = real.sum(1)
     none = count == 0
-    n, last = count.clip(1), x.shape[1] - 1
+    n = count.clip(1)
+    last = x.shape[1] - 1
 
     def ends(at):
         return np.take_along_axis(x, at[:, None], 1)[:, 0]
@@ -339,7 +342,8 @@ def score_baselines(
     n_jobs: int = None,  # As for `baseline`; boosting takes one thread unless told
 ) -> pd.DataFrame:  # A row a baseline: `name`, `accuracy`, `low`, `high`, `macro_f1`, `seconds`
     "Fit and score simple methods on one split."
-    features, target = np.asarray(features), np.asarray(target)
+    features = np.asarray(features)
+    target = np.asarray(target)
     _same_length(
         features=features, target=target, **({} if sources is None else dict(sources=sources))
     )

@@ -34,7 +34,10 @@ class BatchLoader(DataLoader):
         **kwargs,  # For fastai's `DataLoader`: `num_workers`, `pin_memory`, `device`, …
     ):
         super().__init__(dataset, bs=bs or batch_size, shuffle=shuffle, indexed=True, **kwargs)
-        self.bucket, self.rng, self.among, self.ordered = bucket, random.Random(seed), None, False
+        self.bucket = bucket
+        self.rng = random.Random(seed)
+        self.among = None
+        self.ordered = False
 
     def create_batches(self, samples):
         yield from map(self.do_batch, self.chunkify(samples))
@@ -54,7 +57,8 @@ class Subset:
         dataset,  # Has `batch`, `lengths`
         index,  # Which items, in which order
     ):
-        self.dataset, self.index = dataset, np.asarray(index)
+        self.dataset = dataset
+        self.index = np.asarray(index)
         self.lengths = dataset.lengths[self.index]
 
     def __len__(self):
@@ -102,10 +106,8 @@ def restrict(
     "Draw from some of the items."
     if index is not None and not len(index):
         raise InputError("BatchLoader", "items", "at least one that takes part", "none")
-    self.among, self.ordered = (
-        None if index is None else np.asarray(index).tolist(),
-        ordered and index is not None,
-    )
+    self.among = None if index is None else np.asarray(index).tolist()
+    self.ordered = ordered and index is not None
     self.n = len(self.dataset) if index is None else len(index)
 
 # %% ../../nbs/core/04_batch.ipynb #796c3bf6

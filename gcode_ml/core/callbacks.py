@@ -57,7 +57,8 @@ class Stopwatch:
 
     def lap(self):
         "Seconds since the last call."
-        last, self.last = self.last, time.perf_counter()
+        last = self.last
+        self.last = time.perf_counter()
         return self.last - last
 
 # %% ../../nbs/core/12_callbacks.ipynb #0a3e0774
@@ -79,7 +80,10 @@ class History(Callback):
         fit: str = "fit",  # Name of this fit, first column of the file
         columns: dict = None,  # Name in the file -> name in the table, in the order of the file; all by default. Without `fit` the file holds this fit alone
     ):
-        self.path, self.fit_name, self.columns, self.seconds = Path(path), fit, columns, []
+        self.path = Path(path)
+        self.fit_name = fit
+        self.columns = columns
+        self.seconds = []
         check_choice(path, "file type", self.path.suffix, _writers)
 
     def before_fit(self):
@@ -88,7 +92,8 @@ class History(Callback):
             self.seconds = []
 
     def before_epoch(self):
-        self.elapsed, self.watch = 0.0, Stopwatch()
+        self.elapsed = 0.0
+        self.watch = Stopwatch()
 
     def after_batch(self):
         self.elapsed += self.watch.lap()
@@ -131,7 +136,8 @@ class TextLog(Callback):
         path,  # The file
         accuracies: dict = None,  # Name in the log -> name of the metric, a share; by default every validation metric with `acc` in its name
     ):
-        self.path, self.accuracies = Path(path), accuracies
+        self.path = Path(path)
+        self.accuracies = accuracies
 
     def before_fit(self):
         self.run = in_fit(self.learn)
@@ -235,7 +241,10 @@ class EarlyStopping(Callback):
         mode: str = "min",  # Whether the `min` or the `max` is best
     ):
         check_choice("EarlyStopping", "mode", mode, ("min", "max"))
-        self.monitor, self.patience, self.min_delta, self.mode = monitor, patience, min_delta, mode
+        self.monitor = monitor
+        self.patience = patience
+        self.min_delta = min_delta
+        self.mode = mode
 
     def before_fit(self):
         self.run = in_fit(self.learn)
@@ -293,13 +302,11 @@ class Checkpoints(Callback):
         keep_last: int = 0,  # How many of those to keep; 0 keeps all
     ):
         check_choice("Checkpoints", "mode", mode, ("min", "max"))
-        self.folder, self.monitor, self.mode, self.every, self.keep_last = (
-            Path(folder),
-            monitor,
-            mode,
-            every,
-            keep_last,
-        )
+        self.folder = Path(folder)
+        self.monitor = monitor
+        self.mode = mode
+        self.every = every
+        self.keep_last = keep_last
 
     def before_fit(self):
         self.run = in_fit(self.learn)

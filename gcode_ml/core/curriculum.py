@@ -86,15 +86,13 @@ class Curriculum(Callback):
             )
         if isinstance(difficulty, str):
             check_choice("Curriculum", "difficulty", difficulty, ("length",))
-        (
-            self.difficulty,
-            self.pacing,
-            self.start,
-            self.until,
-            self.ordered,
-            self.groups,
-            self.hardest_first,
-        ) = difficulty, pacing, start, until, ordered, groups, hardest_first
+        self.difficulty = difficulty
+        self.pacing = pacing
+        self.start = start
+        self.until = until
+        self.ordered = ordered
+        self.groups = groups
+        self.hardest_first = hardest_first
 
     def before_fit(self):
         self.run = in_fit(self.learn)
@@ -198,16 +196,14 @@ class ScheduledSampling(Callback):
                 )[decay],
                 repr(k),
             )
-        (
-            self.decay,
-            self.k,
-            self.start,
-            self.least,
-            self.predict_,
-            self.greedy,
-            self.key,
-            self.special,
-        ) = decay, k, start, least, predict, greedy, key, list(special)
+        self.decay = decay
+        self.k = k
+        self.start = start
+        self.least = least
+        self.predict_ = predict
+        self.greedy = greedy
+        self.key = key
+        self.special = list(special)
 
     def before_fit(self):
         self.run = in_fit(self.learn)
@@ -259,7 +255,8 @@ def before_batch(self: ScheduledSampling):
             f"one of {', '.join(inputs)}" if isinstance(inputs, dict) else "inputs with names",
             repr(self.key),
         )
-    right, own = inputs[self.key][:, 1:], self.own_tokens(inputs, mask)[:, :-1]
+    right = inputs[self.key][:, 1:]
+    own = self.own_tokens(inputs, mask)[:, :-1]
     special = torch.tensor(self.special, device=right.device)
     change = (
         (torch.rand(right.shape, device=right.device) >= self.right_share)

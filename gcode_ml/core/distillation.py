@@ -31,7 +31,8 @@ def check_classes(
     what: str = "Distill",  # Who asks, for the sentence
 ):
     "Refuse a teacher with other classes, or with another order of them."
-    teacher, student = list(map(str, teacher)), list(map(str, student))
+    teacher = list(map(str, teacher))
+    student = list(map(str, student))
     if len(teacher) != len(student):
         raise InputError(
             what, "classes", f"{len(student)}, as the student has", f"{len(teacher)} of the teacher"
@@ -65,11 +66,10 @@ class Distill(Callback):
     ):
         if classes is not None and teacher_classes is not None:
             check_classes(teacher_classes, classes)
-        self.key, self.alpha, self.answers = (
-            key or head or "target",
-            alpha,
-            teacher_answers(teacher, head),
-        )  # a function, which a snapshot leaves out
+        # a function, which a snapshot leaves out
+        self.key = key or head or "target"
+        self.alpha = alpha
+        self.answers = teacher_answers(teacher, head)
         self.distance = Distillation(
             temperature, alpha, ignore_index=ignore_index, head=head, key=self.key
         )
@@ -140,7 +140,8 @@ def _right(model, data, batch_size, head, key):
     "Whether each item, or each label of it, is answered rightly; and the number of classes."
     right = []
     for inputs, mask, target in BatchLoader(data, batch_size):
-        logits, labels = part(model(inputs, mask), head), part(target, key or head, "target")
+        logits = part(model(inputs, mask), head)
+        labels = part(target, key or head, "target")
         right.append((logits.argmax(-1) == labels)[labels >= 0])  # padded labels are negative
     return torch.cat(right).numpy(), logits.shape[-1]
 
@@ -161,10 +162,8 @@ def compare(
     for model in models.values():
         model.eval().cpu()
     try:
-        right, times = (
-            {n: _right(m, data, batch_size, head, key) for n, m in models.items()},
-            latencies(models, data, items),
-        )
+        right = {n: _right(m, data, batch_size, head, key) for n, m in models.items()}
+        times = latencies(models, data, items)
     finally:
         for m, training in modes.items():
             m.training = training

@@ -22,13 +22,11 @@ class InputError(ValueError):
         found: str,  # What is there
         hint: str = "",  # What to do next
     ):
-        self.file, self.field, self.expected, self.found, self.hint = (
-            str(file),
-            field,
-            expected,
-            found,
-            hint,
-        )
+        self.file = str(file)
+        self.field = field
+        self.expected = expected
+        self.found = found
+        self.hint = hint
         self.sentence = (
             f"{file}: {field}: expected {expected}, found {found}{'; ' + hint if hint else ''}."
         )

@@ -168,10 +168,9 @@ def warm_restarts(
     half = cosine(learning_rate, eta_min)
 
     def curve(share):
-        since, period = (
-            share / T_0 + 1e-9,
-            1.0,
-        )  # what is added keeps a restart from falling a batch late by rounding
+        # what is added keeps a restart from falling a batch late by rounding
+        since = share / T_0 + 1e-9
+        period = 1.0
         while since >= period:
             since, period = since - period, period * T_mult
         return half(since / period)
@@ -347,7 +346,9 @@ class Schedule(ParamScheduler):
         options: dict,  # Of that schedule
     ):
         super().__init__({})
-        self.schedule_name, self.learning_rate, self.options = schedule_name, learning_rate, options
+        self.schedule_name = schedule_name
+        self.learning_rate = learning_rate
+        self.options = options
         self.monitor = options.get("monitor", "valid_loss") if schedule_name == "plateau" else ""
 
     def before_fit(self):
@@ -395,11 +396,10 @@ class MoreTargets(Callback):
         more,  # `more(*inputs) -> dict` of tensors, for instance `teacher_answers(model)`
         target: str = "target",  # Name of the batch's own target, where that is a tensor
     ):
-        self.more, self.target, self.plain = (
-            partial(more),
-            target,
-            None,
-        )  # a snapshot leaves a partial out
+        # a snapshot leaves a partial out
+        self.more = partial(more)
+        self.target = target
+        self.plain = None
 
     def after_pred(self):
         if not len(self.yb):

@@ -66,7 +66,8 @@ class MaskedLSTM(nn.Module):
 
     def forward(self, x, mask):
         "States `[B,T,outputs]` of `x` `[B,T,inputs]`; zero where padded."
-        ahead, back = self.forwards(x)[0], self.backwards(reverse_padded(x, mask))[0]
+        ahead = self.forwards(x)[0]
+        back = self.backwards(reverse_padded(x, mask))[0]
         return torch.cat([ahead, reverse_padded(back, mask)], -1) * mask.unsqueeze(-1)
 
 # %% ../../nbs/core/02_layers.ipynb #fa94fd11

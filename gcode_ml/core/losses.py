@@ -39,7 +39,8 @@ class Loss(nn.Module):
         reduction: str = "mean",  # `mean`, or `none`: a value an item
     ):
         super().__init__()
-        self.head, self.key = head, head if key is None else key
+        self.head = head
+        self.key = head if key is None else key
         self.reduction = check_choice("loss", "reduction", reduction, ("mean", "none"))
 
     def parts(self, prediction, target):
@@ -64,7 +65,8 @@ class CrossEntropy(Loss):
             raise InputError(
                 "loss", "label_smoothing", "a share from 0 to below 1", repr(label_smoothing)
             )
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
         self.register_buffer(
             "weight",
             None if weight is None else torch.as_tensor(weight, dtype=torch.float32),
@@ -255,7 +257,9 @@ class Distillation(Loss):
                 "a positive number and a share",
                 f"{temperature!r}, {alpha!r}",
             )
-        self.temperature, self.alpha, self.teacher = temperature, alpha, teacher
+        self.temperature = temperature
+        self.alpha = alpha
+        self.teacher = teacher
         self.hard = CrossEntropy(None, label_smoothing, ignore_index, head, key, "none")
 
     def forward(self, prediction, target):
@@ -371,16 +375,12 @@ class PhysicsInformed(_Composite):
                 "at least 0 and not both 0",
                 f"{data_weight!r}, {physics_weight!r}",
             )
-        self.residual, self.data_weight, self.physics_weight, self.square = (
-            residual,
-            data_weight,
-            physics_weight,
-            square,
-        )
-        self.losses, self.reduction = (
-            nn.ModuleList([Regression() if data is None else data]),
-            reduction,
-        )
+        self.residual = residual
+        self.data_weight = data_weight
+        self.physics_weight = physics_weight
+        self.square = square
+        self.losses = nn.ModuleList([Regression() if data is None else data])
+        self.reduction = reduction
 
     def forward(self, prediction, target):
         terms = [
@@ -420,7 +420,8 @@ class MultiTask(_Composite):
         reduction: str = "mean",  # `mean`, or `none`: a value an item
     ):
         super().__init__()
-        self.names, self.losses = list(losses), nn.ModuleList(losses.values())
+        self.names = list(losses)
+        self.losses = nn.ModuleList(losses.values())
         for name in weights or {}:
             check_choice("multi_task", "weights", name, self.names)
         self.fixed = [float((weights or {}).get(name, 1)) for name in self.names]

@@ -51,7 +51,8 @@ def _source_numbers(sources, n):
 # %% ../../nbs/core/07_metrics.ipynb #846a5f5b
 def _mean_draws(values, s, n, statistic, resamples, rng):
     "Mean of each draw from the sums and counts of sources, some million picks at a time."
-    sums, counts = np.bincount(s, values), np.bincount(s)
+    sums = np.bincount(s, values)
+    counts = np.bincount(s)
     steps = np.diff([*range(0, resamples, max(1, 4_000_000 // n)), resamples])
     picks = (rng.integers(0, n, (k, n)) for k in steps)
     return np.concatenate([sums[p].sum(1) / counts[p].sum(1) for p in picks])
@@ -105,7 +106,8 @@ def classification_scores(
     **kwargs,  # For `bootstrap_interval`
 ) -> dict:  # `accuracy`, `macro_f1`; with sources also `low`, `high`, `sources` and, if it exists, `vote_accuracy`
     "Scores of single-label predictions."
-    predicted, target = np.asarray(predicted), np.asarray(target)
+    predicted = np.asarray(predicted)
+    target = np.asarray(target)
     if predicted.shape != target.shape:
         raise InputError(
             "predicted", "items", f"shape {target.shape}, as the targets", str(predicted.shape)
@@ -134,7 +136,8 @@ def _to_width(x, width, fill):
 # %% ../../nbs/core/07_metrics.ipynb #f838ba63
 def _same_rows(predicted, target):
     "Both as arrays `[N,·]`, or an `InputError`."
-    p, t = np.asarray(predicted), np.asarray(target)
+    p = np.asarray(predicted)
+    t = np.asarray(target)
     if p.ndim != 2 or t.ndim != 2 or len(p) != len(t):
         raise InputError(
             "predicted",
@@ -226,10 +229,8 @@ def reliability_table(
     pd.DataFrame
 ):  # A row a bin: `low`, `high`, `count`, mean `confidence` and `accuracy`, NaN where empty
     "Confidence against accuracy."
-    confidence, correct = (
-        check_finite("calibration", "confidence", np.asarray(confidence, float)),
-        np.asarray(correct, float),
-    )
+    confidence = check_finite("calibration", "confidence", np.asarray(confidence, float))
+    correct = np.asarray(correct, float)
     if ((confidence < 0) | (confidence > 1)).any():
         raise InputError(
             "calibration",

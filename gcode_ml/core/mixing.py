@@ -32,14 +32,12 @@ class Mixing(Callback):
         weight: float = None,  # A fixed weight of the sample itself instead of a drawn one
         time_axis: int = 1,  # Axis of the tensor that the mask belongs to; -1 for spectrograms
     ):
-        self.alpha, self.p, self.key, self.target, self.weight, self.time_axis = (
-            alpha,
-            p,
-            key,
-            target,
-            weight,
-            time_axis,
-        )
+        self.alpha = alpha
+        self.p = p
+        self.key = key
+        self.target = target
+        self.weight = weight
+        self.time_axis = time_axis
 
     def before_fit(self):
         others = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, Mixing)]
@@ -53,10 +51,8 @@ class Mixing(Callback):
             if self.weight is None
             else self.weight
         )
-        here, other = (
-            torch.arange(size, device=mask.device),
-            torch.randperm(size, device=mask.device),
-        )
+        here = torch.arange(size, device=mask.device)
+        other = torch.randperm(size, device=mask.device)
         there = mask[:, 0]  # an empty sample takes no part
         self.partner = torch.where(
             (torch.rand(size, device=mask.device) < self.p) & there & there[other], other, here
@@ -108,7 +104,8 @@ class MixUp(Mixing):
 
     def mix(self, inputs, mask, x):
         "Inputs and mask of the mixtures."
-        present, union = _parts(inputs), mask | mask[self.partner]
+        present = _parts(inputs)
+        union = mask | mask[self.partner]
         where = along_steps(mask, x, self.time_axis)
         if present is not None:
             where = where & present
@@ -152,10 +149,8 @@ class CutMix(Mixing):
 
     def mix(self, inputs, mask, x):
         "Inputs with stretches pasted in; the weight becomes what they are."
-        steps, length = (
-            torch.arange(mask.shape[1], device=mask.device)[None],
-            mask.sum(1, keepdim=True).clamp_min(1),
-        )
+        steps = torch.arange(mask.shape[1], device=mask.device)[None]
+        length = mask.sum(1, keepdim=True).clamp_min(1)
         width = (length * (1 - self.own)).round()
         start = (torch.rand(len(x), 1, device=mask.device) * (length - width + 1)).floor()
 
@@ -206,11 +201,15 @@ class AdversarialTraining(Callback):
         key: str = None,  # Name of the tensor to change, where the inputs are a dictionary
         time_axis: int = 1,  # Axis of the tensor that the mask belongs to; -1 for spectrograms
     ):
-        self.epsilon, self.share, self.key, self.time_axis = epsilon, share, key, time_axis
+        self.epsilon = epsilon
+        self.share = share
+        self.key = key
+        self.time_axis = time_axis
 
     def before_batch(self):
         inputs, mask = self.xb
-        present, x = _parts(inputs), input_tensor(inputs, self.key, "AdversarialTraining").detach()
+        present = _parts(inputs)
+        x = input_tensor(inputs, self.key, "AdversarialTraining").detach()
         chosen = along_steps(
             (torch.rand(len(x), 1, device=x.device) < self.share) & mask, x, self.time_axis
         )

@@ -34,12 +34,17 @@ class GradientMonitor(Callback):
         alert: float = 10.0,  # Warn above this norm, and when it is no number
         bins: int = 0,  # Bins of a histogram of log10 |gradient| from -8 to 2 for each parameter; 0 for none
     ):
-        self.interval, self.alert, self.bins = interval, alert, bins
+        self.interval = interval
+        self.alert = alert
+        self.bins = bins
 
     def before_fit(self):
         self.run = in_fit(self.learn)
         if self.run:
-            self.steps_done, self.steps, self.norms, self.histograms = 0, [], [], []
+            self.steps_done = 0
+            self.steps = []
+            self.norms = []
+            self.histograms = []
 
     def before_step(self):
         self.steps_done += 1
@@ -111,7 +116,9 @@ class Timing(Callback):
             self.epoch_rows = []
 
     def before_epoch(self):
-        self.elapsed, self.batch_seconds, self.watch = 0.0, [], Stopwatch()
+        self.elapsed = 0.0
+        self.batch_seconds = []
+        self.watch = Stopwatch()
 
     def after_batch(self):
         lap = self.watch.lap()
@@ -143,12 +150,10 @@ class UniqueTokens(Callback):
         target: float = 100 / 170,  # Warn below this share
         ignore=(),  # Tokens that do not count: padding, start, end
     ):
-        self.vocabulary_size, self.predict_, self.target, self.ignore = (
-            vocabulary_size,
-            predict,
-            target,
-            list(ignore),
-        )
+        self.vocabulary_size = vocabulary_size
+        self.predict_ = predict
+        self.target = target
+        self.ignore = list(ignore)
 
     def before_fit(self):
         self.run = in_fit(self.learn)

@@ -51,10 +51,8 @@ def described(
     comment: str,  # What it means, then `{one, two}` or `[least..most]`; the most may be left out
 ) -> Parameter:  # The parameter
     "A parameter from a comment."
-    choices, between = (
-        re.search(r"\{([^{}]+)\}$", comment),
-        re.search(r"\[(\S+)\.\.(\S*)\]$", comment),
-    )
+    choices = re.search(r"\{([^{}]+)\}$", comment)
+    between = re.search(r"\[(\S+)\.\.(\S*)\]$", comment)
     return Parameter(
         name,
         default,

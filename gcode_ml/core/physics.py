@@ -45,7 +45,9 @@ class PhysicsLoss(Callback):
         for name, value in dict(weight=weight, delay=delay, rise=rise).items():
             if not 0 <= value < np.inf:
                 raise InputError("PhysicsLoss", name, "a number of at least 0", repr(value))
-        self.weight, self.delay, self.rise = weight, delay, rise
+        self.weight = weight
+        self.delay = delay
+        self.rise = rise
         self.law = PhysicsInformed(
             lambda prediction, batch: residual(prediction, *batch),
             data_weight=0.0,

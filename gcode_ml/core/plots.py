@@ -21,7 +21,8 @@ from .errors import InputError, check_choice
 from .metrics import expected_calibration_error, reliability_table
 
 # %% ../../nbs/core/09_plots.ipynb #05b3280f
-_blue, _orange = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[1]
+_blue = sns.color_palette("colorblind")[0]
+_orange = sns.color_palette("colorblind")[1]
 
 # %% ../../nbs/core/09_plots.ipynb #e3165ce8
 def _axes(ax, height):
@@ -108,7 +109,8 @@ def plot_confusion(
     ax=None,  # Axes to draw into
 ):  # The axes
     "Row-normalised confusion matrix, in percent."
-    target, predicted = np.asarray(target), np.asarray(predicted)
+    target = np.asarray(target)
+    predicted = np.asarray(predicted)
     labels = (
         np.unique(np.concatenate([target, predicted])) if labels is None else np.asarray(labels)
     )
@@ -199,7 +201,8 @@ def plot_scores(
 ):  # The axes
     "Dots and intervals of every method under every split."
     _check_columns(table, ("name", "split", "value", "low", "high"), "scores")
-    names, splits = list(table.name.unique()), list(table.split.unique())
+    names = list(table.name.unique())
+    splits = list(table.split.unique())
     models = (
         [k for k in names if k not in (*BASELINES, "time_lookup")]
         if models is None
@@ -279,7 +282,8 @@ def plot_lengths(
             "at least one batch, and an item in each",
             str([len(b) for b in items]),
         )
-    real, full = np.array([b.sum() for b in items]), np.array([b.max() * len(b) for b in items])
+    real = np.array([b.sum() for b in items])
+    full = np.array([b.max() * len(b) for b in items])
     place = np.arange(len(items))
     ax = _axes(ax, 2.6)
     ax.bar(place, real, width=0.9, color=_blue, label="steps")

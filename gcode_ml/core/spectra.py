@@ -304,7 +304,10 @@ class Stft(nn.Module):
         scale: bool = True,  # Logarithm and standardisation; plain power otherwise
     ):
         super().__init__()
-        self.n_fft, self.hop, self.floor, self.scale = n_fft, hop, floor, scale
+        self.n_fft = n_fft
+        self.hop = hop
+        self.floor = floor
+        self.scale = scale
 
     def forward(
         self,
@@ -367,7 +370,10 @@ class Cwt(nn.Module):
                 f"0 < low < high <= {rate / 2:g} Hz, half the sampling rate",
                 f"{low:g} and {high:g}",
             )
-        self.rate, self.w0, self.hop, self.scale = rate, w0, hop, scale
+        self.rate = rate
+        self.w0 = w0
+        self.hop = hop
+        self.scale = scale
         self.register_buffer(
             "frequency",
             torch.logspace(math.log10(low), math.log10(high), scales, dtype=torch.float64),
@@ -485,10 +491,9 @@ def _wigner(x, half, hop, window):
     if in_program():
         return _wigner_program(x, half, hop, window, size)
     z = nn.functional.pad(analytic(x), (half, half))
-    later, earlier = (
-        z.unfold(-1, half + 1, 1)[:, half : half + n : hop],
-        z.unfold(-1, half + 1, 1)[:, :n:hop].flip(-1),
-    )  # z[n+m], z[n-m], m = 0 .. half
+    # z[n+m], z[n-m], m = 0 .. half
+    later = z.unfold(-1, half + 1, 1)[:, half : half + n : hop]
+    earlier = z.unfold(-1, half + 1, 1)[:, :n:hop].flip(-1)
     return _half_sum(later * earlier.conj() * window, size).transpose(-1, -2)
 
 
@@ -569,11 +574,9 @@ def at_frequencies(
     inside = (place >= 0) & (place <= bins - 1)
     shape = [spectrum.shape[0], *[1] * (spectrum.ndim - 2), -1]
     full = (*spectrum.shape[:-1], place.shape[-1])
-    index, share, inside = (
-        left.long().reshape(shape).expand(full),
-        share.reshape(shape),
-        inside.reshape(shape),
-    )
+    index = left.long().reshape(shape).expand(full)
+    share = share.reshape(shape)
+    inside = inside.reshape(shape)
     return (
         spectrum.gather(-1, index) * (1 - share) + spectrum.gather(-1, index + 1) * share
     ) * inside
@@ -612,7 +615,8 @@ def angular_resample(
         .contiguous()
     )
     right = torch.searchsorted(angle.contiguous(), want).clamp(1, x.shape[1] - 1)
-    a, b = angle.gather(1, right - 1), angle.gather(1, right)
+    a = angle.gather(1, right - 1)
+    b = angle.gather(1, right)
     share = (want - a) / (b - a).clamp_min(1e-12)
     return x.gather(1, right - 1) * (1 - share) + x.gather(1, right) * share
 
@@ -664,7 +668,9 @@ class Envelopes(nn.Module):
     ):
         super().__init__()
         bands = torch.as_tensor(bands, dtype=torch.float32)
-        self.whiten, self.points, self.edge = whiten, points, edge if learn else 0
+        self.whiten = whiten
+        self.points = points
+        self.edge = edge if learn else 0
         self.bands = nn.Parameter(bands) if learn else bands
 
     def spectra(self, x, rate):

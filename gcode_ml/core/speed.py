@@ -70,11 +70,11 @@ class MixedPrecision(FastaiMixedPrecision):
                 f"this {kind} does not compute in {self.dtype_}: the fit goes on in float32",
                 stacklevel=2,
             )
-        self.autocast, self.scales, self.scaler_state = (
-            torch.autocast(kind, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[self.dtype_]),
-            L(),
-            {},
+        self.autocast = torch.autocast(
+            kind, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[self.dtype_]
         )
+        self.scales = L()
+        self.scaler_state = {}
         self.learn.scaler = GradScaler(kind, enabled=self.dtype_ == "fp16", **self.kwargs)
 
     def before_train(self):
@@ -104,11 +104,9 @@ class Compile(Callback):
         dynamic: bool = True,  # One program for all lengths
         **kwargs,  # For `torch.compile`
     ):
-        self.backend, self.kwargs, self.resumable = (
-            backend,
-            dict(kwargs, dynamic=dynamic),
-            "autotune" not in str(kwargs.get("mode")),
-        )
+        self.backend = backend
+        self.kwargs = dict(kwargs, dynamic=dynamic)
+        self.resumable = "autotune" not in str(kwargs.get("mode"))
 
     def before_fit(self):
         if getattr(self.learn.model, "_compiled_call_impl", None) is not None:
@@ -231,7 +229,8 @@ def random_stretch(
     length: int,  # Longest stretch
 ) -> tuple:  # Steps to take, `[B,S]`, and the mask of the stretch, `[B,S]`; S is `length`, or T where that is shorter
     "A random stretch of each sequence; a sequence that is short enough is taken whole."
-    steps, size = mask.sum(1), min(length, mask.shape[1])
+    steps = mask.sum(1)
+    size = min(length, mask.shape[1])
     room = (steps - length).clamp_min(0) + 1
     start = (torch.rand(len(steps)).to(mask.device) * room).long().minimum(room - 1)
     place = torch.arange(size, device=mask.device)[None]
@@ -248,7 +247,8 @@ class ProgressiveLength(Callback):
         schedule,  # Pairs (length in steps, epochs); the last length goes on to the end
         keys=(),  # Entries with a time axis where inputs or targets are dictionaries; `targets` for a target tensor `[B,T,…]`
     ):
-        self.schedule, self.keys = [tuple(map(int, s)) for s in schedule], list(keys)
+        self.schedule = [tuple(map(int, s)) for s in schedule]
+        self.keys = list(keys)
         if not self.schedule or min(map(min, self.schedule)) < 1:
             raise InputError(
                 "ProgressiveLength", "schedule", "pairs of length and epochs from 1", repr(schedule)

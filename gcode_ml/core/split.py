@@ -92,7 +92,8 @@ def group_kfold(
 # %% ../../nbs/core/05_split.ipynb #e8c91d73
 def _even_positions(label, seed):
     "Positions in 0..1, evenly spaced within each label, in random order and with a random start."
-    random, position = np.random.default_rng(seed), np.empty(len(label))
+    random = np.random.default_rng(seed)
+    position = np.empty(len(label))
     for c in np.unique(label):
         n = (label == c).sum()
         position[label == c] = (random.permutation(n) + random.random()) / n

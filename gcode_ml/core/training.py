@@ -251,13 +251,11 @@ class TrainingOptions:
         defaults: dict,  # Option -> default value
         optimizer: dict = None,  # Options of the optimiser that a preset brings
     ):
-        self.values, self.defaults, self.preset_options, self.heads, self.used = (
-            values,
-            defaults,
-            optimizer or {},
-            [],
-            set(),
-        )
+        self.values = values
+        self.defaults = defaults
+        self.preset_options = optimizer or {}
+        self.heads = []
+        self.used = set()
 
     def __getattr__(self, name):
         if name == "values" or name not in self.values:
@@ -429,7 +427,8 @@ def loss(
 ) -> torch.nn.Module:  # Called with prediction and target
     "The loss of class labels of these options; of several heads one each."
     self.used.add("loss")
-    kind, own = self.values["loss"], dict(head=head, key=key, ignore_index=ignore_index)
+    kind = self.values["loss"]
+    own = dict(head=head, key=key, ignore_index=ignore_index)
     if self.teacher:
         if self.changed("class_weights") or kind == "focal":
             raise InputError(

@@ -76,12 +76,10 @@ class Windows:
         start,  # First row, `[N]`
         stop,  # Row after the last, `[N]`
     ):
-        self.table, self.recording, self.start, self.stop = (
-            table,
-            np.asarray(recording),
-            np.asarray(start),
-            np.asarray(stop),
-        )
+        self.table = table
+        self.recording = np.asarray(recording)
+        self.start = np.asarray(start)
+        self.stop = np.asarray(stop)
         self.lengths = self.stop - self.start
         self._first = torch.from_numpy(table.offsets[self.recording] + self.start)
         self._lengths = torch.from_numpy(self.lengths)

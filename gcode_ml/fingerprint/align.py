@@ -127,14 +127,13 @@ def trailing_features(
         t = np.arange(1, len(v) + 1)
         return total[t] - total[(t - size).clip(0)]
 
-    n, half = window(there, width), max(width // 2, 1)
+    n = window(there, width)
+    half = max(width // 2, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = window(x, width) / n
         spread = np.sqrt((window(x * x, width) / n - mean**2).clip(0))
-        new, old = (
-            window(x, half) / window(there, half),
-            (window(x, width) - window(x, half)) / (n - window(there, half)),
-        )
+        new = window(x, half) / window(there, half)
+        old = (window(x, width) - window(x, half)) / (n - window(there, half))
     change = np.where(there, np.where(np.isfinite(old), new - old, 0.0), np.nan)
     return np.concatenate([mean, spread, change], 1).astype("float32")
 
@@ -149,14 +148,12 @@ class GaussianEmission:
         prior: float = 30.0,  # Rows that the spread of all states counts for in the spread of one
         most: float = 3.0,  # A feature more than this many spreads away tells no more
     ):
-        self.library, self.smooth, self.prior, self.most, self.temperature, self.offset = (
-            library,
-            smooth,
-            prior,
-            most,
-            1.0,
-            0.0,
-        )
+        self.library = library
+        self.smooth = smooth
+        self.prior = prior
+        self.most = most
+        self.temperature = 1.0
+        self.offset = 0.0
 
 # %% ../../nbs/fingerprint/35_align.ipynb #0edf0c62
 @patch
@@ -166,11 +163,14 @@ def fit(
     states: list,  # State of each row, `[T]` each
 ):  # Itself
     "Means and variances of the states."
-    x, s = np.concatenate(features).astype(float), np.concatenate(states)
+    x = np.concatenate(features).astype(float)
+    s = np.concatenate(states)
     there = np.isfinite(x)
     x = np.where(there, x, 0.0)
     sums = [self._smoothed(self._by_state(v, s)) for v in (there, x, x * x)]
-    count, middle, spread = there.sum(0).clip(1), x.sum(0) / there.sum(0).clip(1), None
+    count = there.sum(0).clip(1)
+    middle = x.sum(0) / there.sum(0).clip(1)
+    spread = None
     spread = ((x * x).sum(0) / count - middle**2).clip(1e-4)
     n = sums[0]
     known = n > 1e-3
@@ -181,11 +181,10 @@ def fit(
         / (n + self.prior)
         * (1 + 1 / n.clip(1))
     )  # the mean is uncertain too
-    self.mean, self.variance = (
-        mean.astype("float32"),
-        np.where(known, variance, spread).clip(1e-4).astype("float32"),
-    )
-    self.middle, self.spread = middle.astype("float32"), spread.astype("float32")
+    self.mean = mean.astype("float32")
+    self.variance = np.where(known, variance, spread).clip(1e-4).astype("float32")
+    self.middle = middle.astype("float32")
+    self.spread = spread.astype("float32")
     return self
 
 # %% ../../nbs/fingerprint/35_align.ipynb #56de6678
@@ -261,7 +260,8 @@ def calibrate(
         for (l, b), s, a in zip(found, states, at)
         for p in np.array_split(l[a, s] - b, max(len(s) // piece, 1))
     ]
-    self.temperature, self.offset = heat, float(np.mean(lead) - margin * np.std(lead))
+    self.temperature = heat
+    self.offset = float(np.mean(lead) - margin * np.std(lead))
     return self
 
 # %% ../../nbs/fingerprint/35_align.ipynb #87d242ef
@@ -285,7 +285,8 @@ def fit_emission(
         .calibrate(pick(features, out), pick(states, out))
     )
     whole = GaussianEmission(library, **kwargs).fit(features, states)
-    whole.temperature, whole.offset = part.temperature, part.offset
+    whole.temperature = part.temperature
+    whole.offset = part.offset
     return whole
 
 # %% ../../nbs/fingerprint/35_align.ipynb #e8bf848b
@@ -299,12 +300,10 @@ class NeuralEmission:
         temperature: float = 1.0,  # Log-probabilities are divided by it
         offset: float = 0.0,  # Log-probability of the background
     ):
-        self.predict, self.prior, self.temperature, self.offset = (
-            predict,
-            np.log(np.asarray(prior, float).clip(1e-9) / np.sum(prior)),
-            temperature,
-            offset,
-        )
+        self.predict = predict
+        self.prior = np.log(np.asarray(prior, float).clip(1e-9) / np.sum(prior))
+        self.temperature = temperature
+        self.offset = offset
 
     def log_probabilities(self, features):
         "Log-probabilities of all states `[T,N]`, and of the background `[T]`."
@@ -326,17 +325,16 @@ class ProgramChains:
         enter: float = 1e-2,  # Of entering one, a row
         known_start: bool = False,  # Whether the first row is the program's first
     ):
-        self.step, self.rates, self.spread, self.none, self.leave, self.enter = (
-            step,
-            np.asarray(rates, float),
-            spread,
-            none,
-            leave,
-            enter,
-        )
+        self.step = step
+        self.rates = np.asarray(rates, float)
+        self.spread = spread
+        self.none = none
+        self.leave = leave
+        self.enter = enter
         self.lengths = np.repeat(np.asarray(lengths, int), len(self.rates))
         self.rate = np.tile(self.rates, len(lengths))
-        chains, most = len(self.lengths), int(self.lengths.max())
+        chains = len(self.lengths)
+        most = int(self.lengths.max())
         self.inside = np.arange(most) < self.lengths[:, None]
         first = np.cumsum(lengths) - lengths
         self.flat = np.where(
@@ -428,7 +426,10 @@ def _normalised(a, none):
 @patch
 def _filter(self: ProgramChains, logp, background, gaps):
     "Forward pass: a list of (states, none, seen, seen without a program, kernel), and the log-likelihood."
-    a, none, steps, likelihood = self.entry * (1 - self.none), self.none, [], 0.0
+    a = self.entry * (1 - self.none)
+    none = self.none
+    steps = []
+    likelihood = 0.0
     for t in range(len(logp)):
         kernel = self.kernel(gaps[t - 1]) if t else None
         if t:
@@ -443,7 +444,8 @@ def _filter(self: ProgramChains, logp, background, gaps):
 @patch
 def _smooth(self: ProgramChains, steps):
     "Backward pass over the steps of `_filter`, newest first: posterior of each."
-    beta, rest = np.ones_like(steps[-1][0]), 1.0
+    beta = np.ones_like(steps[-1][0])
+    rest = 1.0
     for t in range(len(steps) - 1, -1, -1):
         a, none, e, b, kernel = steps[t]
         yield _normalised(a * beta, none * rest)[:2]
@@ -488,14 +490,13 @@ def best_path(
     "Viterbi."
     with np.errstate(divide="ignore"):
         log_entry = np.log(self.entry)
-        score, none = (
-            log_entry + np.log1p(-self.none) + self._logs(logp[0]),
-            np.log(self.none) + background[0],
-        )
+        score = log_entry + np.log1p(-self.none) + self._logs(logp[0])
+        none = np.log(self.none) + background[0]
         went = []
         for t, gap in enumerate(np.diff(time), 1):
             score, none, move = self._best_step(score, none, np.log(self.kernel(gap)), log_entry)
-            score, none = score + self._logs(logp[t]), none + background[t]
+            score = score + self._logs(logp[t])
+            none = none + background[t]
             went.append(move)
     return self._trace(score, none, went)
 
@@ -524,10 +525,13 @@ def _best_step(self: ProgramChains, score, none, kernel, log_entry):
         new = score[row, at[row]] + rest[row, k]
         last = self.lengths[row] - 1
         better = new > best[row, last]
-        row, last, new = row[better], last[better], new[better]
+        row = row[better]
+        last = last[better]
+        new = new[better]
         best[row, last], source[row, last] = new, at[row]
     source = source + size * np.arange(chains)[:, None]
-    best, entered = best + np.log1p(-self.leave), none + np.log(self.enter) + log_entry
+    best = best + np.log1p(-self.leave)
+    entered = none + np.log(self.enter) + log_entry
     left = score.max() + np.log(self.leave)
     stayed = none + np.log1p(-self.enter)
     return (
@@ -563,7 +567,8 @@ def describe(
     best = share.argmax(1)
     own = posterior * (self.program == best[:, None])
     seconds = own @ self.seconds / own.sum(1).clip(1e-12)
-    line, text = own @ self.line_votes, posterior @ self.text_votes
+    line = own @ self.line_votes
+    text = posterior @ self.text_votes
     return pd.DataFrame(
         dict(
             program=np.array(self.names, object)[best],
@@ -600,7 +605,8 @@ def match(
 ) -> np.ndarray:  # Score of each state of that row, `[N]`
     "Log-likelihood of a piece of a recording for each state of one of its rows."
     row = len(logp) // 2 if row is None else row
-    first, place = np.repeat(self.first, self.lengths), np.arange(len(self))
+    first = np.repeat(self.first, self.lengths)
+    place = np.arange(len(self))
     last = first + np.repeat(self.lengths, self.lengths) - 1
     score = np.zeros(len(self))
     for e, shift in zip(logp, np.rint((time - time[row]) / self.step).astype(int)):
@@ -630,21 +636,17 @@ class StreamAligner:
         features=trailing_features,  # `features(rows [<=width,C], width)` -> `[rows,F]`
         timed: bool = False,  # Whether the first row is the program's first, and the clock a witness
     ):
-        (
-            self.library,
-            self.emission,
-            self.chains,
-            self.width,
-            self.lag,
-            self.features,
-            self.timed,
-        ) = library, emission, chains, width, lag, features, timed
-        self.rows, self.steps, self.last, self.begin = (
-            deque(maxlen=width),
-            deque(maxlen=lag + 1),
-            None,
-            None,
-        )
+        self.library = library
+        self.emission = emission
+        self.chains = chains
+        self.width = width
+        self.lag = lag
+        self.features = features
+        self.timed = timed
+        self.rows = deque(maxlen=width)
+        self.steps = deque(maxlen=lag + 1)
+        self.last = None
+        self.begin = None
 
 # %% ../../nbs/fingerprint/35_align.ipynb #d836aa30
 @patch

@@ -68,13 +68,11 @@ class AnomalyDetector:
         start: float = 1.5,  # How far the start of a program may be off, seconds
         seed: int = 0,  # Of the forest
     ):
-        self.name, self.centred, self.width, self.start, self.seed = (
-            check_choice("anomaly", "detector", name, DETECTORS),
-            centred,
-            width,
-            start,
-            seed,
-        )
+        self.name = check_choice("anomaly", "detector", name, DETECTORS)
+        self.centred = centred
+        self.width = width
+        self.start = start
+        self.seed = seed
 
     def fit(
         self,
@@ -199,7 +197,8 @@ def _auroc_by_run(calm, wild, seed, draws=200):
     "Area and its 95 % interval, drawn over whole runs."
 
     def area(a, b):
-        a, b = np.sort(np.concatenate(a)), np.concatenate(b)
+        a = np.sort(np.concatenate(a))
+        b = np.concatenate(b)
         return float(
             (np.searchsorted(a, b, "left") + np.searchsorted(a, b, "right")).mean() / 2 / len(a)
         )

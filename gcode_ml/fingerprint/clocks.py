@@ -22,7 +22,8 @@ from .data import Recording, align_channels, modality, programs, select_channels
 # %% ../../nbs/fingerprint/36_clocks.ipynb #90a2b821
 def _near(times, at, reach):
     "Pairs (query, row) of sorted `times` within `reach` of each of `at`; the nearest row where there is none."
-    a, b = np.searchsorted(times, at - reach), np.searchsorted(times, at + reach)
+    a = np.searchsorted(times, at - reach)
+    b = np.searchsorted(times, at + reach)
     right = np.searchsorted(times, at).clip(1, max(len(times) - 1, 1))
     left = right - 1
     nearest = np.where(
@@ -54,10 +55,8 @@ def clock_table(
     texts, code = np.unique(
         np.concatenate([r.texts for r in recordings]).astype(str), return_inverse=True
     )
-    time, operation = (
-        np.concatenate([r.time for r in recordings]),
-        np.repeat([r.operation for r in recordings], [len(r) for r in recordings]),
-    )
+    time = np.concatenate([r.time for r in recordings])
+    operation = np.repeat([r.operation for r in recordings], [len(r) for r in recordings])
     names = sorted(set(operation))
     rows = []
     for n in names:
@@ -125,7 +124,8 @@ def sensor_lags(
     frequency = np.arange(waves.shape[1])[:, None]
     reach = int(longest / step)
     power = (abs(waves) ** 2).sum((1, 2))
-    shift, best = np.zeros(len(recordings)), np.zeros(len(recordings))
+    shift = np.zeros(len(recordings))
+    best = np.zeros(len(recordings))
     for _ in range(rounds):
         moved = waves * np.exp(
             -2j * np.pi * frequency * np.rint(shift / step)[:, None, None] / size
@@ -149,7 +149,8 @@ def on_sensor_clock(
     step: float = 0.1,  # Seconds between shifts
 ) -> list:  # The runs with shifted times; those of a program with fewer than three runs as they are
     "Runs with the rows of each program on the common clock of their sensors."
-    of, lag = programs(recordings), {}
+    of = programs(recordings)
+    lag = {}
     for p in set(of.values()):
         runs = [r for r in recordings if of[r.operation] == p]
         if len(runs) > 2 and any(modality(c) in kinds for r in runs for c in r.channels):

@@ -29,7 +29,8 @@ def check_healthy(
     program: str,  # Text of the claimed program
 ):
     "Refuse a run that shows a line which the program does not hold."
-    where, feeds = {}, set()
+    where = {}
+    feeds = set()
     for i, l in enumerate(program.splitlines()):
         for w in _words(l):
             feeds.add(w[1]) if w[0] == "F" else where.setdefault(w, set()).add(i)
@@ -158,7 +159,8 @@ def verify_command(a):
     signals = program_signals(program, Path(a.program).name, margin=a.start + 12)
     if a.healthy:
         runs = healthy_runs(a.healthy, signals, Path(a.run).stem.removesuffix("_aligned"), program)
-        response, limits = fit_response(runs, start=a.start), calibrate(runs, start=a.start)
+        response = fit_response(runs, start=a.start)
+        limits = calibrate(runs, start=a.start)
         if gone := missing_boards(rows, response):
             print(
                 f"gcode_ml: {a.run}: the boards {', '.join(gone)} of the healthy runs are missing; verified with the {len(set(rows.channels) & set(response.channels))} channels that are left",

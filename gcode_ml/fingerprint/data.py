@@ -269,7 +269,8 @@ def read_recordings(
     "Read every recording of a folder; those without live sensors are left out with a warning."
     if cache:
         return _cached(folder, progress, Path(cache))
-    files, recordings = recording_files(folder), []
+    files = recording_files(folder)
+    recordings = []
     for f in progress(files) if progress else files:
         try:
             recordings.append(read_recording(f))
@@ -312,7 +313,8 @@ def write_recordings(
     def edges(sizes):
         return np.cumsum([0, *sizes])
 
-    rows, cells = edges(map(len, recordings)), edges(r.sensors.size for r in recordings)
+    rows = edges(map(len, recordings))
+    cells = edges(r.sensors.size for r in recordings)
     frame = pa.Table.from_pandas(_controllers(recordings), preserve_index=False)
     columns = dict(
         name=[r.name for r in recordings],
@@ -350,7 +352,8 @@ def stored_recordings(
     frame = pa.table(
         {c.removeprefix("controller."): a.values for c, a in lists.items() if c not in values}
     ).to_pandas()
-    texts, lines = frame.gcode_string.to_numpy(object), frame.gcode_line.to_numpy(int)
+    texts = frame.gcode_string.to_numpy(object)
+    lines = frame.gcode_line.to_numpy(int)
     found = []
     about = (table[c].to_pylist() for c in ("name", "operation", "channels", "controller"))
     for name, operation, channels, columns, a, b, c, d in zip(
@@ -580,15 +583,14 @@ class LineWindows:
         stride: int = 16,  # Rows between starts
         numbers=None,  # `NumberScale`: the line's numbers are targets too
     ):
-        self.recordings, self.tokenizer, self.operations, self.scale = (
-            recordings,
-            tokenizer,
-            list(operations),
-            numbers,
-        )
+        self.recordings = recordings
+        self.tokenizer = tokenizer
+        self.operations = list(operations)
+        self.scale = numbers
         table = RowTable(arrays, [r.name for r in recordings])
         self.windows = Windows(table, *window_starts(table.lengths, size, stride, partial=True))
-        self.recording, self.lengths = self.windows.recording, self.windows.lengths
+        self.recording = self.windows.recording
+        self.lengths = self.windows.lengths
         self.middle = (self.windows.start + self.windows.stop) // 2
         self.sources = np.array([r.name for r in recordings])[self.recording]
         self._targets()

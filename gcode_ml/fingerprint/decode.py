@@ -201,7 +201,8 @@ _axes_taken = {
     "G92",
 }  # these read the axis words themselves, so there is no motion beside them
 _needs = {"G2": ("XYZ", "RIJK"), "G3": ("XYZ", "RIJK"), "G4": ("PS",)}
-_unsigned, _whole = frozenset("FSTDHLP"), frozenset("TDHL")
+_unsigned = frozenset("FSTDHLP")
+_whole = frozenset("TDHL")
 
 
 def _group(command):
@@ -247,19 +248,15 @@ class LineGrammar:
         digits: int = 6,  # Most digits before the dot
         decimals: int = 6,  # Most digits after it
     ):
-        self.kinds, self.digits, self.decimals = (
-            [_kind(t) for t in tokenizer.tokens],
-            digits,
-            decimals,
-        )
+        self.kinds = [_kind(t) for t in tokenizer.tokens]
+        self.digits = digits
+        self.decimals = decimals
 
         def of(kind):
             return [k for k in self.kinds if k[0] == kind]
 
-        pieces, numbered = (
-            {k[1] for k in of("piece")} >= {*"0123456789"},
-            {k[1] for k in of("bucket") if not (k[2] and k[1] in _unsigned)},
-        )
+        pieces = {k[1] for k in of("piece")} >= {*"0123456789"}
+        numbered = {k[1] for k in of("bucket") if not (k[2] and k[1] in _unsigned)}
         self.valued = {
             k[1] for k in of("letter") if pieces or k[1] in numbered
         }  # letters whose number can be written

@@ -121,7 +121,9 @@ class StateNetwork(nn.Module):
         silence: float = 0.15,  # Probability that a board falls silent in training
     ):
         super().__init__()
-        self.motion, self.shift, self.silence = motion, shift, silence
+        self.motion = motion
+        self.shift = shift
+        self.silence = silence
         self.register_buffer("levels", torch.as_tensor(np.asarray(levels)), persistent=False)
         self.register_buffer("boards", torch.as_tensor(np.asarray(boards)), persistent=False)
 
@@ -136,10 +138,8 @@ class StateNetwork(nn.Module):
                 nn.Linear(rank, out),
             )
 
-        self.state, self.operation = (
-            trunk(motion, states, hidden),
-            trunk(len(levels), operations, hidden // 2),
-        )
+        self.state = trunk(motion, states, hidden)
+        self.operation = trunk(len(levels), operations, hidden // 2)
 
     def disturbed(self, x):
         "Features with shifted levels and silent boards; what is missing stays zero."
@@ -168,7 +168,8 @@ class StateRows:
         library: ProgramLibrary,  # The states
         spread: float = 1.0,  # Standard deviation of a target, states
     ):
-        self.x, state = torch.from_numpy(np.concatenate(features)), np.concatenate(states)
+        self.x = torch.from_numpy(np.concatenate(features))
+        state = np.concatenate(states)
         reach = int(np.ceil(3 * spread))
         first = library.first[library.program[state]]
         last = first + library.lengths[library.program[state]] - 1
@@ -176,10 +177,8 @@ class StateRows:
         weight = np.exp(-0.5 * (np.arange(-reach, reach + 1) / spread) ** 2) * (
             (near >= first[:, None]) & (near <= last[:, None])
         )
-        self.near, self.weight = (
-            torch.from_numpy(near.clip(first[:, None], last[:, None])),
-            torch.from_numpy((weight / weight.sum(1, keepdims=True)).astype("float32")),
-        )
+        self.near = torch.from_numpy(near.clip(first[:, None], last[:, None]))
+        self.weight = torch.from_numpy((weight / weight.sum(1, keepdims=True)).astype("float32"))
         self.operation = torch.as_tensor(np.repeat(operations, [len(f) for f in features]))
         self.lengths = np.ones(len(self.x), int)
 
@@ -256,11 +255,9 @@ def emission_recipe(
     )
     held = [r for r in held if r.operation in {q.operation for q in inner}]
     placed = _placed(inner + held, modalities) if clocks else {r.name: r for r in inner + held}
-    library, features, names = (
-        build_library([placed[r.name] for r in inner], step),
-        row_features(inner, modalities, width),
-        sorted({r.operation for r in inner}),
-    )
+    library = build_library([placed[r.name] for r in inner], step)
+    features = row_features(inner, modalities, width)
+    names = sorted({r.operation for r in inner})
 
     def rows(part):
         return StateRows(
@@ -295,15 +292,13 @@ def emission_recipe(
         StateLoss(),
         cbs,
     )
-    (
-        learn.library,
-        learn.features,
-        learn.operations,
-        learn.inner,
-        learn.held,
-        learn.placed,
-        learn.rows,
-    ) = library, features, names, inner, held, placed, train
+    learn.library = library
+    learn.features = features
+    learn.operations = names
+    learn.inner = inner
+    learn.held = held
+    learn.placed = placed
+    learn.rows = train
     return learn
 
 

@@ -124,7 +124,8 @@ def warmth(
 # %% ../../nbs/fingerprint/07_machine.ipynb #6fe666a5
 def _fast_currents(m, rate, damaged, random, noise):
     "Spindle and motors at every sample; noise grows with the bandwidth."
-    v, a = abs(m["velocity"]), abs(_total_acceleration(m))
+    v = abs(m["velocity"])
+    a = abs(_total_acceleration(m))
     cut = _cutting(m)
     n = len(v)
     motors = (
@@ -207,7 +208,8 @@ def _sensors(m, at, clock, today, rate, damaged, random, noise):
     "All sensor columns of a run."
     boards = [b for b in today["boards"] if b in today["boards"][:3] or random.random() > 0.15]
     if not rate:
-        average, position = _averages(m, at, clock), _at(m, at)["position"] + today["offset"]
+        average = _averages(m, at, clock)
+        position = _at(m, at)["position"] + today["offset"]
         currents = _currents(average, damaged, random, noise)
         table = {
             b: _board(b, today, average, position, clock, damaged, random, noise) for b in boards
@@ -247,7 +249,8 @@ def record_program(
             "the frame rings at up to 55 Hz",
         )
     program = _with_end(program)
-    random, today = np.random.default_rng(_seed(program, seed)), _day(day)
+    random = np.random.default_rng(_seed(program, seed))
+    today = _day(day)
     m = planned_motion(program, max(rate, 200.0), file, limits)
     clock, at, part = _fast_samples(m, rate, random) if rate else _reports(m, random)
     wall = (

@@ -62,11 +62,10 @@ class MMDTAELSTM(nn.Module):
         noise: float = 0.1,  # Standard deviation of the noise that is to be removed, in standardised units
     ):
         super().__init__()
-        self.noise, channels = noise, sum(map(len, modalities))
-        self.fusion, self.positions = (
-            ModalityFusion(modalities, d_model),
-            SinusoidalPositions(d_model),
-        )
+        self.noise = noise
+        channels = sum(map(len, modalities))
+        self.fusion = ModalityFusion(modalities, d_model)
+        self.positions = SinusoidalPositions(d_model)
         layer = nn.TransformerEncoderLayer(
             d_model, nhead, dim_feedforward, dropout, "gelu", batch_first=True, norm_first=True
         )
@@ -76,7 +75,8 @@ class MMDTAELSTM(nn.Module):
             )
         )
         self.reconstruct = nn.Linear(d_model, channels)
-        self.lstm, self.norm = MaskedLSTM(d_model, d_model), nn.LayerNorm(d_model)
+        self.lstm = MaskedLSTM(d_model, d_model)
+        self.norm = nn.LayerNorm(d_model)
 
     def forward(self, inputs, mask):
         "States `[B,T,d_model]` and the reconstructed sensors `[B,T,C]`."
@@ -106,7 +106,8 @@ class MultiHeadGCodeLM(nn.Module):
         super().__init__()
         parts = torch.as_tensor(parts)
         self.register_buffer("parts", parts, persistent=False)
-        self.embed, self.positions = nn.Embedding(len(parts), d_model), SinusoidalPositions(d_model)
+        self.embed = nn.Embedding(len(parts), d_model)
+        self.positions = SinusoidalPositions(d_model)
         layer = nn.TransformerDecoderLayer(
             d_model, nhead, dim_feedforward, dropout, "gelu", batch_first=True, norm_first=True
         )
@@ -289,12 +290,10 @@ class LineLoss(nn.Module):
         numbers: float = 1.0,  # Weight of regressed numbers, where the model has them
     ):
         super().__init__()
-        self.operation, self.reconstruction, self.pad, self.numbers = (
-            operation,
-            reconstruction,
-            pad,
-            numbers,
-        )
+        self.operation = operation
+        self.reconstruction = reconstruction
+        self.pad = pad
+        self.numbers = numbers
         self.losses = nn.ModuleDict(
             {f"of_{k}": v for k, v in (losses or {}).items()}
         )  # `type` is a method of a module
@@ -308,10 +307,8 @@ class LineLoss(nn.Module):
             targets = targets | {
                 k: wanted[..., i].masked_fill(~real, -100) for i, k in enumerate(HEADS)
             }
-            line, operation = (
-                sum(self.losses[f"of_{k}"](out, targets) for k in HEADS),
-                self.losses["of_operation"](out, targets),
-            )
+            line = sum(self.losses[f"of_{k}"](out, targets) for k in HEADS)
+            operation = self.losses["of_operation"](out, targets)
         else:
             line = sum(
                 nn.functional.cross_entropy(out[k][real], wanted[..., i][real])

@@ -130,7 +130,8 @@ def build_placer(
     levels = np.concatenate(
         [_levels(learn.features, r, *_overlapping(len(r), size)) for r in learn.inner]
     )
-    low, high = np.nanmin(levels, 0, initial=np.inf), np.nanmax(levels, 0, initial=-np.inf)
+    low = np.nanmin(levels, 0, initial=np.inf)
+    high = np.nanmax(levels, 0, initial=-np.inf)
     placer = Placer(
         learn.library,
         learn.features,
@@ -179,7 +180,9 @@ def _filter_scores(placer, recording, start, stop):
 def _held_scores(placer, held, size):
     "Scores of both readers for pieces of runs, and the numbers of their true texts (-1: no such text)."
     number = {t: i for i, t in enumerate(placer.library.texts)}
-    network, matched, true = [], [], []
+    network = []
+    matched = []
+    true = []
     for r in held:
         start, stop = _overlapping(len(r), size)
         network.append(_network_scores(placer, r, start, stop)[0])
@@ -209,7 +212,8 @@ def calibrate(
     "Temperatures, spreads, and the score below which the network is not believed."
     if not held:
         return self
-    scores, inf = _held_scores(self, held, size), [float("inf")]
+    scores = _held_scores(self, held, size)
+    inf = [float("inf")]
 
     def best(a, b, s=spreads, found=scores):
         return _most_likely(
@@ -218,11 +222,9 @@ def calibrate(
 
     self.network = self.piece = best(temperatures, inf)
     if self.templates is not None:
-        self.piece, self.filter, self.least = (
-            best(temperatures, temperatures),
-            best(inf, temperatures),
-            float(np.median(scores[0].max(1))) / size / 2,
-        )
+        self.piece = best(temperatures, temperatures)
+        self.filter = best(inf, temperatures)
+        self.least = float(np.median(scores[0].max(1))) / size / 2
     self.whole = best(temperatures, inf, (0.0,), _held_scores(self, held, 10**6)).network
     return self
 
@@ -360,10 +362,8 @@ def _whole_scores(placer, recording, size, reach):
     lib, time = placer.library, recording.time
     start, stop = whole_pieces(len(time), size)
     middle = time[start + (stop - start) // 2]
-    network, matched = (
-        _network_scores(placer, recording, start, stop)[0],
-        _filter_scores(placer, recording, start, stop),
-    )
+    network = _network_scores(placer, recording, start, stop)[0]
+    matched = _filter_scores(placer, recording, start, stop)
     fit, strange = placer.strangeness(recording, start, stop, network)
 
     def added(n, row):
@@ -417,7 +417,8 @@ def place_rows(
         known_start=_by_clock(placer, whole, time),
         known_start_stream=_by_clock(placer, so_far, time),
     )
-    logp, background = logp / placer.whole, background / placer.whole
+    logp = logp / placer.whole
+    background = background / placer.whole
     chains = ProgramChains(lib.lengths, lib.step)
     parts |= {
         k: lib.describe(*v)
@@ -628,7 +629,8 @@ def score_windows(
 
     shapes = o.text.map(line_shape)
     for k in names:
-        text, operation = column("text", k), column("operation", k)
+        text = column("text", k)
+        operation = column("operation", k)
         row(k, "text at the middle row", text == o.text)
         row(
             k,

@@ -75,7 +75,8 @@ def load_recordings(
 
 def _read(folder, kind, progress, cache=""):
     "Recordings and facts about them."
-    recordings, files = read_recordings(folder, progress, cache), recording_files(folder)
+    recordings = read_recordings(folder, progress, cache)
+    files = recording_files(folder)
     left_out = sorted(
         {f.stem.removesuffix("_aligned") for f in files} - {r.name for r in recordings}
     )
@@ -234,7 +235,9 @@ class HeadAccuracy(Metric):
         self,
         head: str = "",  # One of `HEADS`; the whole token where empty
     ):
-        self.head, self.right, self.total = head, 0, 0
+        self.head = head
+        self.right = 0
+        self.total = 0
 
     @property
     def name(self):
@@ -249,7 +252,8 @@ class HeadAccuracy(Metric):
         wanted = wanted[real]
         if self.head:
             part = learn.loss_func.parts[:, HEADS.index(self.head)]
-            said, wanted = learn.pred[self.head][real].argmax(-1), part[wanted]
+            said = learn.pred[self.head][real].argmax(-1)
+            wanted = part[wanted]
         else:
             said = predicted_tokens(learn)
         self.right += int((said == wanted).sum())
@@ -309,7 +313,8 @@ def recipe(
         controller=controller,
         numbers=numbers,
     )
-    windows, device = fold_data.windows, pick_device(device)
+    windows = fold_data.windows
+    device = pick_device(device)
     dls = dataloaders(
         Subset(windows, options.oversampled(windows.tokens, train, ignore=PAD)),
         Subset(windows, valid),
@@ -341,13 +346,11 @@ def recipe(
             vocabulary_size=len(fold_data.tokenizer), predict=predicted_tokens, ignore=(PAD, BOS)
         ),
     )
-    learn.fold, learn.arguments, learn.train, learn.valid, learn.test = (
-        fold_data,
-        arguments,
-        train,
-        valid,
-        test,
-    )
+    learn.fold = fold_data
+    learn.arguments = arguments
+    learn.train = train
+    learn.valid = valid
+    learn.test = test
     return learn
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #b2cd03eb
@@ -374,10 +377,8 @@ def split_windows(
         )
     else:
         train, test = run_folds(recordings, folds, seed)[fold]
-    groups, operations = (
-        recording_groups(recordings)[train],
-        [recordings[i].operation for i in train],
-    )
+    groups = recording_groups(recordings)[train]
+    operations = [recordings[i].operation for i in train]
     inner, valid = (train[i] for i in group_holdout(groups, operations, 1 / 8, seed))
     data = FoldData(recordings, train, **kwargs)
     sets = tuple(np.flatnonzero(np.isin(data.windows.recording, s)) for s in (inner, valid, test))
@@ -445,7 +446,8 @@ def bundle_windows(
 ) -> LineWindows:  # Windows prepared as in training
     "Windows of recordings for a bundle's model; channels that the model does not know are left out."
     state = bundle.preprocessing
-    scale, tokens = ChannelScale(**state["scale"]), tokenizer_from_json(state["tokenizer"])
+    scale = ChannelScale(**state["scale"])
+    tokens = tokenizer_from_json(state["tokenizer"])
     _check_vocabulary(bundle, tokens)
     for r in recordings:
         if not set(r.channels) & set(scale.channels):

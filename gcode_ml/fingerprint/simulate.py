@@ -22,7 +22,8 @@ from .tokens import canonical, number_text
 # %% ../../nbs/fingerprint/06_simulate.ipynb #c7dfa23a
 def _program(name, moves):
     "Modal text of `moves`, each a dictionary of words; R is always written, X and Y always on arcs."
-    lines, was = [f"({name})", "T2", "M3 S12000", "G90 G94 G17", "G20", "G55"], {}
+    lines = [f"({name})", "T2", "M3 S12000", "G90 G94 G17", "G20", "G55"]
+    was = {}
     for move in moves:
         move = {letter: round(v, 4) for letter, v in move.items()}
         arc = move.get("G", was.get("G")) in (2, 3)
@@ -97,7 +98,9 @@ def _adaptive(strips=7, length=1.3, radius=0.07, turn=9, depth=-0.05, feed=22.0)
         for a in angles
     ]
     for i in range(strips):
-        x, y, up = 0.1 + 2 * radius * i, length if i % 2 == 0 else 0.0, 1 if i % 2 == 0 else -1
+        x = 0.1 + 2 * radius * i
+        y = length if i % 2 == 0 else 0.0
+        up = 1 if i % 2 == 0 else -1
         moves.append(dict(X=x, Y=y, F=feed))
         if i < strips - 1:
             moves += [
@@ -109,7 +112,10 @@ def _adaptive(strips=7, length=1.3, radius=0.07, turn=9, depth=-0.05, feed=22.0)
 
 def _contour(width=2.0, height=1.4, radius=0.2, depths=(-0.05, -0.1), feeds=(22.0, 13.3)):
     "A plate with round corners, a bulge on one side and a notch on the other, once a depth."
-    w, h, r, moves = width, height, radius, _enter(1.0, 0.0, depths[0], feeds[0])
+    w = width
+    h = height
+    r = radius
+    moves = _enter(1.0, 0.0, depths[0], feeds[0])
     for depth, feed in zip(depths, feeds):
         moves += [
             *([dict(G=1, Z=depth, F=7.3)] if depth != depths[0] else []),
@@ -142,7 +148,12 @@ def example_programs() -> dict:  # Name -> G-code text: face, pocket, adaptive, 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #8bc67f83
 def _moves(text, start, offset, rapid):
     "Moves of a program: line number, mode, speed in mm/s, feed in mm/min, start and end in mm, radius in mm."
-    at, mode, feed, scale, absolute, moves = np.array(start, dtype=float), 0, 0.0, 1.0, True, []
+    at = np.array(start, dtype=float)
+    mode = 0
+    feed = 0.0
+    scale = 1.0
+    absolute = True
+    moves = []
     for number, line in enumerate(text.splitlines(), 1):
         words = [
             (w[0], float(w[1:])) for w in canonical(line).split() if w[0].isalpha() and len(w) > 1
@@ -154,7 +165,8 @@ def _moves(text, start, offset, rapid):
         absolute = 90 in commands or (absolute and 91 not in commands)
         mode = next((m for m in range(4) if m in commands), mode)
         values = {letter: v * scale for letter, v in words if letter in "XYZRF"}
-        feed, end = values.get("F", feed), at.copy()
+        feed = values.get("F", feed)
+        end = at.copy()
         for axis, letter in enumerate("XYZ"):
             if letter in values:
                 end[axis] = values[letter] + (
@@ -446,7 +458,8 @@ _carried = dict(
 
 def _board(name, day, average, position, clock, damaged, random, noise):
     "The 17 channels of one board."
-    n, own = len(clock), np.random.default_rng([*name.encode(), 7])
+    n = len(clock)
+    own = np.random.default_rng([*name.encode(), 7])
     carried = next(np.array(c) for part, c in _carried.items() if name.startswith(part))
 
     def normal(scale, *shape):
@@ -498,7 +511,8 @@ def simulate_run(
     noise: float = 1.0,  # Scale of the sensors' noise
 ) -> pd.DataFrame:  # One row a status report, columns as in the recordings
     "One machine run as it would have been recorded."
-    random, today = np.random.default_rng(seed), _day(day)
+    random = np.random.default_rng(seed)
+    today = _day(day)
     m = _cached_motion(program_text, tuple(today["offset"]))
     clock, at, part = _reports(m, random)
     controller, line, string = _controller(
@@ -548,7 +562,8 @@ def simulate_recordings(
     classes=tuple(simulated_classes),  # Which of `simulated_classes`
 ):  # The folder as a `Path`, or name -> data frame when no folder is given
     "A small set of simulated recordings, the same for the same seed."
-    programs, frames = example_programs(), {}
+    programs = example_programs()
+    frames = {}
     for name in classes:
         program, day, damaged = simulated_classes[
             check_choice("parameters", "classes", name, simulated_classes)

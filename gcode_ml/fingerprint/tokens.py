@@ -573,7 +573,8 @@ class NumberScale:
         x = _numbers(texts, letters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            center, scale = np.nanmedian(x, axis=0), np.nanstd(x, axis=0)
+            center = np.nanmedian(x, axis=0)
+            scale = np.nanstd(x, axis=0)
         return cls(
             letters,
             np.nan_to_num(center).tolist(),

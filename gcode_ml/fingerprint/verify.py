@@ -147,7 +147,8 @@ def verification_rows(
     at = [i for i, c in enumerate(recording.channels) if modality(c) in modalities]
     if not at:
         raise InputError(recording.name, "channels", f"sensors of {', '.join(modalities)}", "none")
-    names, x = [recording.channels[i] for i in at], recording.sensors[:, at].astype(float)
+    names = [recording.channels[i] for i in at]
+    x = recording.sensors[:, at].astype(float)
     gap = float(np.median(np.diff(recording.time)))
     if gap > fastest / 2:
         return Rows(recording.name, recording.time, x, names)
@@ -166,7 +167,9 @@ _memory = 20.0
 
 def _relative(x, gaps, memory=_memory):
     "Values relative to a running mean, which at first is that of all rows so far; NaN is passed over."
-    out, mean, age = np.empty_like(x), np.full(x.shape[1], np.nan), np.zeros(x.shape[1])
+    out = np.empty_like(x)
+    mean = np.full(x.shape[1], np.nan)
+    age = np.zeros(x.shape[1])
     for t, (row, gap) in enumerate(zip(x, gaps)):
         out[t], mean, age = _relative_step(row, gap, mean, age, memory)
     return out
@@ -252,7 +255,8 @@ def _sensors(rows, channels):
 def _sizes(x, least=100):
     "Robust size of the changes of each channel; 0 where it does not move or is hardly ever there."
     with np.errstate(all="ignore"):
-        size, spread = 1.4826 * np.nanmedian(abs(x), axis=0), np.nanstd(x, axis=0)
+        size = 1.4826 * np.nanmedian(abs(x), axis=0)
+        spread = np.nanstd(x, axis=0)
     size = np.where(size > 1e-3 * spread, size, spread)
     return np.where((np.isfinite(x).sum(0) >= least) & np.isfinite(size), size, 0.0)
 
@@ -264,7 +268,8 @@ def _in_sizes(x, size):
 def _regress(pairs, ridge):
     "Weights `[K,C]`: ridge regression of each channel on the rows that have it."
     size = pairs[0][0].shape[1]
-    a, b = np.zeros((pairs[0][1].shape[1], size, size)), np.zeros((pairs[0][1].shape[1], size))
+    a = np.zeros((pairs[0][1].shape[1], size, size))
+    b = np.zeros((pairs[0][1].shape[1], size))
     for f, x in pairs:
         there = np.isfinite(x).all(0)
         gram = f.T @ f
@@ -299,7 +304,8 @@ def _heat(runs, pairs, lags, weights, covariance, block=8):
     for (rows, signals), (f, x), lag in zip(runs, pairs, lags):
         ok = np.isfinite(x).all(0)
         project = np.linalg.solve(covariance[np.ix_(ok, ok)], weights[:, ok].T)
-        z, j = (x[:, ok] - f @ weights[:, ok]) @ project, weights[:, ok] @ project
+        z = (x[:, ok] - f @ weights[:, ok]) @ project
+        j = weights[:, ok] @ project
         for away in (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0):
             g = signals._averages(rows.time + lag + away, _gaps(rows)) - f
             variance += (np.add.reduceat((g * z).sum(1), np.arange(0, len(g), block)) ** 2).sum()
@@ -323,7 +329,8 @@ def fit_response(
     channels = [c for c, u in zip(channels, use) if u]
     if not channels:
         raise InputError("healthy runs", "sensors", "a channel that moves, in three runs", "none")
-    sensors, lags = [_in_sizes(x[:, use], size[use]) for x in sensors], [0.0] * len(runs)
+    sensors = [_in_sizes(x[:, use], size[use]) for x in sensors]
+    lags = [0.0] * len(runs)
     for i in range(passes):
         pairs = [
             (s._averages(r.time + lag, _gaps(r)), x) for (r, s), x, lag in zip(runs, sensors, lags)
@@ -358,7 +365,8 @@ def _best_lag(rows, signals, x, weights, covariance, start):
         return 0.0
     project = np.linalg.solve(covariance[np.ix_(ok, ok)], weights[:, ok].T)
     y, j = x[:, ok] @ project, weights[:, ok] @ project
-    gaps, coarse = _gaps(rows), max(0.3, signals.step)
+    gaps = _gaps(rows)
+    coarse = max(0.3, signals.step)
 
     def score(lag):
         f = signals._averages(rows.time + lag, gaps)
@@ -386,14 +394,12 @@ class Verifier:
         jump: float = 0.01,  # Probability a row that the place jumps, loose
         lose: float = 0.02,  # Probability a row that the program is lost, loose
     ):
-        self.response, self.signals, self.creep, self.wander, self.jump, self.lose = (
-            response,
-            signals,
-            creep,
-            wander,
-            jump,
-            lose,
-        )
+        self.response = response
+        self.signals = signals
+        self.creep = creep
+        self.wander = wander
+        self.jump = jump
+        self.lose = lose
         at = {c: i for i, c in enumerate(response.channels)}
         self.take = [i for i, c in enumerate(channels) if c in at]
         self.known = np.array([at[c] for c in channels if c in at], int)
@@ -406,13 +412,17 @@ class Verifier:
             )
         self.lags = np.arange(-(reach or start + 4), (reach or start + 4) + 1e-9, signals.step)
         first = (abs(self.lags) <= start + signals.step / 2) * 1.0
-        self.strict, self.loose, self.lost = first / first.sum(), first / first.sum(), 0.0
-        self.mean, self.age, self.last = (
-            np.full(len(self.take), np.nan),
-            np.zeros(len(self.take)),
-            None,
-        )
-        self.cusum, self.evidence, self.expected, self.rows, self.parts = 0.0, 0.0, 0.0, 0, {}
+        self.strict = first / first.sum()
+        self.loose = first / first.sum()
+        self.lost = 0.0
+        self.mean = np.full(len(self.take), np.nan)
+        self.age = np.zeros(len(self.take))
+        self.last = None
+        self.cusum = 0.0
+        self.evidence = 0.0
+        self.expected = 0.0
+        self.rows = 0
+        self.parts = {}
 
 # %% ../../nbs/fingerprint/43_verify.ipynb #578bd778
 @patch
@@ -500,7 +510,8 @@ def _update(self: Verifier, score, none, gap):
     l = (1 - self.jump - self.lose) * l + (self.jump * self.loose.sum() + back) / len(l)
     lost = self.lost - back + self.lose * self.loose.sum()
     top = max(score.max(), none)
-    l, lost = l * np.exp(score - top), lost * np.exp(none - top)
+    l = l * np.exp(score - top)
+    lost = lost * np.exp(none - top)
     total = l.sum() + lost
     self.loose, self.lost = l / total, lost / total
     return float(np.log(total) + top - strict), float(strict - none)
@@ -672,7 +683,10 @@ def _straight(lines):
 
 def _with_all(lines):
     "Every move with its own X, Y, Z, G and F, so that lines can change places."
-    at, out, feed, mode = {}, [], "", None
+    at = {}
+    out = []
+    feed = ""
+    mode = None
     for l in lines:
         words = dict(_word.findall(l))
         g = re.search(r"\bG0*([0-3])\b", l)
@@ -764,19 +778,15 @@ def rebuilt_program(
         ):
             seen.setdefault(line, []).append((text, mode, feed))
     at = np.median([_start_place(r) for r in recordings], axis=0)
-    out, place = (
-        ["G20", "G90", "G17", "G92 X{:.4f} Y{:.4f} Z{:.4f}".format(*at)],
-        dict(zip("XYZ", at)),
-    )
+    out = ["G20", "G90", "G17", "G92 X{:.4f} Y{:.4f} Z{:.4f}".format(*at)]
+    place = dict(zip("XYZ", at))
     for line in sorted(seen):
         text = seen[line][0][0]
         words = {k: float(v) for k, v in _word.findall(text)}
         if "G53" in text or not words.keys() & set("XYZ"):
             continue
-        mode, feed = (
-            int(np.median([m for _, m, _ in seen[line]])),
-            float(np.median([f for *_, f in seen[line]])) / 25.4,
-        )
+        mode = int(np.median([m for _, m, _ in seen[line]]))
+        feed = float(np.median([f for *_, f in seen[line]])) / 25.4
         out.append(_rebuilt_line(words, mode, feed, place))
         place |= {k: v for k, v in words.items() if k in "XYZ"}
     return "\n".join([*out, "M30"]) + "\n"
@@ -784,10 +794,8 @@ def rebuilt_program(
 # %% ../../nbs/fingerprint/43_verify.ipynb #ec659ea7
 def _start_place(r):
     "Work position of the first row, inch, from the machine's position and the offset that the other rows show."
-    machine, work = (
-        r.controller[["mpox", "mpoy", "mpoz"]].to_numpy(float),
-        r.controller[["posx", "posy", "posz"]].to_numpy(float),
-    )
+    machine = r.controller[["mpox", "mpoy", "mpoz"]].to_numpy(float)
+    work = r.controller[["posx", "posy", "posz"]].to_numpy(float)
     return (
         machine[0] - np.median((machine - 25.4 * work)[r.controller.unit.to_numpy() == 0], axis=0)
     ) / 25.4
@@ -837,5 +845,6 @@ def motion_table(
         lag = _best_lag(rows, signals, x, response.weights, response.covariance, start)
         true.append(signals._averages(rows.time + lag, _gaps(rows)))
         said.append(read_motion(rows, response))
-    said, true = np.concatenate(said), np.concatenate(true)
+    said = np.concatenate(said)
+    true = np.concatenate(true)
     return pd.Series(1 - ((true - said) ** 2).mean(0) / (true**2).mean(0).clip(1e-12), FEATURES)

@@ -17,18 +17,18 @@ from .reader import format_number
 def _zigzag(low, high, spacing, angle=0.0):
     "Filling of a rectangle with parallel lines: points (n, 2)."
     centre, half = (low + high) / 2, (high - low) / 2
-    c, s = np.cos(angle), np.sin(angle)
+    c = np.cos(angle)
+    s = np.sin(angle)
     reach = np.abs([[c, s], [-s, c]]) @ half
     across = np.arange(-reach[1] + spacing / 2, reach[1], spacing)
     points = []
     for k, v in enumerate(across):
-        origin, direction = centre + v * np.array([-s, c]), np.array([c, s])
+        origin = centre + v * np.array([-s, c])
+        direction = np.array([c, s])
         with np.errstate(divide="ignore", invalid="ignore"):
             ends = np.sort((np.stack([low, high]) - origin) / direction, 0)
-        a, b = (
-            np.nanmax(np.where(np.isfinite(ends[0]), ends[0], -np.inf)),
-            np.nanmin(np.where(np.isfinite(ends[1]), ends[1], np.inf)),
-        )
+        a = np.nanmax(np.where(np.isfinite(ends[0]), ends[0], -np.inf))
+        b = np.nanmin(np.where(np.isfinite(ends[1]), ends[1], np.inf))
         if b - a > spacing:
             points += [origin + t * direction for t in ((a, b) if k % 2 == 0 else (b, a))]
     return np.array(points).reshape(-1, 2)
@@ -132,12 +132,12 @@ def part_program(
     arcs: bool = False,  # Circles as `G3`
 ) -> str:  # G-code
     "A small part as a slicer would write it."
-    make, rng = (
-        _families[check_choice("part", "family", family, _families)],
-        np.random.default_rng([seed, *family.encode()]),
-    )
+    make = _families[check_choice("part", "family", family, _families)]
+    rng = np.random.default_rng([seed, *family.encode()])
     drawn = rng.uniform(15, 35), rng.uniform(25, 60), rng.uniform(90, 130, 2)
-    size, speed, centre = size or drawn[0], speed or drawn[1], drawn[2]
+    size = size or drawn[0]
+    speed = speed or drawn[1]
+    centre = drawn[2]
     if layers < 1:
         raise InputError("part", "layers", "at least one", str(layers))
     feed = 0.45 * height / (np.pi * 1.75**2 / 4)

@@ -193,8 +193,10 @@ def jerk_junctions(
     jerk: np.ndarray,  # Permitted jump of each axis' speed at the start of the move, mm/s, `[n,4]`
 ) -> np.ndarray:  # Highest speed at the start of each move, mm/s, `[n]`
     "Corner speeds by Marlin's classic jerk; the first move starts from rest."
-    safe, corner = safe_speed(unit, nominal, jerk), np.minimum(nominal[1:], nominal[:-1])
-    p, q = unit[:-1] * corner[:, None], unit[1:] * nominal[1:, None]
+    safe = safe_speed(unit, nominal, jerk)
+    corner = np.minimum(nominal[1:], nominal[:-1])
+    p = unit[:-1] * corner[:, None]
+    q = unit[1:] * nominal[1:, None]
     change = np.where(p * q >= 0, np.abs(p - q), np.maximum(np.abs(p), np.abs(q)))
     corner = corner * np.minimum(1, (jerk[1:] / np.maximum(change, 1e-12)).min(1))
     rest = (safe[:-1] > 0.99 * corner) & (safe[1:] > 0.99 * corner)
@@ -222,7 +224,8 @@ def deviation_junctions(
 ) -> np.ndarray:  # Highest speed at the start of each move, mm/s, `[n]`
     "Corner speeds by junction deviation."
     c, s, moving = _corner_cosine(unit)
-    a, d = acceleration[1:], np.broadcast_to(deviation, nominal.shape)[1:]
+    a = acceleration[1:]
+    d = np.broadcast_to(deviation, nominal.shape)[1:]
     with np.errstate(divide="ignore"):
         square = np.where(
             c < -0.999999, np.inf, np.where(c > 0.999999, 0, a * d * s / np.maximum(1 - s, 1e-300))
@@ -349,11 +352,9 @@ def _connect(row, start, end, step):
 # %% ../../nbs/gcode/01_planner.ipynb #9132c7b1
 def _pauses(s, line, in_seconds):
     "Waiting time before each segment (and after the last), s, `[n+1]`, and whether the motion stops there."
-    dwell, pause, stop = (
-        s.lines(s.g_line[s.g == 40]),
-        np.zeros(len(line) + 1),
-        np.zeros(len(line) + 1, bool),
-    )
+    dwell = s.lines(s.g_line[s.g == 40])
+    pause = np.zeros(len(line) + 1)
+    stop = np.zeros(len(line) + 1, bool)
     wait = np.flatnonzero(
         s.lines(s.g_line[np.isin(s.g, _waits["g"])]) | s.lines(s.m_line[np.isin(s.m, _waits["m"])])
     )
@@ -588,7 +589,8 @@ def plan(
     "Plan the motion of a whole program."
     if not isinstance(program, Program):
         program = read_gcode(program)
-    m, s = moves(program, units), _Lines(program)
+    m = moves(program, units)
+    s = _Lines(program)
     issues = list(program.issues)
     dialect = (
         _dialect(s, program)
@@ -611,7 +613,8 @@ def plan(
     if not len(length):
         raise InputError(program.file, "moves", "at least one that changes position or E", "none")
     line = m.line.to_numpy()[row]
-    unit, limit = change / length[:, None], _limits_of_segments(table, line, override)
+    unit = change / length[:, None]
+    limit = _limits_of_segments(table, line, override)
     fast = (m.command.to_numpy()[row] == 0) & on_limit & ~link
     feed = np.where(
         link, 50.0, _feeds(s, m, row, length, fast | link, limits, issues) * limit["speed_factor"]
@@ -743,10 +746,8 @@ def sample_blocks(
     if not rate > 0:
         raise InputError("sample", "rate", "above 0 samples a second", str(rate))
     total = int(np.floor(plan.duration * rate + 1e-9)) + 1
-    first, last = (
-        int(np.ceil(start * rate - 1e-9)),
-        total if stop is None else min(int(np.ceil(stop * rate - 1e-9)), total),
-    )
+    first = int(np.ceil(start * rate - 1e-9))
+    last = total if stop is None else min(int(np.ceil(stop * rate - 1e-9)), total)
     segment, begin, time, way = _phase_table(
         plan, _segments_between(plan, first / rate, last / rate)
     )
@@ -774,7 +775,9 @@ def sample_blocks(
 # %% ../../nbs/gcode/01_planner.ipynb #e6f2b5b3
 def _block(plan, columns, smooth, polys, rows, segment, time, count, t):
     "One block of samples as a dict."
-    since, found, at = np.minimum(t - np.repeat(rows[:, 0], count), np.repeat(time, count)), {}, 1
+    since = np.minimum(t - np.repeat(rows[:, 0], count), np.repeat(time, count))
+    found = {}
+    at = 1
     for c, k in zip(smooth, (p.shape[1] for p in polys)):
         value = np.repeat(rows[:, at + k - 1], count)
         for j in range(k - 2, -1, -1):
@@ -803,7 +806,9 @@ def sample(
 ) -> dict:  # Column -> array
     "Sample the motion at a fixed rate."
     last = plan.duration if stop is None else min(stop, plan.duration)
-    size, whole, at = max(int((last - start) * rate) + 3, 0), {}, 0
+    size = max(int((last - start) * rate) + 3, 0)
+    whole = {}
+    at = 0
     for block in sample_blocks(plan, rate, columns, start, stop):
         for c, v in block.items():
             if c not in whole:
@@ -836,10 +841,8 @@ def slicer_totals(
     program: Program,  # A program
 ) -> dict:  # `filament` in mm, `seconds`, `elapsed`: running time in s at the lines `elapsed_line`; `None` or empty where not written
     "Totals that the slicer wrote into the comments."
-    filament, time = (
-        _comment_value(program, r";\s*filament used(?: \[mm\])?\s*=\s*([\d.]+)(?:mm)?"),
-        _comment_value(program, r";\s*estimated printing time(?: \(normal mode\))?\s*=\s*(.*)"),
-    )
+    filament = _comment_value(program, r";\s*filament used(?: \[mm\])?\s*=\s*([\d.]+)(?:mm)?")
+    time = _comment_value(program, r";\s*estimated printing time(?: \(normal mode\))?\s*=\s*(.*)")
     plain = _comment_value(program, r"^;TIME:([\d.]+)")
     metres = _comment_value(program, r"^;Filament used:\s*([\d.]+)m")
     marks = [
@@ -863,11 +866,10 @@ def compare_with_slicer(
     totals = slicer_totals(program)
     marks = np.searchsorted(plan.line, totals["elapsed_line"])
     first = np.diff(marks, prepend=-1) > 0  # without motion in between a mark repeats the last
-    at, elapsed = (
-        np.append(plan.begin - plan.pause[:-1], plan.duration)[marks[first]],
-        totals["elapsed"][first],
-    )
-    own, slicer = np.diff(at), np.diff(elapsed)
+    at = np.append(plan.begin - plan.pause[:-1], plan.duration)[marks[first]]
+    elapsed = totals["elapsed"][first]
+    own = np.diff(at)
+    slicer = np.diff(elapsed)
 
     def ratio(a, b):
         return a / b if b else None
@@ -1004,7 +1006,11 @@ def program_blocks(
     **options,  # For `plan`
 ):  # (`Program`, `Plan` of its own lines, whole `Plan` with its prologue) one after the other
     "Read and plan a large file block by block."
-    last, fed, kind, height, whole = -1, 0.0, _layer_kind(path), None, None
+    last = -1
+    fed = 0.0
+    kind = _layer_kind(path)
+    height = None
+    whole = None
 
     def restate(block):
         return _restate_all(block, whole, limits, last, kind)
@@ -1032,7 +1038,8 @@ def program_blocks(
                 and abs(own.start[laid[0], 2] - height) < 1e-6
             )
             own.layer = own.layer + last + (0 if same else 1)
-        last, fed = int(own.layer[-1]), own.start[-1, 3] + own.unit[-1, 3] * own.length[-1]
+        last = int(own.layer[-1])
+        fed = own.start[-1, 3] + own.unit[-1, 3] * own.length[-1]
         laid = np.flatnonzero(own.extruding)
         height = own.start[laid[-1], 2] if len(laid) else height
         yield block, own, whole

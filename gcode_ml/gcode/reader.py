@@ -50,7 +50,8 @@ def _cut_comments(text, chars):
     "Positions and texts of the comments; their characters become blanks in `chars`."
     found = [(m.start(), m.end(), m.group()) for m in _comment.finditer(text)]
     start, end, texts = zip(*found) if found else ((), (), ())
-    start, end = np.array(start, dtype=np.int64), np.array(end, dtype=np.int64)
+    start = np.array(start, dtype=np.int64)
+    end = np.array(end, dtype=np.int64)
     edge = np.zeros(len(chars) + 1, np.int8)
     edge[start] += 1
     edge[end] -= 1
@@ -58,7 +59,8 @@ def _cut_comments(text, chars):
     return start, list(texts)
 
 # %% ../../nbs/gcode/00_reader.ipynb #687f081f
-_wordlike, _marks = np.zeros(256, bool), np.zeros(256, bool)
+_wordlike = np.zeros(256, bool)
+_marks = np.zeros(256, bool)
 _wordlike[(_class == _letter) | (np.arange(256) == 95)] = True
 _marks[[36, 37, 64]] = True
 _named = re.compile(
@@ -73,7 +75,8 @@ def _cut_extended(chars, starts):
     at = np.concatenate([np.flatnonzero(w[:-2] & w[1:-1] & w[2:]), np.flatnonzero(_marks[chars])])
     rows = []
     for line in np.unique(np.searchsorted(starts, at, "right") - 1):
-        a, b = starts[line], starts[line + 1] if line + 1 < len(starts) else len(chars)
+        a = starts[line]
+        b = starts[line + 1] if line + 1 < len(starts) else len(chars)
         content = chars[a:b].tobytes().decode("latin-1")
         if not (m := _named.match(content)):
             continue
@@ -97,7 +100,8 @@ def _numbers(chars, kind, head, length):
     mantissa = np.add.reduceat(
         np.where(kind == _digit, (chars - 48) * _powers[np.minimum(right, 18)], 0), head
     )
-    dots, signs = np.flatnonzero(kind == _dot), np.flatnonzero(kind == _sign)
+    dots = np.flatnonzero(kind == _dot)
+    signs = np.flatnonzero(kind == _sign)
     dot_of, sign_of = (np.searchsorted(head, q, "right") - 1 for q in (dots, signs))
     decimals = np.zeros(len(head), np.int32)
     decimals[dot_of] = count[last[dot_of]] - count[dots]
@@ -201,7 +205,8 @@ _plain = [
     98,
     99,
 ]
-_takes_axes, _machine_m = np.ones(10001, bool), np.zeros(10001, bool)
+_takes_axes = np.ones(10001, bool)
+_machine_m = np.zeros(10001, bool)
 _takes_axes[np.rint(10 * np.array(_plain)).astype(int)] = False
 _machine_m[[10 * m for m in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 30, 48, 49, 60)]] = True
 
@@ -223,7 +228,9 @@ def _leading(line, letter):
 # %% ../../nbs/gcode/00_reader.ipynb #636d6bea
 def _sort_words(words, line, faults, fault_line, n):
     "Which words stay, which lines are text commands, and positions (with their lines) that are wrong, in order."
-    letter, value, code = words["letter"], words["value"], _code(words["value"])
+    letter = words["letter"]
+    value = words["value"]
+    code = _code(words["value"])
     star = letter == 42
     number, head = _leading(line, letter)
     argument = np.zeros(n, bool)
@@ -346,12 +353,11 @@ def _word_error(file, lines, starts, place, line):
 # %% ../../nbs/gcode/00_reader.ipynb #a59d43dc
 def _extended_table(named, is_text, words, lines):
     "The table of commands kept as text: those with names, and those whose arguments are text."
-    rows, first = list(named), np.searchsorted(words.line.to_numpy(), is_text)
-    letter, value, start = (
-        words.letter.cat.codes.to_numpy(),
-        words.value.to_numpy(),
-        words.start.to_numpy(),
-    )
+    rows = list(named)
+    first = np.searchsorted(words.line.to_numpy(), is_text)
+    letter = words.letter.cat.codes.to_numpy()
+    value = words.value.to_numpy()
+    start = words.start.to_numpy()
     for line, k in zip(is_text, first):
         k += letter[k] == _N - 65
         name = chr(letter[k] + 65) + ("" if np.isnan(value[k]) else f"{value[k]:g}")
@@ -413,7 +419,8 @@ def parse_gcode(
     "Read a program from text."
     if not text.strip():
         raise InputError(file, "content", "a G-code program", "nothing")
-    lines, raw = list(io.StringIO(text, newline="")), _characters(text)
+    lines = list(io.StringIO(text, newline=""))
+    raw = _characters(text)
     starts = np.concatenate([[0], np.flatnonzero(raw == 10) + 1])[: len(lines)]
 
     def at(places):
@@ -423,7 +430,8 @@ def parse_gcode(
     comment_start, comments = _cut_comments(text, chars)
     named = _cut_extended(chars, starts)
     words, faults, slashes = _tokens(chars)
-    line, comment_line = at(words["start"]), at(comment_start)
+    line = at(words["start"])
+    comment_line = at(comment_start)
     keep, is_text, broken = _sort_words(words, line, faults, at(faults), len(lines))
     errors = {l: _word_error(file, lines, starts, place, l) for place, l in broken[::-1]}
     if errors and not lenient:
@@ -435,7 +443,8 @@ def parse_gcode(
     def pick(mask):
         return ({k: v[mask] for k, v in words.items()}, line[mask], starts)
 
-    table, checksums = _word_table(*pick(keep)), _checksum_table(*pick(star), raw, lines)
+    table = _word_table(*pick(keep))
+    checksums = _checksum_table(*pick(star), raw, lines)
     skip, odd = _resent(table, checksums, file)
     extended = _extended_table(named, is_text, table, lines)
     return Program(
@@ -534,12 +543,11 @@ def unknown_commands(
     program: Program,  # A program
 ) -> dict:  # Name -> how often, most frequent first
     "Commands that are kept and not interpreted."
-    line, letter, value = (
-        program.words.line.to_numpy(),
-        program.words.letter.cat.codes.to_numpy() + 65,
-        program.words.value.to_numpy(),
-    )
-    code, (number, head) = _code(value), _leading(line, letter)
+    line = program.words.line.to_numpy()
+    letter = program.words.letter.cat.codes.to_numpy() + 65
+    value = program.words.value.to_numpy()
+    code = _code(value)
+    (number, head) = _leading(line, letter)
     argument = np.zeros(len(program.lines), bool)
     argument[line[head & (letter == _M) & ~_machine_m[code]]] = True
     known = np.zeros(len(line), bool)
@@ -567,29 +575,32 @@ class _Lines:
     "The words of a program ready to be spread over its lines."
 
     def __init__(self, program, block_delete=False):
-        self.program, w, self.n = program, program.words, len(program.lines)
-        self.line, self.letter, self.value = (
-            w.line.to_numpy(),
-            w.letter.cat.codes.to_numpy().view(np.uint8) + np.uint8(65),
-            w.value.to_numpy(),
-        )
+        self.program = program
+        w = program.words
+        self.n = len(program.lines)
+        self.line = w.line.to_numpy()
+        self.letter = w.letter.cat.codes.to_numpy().view(np.uint8) + np.uint8(65)
+        self.value = w.value.to_numpy()
         if block_delete and len(program.deletable):
             keep = ~np.isin(self.line, program.deletable)
-            self.line, self.letter, self.value = (
-                self.line[keep],
-                self.letter[keep],
-                self.value[keep],
-            )
+            self.line = self.line[keep]
+            self.letter = self.letter[keep]
+            self.value = self.value[keep]
         head = _leading(self.line, self.letter)[1]
         command = np.flatnonzero((self.letter == _G) | (self.letter == _M))
-        at, code, is_g = self.line[command], _code(self.value[command]), self.letter[command] == _G
+        at = self.line[command]
+        code = _code(self.value[command])
+        is_g = self.letter[command] == _G
         self.argument = self.lines(
             self.line[head & (self.letter == _M)][
                 ~_machine_m[_code(self.value[head & (self.letter == _M)])]
             ]
         )
         free = is_g & ~self.argument[at]
-        self.g_line, self.g, self.m_line, self.m = at[free], code[free], at[~is_g], code[~is_g]
+        self.g_line = at[free]
+        self.g = code[free]
+        self.m_line = at[~is_g]
+        self.m = code[~is_g]
         self.owned = self.argument | self.lines(self.g_line[_takes_axes[self.g]])
 
     def lines(self, line):
@@ -617,7 +628,8 @@ def has(self: _Lines, codes):
 @patch
 def column(self: _Lines, letter, where):
     "Value of the word `letter` on each line of the mask `where`, NaN elsewhere."
-    words, column = np.flatnonzero(self.letter == ord(letter)), np.full(self.n, np.nan)
+    words = np.flatnonzero(self.letter == ord(letter))
+    column = np.full(self.n, np.nan)
     column[self.line[words]] = self.value[words]
     column[~where] = np.nan
     return column
@@ -626,7 +638,8 @@ def column(self: _Lines, letter, where):
 @patch
 def group(self: _Lines, codes, initial):
     "The G code out of `codes` that holds on each line."
-    value, member = np.full(self.n, -1, np.int32), np.isin(self.g, codes)
+    value = np.full(self.n, -1, np.int32)
+    member = np.isin(self.g, codes)
     value[self.g_line[member]] = self.g[member]
     return _hold(value, value >= 0, initial)
 
@@ -637,7 +650,8 @@ def _positions(word, absolute, renamed, cleared, home, machine, apart=False):
     def before(x):
         return np.concatenate([[0.0], x[:-1]])
 
-    moved, is_renamed = ~np.isnan(word), ~np.isnan(renamed)
+    moved = ~np.isnan(word)
+    is_renamed = ~np.isnan(renamed)
     is_set = home | is_renamed | cleared | moved & absolute
     total = np.cumsum(np.where(moved & ~is_set, word, 0.0))
     own, offset = np.zeros((2, len(word)))
@@ -685,7 +699,8 @@ def _arcs(file, line, start, end, offset, radius, command, plane, tolerance):
             found(np.flatnonzero(bad)[0]),
         )
 
-    centre, by_radius = np.zeros_like(start), ~np.isnan(radius)
+    centre = np.zeros_like(start)
+    by_radius = ~np.isnan(radius)
     for code, (a, b, _) in _axes.items():
         here = plane == code
         lost = here & ~by_radius & np.isnan(offset[[a, b]]).all(0)
@@ -724,11 +739,9 @@ def _arcs(file, line, start, end, offset, radius, command, plane, tolerance):
     return centre, np.sqrt((centre**2).sum(0))
 
 # %% ../../nbs/gcode/00_reader.ipynb #1bd90492
-_layer_number, _layer_change, _line_type = (
-    re.compile(r";\s*LAYER:\s*(-?\d+)"),
-    re.compile(r";\s*(?:LAYER_CHANGE|CHANGE_LAYER)\b"),
-    re.compile(r";\s*(?:TYPE|FEATURE):\s*(.*?)\s*$"),
-)
+_layer_number = re.compile(r";\s*LAYER:\s*(-?\d+)")
+_layer_change = re.compile(r";\s*(?:LAYER_CHANGE|CHANGE_LAYER)\b")
+_line_type = re.compile(r";\s*(?:TYPE|FEATURE):\s*(.*?)\s*$")
 
 # %% ../../nbs/gcode/00_reader.ipynb #46f6a569
 def _marks_of(program, pattern):
@@ -795,7 +808,8 @@ _feed_moves = [50, 51, 60, 310, 330, 331, 382, 383, 384, 385, 730, 740, 760, *ra
 
 def _motion_lines(s, file):
     "Motion code held on each line (10 times the number), lines that are moves, and lines that name their motion."
-    motion, named = s.group(_motions, -1), s.has([0, 10, 20, 30])
+    motion = s.group(_motions, -1)
+    named = s.has([0, 10, 20, 30])
     bare = s.lines(s.line[np.isin(s.letter, list(b"XYZEABCUVW"))]) | s.lines(
         s.line[np.isin(s.letter, list(b"IJKR"))]
     ) & np.isin(motion, [20, 30])
@@ -829,11 +843,15 @@ def _modes(s, units):
 # %% ../../nbs/gcode/00_reader.ipynb #dcfae766
 def _paths(s, moving, unit, absolute, absolute_e, apart=False):
     "Positions after each line (4, lines: x, y, z, e) in mm, and the steps of E that the words give; with `apart`, (4, 2, lines) of own coordinates and offsets."
-    machine, home, rename, clear = s.has([530]), s.has([280]), s.has([920]), s.has([921, 922])
+    machine = s.has([530])
+    home = s.has([280])
+    rename = s.has([920])
+    clear = s.has([921, 922])
     home_all = home & ~s.lines(s.line[np.isin(s.letter, list(b"XYZ"))])
     paths = []
     for axis in "XYZE":
-        word, own = s.column(axis, moving) * unit, s.lines(s.line[s.letter == ord(axis)])
+        word = s.column(axis, moving) * unit
+        own = s.lines(s.line[s.letter == ord(axis)])
         homes = np.zeros(s.n, bool) if axis == "E" else home_all | home & own
         fixed = absolute_e if axis == "E" else absolute | machine
         paths.append(
@@ -853,7 +871,8 @@ def _paths(s, moving, unit, absolute, absolute_e, apart=False):
 def _arc_columns(s, file, rows, command, plane, unit, start, end, tolerance):
     "Columns i, j, k, r and turns of the moves on the lines `rows`; NaN and 0 for straight moves."
     i, j, k, r = columns = np.full((4, len(rows)), np.nan)
-    turns, arc = np.zeros(len(rows), np.int64), command >= 2
+    turns = np.zeros(len(rows), np.int64)
+    arc = command >= 2
     if arc.any():
         where = s.lines(rows[arc])
 
@@ -902,9 +921,11 @@ def moves(
     unit, absolute, absolute_e, feed = _modes(s, units)
     paths, step = _paths(s, moving, unit, absolute, absolute_e)
     rows = np.flatnonzero(moving)
-    end, start = paths[:, rows], np.where(rows > 0, paths[:, rows - 1], 0.0)
+    end = paths[:, rows]
+    start = np.where(rows > 0, paths[:, rows - 1], 0.0)
     de = np.where(np.isnan(step[rows]), end[3] - start[3], step[rows])
-    command, plane = (motion[rows] // 10).astype(np.int8), s.group([170, 180, 190], 170)[rows]
+    command = (motion[rows] // 10).astype(np.int8)
+    plane = s.group([170, 180, 190], 170)[rows]
     arcs = _arc_columns(
         s, program.file, rows, command, plane, unit, start[:3], end[:3], radius_tolerance
     )
@@ -951,10 +972,12 @@ def arc_sweeps(
     start, end, centre = (
         moves[c].to_numpy().T for c in (["x0", "y0", "z0"], ["x", "y", "z"], ["i", "j", "k"])
     )
-    sweep, command = np.zeros(len(moves)), moves.command.to_numpy()
+    sweep = np.zeros(len(moves))
+    command = moves.command.to_numpy()
     for code, (a, b, _) in _axes.items():
         k = (command >= 2) & (moves.plane.to_numpy() == code // 10)
-        p, q = -centre[:, k][[a, b]], (end - start - centre)[:, k][[a, b]]
+        p = -centre[:, k][[a, b]]
+        q = (end - start - centre)[:, k][[a, b]]
         angle = np.arctan2(p[0] * q[1] - p[1] * q[0], (p * q).sum(0))
         turn = np.where(command[k] == 2, -1.0, 1.0)
         partial = np.where(angle * turn <= 1e-9, angle * turn + 2 * np.pi, angle * turn)
@@ -967,7 +990,8 @@ def path_points(
     tolerance: float = 0.01,  # Largest distance of the polyline from an arc, mm
 ) -> tuple:  # Row of `moves` that each point ends or lies on (n,), points (n, 3) in mm
     "The tool path as points: the end of each move, with arcs cut into chords."
-    sweep, radius = arc_sweeps(moves), np.nan_to_num(moves.r.to_numpy(), nan=1.0)
+    sweep = arc_sweeps(moves)
+    radius = np.nan_to_num(moves.r.to_numpy(), nan=1.0)
     chord = 2 * np.arccos(np.clip(1 - tolerance / radius, 0, 1 - 1e-9))
     count = np.maximum(np.ceil(np.abs(sweep) / chord), 1).astype(int)
     row = np.repeat(np.arange(len(moves)), count)
@@ -978,11 +1002,9 @@ def path_points(
     points = start + (end - start) * share[:, None]
     for code, (a, b, _) in _axes.items():
         k = (count[row] > 1) & (moves.plane.to_numpy()[row] == code // 10)
-        angle, p, q = (
-            (sweep[row] * share)[k],
-            -centre[k][:, [a, b]],
-            (end - start - centre)[k][:, [a, b]],
-        )
+        angle = (sweep[row] * share)[k]
+        p = -centre[k][:, [a, b]]
+        q = (end - start - centre)[k][:, [a, b]]
         size = 1 + share[k] * (np.hypot(*q.T) / np.hypot(*p.T) - 1)
         turned = (
             np.stack(
@@ -1011,7 +1033,8 @@ def format_number(
 # %% ../../nbs/gcode/00_reader.ipynb #799fdf20
 def _render(text, words, checksum, changes, digits):
     "One line with changed words; `words` are (letter, start, end), `checksum` is (start, end) or `None`, a change of `None` removes."
-    pieces, last = [], max(end for _, _, end in words)
+    pieces = []
+    last = max(end for _, _, end in words)
     for letter, value in changes.items():
         found = [(start, end) for l, start, end in words if l == letter]
         number = None if value is None else f"{letter}{format_number(value, digits)}"
@@ -1069,7 +1092,8 @@ def replace_words(
     **words,  # Letter and new value, or an array with one value a line; NaN in an array leaves the word alone, `None` removes it
 ) -> Program:  # A new program; only these lines differ
     "Replace, add or remove words; comments stay and a checksum is computed anew."
-    line, table = np.atleast_1d(np.asarray(line, int)), program.words
+    line = np.atleast_1d(np.asarray(line, int))
+    table = program.words
     changes = _changes(program, line, words)
     first, stop = (np.searchsorted(table.line.to_numpy(), line, side) for side in ("left", "right"))
     spans = list(
@@ -1151,7 +1175,9 @@ def read_blocks(
 ):  # `Program`s, one after the other
     "Read a large file block by block; no more than one block is held."
     path = Path(source)
-    first, prologue, pending = 0, [], []
+    first = 0
+    prologue = []
+    pending = []
     if not path.is_file():
         raise InputError(path, "file", "a G-code file", "nothing there")
     with open(path, "rb") as f:
@@ -1173,9 +1199,12 @@ def read_blocks(
                 )
             except InputError as e:
                 raise in_file(e, len(prologue), first) from None
-            program.prologue, program.first = len(prologue), first
+            program.prologue = len(prologue)
+            program.first = first
             yield program
-            prologue, first, pending = restate(program), first + cut, pending[cut:]
+            prologue = restate(program)
+            first = first + cut
+            pending = pending[cut:]
 
 # %% ../../nbs/gcode/00_reader.ipynb #92459a69
 def _block_end(lines, share=0.2):

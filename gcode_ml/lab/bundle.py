@@ -73,7 +73,8 @@ def save_bundle(
     facts: dict,  # `domain`, `trained_on` (sources), `metrics`, `limits`, …
 ):
     "Write a bundle, the description last."
-    folder, cls = Path(folder), type(model)
+    folder = Path(folder)
+    cls = type(model)
     with atomic_path(folder / "model.safetensors") as f:
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, f)
     with atomic_path(folder / "README.md") as f:

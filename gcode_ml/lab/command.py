@@ -74,7 +74,8 @@ def parameters_command(a):
     from gcode_ml.lab.parameters import read_parameters
 
     notebook = experiment_notebook(a.domain)
-    all_, own = read_parameters(notebook), read_parameters(notebook, shared=False)
+    all_ = read_parameters(notebook)
+    own = read_parameters(notebook, shared=False)
 
     def show(names):
         for p in (all_[n] for n in names):
@@ -137,7 +138,8 @@ def check_command(a):
 
     from gcode_ml.lab.experiment import domain_recipe
 
-    check, words = domain_recipe(a.domain).check, _typed_words(a.parameter)
+    check = domain_recipe(a.domain).check
+    words = _typed_words(a.parameter)
     for name in words:
         check_choice(
             "check",
@@ -330,11 +332,9 @@ class _Commands:
     "Adds commands to a parser and remembers them by group, for the help."
 
     def __init__(self, top):
-        self.commands, self.groups, self.group = (
-            top.add_subparsers(dest="command", required=True, metavar="COMMAND"),
-            {},
-            "",
-        )
+        self.commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        self.groups = {}
+        self.group = ""
 
     def __call__(self, name, function, help, *words, group=""):
         sub = self.commands.add_parser(name, description=function.__doc__)
@@ -439,7 +439,8 @@ def parser() -> argparse.ArgumentParser:  # For all commands
         description="Experiments on machine signals and sequences.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command, modules = _Commands(top), _commands()
+    command = _Commands(top)
+    modules = _commands()
     for command.group, words in (("experiments", _run_words), ("results", _result_words)):
         words(command)
     command.group = "models"

@@ -48,7 +48,8 @@ def agent_command(a):
 
     from gcode_ml.lab.sweeps import Workers, find_sweep
 
-    sweep, workers = find_sweep(a.sweep, a.runs), Workers()
+    sweep = find_sweep(a.sweep, a.runs)
+    workers = Workers()
     try:
         sweep.drive(workers, 1, progress=None if a.quiet else tqdm)
     finally:

@@ -177,7 +177,8 @@ def _end_with_parent():
 
 def _join(learn, folder, rank, processes, seconds):
     "Meet the other processes, over NCCL or gloo as the learner's device says."
-    kind, gpus = torch.device(learn.dls.device).type, torch.cuda.device_count()
+    kind = torch.device(learn.dls.device).type
+    gpus = torch.cuda.device_count()
     if kind not in ("cpu", "cuda"):
         raise InputError("parameter", "device", "cpu or cuda for several processes", kind)
     if kind == "cuda" and processes > gpus:
@@ -216,7 +217,8 @@ def _fit(job, folder, rank):
         torch.cuda.set_device(rank % torch.cuda.device_count())
     learn = _named(job["recipe"])(**job["arguments"])
     _join(learn, folder, rank, job["processes"], job["timeout"])
-    run, name = Run(job["folder"]), job["name"]
+    run = Run(job["folder"])
+    name = job["name"]
     learn.add_cb(
         SharedSnapshot(run.path("snapshot", f"{name}.safetensors"), job["snapshot_batches"])
     )

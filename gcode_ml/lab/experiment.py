@@ -111,7 +111,8 @@ def execute(
 # %% ../../nbs/lab/05_experiment.ipynb #079b4d6a
 def _watch(run, stop, quiet):
     "Show the run's `progress.json` as a bar until `stop` is set."
-    bar, file = None, run.path("progress.json")
+    bar = None
+    file = run.path("progress.json")
     while (
         not stop.wait(0.3 if sys.stderr.isatty() or not bar else 10) and not quiet
     ):  # in a log each state is a line
@@ -193,7 +194,8 @@ def run_experiment(
 ) -> tuple:  # The run and its result
     "Check, make the run folder, and carry the experiment out."
     check_experiment(domain)
-    parameters, notebook = experiment_parameters(domain, values or {}), experiment_notebook(domain)
+    parameters = experiment_parameters(domain, values or {})
+    notebook = experiment_notebook(domain)
     run = new_run(
         domain,
         parameters,

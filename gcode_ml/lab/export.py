@@ -148,7 +148,9 @@ class FlatModel(nn.Module):
         names: list,  # Names of the inputs in their order
     ):
         super().__init__()
-        self.model, self.method, self.names = model, method, list(names)
+        self.model = model
+        self.method = method
+        self.names = list(names)
         self.own = [n for n in names if n in inspect.signature(getattr(model, method)).parameters]
 
     def named(self, *tensors):
@@ -260,7 +262,8 @@ def _exported(graph):
 
 
 def _torchscript(flat, inputs):
-    file, clean = io.BytesIO(), io.BytesIO()
+    file = io.BytesIO()
+    clean = io.BytesIO()
     torch.jit.save(
         torch.jit.trace(
             flat, tuple(example_inputs(inputs, _sizes(inputs)).values()), check_trace=False
@@ -306,7 +309,8 @@ def _name_axes(data, inputs):
 # %% ../../nbs/lab/08_export.ipynb #fddb8825
 def _own_weights(model):
     "Give each `Gemm` node its own copy of a shared weight."
-    weights, seen = {w.name: w for w in model.graph.initializer}, set()
+    weights = {w.name: w for w in model.graph.initializer}
+    seen = set()
     for node in model.graph.node:
         for i, k in enumerate(node.input):
             if node.op_type != "Gemm" or k not in weights:
@@ -430,7 +434,8 @@ def compare_program(
     for sizes in (_sizes(eager.inputs, 2, 5), _sizes(eager.inputs, 3, 1)):
         arrays = {k: v.numpy() for k, v in example_inputs(eager.inputs, sizes, seed=1).items()}
         try:
-            wanted, found = eager(arrays), program(arrays)
+            wanted = eager(arrays)
+            found = program(arrays)
             rows += [
                 dict(output=k, **sizes, **_difference(wanted[k], found[k], int8)) for k in wanted
             ]
@@ -454,10 +459,8 @@ def _difference(wanted, found, int8):
     if wanted.dtype.kind != "f":
         other = float((wanted != found).mean())
         return dict(differ=other, within=int8 or other == 0)
-    difference, largest = (
-        float(np.abs(wanted - found).max(initial=0)),
-        float(np.abs(wanted).max(initial=0)),
-    )
+    difference = float(np.abs(wanted - found).max(initial=0))
+    largest = float(np.abs(wanted).max(initial=0))
     if not np.isfinite(difference):
         return dict(within=False, fault="values that are not finite")
     return dict(
@@ -473,7 +476,8 @@ def export_bundle(
     folder=None,  # Where the programs go; `programs` in the bundle by default
 ) -> dict:  # File -> format, program, inputs, outputs, and what the comparison gave
     "Make programs, compare them, write them; the findings go into the facts of the bundle."
-    folder, found = Path(folder or bundle.folder / "programs"), {}
+    folder = Path(folder or bundle.folder / "programs")
+    found = {}
     for method, eager in eager_programs(bundle.model).items():
         for kind, data in make_programs(bundle.model, method, format).items():
             file = folder / f"{method}{SUFFIXES[kind]}"
@@ -668,7 +672,8 @@ def predict_arrays(
     made = {k for p in programs.values() for o in p.outputs for k in (o, o.removeprefix("next_"))}
     wanted = {k: s for p in programs.values() for k, s in p.inputs.items() if k not in made}
     arrays = check_inputs(wanted, read_arrays(file), file)
-    longest, parts = int(bundle.preprocessing.get("length", 256)), []
+    longest = int(bundle.preprocessing.get("length", 256))
+    parts = []
     for i in range(0, len(next(iter(arrays.values()))), batch_size):
         parts.append(
             run_programs(programs, {k: v[i : i + batch_size] for k, v in arrays.items()}, longest)

@@ -70,7 +70,8 @@ def _told(result, of):
     command = re.sub(
         r" --(quiet|replace|runs \S+)", "", result.get("command", "")
     )  # how it was shown and where it lay
-    split, data = result.get("split"), result.get("data")
+    split = result.get("split")
+    data = result.get("data")
     return dict(
         of=of,
         command=command,
@@ -113,7 +114,8 @@ def collect(
     runs=None,  # Folder of runs; from the settings by default
 ) -> list:  # Names of the tables that were written
     "Take the tables of a paper from its runs; those of runs that are not here stay as they are."
-    folder, written = Path(paper) / "results", []
+    folder = Path(paper) / "results"
+    written = []
     sources = yaml.safe_load((folder / "sources.yaml").read_text(encoding="utf-8"))
     told = read_json(folder / "provenance.json") if (folder / "provenance.json").exists() else {}
     for name, source in sources.items():
@@ -262,7 +264,8 @@ def unaccounted_numbers(
     notebook,  # Notebook of a paper
 ) -> list:  # One sentence a number
     "Numbers in a paper that are neither computed nor declared with a source."
-    given, bad = {v for v, _ in given_numbers(notebook).values()}, []
+    given = {v for v, _ in given_numbers(notebook).values()}
+    bad = []
     for i, c in enumerate(read_json(notebook)["cells"][1:], 1):
         text = "".join(c["source"])
         found = (
@@ -283,7 +286,8 @@ def altered_results(
     paper,  # Folder of a paper
 ) -> list:  # One sentence a table
     "Tables of a paper that are not as their run left them, or of which the run is not told."
-    folder, told = Path(paper) / "results", read_json(Path(paper) / "results" / "provenance.json")
+    folder = Path(paper) / "results"
+    told = read_json(Path(paper) / "results" / "provenance.json")
     named = yaml.safe_load((folder / "sources.yaml").read_text(encoding="utf-8"))
     files = {f.stem for f in folder.glob("*.csv")}
     return (
@@ -400,7 +404,8 @@ def paper_markdown(
     folder,  # Where its pictures go
 ) -> str:  # Pandoc's Markdown, with the front matter
     "Compute a paper."
-    paper, folder = Path(paper).resolve(), Path(folder)
+    paper = Path(paper).resolve()
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     cells = _executed(paper)
     labels = _labels(cells)
@@ -431,10 +436,12 @@ def render_paper(
             f"no module {e.name}",
             "pip install 'gcode_ml[papers]'",
         ) from None
-    paper, folder = Path(paper).resolve(), Path(folder).resolve()
+    paper = Path(paper).resolve()
+    folder = Path(folder).resolve()
     parts = folder / paper.name
     text = paper_markdown(paper, parts)
-    page, pdf = folder / f"{paper.name}.html", folder / f"{paper.name}.pdf"
+    page = folder / f"{paper.name}.html"
+    pdf = folder / f"{paper.name}.pdf"
     common = [
         "--standalone",
         "--citeproc",

@@ -40,7 +40,8 @@ class Run:
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.began, self._told = time.time(), 0.0
+        self.began = time.time()
+        self._told = 0.0
         self._lock = FileLock(self.folder / ".lock")
 
     @property
@@ -297,7 +298,10 @@ class RunProgress(Callback):
         part: int = 0,  # Which part of the run this fit is
         parts: int = 1,  # How many parts the run has
     ):
-        self.run_, self.text, self.part, self.parts = run, text, part, parts
+        self.run_ = run
+        self.text = text
+        self.part = part
+        self.parts = parts
 
     def after_batch(self):
         share = (self.epoch * self.n_iter + self.iter + 1) / (self.n_epoch * self.n_iter)
@@ -401,7 +405,8 @@ def runs_table(
     for f in Path(runs or runs_folder()).glob(f"{domain or '*'}/*/params.json"):
         if f.parent.name.startswith("."):
             continue  # set aside, to be removed
-        run, params = Run(f.parent), read_json(f)
+        run = Run(f.parent)
+        params = read_json(f)
         result = read_json(run.path("result.json")) if run.status == "finished" else {}
         rows.append(
             dict(

@@ -33,7 +33,8 @@ def settings(
     start=None,  # Where to look for the workspace
 ) -> ConfigParser:  # Sections `workspace` and `defaults`
     "Read `settings.ini`."
-    parser, file = ConfigParser(), workspace_root(start) / "settings.ini"
+    parser = ConfigParser()
+    file = workspace_root(start) / "settings.ini"
     parser.read(file, encoding="utf-8")
     for section in ("workspace", "defaults"):
         if section not in parser:

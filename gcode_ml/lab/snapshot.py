@@ -118,14 +118,17 @@ class Snapshot(Callback):
         seconds: float = 60.0,  # Longest time without a snapshot
         batches: int = 0,  # Also after this many batches; 0 does not count
     ):
-        self.path, self.seconds, self.batches = Path(path), seconds, batches
+        self.path = Path(path)
+        self.seconds = seconds
+        self.batches = batches
 
     def before_fit(self):
         self.run = self.learn.fitting and not hasattr(self.learn, "lr_finder")
         if not self.run:
             return
         self.epoch_start = generator_states(self.dls)
-        self.since, self.saved = 0, time.monotonic()
+        self.since = 0
+        self.saved = time.monotonic()
         if self.path.exists():
             self.load()
 
@@ -198,7 +201,8 @@ def save(
     header = json.dumps(dict(epoch=epoch, batch=batch, state=self._state(tensors)))
     with atomic_path(self.path) as f:
         save_file(tensors, f, metadata=dict(snapshot=header))
-    self.since, self.saved = 0, time.monotonic()
+    self.since = 0
+    self.saved = time.monotonic()
 
 # %% ../../nbs/lab/03_snapshot.ipynb #04ed3dbc
 @patch

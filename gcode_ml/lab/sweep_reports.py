@@ -92,7 +92,8 @@ def sweep_picture(
         contour=visualization.matplotlib.plot_contour,
         slice=visualization.matplotlib.plot_slice,
     )
-    study, important = sweep.study(), list(parameter_importance(sweep).index[:2])
+    study = sweep.study()
+    important = list(parameter_importance(sweep).index[:2])
     check_choice("sweep", "picture", kind, SWEEP_PICTURES)
     if (
         len([t for t in study.get_trials(deepcopy=False) if t.value is not None]) < 2
@@ -138,7 +139,8 @@ def paired_comparison(
 
     from gcode_ml.core.metrics import bootstrap_interval
 
-    first, second = np.asarray(first, float), np.asarray(second, float)
+    first = np.asarray(first, float)
+    second = np.asarray(second, float)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
         raise InputError(
             "comparison",

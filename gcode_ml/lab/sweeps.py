@@ -327,13 +327,10 @@ def _requeue(self: Sweep, study):
     for t in trials:
         if t.state != S.RUNNING or self._alive(self._owner(t.number)):
             continue
-        run, whole = (
-            t.user_attrs.get("run", t.number),
-            set(t.params)
-            == {
-                k for k, d in self.space.dimensions.items() if d.values is None or len(d.values) > 1
-            },
-        )
+        run = t.user_attrs.get("run", t.number)
+        whole = set(t.params) == {
+            k for k, d in self.space.dimensions.items() if d.values is None or len(d.values) > 1
+        }
         follows = any(o.number > t.number and o.user_attrs.get("run") == run for o in trials)
         more = {"point": t.user_attrs["point"]} if "point" in t.user_attrs else {}
         if whole and not follows:
@@ -535,7 +532,8 @@ def run_trial(
     attempts: int = 6,  # How often a dead kernel is replaced
 ) -> dict:  # `value`, `values`, `seconds`; or `error`, or `pruned`
     "Carry out the runs of one trial; what is finished is only read."
-    began, values = time.time(), []
+    began = time.time()
+    values = []
     try:
         for name, parameters in zip(job["names"], job["parameters"]):
             values.append(
@@ -620,11 +618,9 @@ def job(
     trial,  # A trial with its parameters
 ) -> dict:  # For `run_trial`
     "What a worker needs to know of a trial."
-    number, values, known = (
-        trial.user_attrs.get("run", trial.number),
-        self.values(trial),
-        _parameters(self.domain),
-    )
+    number = trial.user_attrs.get("run", trial.number)
+    values = self.values(trial)
+    known = _parameters(self.domain)
     seeds = self.space.seeds or [None]
     names = [f"{self.name}-{number:04d}" + ("" if s is None else f"-s{s}") for s in seeds]
     parameters = [
@@ -682,7 +678,8 @@ class Workers:
     "Where jobs are carried out: on a Dask cluster, or in this process."
 
     def __init__(self, client=None):
-        self.client, self.pool = client, None if client else ThreadPoolExecutor(1)
+        self.client = client
+        self.pool = None if client else ThreadPoolExecutor(1)
 
     def submit(self, job, key, work=run_trial):
         "Start a job."
@@ -716,7 +713,9 @@ def drive(
     work=run_trial,  # What carries a job out
 ):
     "Work on the sweep until nothing is left to begin and everything begun here has ended."
-    held, study, live = self.hold(), self.study(), {}
+    held = self.hold()
+    study = self.study()
+    live = {}
     bar = progress(total=self.space.trials, desc=self.name, unit="trial") if progress else None
     try:
         while True:
@@ -798,7 +797,8 @@ def _prune(self: Sweep, trial, job, seen):
                 told = json.loads(line)
             except ValueError:
                 break  # half a line, for the next look
-            key, value = (name, told.get("fit"), told.get("epoch")), told.get(self.space.metric)
+            key = (name, told.get("fit"), told.get("epoch"))
+            value = told.get(self.space.metric)
             if key in seen or value is None or not math.isfinite(value):
                 continue  # a resumed run may tell an epoch twice
             trial.report(value, len(seen))

@@ -63,7 +63,8 @@ class LocalTracker(Tracker):
     "Hands each step once to a tool that writes local files."
 
     def __init__(self, run_folder, parameters=None, project="gcode_ml"):
-        self.folder, self.project = Path(run_folder).resolve() / "tracking", project
+        self.folder = Path(run_folder).resolve() / "tracking"
+        self.project = project
         self.title = "/".join(self.folder.parts[-3:-1])
         self.file = self.folder / f"{type(self).__name__.lower()}.json"
         self.note = read_json(self.file) if self.file.exists() else dict(id="", steps={})
@@ -278,7 +279,9 @@ def write_figures(self: WeightsAndBiases, values, step):
 @patch
 def _replay(self: WeightsAndBiases):
     "Tell W&B everything from before an interruption; a last line that was cut short is dropped."
-    self.journal, self.counters, kept = self.folder / "wandb.jsonl", set(), []
+    self.journal = self.folder / "wandb.jsonl"
+    self.counters = set()
+    kept = []
     for line in self.journal.read_text().splitlines() if self.journal.exists() else ():
         try:
             kept.append(json.loads(line))
@@ -343,11 +346,9 @@ class Tracking(Callback):
         gradients_every: int = 0,  # Batches between two histograms of the gradients; 0 for none
         fit: str = "",  # Name of this fit, where a run has several
     ):
-        self.writer, self.gradients_every, self.prefix = (
-            writer,
-            gradients_every,
-            f"{fit}/" if fit else "",
-        )
+        self.writer = writer
+        self.gradients_every = gradients_every
+        self.prefix = f"{fit}/" if fit else ""
 
     def before_fit(self):
         self.run = in_fit(self.learn)

@@ -40,13 +40,11 @@ class PartAffine(Augmentation):
         shift: float = 0.05,  # Largest shift along each axis
         p: float = 1.0,  # Share of the samples
     ):
-        self.parts, self.rotation, self.scale, self.shift, self.p = (
-            dict(parts or {}),
-            rotation,
-            scale,
-            shift,
-            p,
-        )
+        self.parts = dict(parts or {})
+        self.rotation = rotation
+        self.scale = scale
+        self.shift = shift
+        self.p = p
 
     def change(self, x, mask):
         points = _points(
@@ -54,12 +52,11 @@ class PartAffine(Augmentation):
         )
         out = points.clone()
         for root, g in self.parts.values():
-            angle, scale, shift = (
-                _uniform(x, -self.rotation, self.rotation),
-                _uniform(x, 1 - self.scale, 1 + self.scale),
-                _uniform(x, -self.shift, self.shift, 1, 1, 2),
-            )
-            cos, sin = scale * angle.cos(), scale * angle.sin()
+            angle = _uniform(x, -self.rotation, self.rotation)
+            scale = _uniform(x, 1 - self.scale, 1 + self.scale)
+            shift = _uniform(x, -self.shift, self.shift, 1, 1, 2)
+            cos = scale * angle.cos()
+            sin = scale * angle.sin()
             matrix = torch.stack([cos, sin, -sin, cos], 1).view(-1, 1, 2, 2).to(x.dtype)
             at = points[:, :, [root]].nan_to_num(
                 0.0
@@ -78,7 +75,9 @@ class FrameEdge(Augmentation):
         high: float = 2.0,  # Lowest place
         p: float = 0.4,  # Share of the samples
     ):
-        self.low, self.high, self.p = low, high, p
+        self.low = low
+        self.high = high
+        self.p = p
 
     def change(self, x, mask):
         points = _points("FrameEdge", x, [])
@@ -98,7 +97,9 @@ class SmoothTimeWarp(Augmentation):
         knots: int = 5,  # Number of knots, at least 2
         p: float = 1.0,  # Share of the samples
     ):
-        self.std, self.knots, self.p = std, knots, p
+        self.std = std
+        self.knots = knots
+        self.p = p
 
     def change(self, x, mask):
         steps, length = _real_steps(mask)

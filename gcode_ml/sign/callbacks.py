@@ -53,7 +53,10 @@ class SignLog(Callback):
         self,
         path,  # CSV file
     ):
-        self.file, self.rows, self.total, self.clips = Path(path), [], 0.0, 0
+        self.file = Path(path)
+        self.rows = []
+        self.total = 0.0
+        self.clips = 0
 
     def before_fit(self):
         self.run = in_fit(self.learn)
@@ -61,7 +64,10 @@ class SignLog(Callback):
             self.rows = []
 
     def before_epoch(self):
-        self.total, self.clips, self.rate, self.began = 0.0, 0, 0.0, time.perf_counter()
+        self.total = 0.0
+        self.clips = 0
+        self.rate = 0.0
+        self.began = time.perf_counter()
 
     def after_batch(self):
         if not self.training:
@@ -97,7 +103,8 @@ class ModelCheckpoints(Callback):
         self,
         folder,  # Receives `<Model>_last` and `<Model>_best`, `.safetensors` and `.json`
     ):
-        self.folder, self.best = Path(folder), []
+        self.folder = Path(folder)
+        self.best = []
 
     def before_fit(self):
         self.run = in_fit(self.learn)
@@ -106,10 +113,8 @@ class ModelCheckpoints(Callback):
 
     def after_epoch(self):
         last = epoch_table(self.learn).iloc[-1]
-        now, name = (
-            [float(last["gloss_accuracy"]), -float(last["valid_loss"])],
-            type(self.learn.model).__name__,
-        )
+        now = [float(last["gloss_accuracy"]), -float(last["valid_loss"])]
+        name = type(self.learn.model).__name__
         better = all(map(math.isfinite, now)) and now > (self.best or [-math.inf, -math.inf])
         if better:
             self.best = now

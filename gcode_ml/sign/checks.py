@@ -116,7 +116,8 @@ def _values(file, arrays, clip):
 def _mask_agrees(file, arrays, clip):
     if "mask" not in arrays:
         return
-    there, mask = (clip.points != 0).any(2), arrays["mask"].astype(bool)
+    there = (clip.points != 0).any(2)
+    mask = arrays["mask"].astype(bool)
     if (mask & ~there).any():
         yield _warn(
             "mask",
@@ -211,7 +212,8 @@ def _presence(file, arrays, clip):
 
 # %% ../../nbs/sign/07_checks.ipynb #67179f0b
 def _motion(file, arrays, clip):
-    s, seen = SKELETONS[clip_layout(clip)], clip.seen
+    s = SKELETONS[clip_layout(clip)]
+    seen = clip.seen
     if (
         len(clip) > 2
         and seen.any()
@@ -220,7 +222,8 @@ def _motion(file, arrays, clip):
         yield _warn("motion", "clips in which nothing moves", file, f"{len(clip)} equal frames")
     points = to_pixels(clip.points, clip.width, clip.height)
     if s.shoulders and len(clip) > 1 and seen[:, s.shoulders].all(1).any():
-        w, there = points[:, list(s.wrists)], seen[:, list(s.wrists)]
+        w = points[:, list(s.wrists)]
+        there = seen[:, list(s.wrists)]
         jump = (np.linalg.norm(np.diff(w, axis=0), axis=2) * (there[1:] & there[:-1])).max(
             1
         ) / reference_frame(points, seen.astype("int8"), s)[1]
@@ -458,7 +461,8 @@ def _signer_remarks(path, set_):
 def _set_presence(path, set_):
     "Parts of the body over the whole set."
     for c in [c for c in set_ if c.startswith("sees_")]:
-        part, n = c.removeprefix("sees_").replace("_", " "), int((~set_[c]).sum())
+        part = c.removeprefix("sees_").replace("_", " ")
+        n = int((~set_[c]).sum())
         if n == len(set_):
             yield _warn("presence", "parts of the body that are never seen", path, part)
         elif n:
@@ -490,7 +494,8 @@ def _near_pairs(paths, distance):
 # %% ../../nbs/sign/07_checks.ipynb #196c055d
 def _duplicate_remarks(path, set_, split, distance=1e-2):
     "Copies: with another label, on two sides of the split, or merely there."
-    group, pairs = "recording" if split == "random" else "signer", {}
+    group = "recording" if split == "random" else "signer"
+    pairs = {}
     first = set_.groupby("digest").cumcount()
     heads = set_.drop_duplicates("digest").set_index("digest")["name"]
     at = {n: i for i, n in enumerate(set_.name)}
@@ -539,7 +544,11 @@ def _twin_remarks(path, set_):
 class Faults(list):
     "Sentences of faults; beside them the warnings, the number of files, and the table of all clips."
 
-    warnings, files, issues, table, signers = (), 0, 0, None, None
+    warnings = ()
+    files = 0
+    issues = 0
+    table = None
+    signers = None
 
     @property
     def summary(self):
@@ -620,7 +629,8 @@ def check(
     except InputError as e:
         return _result([_fault("labels", e)], 0, None)
     remarks += _row_remarks(file, table, folder)
-    rows, summaries = table.to_dict("records"), []
+    rows = table.to_dict("records")
+    summaries = []
     for r in progress(rows) if progress else rows:
         if not (folder / f"{r['file']}.npz").is_file():
             continue
@@ -654,7 +664,9 @@ def check(
 def _result(remarks, files, table):
     faults, told = _told(remarks)
     result = Faults(faults)
-    result.warnings, result.files, result.table = told, files, table
+    result.warnings = told
+    result.files = files
+    result.table = table
     result.issues = len({r.file for r in remarks if r.fault})
     for w in told:
         warnings.warn(w, stacklevel=2)

@@ -364,7 +364,10 @@ def clip_from_arrays(
     read: str = "points",  # `points`, `features` or `both`
 ) -> Clip:  # Without labels
     "Check the arrays of a file and make a clip of them."
-    meta, points, seen, features = _meta(path, arrays), None, None, None
+    meta = _meta(path, arrays)
+    points = None
+    seen = None
+    features = None
     if read != "features":
         points = _matrix(path, arrays, kp_key, 2 * len(SKELETON78)).reshape(-1, len(SKELETON78), 2)
         seen = _mask(path, arrays, points)
@@ -541,13 +544,11 @@ def _each(read, items, progress):
 
 # %% ../../nbs/sign/00_data.ipynb #37317f95
 def _with_labels(clip, row):
-    clip.name, clip.gloss, clip.category, clip.signer, clip.recording = (
-        row["file"],
-        row["gloss"],
-        row["cat"],
-        row["signer"],
-        row["recording"],
-    )
+    clip.name = row["file"]
+    clip.gloss = row["gloss"]
+    clip.category = row["cat"]
+    clip.signer = row["signer"]
+    clip.recording = row["recording"]
     return clip
 
 # %% ../../nbs/sign/00_data.ipynb #a3839faa
@@ -575,10 +576,8 @@ def read_clips(
         )
     if labels is None and (path / "master_metadata.csv").is_file():
         return read_nsl49(path, drop_cropped, progress=progress)
-    rows, folder = (
-        read_labels(labels or path / "labels.csv", num_gloss, num_cat).to_dict("records"),
-        clip_folder(path),
-    )
+    rows = read_labels(labels or path / "labels.csv", num_gloss, num_cat).to_dict("records")
+    folder = clip_folder(path)
     if check_choice("parameters", "missing", missing, ("refuse", "skip")) == "skip":
         there = [r for r in rows if (folder / f"{r['file']}.npz").is_file()]
         if len(there) < len(rows):
@@ -634,7 +633,8 @@ def class_names(
             dict(zip(table[k].astype(int), table[n]))
             for k, n in (("gloss", "name"), ("cat", "cat_name"))
         )
-    gloss, cat = max(gloss, 1 + max(names, default=-1)), max(cat, 1 + max(groups, default=-1))
+    gloss = max(gloss, 1 + max(names, default=-1))
+    cat = max(cat, 1 + max(groups, default=-1))
     of = {g: {c.category for c in clips if c.gloss == g} for g in range(gloss)}
     return dict(
         gloss=[names.get(i, str(i)) for i in range(gloss)],
@@ -879,10 +879,8 @@ def split_clips(
 ) -> tuple:  # Item numbers of both sides, and a note for the report
     "Training and test clips; no recording is on both sides, and no gloss only in the test."
     check_choice("parameters", "split", split, ("signer", "random", "given"))
-    signers, recordings = (
-        np.array([c.signer for c in clips]),
-        np.array([c.recording or c.name for c in clips]),
-    )
+    signers = np.array([c.signer for c in clips])
+    recordings = np.array([c.recording or c.name for c in clips])
     known = all(signers)
     if split == "given":
         (a, b), name = _given(clips, train or (), test or ()), "given"

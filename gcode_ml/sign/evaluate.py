@@ -40,7 +40,9 @@ def model_answers(
     progress=None,  # For instance `tqdm`
 ) -> dict:  # `gloss` `[N,G]` and `category` `[N,K]`: logits
     "Logits of both heads."
-    model, index, parts = model.to(device).eval(), np.asarray(index), []
+    model = model.to(device).eval()
+    index = np.asarray(index)
+    parts = []
     starts = range(0, len(index), batch_size)
     for i in progress(starts) if progress else starts:
         inputs, mask = data.batch(index[i : i + batch_size])[:2]
@@ -119,7 +121,8 @@ def sign_scores(
     rows: pd.DataFrame,  # From `answer_rows`
 ) -> dict:  # Measure -> value
     "Measures of a set of answers."
-    right, seen = rows.said == rows.gloss, sorted(set(rows.gloss))
+    right = rows.said == rows.gloss
+    seen = sorted(set(rows.gloss))
     scores = dict(
         top1=right.mean(),
         top5=(rows["rank"] < 5).mean(),
@@ -146,10 +149,8 @@ def wilson(
     if n == 0:
         return math.nan, math.nan
     p, d = right / n, 1 + z * z / n
-    centre, half = (
-        (p + z * z / (2 * n)) / d,
-        z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d,
-    )
+    centre = (p + z * z / (2 * n)) / d
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     return centre - half, centre + half
 
 # %% ../../nbs/sign/40_evaluate.ipynb #a3fd04b9
@@ -217,7 +218,8 @@ def fit_temperature(
     gloss,  # True gloss, `[N]`
 ) -> float:  # Divide logits by it
     "The temperature of the lowest negative log-likelihood."
-    logits, rows = np.asarray(logits, float), np.arange(len(gloss))
+    logits = np.asarray(logits, float)
+    rows = np.arange(len(gloss))
 
     def loss(s):
         return -log_softmax(logits / math.exp(s), 1)[rows, gloss].mean()
@@ -230,7 +232,8 @@ def reject_curve(
     correct,  # Whether it was right, `[N]`
 ) -> pd.DataFrame:  # `coverage`, `accuracy` of what is kept, and the `threshold`
     "Accuracy of the answers that are kept, as the threshold falls (Geifman and El-Yaniv 2017)."
-    score, correct = np.asarray(score, float), np.asarray(correct, float)
+    score = np.asarray(score, float)
+    correct = np.asarray(correct, float)
     order = np.argsort(-score, kind="stable")
     kept = np.arange(1, len(order) + 1)
     return pd.DataFrame(
@@ -259,7 +262,8 @@ def no_sign_scores(
     kept: float = 0.95,  # Share of the signs that are to be kept
 ) -> dict:  # `auroc`, and `false_accepts` at the threshold that keeps so many
     "How well a score tells signs from movement that is none."
-    signs, others = np.asarray(signs, float), np.asarray(others, float)
+    signs = np.asarray(signs, float)
+    others = np.asarray(others, float)
     limit = np.quantile(signs, 1 - kept)
     return dict(
         auroc=float(
@@ -305,15 +309,19 @@ def dtw_distances(
     width: int,  # Largest shift in frames; T: no band
 ) -> np.ndarray:  # Sum of squared differences along the best path, `[N]`
     "Dynamic time warping of one clip with many."
-    query, clips = np.asarray(query, "float32"), np.asarray(clips, "float32").swapaxes(0, 1)
+    query = np.asarray(query, "float32")
+    clips = np.asarray(clips, "float32").swapaxes(0, 1)
     T, n = clips.shape[:2]
     cost = _squares(query, clips.reshape(T * n, -1)).reshape(T, T, n)
     lines = np.full(
         (3, T + 2, n), np.inf, "float32"
     )  # the last three anti-diagonals; a cell stands one row further down, so that there is one above
     for k in range(2 * T - 1):
-        low, high = max(0, k - T + 1, -((width - k) // 2)), min(T - 1, k, (k + width) // 2)
-        new, last, before = lines[k % 3], lines[(k - 1) % 3], lines[(k - 2) % 3]
+        low = max(0, k - T + 1, -((width - k) // 2))
+        high = min(T - 1, k, (k + width) // 2)
+        new = lines[k % 3]
+        last = lines[(k - 1) % 3]
+        before = lines[(k - 2) % 3]
         i = np.arange(low, high + 1)
         best = np.minimum(
             np.minimum(last[low : high + 1], last[low + 1 : high + 2]), before[low : high + 1]
@@ -331,11 +339,14 @@ def _outside(clips, high, low):
 
 def _nearest_warped(query, clips, least, width, block=48):
     "Number of the nearest of `clips`, asked in the order of their lower bounds `least` until no bound is below the best distance."
-    order, best, found = np.argsort(least, kind="stable"), math.inf, 0
+    order = np.argsort(least, kind="stable")
+    best = math.inf
+    found = 0
     while len(order):
         d = dtw_distances(query, clips[order[:block]], width)
         if d.min() < best:
-            best, found = d.min(), order[d.argmin()]
+            best = d.min()
+            found = order[d.argmin()]
         order, block = order[block:], 2 * block
         order = order[least[order] <= best * (1 + 1e-4)]
     return found
@@ -359,7 +370,8 @@ def dtw_answers(
     axes = np.linalg.eigh(some.T @ some)[1][
         :, -bound:
     ]  # turning all clips alike changes no distance
-    small, turned = (a @ axes).reshape(len(a), -1), b @ axes
+    small = (a @ axes).reshape(len(a), -1)
+    turned = b @ axes
     limit = _squares(b.reshape(len(b), -1), a.reshape(len(a), -1)).min(1) * (1 + 1e-4) + 1e-5
     around = [np.clip(np.arange(shape[0]) + k, 0, shape[0] - 1) for k in range(-width, width + 1)]
     found = np.empty(len(b), int)
@@ -387,7 +399,8 @@ def simple_answers(
     if name == "majority":
         return np.full(len(test), np.bincount(gloss).argmax())
     if name in ("nearest_mirrored", "dtw") and mirror is not None:
-        train, gloss = np.concatenate([train, mirror(train)]), np.concatenate([gloss, gloss])
+        train = np.concatenate([train, mirror(train)])
+        gloss = np.concatenate([gloss, gloss])
     if name == "dtw":
         return dtw_answers(train, gloss, test)
     if name.startswith("nearest"):
@@ -410,11 +423,9 @@ def latency(
     "How long a model takes for one clip, in processor time, so that other work on the machine does not count."
     x = torch.randn(1, steps, model.channels)
     mask = torch.ones(1, steps, dtype=torch.bool)
-    inputs, before, times = (
-        dict(channels=x, present=torch.ones_like(x, dtype=torch.bool)),
-        torch.get_num_threads(),
-        [],
-    )
+    inputs = dict(channels=x, present=torch.ones_like(x, dtype=torch.bool))
+    before = torch.get_num_threads()
+    times = []
     torch.set_num_threads(threads)
     model.eval()
     try:
@@ -438,7 +449,9 @@ class Occluded:
         share: float = 0.3,  # Share of the frames
         seed: int = 0,  # Where the run begins
     ):
-        self.data, self.share, self.seed = data, share, seed
+        self.data = data
+        self.share = share
+        self.seed = seed
         self.columns = np.ravel([(2 * p, 2 * p + 1) for p in points]).astype(int)
 
     def __getattr__(self, name):
@@ -470,7 +483,8 @@ def prepared_answers(
     batch_size: int = 128,  # Clips at a time
 ) -> tuple:  # Probabilities of glosses `[N,G]` and categories `[N,K]`; zero where nobody is seen
     "Answers for prepared clips of any length."
-    there, parts = [i for i, a in enumerate(arrays) if a is not None], []
+    there = [i for i, a in enumerate(arrays) if a is not None]
+    parts = []
     for at in range(0, len(there), batch_size):
         some = [torch.as_tensor(arrays[i]) for i in there[at : at + batch_size]]
         x = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=math.nan)
@@ -548,7 +562,8 @@ def add_gloss(
         raise InputError(
             type(model).__name__, "gloss head", "one linear layer", "a hidden layer before it"
         )
-    made, old = copy.deepcopy(model).eval(), model.gloss
+    made = copy.deepcopy(model).eval()
+    old = model.gloss
     centre = known.mean(0) if known is not None else torch.zeros_like(embeddings[0])
     row = (
         nn.functional.normalize(embeddings.mean(0) - centre, dim=0) * old.weight.norm(dim=1).mean()

@@ -33,14 +33,12 @@ class MotionChannels(nn.Module):
         bones=(),  # Pairs of points whose direction and distance are appended
     ):
         super().__init__()
-        self.channels, self.hands, self.velocity, self.presence, self.gain, self.bones = (
-            channels,
-            [list(h) for h in hands],
-            velocity,
-            presence,
-            gain,
-            [list(b) for b in bones],
-        )
+        self.channels = channels
+        self.hands = [list(h) for h in hands]
+        self.velocity = velocity
+        self.presence = presence
+        self.gain = gain
+        self.bones = [list(b) for b in bones]
         if (hands or presence or bones) and channels % 2:
             raise InputError("MotionChannels", "channels", "x and y of each point", str(channels))
         if any(len(h) != 21 or max(h) >= channels // 2 for h in self.hands):
@@ -111,7 +109,10 @@ def in_hand(
     present: Tensor,  # `[B,T,C]`
 ) -> tuple:  # Channels `[B,T,C+hands]`, the last ones the log of a hand's size against its mean, and where they are there
     "Hands relative to their wrists."
-    points, seen, sizes, known = x.unflatten(-1, (-1, 2)), present[..., ::2], [], []
+    points = x.unflatten(-1, (-1, 2))
+    seen = present[..., ::2]
+    sizes = []
+    known = []
     for hand in self.hands:
         h, s = points[:, :, hand], seen[:, :, hand]
         there = s[:, :, 0] & s[:, :, 9]
@@ -229,16 +230,13 @@ class SignTransformer(SignModel):
                 f"an even number, divisible by nhead ({nhead})",
                 str(d_model),
             )
-        self.channels, self.pooling = (
-            channels,
-            check_choice("parameter", "pooling", pooling, ("mean", "max", "cls")),
-        )
+        self.channels = channels
+        self.pooling = check_choice("parameter", "pooling", pooling, ("mean", "max", "cls"))
         self.motion = MotionChannels(channels, hands if velocity else (), velocity)
-        self.project, self.positions = (
-            nn.Linear(self.motion.size, d_model),
-            SinusoidalPositions(d_model),
-        )
-        self.begin, self.norm = nn.Dropout(dropout), nn.LayerNorm(d_model, eps=1e-6)
+        self.project = nn.Linear(self.motion.size, d_model)
+        self.positions = SinusoidalPositions(d_model)
+        self.begin = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(d_model, eps=1e-6)
         self.token = nn.Parameter(torch.randn(1, 1, d_model) * 0.02)
         layer = nn.TransformerEncoderLayer(
             d_model, nhead, dim_feedforward, dropout, "relu", batch_first=True, norm_first=True
@@ -306,11 +304,9 @@ class InceptionV3GRU(SignModel):
         self.channels, self.frozen = channels, freeze_backbone
         if backbone:
             self.backbone = _frozen(create_backbone(backbone), freeze_backbone)
-        self.first, self.second, self.between = (
-            _gru(channels, hidden1),
-            _gru(hidden1, hidden2),
-            nn.Dropout(dropout),
-        )
+        self.first = _gru(channels, hidden1)
+        self.second = _gru(hidden1, hidden2)
+        self.between = nn.Dropout(dropout)
 
     def embed(self, inputs, mask):
         "Last real state, `[B,hidden2]`."
@@ -375,7 +371,9 @@ def _inception():
     net = import_module("torchvision.models").inception_v3(
         weights=None, init_weights=False, aux_logits=True, transform_input=False
     )
-    net.fc, net.AuxLogits, net.aux_logits = nn.Identity(), None, False
+    net.fc = nn.Identity()
+    net.AuxLogits = None
+    net.aux_logits = False
     return net
 
 # %% ../../nbs/sign/20_models.ipynb #ef79467b
@@ -429,7 +427,8 @@ def load_backbone(
     import hashlib
     from pathlib import Path
 
-    state, own = _tensors(path), backbone.state_dict()
+    state = _tensors(path)
+    own = backbone.state_dict()
     if in_order:
         state = dict(
             zip(
@@ -534,20 +533,16 @@ class ConvBlock(nn.Module):
         if kernel % 2 == 0 or gate % 2 == 0:
             raise InputError("ConvBlock", "kernel, gate", "odd numbers", f"{kernel}, {gate}")
         self.drop_path, self.groups = drop_path, groups
-        self.widen, self.narrow = (
-            _linear(size // groups, 2 * size // groups, groups),
-            _linear(2 * size // groups, size // groups, groups),
-        )
+        self.widen = _linear(size // groups, 2 * size // groups, groups)
+        self.narrow = _linear(2 * size // groups, size // groups, groups)
         depthwise = nn.Conv2d(
             2 * size, 2 * size, (kernel, 1), padding=(kernel // 2, 0), groups=2 * size, bias=False
         )
         self.depthwise = depthwise.to(
             memory_format=torch.channels_last
         )  # otherwise torch turns every batch around, which takes twice as long
-        self.norm, self.gate = (
-            MaskedBatchNorm(2 * size),
-            nn.Conv1d(1, 1, gate, padding=gate // 2, bias=False),
-        )
+        self.norm = MaskedBatchNorm(2 * size)
+        self.gate = nn.Conv1d(1, 1, gate, padding=gate // 2, bias=False)
 
 # %% ../../nbs/sign/20_models.ipynb #9777f95f
 @patch
@@ -594,21 +589,18 @@ class SignConv(SignModel):
         pairs=(),  # (left, right) points that a mirror exchanges; with them an answer is the mean over a clip and its mirror image
         centred: bool = False,  # Also a net beside it that sees each point without its mean place, see `views`
     ):
-        width, groups = width or (64 if centred else 96), 1 + centred
+        width = width or (64 if centred else 96)
+        groups = 1 + centred
         super().__init__(2 * groups * width, glosses, categories, dropout)
-        self.centred, self.channels, self.pairs, self.motion = (
-            centred,
-            channels,
-            [list(p) for p in pairs],
-            MotionChannels(channels, hands, velocity, presence, bones=bones),
-        )
+        self.centred = centred
+        self.channels = channels
+        self.pairs = [list(p) for p in pairs]
+        self.motion = MotionChannels(channels, hands, velocity, presence, bones=bones)
         if pairs:  # they follow from the pairs, so no file keeps them
             for k, v in zip(("columns", "sign"), _mirror_columns(channels, pairs)):
                 self.register_buffer(k, v, persistent=False)
-        self.stem, self.norm = (
-            _linear(self.motion.size, width, groups, bias=False),
-            MaskedBatchNorm(groups * width),
-        )
+        self.stem = _linear(self.motion.size, width, groups, bias=False)
+        self.norm = MaskedBatchNorm(groups * width)
         self.blocks = nn.ModuleList(
             [
                 ConvBlock(groups * width, kernel, drop_path, groups=groups)
@@ -763,11 +755,9 @@ class BiGRU(SignModel):
         hands=(),  # Points of each hand, see `MotionChannels`
     ):
         super().__init__(2 * width, glosses, categories, dropout)
-        self.channels, self.motion, self.between = (
-            channels,
-            MotionChannels(channels, hands),
-            nn.Dropout(dropout),
-        )
+        self.channels = channels
+        self.motion = MotionChannels(channels, hands)
+        self.between = nn.Dropout(dropout)
         sizes = [self.motion.size] + [2 * width] * (num_layers - 1)
         self.ahead, self.back = (
             nn.ModuleList([nn.GRU(n, width, batch_first=True) for n in sizes]) for _ in range(2)

@@ -181,15 +181,14 @@ def clip_sets(
     "The three sets."
     check_choice("parameter", "split", split, ("signer", "random", "all", "given"))
     check_choice("parameter", "validation", validation, ("none", "signer", "share"))
-    signer, labelled = np.array([c.signer for c in clips]), np.array([c.gloss >= 0 for c in clips])
+    signer = np.array([c.signer for c in clips])
+    labelled = np.array([c.gloss >= 0 for c in clips])
     if given is not None:
         train, test, note = (*map(np.asarray, given), "sides as given")
     elif split == "all":
-        train, test, note = (
-            np.flatnonzero(labelled),
-            np.array([], int),
-            "all clips learn: nothing is measured",
-        )
+        train = np.flatnonzero(labelled)
+        test = np.array([], int)
+        note = "all clips learn: nothing is measured"
     else:
         train, test, note = split_clips(clips, split, fold, folds, seed)
     train = train[labelled[train]]
@@ -259,13 +258,11 @@ class FrameData:
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),  # Of the channels, from 0 to 1
     ):
-        self.data, self.clips, self.key, self.mean, self.std = (
-            data,
-            clips,
-            key,
-            torch.tensor(mean),
-            torch.tensor(std),
-        )
+        self.data = data
+        self.clips = clips
+        self.key = key
+        self.mean = torch.tensor(mean)
+        self.std = torch.tensor(std)
 
     def __getattr__(self, name):
         if name == "data":
@@ -702,9 +699,12 @@ def simple_rows(
             "clips of their own lengths",
             "give frames",
         )
-    gloss, train, test = learn.data.gloss, learn.train, learn.test
+    gloss = learn.data.gloss
+    train = learn.train
+    test = learn.test
     x = np.stack([learn.data.windows.table[i].numpy() for i in range(len(learn.data))])
-    rows, absent = pd.DataFrame(dict(signer=learn.data.signer[test], gloss=gloss[test])), {}
+    rows = pd.DataFrame(dict(signer=learn.data.signer[test], gloss=gloss[test]))
+    absent = {}
     turn = _mirrored(learn.preparation) if not learn.preparation.canonical_hand else None
     for m in methods:
         try:
@@ -765,7 +765,8 @@ def without_gloss(
     gloss,  # Which, a number or several
 ) -> tuple:  # Clips without it, renumbered, and their facts; for `recipe`
     "The data before a sign, or some signs, were added."
-    names, out = dict(facts["names"]), np.atleast_1d(gloss)
+    names = dict(facts["names"])
+    out = np.atleast_1d(gloss)
     for k in ("gloss", "category_of"):
         names[k] = [n for i, n in enumerate(names[k]) if i not in out]
     kept = [
@@ -812,7 +813,8 @@ def answer_table(
     progress=None,  # For instance `tqdm`
 ) -> pd.DataFrame:  # A row a clip: answers and probabilities, category, `reject` and its `reason`
     "Answers of a model in words; what cannot be read is rejected with the reason."
-    preparation, names = Preparation.from_json(state["preparation"]), state["names"]
+    preparation = Preparation.from_json(state["preparation"])
+    names = state["names"]
     arrays, reasons = (
         zip(*[_prepared(preparation, c) for c in (progress(clips) if progress else clips)])
         if clips
@@ -932,7 +934,8 @@ def stream_windows(
     "A window that slides over a clip."
     time = clip.timestamps_ms / 1000
     period = max(float(np.median(np.diff(time))) if len(time) > 1 else 1.0, 1e-3)
-    size, stride = max(2, round(seconds / period)), max(1, round(step / period))
+    size = max(2, round(seconds / period))
+    stride = max(1, round(step / period))
     starts = np.arange(0, max(len(clip) - size, 0) + 1, stride)
 
     def part(a):
@@ -962,7 +965,8 @@ def stream_signs(
     found = merge_windows(
         starts, size, p.argmax(1), p.max(1), state["threshold"] if threshold is None else threshold
     )
-    time, last = clip.timestamps_ms / 1000, len(clip) - 1
+    time = clip.timestamps_ms / 1000
+    last = len(clip) - 1
     return found.assign(
         start=time[found.start.clip(upper=last)],
         stop=time[found.stop.clip(upper=last)],
@@ -976,7 +980,9 @@ def joined_clips(
     "Clips one after the other."
     skeleton = SKELETONS[clip_layout(clips[0])]
     kind = "body" if skeleton.shoulders else "hand"
-    points, times, last = [], [], 0
+    points = []
+    times = []
+    last = 0
     for c in clips:
         p = to_pixels(c.points, c.width, c.height)
         points.append(
@@ -1015,7 +1021,9 @@ def extract_features(
     "Write the features of clips."
     from gcode_ml.core.files import atomic_path
 
-    folder, done, backbone = Path(folder), 0, backbone.eval()
+    folder = Path(folder)
+    done = 0
+    backbone = backbone.eval()
     for name, frames in progress(clips) if progress else clips:
         if (folder / f"{name}.npz").exists():
             continue

@@ -245,10 +245,8 @@ def body_points(
     "Body, hands and face of a person who signs."
     random = np.random.default_rng(seed)
     time, lead, other, moving = _wrists(gloss, style, random, sway)
-    parts, flexion = (
-        _arms(lead, other, style),
-        moving[:, None] * gloss.flexion + (1 - moving[:, None]) * 0.4,
-    )
+    parts = _arms(lead, other, style)
+    flexion = moving[:, None] * gloss.flexion + (1 - moving[:, None]) * 0.4
     hands = {
         s: finger_chain(
             parts[s][2],
@@ -271,7 +269,8 @@ def body_points(
     )
     if style.left:
         points, _ = mirror_points(points, np.ones(points.shape[:2]), SKELETON78.pairs)
-    cos, sin = np.cos(style.tilt), np.sin(style.tilt)
+    cos = np.cos(style.tilt)
+    sin = np.sin(style.tilt)
     return (points @ np.array([[cos, sin], [-sin, cos]])).astype("float32"), time
 
 # %% ../../nbs/sign/06_simulate.ipynb #ded0bbc3
@@ -308,7 +307,8 @@ def simulated_clip(
     sway: float = 1.0,  # Size of what differs between repetitions
 ) -> Clip:  # Points as a file would hold them
     "One clip."
-    sign, style = simulated_gloss(gloss, categories, seed), style or simulated_style(signer, seed)
+    sign = simulated_gloss(gloss, categories, seed)
+    style = style or simulated_style(signer, seed)
     points, time = body_points(sign, style, [seed, gloss, signer, repetition, 1], sway)
     points, seen = filmed(points, time, style, [seed, gloss, signer, repetition, 2])
     name = f"clip S{signer + 1:02d} {sign.name} {repetition}"

@@ -54,10 +54,12 @@ def fill_gaps(
     tuple
 ):  # Points with 0 at missing ones, and the state `[T,K]`: 0 missing, 1 seen, 2 interpolated
     "Interpolate short runs of missing points."
-    points, state = np.where(seen[..., None], points, np.float32(0)), seen.astype("int8")
+    points = np.where(seen[..., None], points, np.float32(0))
+    state = seen.astype("int8")
     if longest < 1 or seen.all():
         return points, state
-    T, number = len(seen), np.arange(len(seen))[:, None]
+    T = len(seen)
+    number = np.arange(len(seen))[:, None]
     before = np.maximum.accumulate(np.where(seen, number, -1))
     after = np.minimum.accumulate(np.where(seen, number, T)[::-1])[::-1]
     t, k = np.nonzero(~seen & (before >= 0) & (after < T) & (after - before - 1 <= longest))
@@ -76,7 +78,8 @@ def wrist_speed(
     "Way of both wrists since the frame before, |dx|+|dy|; a wrist that is missing in either frame does not count."
     if len(points) < 2:
         return np.zeros(len(points))
-    w, there = points[:, list(wrists)], state[:, list(wrists)] > 0
+    w = points[:, list(wrists)]
+    there = state[:, list(wrists)] > 0
     way = (np.abs(np.diff(w, axis=0)).sum(2) * (there[1:] & there[:-1])).sum(1)
     return np.append(way[:1], way)
 
@@ -365,16 +368,15 @@ def fit(
     if self.skeleton in SKELETONS:
         self.points = kept_points(SKELETONS[self.skeleton], self.points, clips)
     else:
-        self.size, self.points = getattr(clips[0], self.skeleton).shape[1], []
+        self.size = getattr(clips[0], self.skeleton).shape[1]
+        self.points = []
         for c in clips:
             self._check(c)
         if self.normalise == "channels":
             rows = np.concatenate([getattr(c, self.skeleton) for c in clips])
             spread = rows.std(0)
-            self.center, self.scale = (
-                rows.mean(0).tolist(),
-                np.where(spread > 1e-6, spread, 1).tolist(),
-            )
+            self.center = rows.mean(0).tolist()
+            self.scale = np.where(spread > 1e-6, spread, 1).tolist()
     if (self.skeleton in SKELETONS) == (self.normalise == "channels") and self.normalise != "none":
         raise InputError(
             "preparation",
@@ -435,7 +437,8 @@ def _steps(self: Preparation, clip):
             if self.normalise != "none"
             else (clip.width if self.aspect and clip.width else 1.0) / 2,
         )
-    points, state = points[:, self.points], state[:, self.points]
+    points = points[:, self.points]
+    state = state[:, self.points]
     shares = {
         k: float((state == v).mean()) for k, v in dict(missing=0, seen=1, interpolated=2).items()
     }
@@ -493,7 +496,9 @@ def prepare(
             "long_clips can resample or truncate",
         )
     if facts["long"] and self.long_clips == "truncate":
-        x, state, time = x[: self.max_length], state[: self.max_length], time[: self.max_length]
+        x = x[: self.max_length]
+        state = state[: self.max_length]
+        time = time[: self.max_length]
     n = self.frames or min(
         round(facts["seconds"] * self.rate) + 1 if self.rate else len(x), self.max_length
     )
@@ -644,15 +649,15 @@ def prepare_clips(
     file = Path(cache) / f"clips-{_key(clips, preparation)}.safetensors" if cache else None
     done = _cached(file, clips, preparation.channels) if file else None
     if done is None:
-        arrays, long, faults = [], 0, []
+        arrays = []
+        long = 0
+        faults = []
         for c in progress(clips) if progress else clips:
             try:
                 x, facts = preparation.prepare(c)
             except NobodySeen:
-                x, facts = (
-                    np.full((preparation.frames or 1, preparation.channels), np.nan, "float32"),
-                    dict(long=False),
-                )
+                x = np.full((preparation.frames or 1, preparation.channels), np.nan, "float32")
+                facts = dict(long=False)
             except InputError as e:
                 faults.append(e)
                 continue

@@ -86,10 +86,8 @@ def modes_of(
             raise InputError(
                 "correct", "--frequency", "that of x and y in Hz, with --model filter", "none"
             )
-        f, z = (
-            list(frequency) * (3 - len(frequency)),
-            list(damping or [0.1]) * (3 - len(damping or [0.1])),
-        )
+        f = list(frequency) * (3 - len(frequency))
+        z = list(damping or [0.1]) * (3 - len(damping or [0.1]))
         return list(zip(f[:2], z[:2])), None
     from gcode_ml.gcode.planner import program_blocks
     from gcode_ml.lab.bundle import load_bundle

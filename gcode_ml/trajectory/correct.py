@@ -199,7 +199,8 @@ def judged_all(
     machine: Machine,  # Machine to print on
 ) -> list:  # As `path_scores`, µm, for each
     "Print commands on a machine, one after the other; it comes back to the start and to rest between them."
-    back, rest = int(0.5 * self.rate), int(self.rate)
+    back = int(0.5 * self.rate)
+    rest = int(self.rate)
     way = (1 - np.cos(np.linspace(0, np.pi, back)))[:, None] / 2
     parts, fed = [], []
     for c in commands:
@@ -476,7 +477,8 @@ def choose_remedies(
     made = [box.position, *(remedied(box.position, r, modes, box.rate, machine) for r in remedies)]
     found = np.array([[v["contour"] for v in box.judged_all(made, _quick(m))] for m in machines])
     ratio = found[:, 1:] / np.maximum(found[:, :1], 1e-6)
-    worst, mean = ratio.max(0), np.exp(np.log(ratio).mean(0))
+    worst = ratio.max(0)
+    mean = np.exp(np.log(ratio).mean(0))
     order = sorted(
         range(len(remedies)),
         key=lambda k: (
@@ -559,7 +561,8 @@ def apply_correction(
     if not absolute[table.index].all():
         raise InputError(program.file, "moves", "absolute positions (G90)", "relative ones")
     last = np.append(np.diff(motion.line) != 0, True)
-    line, end = motion.line[last], (motion.begin + motion.durations)[last]
+    line = motion.line[last]
+    end = (motion.begin + motion.durations)[last]
     at = np.minimum((end * rate).round().astype(int), len(error_x) - 1)
     straight = table.command.loc[line].to_numpy() < 2
     line, at = line[straight], at[straight]
@@ -595,8 +598,10 @@ def _grid(motion, step):
     new = np.append(True, np.diff(motion.line) != 0)
     first = np.flatnonzero(new)
     last = np.append(first[1:], len(motion)) - 1
-    a, b = motion.begin[first], (motion.begin + motion.durations)[last]
-    low, high = np.floor(a / step + 0.25).astype(int) + 1, np.ceil(b / step - 0.25).astype(int) - 1
+    a = motion.begin[first]
+    b = (motion.begin + motion.durations)[last]
+    low = np.floor(a / step + 0.25).astype(int) + 1
+    high = np.ceil(b / step - 0.25).astype(int) - 1
     count = np.maximum(high - low + 1, 0) + 2
     move = np.repeat(np.arange(len(a)), count)
     inside = np.arange(len(move)) - np.repeat(np.cumsum(count) - count, count)
@@ -674,7 +679,8 @@ def _number(v, digits):
 
 def _piece_texts(points, before, e, e_before, seconds, absolute, digits):
     "One `G1` a point; empty where nothing changes."
-    change, de = points - before, np.round(e - e_before, 5)
+    change = points - before
+    de = np.round(e - e_before, 5)
     way = np.linalg.norm(change, axis=1)
     way = np.where(way > 0, way, np.abs(de))
     feed = _number(np.maximum(60 * way / np.maximum(seconds, 1e-6), 0.1), 2)
@@ -777,7 +783,10 @@ def resampled_program(
     )
     own = limits_of_lines(program)
     comments = dict(zip(program.comments.line.tolist()[::-1], program.comments.text.tolist()[::-1]))
-    out, origin, lifted, begun = [], [], False, False
+    out = []
+    origin = []
+    lifted = False
+    begun = False
     for line, text in enumerate(program.lines):
         ending = text[len(text.rstrip("\r\n")) :] or "\n"
         wanted = [text]
@@ -817,7 +826,8 @@ def rejudged(
         last = np.append(np.diff(line) != 0, True)
         return pd.Series((p.begin + p.durations)[last], line[last])
 
-    new, old = ends(corrected, origin[corrected.line]), ends(motion, motion.line)
+    new = ends(corrected, origin[corrected.line])
+    old = ends(motion, motion.line)
     both = new.index.intersection(old.index)
     s = sample(corrected, box.rate, ("t", "x", "y", "e"))
     when = np.interp(s["t"], np.append(0, new[both]), np.append(0, old[both]))
@@ -901,7 +911,8 @@ def _check_corrected(program, motion, corrected, origin, space):
             "moves inside the space of the original",
             f"a move outside, line {lines[0] + 1}",
         )
-    old, new = _fed(motion, np.arange(len(program.lines))), _fed(corrected, origin)
+    old = _fed(motion, np.arange(len(program.lines)))
+    new = _fed(corrected, origin)
     off = np.abs(new.reindex(old.index, fill_value=0) - old)
     if off.max() > 1e-3:
         raise InputError(
@@ -1011,7 +1022,8 @@ def _corrected(program, motion, modes, remedy, judges, error, firmware, space, m
             box.rate,
         )  # it overshoots corners, those of the bed too
     elif remedy == "vertices":
-        text, origin = _bent(program, motion, modes, error), same
+        text = _bent(program, motion, modes, error)
+        origin = same
     else:
         text, origin = _insert(program, motion, firmware_lines(remedy, modes, firmware))
         impulses = tuple(shaper(remedy, *m) for m in modes)
@@ -1056,7 +1068,8 @@ def _gain(motion, box, corrected, origin, machines, impulses):
     "Contour and tracking error before and after, machine by machine."
     rows = []
     for m in machines:
-        a, b = box.judged(box.position, m), rejudged(motion, box, corrected, origin, m, impulses)
+        a = box.judged(box.position, m)
+        b = rejudged(motion, box, corrected, origin, m, impulses)
         rows.append(
             dict(
                 machine=m.name,

@@ -65,7 +65,8 @@ HARMONICS = tuple(
     f"{f}_{c}_{p:g}" for c in "xy" for p in (0.2, 0.8, 2.0) for f in ("sin", "cos")
 ) + ("bed_x", "bed_y")
 INTERVALS = ("mean_vx", "mean_vy")
-ERRORS, THERMAL = ("error_x", "error_y"), ("substrate", "interface", "adhesion")
+ERRORS = ("error_x", "error_y")
+THERMAL = ("substrate", "interface", "adhesion")
 
 # %% ../../nbs/trajectory/00_data.ipynb #4f8cc7ae
 def segment_geometry(
@@ -73,7 +74,8 @@ def segment_geometry(
 ) -> tuple:  # Direction `[n,2]`, curvature 1/mm, next turn rad, length mm (0 where nothing moves in the plane)
     "What the features need to know of each segment and its neighbours."
     flat = np.flatnonzero(plan.unit[:, :2].any(1))  # segments that move in X or Y
-    n, direction = len(plan), np.tile([1.0, 0.0], (len(plan), 1))
+    n = len(plan)
+    direction = np.tile([1.0, 0.0], (len(plan), 1))
     if not len(flat):
         return direction, np.zeros(n), np.zeros(n), np.zeros(n)
     u = plan.unit[flat, :2] / np.hypot(*plan.unit[flat, :2].T)[:, None]
@@ -85,7 +87,9 @@ def segment_geometry(
     menger = np.concatenate([[0], np.clip(2 * np.sin(phi) / np.maximum(across, 1e-9), -20, 20)])
     last = np.searchsorted(flat, np.arange(n), "right") - 1
     direction[last >= 0] = u[last[last >= 0]]
-    curvature, turn, way = np.zeros(n), np.zeros(n), np.zeros(n)
+    curvature = np.zeros(n)
+    turn = np.zeros(n)
+    way = np.zeros(n)
     curvature[flat] = np.where(plan.turn[flat] != 0, plan.turn[flat], menger)
     turn[flat] = np.append(phi, 0)
     way[flat] = plan.length[flat]
@@ -105,7 +109,8 @@ def trajectory_features(
         max(np.ceil(start * rate - 1e-9) - 2, 0) / rate
     )  # two samples before, for the differences
     s = sample(plan, rate, ("t", "vx", "vy", "ve", "s", "segment"), early, stop)
-    k, extra = s["segment"], int(np.ceil(start * rate - 1e-9) - round(early * rate))
+    k = s["segment"]
+    extra = int(np.ceil(start * rate - 1e-9) - round(early * rate))
     direction, curvature, turn, way = geometry or segment_geometry(plan)
     v = np.stack([s["vx"], s["vy"]], 1)
     a = np.diff(v, axis=0, prepend=v[:1]) * rate
@@ -330,7 +335,8 @@ def collect(
     points: bool = False,  # Thermal targets point by point instead of one for each layer
 ) -> Path:  # Folder of the part
     "Plan and simulate a part on machines, and store the series."
-    given, path = str(path), part_file(path, data)
+    given = str(path)
+    path = part_file(path, data)
     name = name or (given if given in PARTS else path.stem)
     given = dict(
         file=path.name,
@@ -344,7 +350,8 @@ def collect(
         version=1,
         **(dict(points=True) if points else {}),
     )
-    home, key = Path(folder) / name, _key(given)
+    home = Path(folder) / name
+    key = _key(given)
     machines = [
         named_machine(m) for m in (machine if isinstance(machine, (list, tuple)) else [machine])
     ]
@@ -463,7 +470,8 @@ def _read_part(home):
     table = _read_table(
         home / "motion.parquet", ["sample", "layer", *FEATURES, "x", "y", *THERMAL, "layer_time"]
     )
-    layer, row = table.layer.to_numpy(), table["sample"].to_numpy()
+    layer = table.layer.to_numpy()
+    row = table["sample"].to_numpy()
     first = np.flatnonzero(np.concatenate([[True], (np.diff(layer) != 0) | (np.diff(row) != 1)]))
     runs = pd.DataFrame(
         dict(
@@ -511,9 +519,9 @@ def read_collection(
         for path in sorted(home.glob("*.json")):
             if path.stem == "motion" or (machines != "all" and path.stem not in machines):
                 continue
-            note, errors = (
-                read_json(path),
-                _read_table(path.with_suffix(".parquet"), ERRORS)[list(ERRORS)].to_numpy("float32"),
+            note = read_json(path)
+            errors = _read_table(path.with_suffix(".parquet"), ERRORS)[list(ERRORS)].to_numpy(
+                "float32"
             )
             if len(errors) != len(part.features) or note.get("motion") != part.note["key"]:
                 raise InputError(
@@ -557,7 +565,8 @@ class Scale:
 # %% ../../nbs/trajectory/00_data.ipynb #0e74fb02
 def _spread(x, names):
     "Mean and standard deviation of columns; a warning for constants."
-    mean, std = x.mean(0, dtype="float64"), x.std(0, dtype="float64")
+    mean = x.mean(0, dtype="float64")
+    std = x.std(0, dtype="float64")
     constant = [n for n, s in zip(names, std) if not s > 1e-6]
     if constant:
         warnings.warn(f"the same value in all rows: {', '.join(constant)}", stacklevel=2)
@@ -576,12 +585,10 @@ class TrajectoryWindows:
         intervals: bool = False,  # Add `INTERVALS` to the features
         scale: Scale = None,  # Set by `fit_scale`; raw values without
     ):
-        self.series, self.size, self.scale, self.rate = (
-            list(series),
-            size,
-            scale,
-            series[0].part.rate,
-        )
+        self.series = list(series)
+        self.size = size
+        self.scale = scale
+        self.rate = series[0].part.rate
         self.features = [
             *FEATURES,
             *(INTERVALS if intervals else ()),
@@ -621,10 +628,8 @@ def _tables(self: TrajectoryWindows, intervals, harmonics):
         )
         for p in self.parts
     ]
-    self.motion, self.thermal = (
-        torch.from_numpy(np.concatenate(inputs)),
-        torch.from_numpy(np.concatenate([p.thermal for p in self.parts])),
-    )
+    self.motion = torch.from_numpy(np.concatenate(inputs))
+    self.thermal = torch.from_numpy(np.concatenate([p.thermal for p in self.parts]))
     self.errors = torch.from_numpy(np.concatenate([s.errors for s in self.series]))
 
 # %% ../../nbs/trajectory/00_data.ipynb #396c1bcc
@@ -660,7 +665,8 @@ def rows(
     index,  # Which windows, `[B]`
 ) -> tuple:  # Rows in `motion` and in `errors`, `[B,T]` each
     "Rows of the tables that windows consist of."
-    index, step = torch.as_tensor(np.asarray(index)), torch.arange(self.size)
+    index = torch.as_tensor(np.asarray(index))
+    step = torch.arange(self.size)
     return self._motion_first[index][:, None] + step, self._error_first[index][:, None] + step
 
 # %% ../../nbs/trajectory/00_data.ipynb #b1098a1d
@@ -684,23 +690,18 @@ def batch(
 ) -> tuple:  # (inputs, mask, targets)
     "Gather windows."
     index = torch.as_tensor(np.asarray(index))
-    motion, error = self._motion_first[index], self._error_first[index]
-    features, static, errors, thermal = (
-        _gather(self.motion, motion, self.size),
-        self._static[index],
-        _gather(self.errors, error, self.size),
-        _gather(self.thermal, motion, self.size),
-    )
+    motion = self._motion_first[index]
+    error = self._error_first[index]
+    features = _gather(self.motion, motion, self.size)
+    static = self._static[index]
+    errors = _gather(self.errors, error, self.size)
+    thermal = _gather(self.thermal, motion, self.size)
     laid = ~thermal[..., 0].isnan()
     if (c := self.scale) is not None:
-        features, static = (
-            _standardise(features, c.mean, c.std),
-            _standardise(static, c.static_mean, c.static_std),
-        )
-        errors, thermal = (
-            errors / torch.tensor(c.error_std, dtype=torch.float32),
-            _standardise(thermal, c.thermal_mean, c.thermal_std),
-        )
+        features = _standardise(features, c.mean, c.std)
+        static = _standardise(static, c.static_mean, c.static_std)
+        errors = errors / torch.tensor(c.error_std, dtype=torch.float32)
+        thermal = _standardise(thermal, c.thermal_mean, c.thermal_std)
     inputs = dict(
         features=features,
         static=static,
@@ -727,7 +728,8 @@ def fit_scale(
             np.concatenate([np.arange(a, a + n) for a, n in zip(runs[c], runs.length)])
         )
 
-    motion, error = pick("motion_first"), pick("error_first")
+    motion = pick("motion_first")
+    error = pick("error_first")
     mean, std = _spread(windows.motion[motion].numpy(), windows.features)
     heat = windows.thermal[motion].numpy()
     heat = heat[~np.isnan(heat).any(1)]
@@ -783,10 +785,8 @@ def _left_out(table, kind, test):
         for n in chosen[c]:
             check_choice("split", c, n, names[c])
     of = {c: table[c].isin(chosen[c]).to_numpy() for c in columns}
-    on_test, learned = (
-        np.logical_and.reduce(list(of.values())),
-        ~np.logical_or.reduce(list(of.values())),
-    )
+    on_test = np.logical_and.reduce(list(of.values()))
+    learned = ~np.logical_or.reduce(list(of.values()))
     if not learned.any():
         raise InputError(
             "split", kind, "another one to learn from", ", ".join(sum(chosen.values(), []))
@@ -814,7 +814,8 @@ def split_windows(
         learned = ~on_test
     else:
         on_test, learned = _left_out(table, kind, test)
-    blocks, on_valid = _layer_blocks(table, 1).to_numpy(), learned.copy()
+    blocks = _layer_blocks(table, 1).to_numpy()
+    on_valid = learned.copy()
     on_valid[learned] = _held_out(blocks[learned], share, seed)
     sides = [everything[mask[run]] for mask in (learned & ~on_valid, on_valid, on_test)]
     for name, side in zip(("train", "valid", "test"), sides):
@@ -969,12 +970,10 @@ def batch(
         def t(x):
             return torch.tensor(x, dtype=torch.float32)
 
-        features, static, errors, thermal = (
-            (features - t(c.mean)) / t(c.std),
-            (static - t(c.static_mean)) / t(c.static_std),
-            errors / t(c.error_std),
-            (thermal - t(c.thermal_mean)) / t(c.thermal_std),
-        )
+        features = (features - t(c.mean)) / t(c.std)
+        static = (static - t(c.static_mean)) / t(c.static_std)
+        errors = errors / t(c.error_std)
+        thermal = (thermal - t(c.thermal_mean)) / t(c.thermal_std)
     return (
         dict(features=features, static=static),
         torch.ones(features.shape[:2], dtype=torch.bool),
@@ -1049,7 +1048,9 @@ def _oracles(rate=1000.0):
 
 def _step_difference(rate):
     "Largest difference of a position step, spread over one sample, from its closed form."
-    t, f, z = np.arange(2000) / rate, 55.0, 0.08
+    t = np.arange(2000) / rate
+    f = 55.0
+    z = 0.08
     spread = exact_error(t + 1 / rate, f, z, speed=rate) - np.where(
         t >= 0, exact_error(np.maximum(t, 0), f, z, speed=rate), 0
     )
@@ -1060,10 +1061,8 @@ def _thermal_checks():
     "Laws of the layer temperature: name, found, bound (found must be below)."
     tables = {s: layer_temperatures(np.full(40, s)).loc[10:] for s in (5.0, 10.0, 20.0)}
     peaks = [t.substrate.max() for t in tables.values()]
-    low, high = (
-        min(t.substrate.min() for t in tables.values()),
-        max(t.substrate.max() for t in tables.values()),
-    )
+    low = min(t.substrate.min() for t in tables.values())
+    high = max(t.substrate.max() for t in tables.values())
     th = Thermal()
     tau = (
         th.density

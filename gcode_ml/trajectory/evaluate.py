@@ -76,10 +76,8 @@ def predict_rows(
     std = torch.tensor(windows.scale.error_std)
     for i in progress(runs) if progress else runs:
         r = windows.run_table.iloc[i]
-        e, m = (
-            slice(r.error_first, r.error_first + r.length),
-            slice(r.motion_first, r.motion_first + r.length),
-        )
+        e = slice(r.error_first, r.error_first + r.length)
+        m = slice(r.motion_first, r.motion_first + r.length)
         values = (
             windows.motion[m],
             windows.extra["filter"][e] * std,
@@ -115,7 +113,8 @@ def error_scores(
         raise InputError("scores", "predicted", f"shape {actual.shape}", str(predicted.shape))
     rows = []
     for axis, columns in (("x", [0]), ("y", [1]), ("xy", [0, 1])):
-        a, left = actual[:, columns].astype(float), (actual - predicted)[:, columns].astype(float)
+        a = actual[:, columns].astype(float)
+        left = (actual - predicted)[:, columns].astype(float)
         total = ((a - a.mean(0)) ** 2).sum()
         rows.append(
             dict(
@@ -143,10 +142,8 @@ def part_scores(
     **columns,  # What they belong to: `name`, `split`, `fold`, `seed`
 ) -> pd.DataFrame:  # A row a part, machine and axis
     "Scores of each part, on rows whose past is in the series."
-    rows, bounds = (
-        covered_rows(windows, index) & settled_rows(windows),
-        np.cumsum([0] + [len(s.errors) for s in windows.series]),
-    )
+    rows = covered_rows(windows, index) & settled_rows(windows)
+    bounds = np.cumsum([0] + [len(s.errors) for s in windows.series])
     found = []
     for s, a, b in zip(windows.series, bounds[:-1], bounds[1:]):
         r = np.flatnonzero(rows[a:b]) + a
@@ -240,7 +237,10 @@ def contour_error(
         px, py = padded[r].T
         for j in range(1, 2 * k + 1):
             qx, qy = padded[r + j].T
-            dx, dy, gx, gy = qx - px, qy - py, x - px, y - py
+            dx = qx - px
+            dy = qy - py
+            gx = x - px
+            gy = y - py
             s = np.clip((gx * dx + gy * dy) / np.maximum(dx * dx + dy * dy, 1e-18), 0, 1)
             np.minimum(best, (gx - s * dx) ** 2 + (gy - s * dy) ** 2, out=best)
             px, py = qx, qy

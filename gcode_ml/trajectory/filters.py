@@ -81,10 +81,8 @@ def _products(series, rows, taps, block=16384):
     for s, r in zip(series, rows):
         for velocity, position, error, keep in _pieces(s.part, s.errors, r):
             for k in range(2):
-                columns, target = (
-                    filter_columns(velocity[:, k], position[:, k], "sign", taps)[keep],
-                    error[keep, k],
-                )
+                columns = filter_columns(velocity[:, k], position[:, k], "sign", taps)[keep]
+                target = error[keep, k]
                 sums[k][0] = sums[k][0] + columns.T @ columns
                 sums[k][1] = sums[k][1] + columns.T @ target
     return sums

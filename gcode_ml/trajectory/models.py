@@ -28,11 +28,11 @@ class ErrorModel(nn.Module):
         thermal: bool = True,  # Answer temperatures too
     ):
         super().__init__()
-        self.into, self.drop = (
-            nn.Linear(features + 4, size),
-            nn.Dropout(dropout),
-        )  # features, filter in x and y, layer time and number
-        self.error, self.thermal = nn.Linear(size, 2), nn.Linear(size, 3) if thermal else None
+        # features, filter in x and y, layer time and number
+        self.into = nn.Linear(features + 4, size)
+        self.drop = nn.Dropout(dropout)
+        self.error = nn.Linear(size, 2)
+        self.thermal = nn.Linear(size, 3) if thermal else None
         nn.init.zeros_(self.error.weight)
         nn.init.zeros_(self.error.bias)
         for name, n in (("feature", features), ("static", 2), ("heat", 3)):
@@ -146,10 +146,8 @@ class TrajectoryErrorTransformer(ErrorModel):
         steps: int = 128,  # Steps it has positions for
     ):
         super().__init__(features, size // 2, dropout, thermal)
-        self.into, self.positions = (
-            nn.Linear(features + 4, size),
-            nn.Parameter(0.02 * torch.randn(steps, size)),
-        )
+        self.into = nn.Linear(features + 4, size)
+        self.positions = nn.Parameter(0.02 * torch.randn(steps, size))
         layer = nn.TransformerEncoderLayer(
             size,
             heads,
@@ -162,14 +160,15 @@ class TrajectoryErrorTransformer(ErrorModel):
         self.encoder = nn.TransformerEncoder(
             layer, layers, nn.LayerNorm(size), enable_nested_tensor=False
         )
-        self.decoder, self.attention = (
-            nn.LSTM(size, size // 2, batch_first=True),
-            nn.MultiheadAttention(size // 2, max(heads // 2, 1), dropout, batch_first=True),
+        self.decoder = nn.LSTM(size, size // 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(
+            size // 2, max(heads // 2, 1), dropout, batch_first=True
         )
 
     def states(self, h, past=None):
         "States `[B,T,D]` of the last `T` steps, and the steps to look back at in the next call."
-        new, size = h.shape[1], len(self.positions)
+        new = h.shape[1]
+        size = len(self.positions)
         if past is not None:
             h = torch.cat([past[:, 1 - size :], h], 1)
         kept = h
@@ -266,11 +265,9 @@ class TrajectoryLoss(nn.Module):
         thermal: float = 0.3,  # Weight of the temperatures
     ):
         super().__init__()
-        self.path, self.heat, self.weight = (
-            Regression(measure, head="error"),
-            Regression("squared", head="thermal"),
-            thermal,
-        )
+        self.path = Regression(measure, head="error")
+        self.heat = Regression("squared", head="thermal")
+        self.weight = thermal
 
     def forward(self, prediction, target):
         loss = self.path(prediction, target)

@@ -80,7 +80,9 @@ def load_series(
     machines = [m for m in machine.split("+") if m]
     names = [m.replace(":", "_") for m in machines]
     if data and any(Path(data).glob("*/motion.json")):
-        home, files, kind = Path(data), sorted(Path(data).glob("*/*.json")), "collection"
+        home = Path(data)
+        files = sorted(Path(data).glob("*/*.json"))
+        kind = "collection"
     else:
         home = Path(folder or tempfile.mkdtemp())
         programs = (
@@ -105,7 +107,8 @@ def load_series(
             raise InputError(data or "generated", "parts", "some that are there", parts)
         for n in progress(programs) if progress else programs:
             collect(programs[n], home, layers if data else "all", machines, rate, name=n)
-        files, kind = list(programs.values()), "G-code" if data else "generated"
+        files = list(programs.values())
+        kind = "G-code" if data else "generated"
     series = read_collection(home, parts.split("+") if parts else "all", names)
     return series, dict(
         kind=kind,
@@ -131,10 +134,8 @@ def split_groups(
     check_choice("parameter", "split", split, SPLITS)
     if split not in ("part", "machine", "both"):
         return [""]
-    families, machines = (
-        sorted({s.part.family for s in series}),
-        sorted({s.machine["name"] for s in series}),
-    )
+    families = sorted({s.part.family for s in series})
+    machines = sorted({s.machine["name"] for s in series})
     if split == "both":
         return [
             f"{families[k % len(families)]}/{machines[k % len(machines)]}"
@@ -165,7 +166,8 @@ def fitted_filters(
     found = fit_filters(list(some), kinds, list(use))
     if identify == "pooled":
         return {k: replace(f, machines={}) for k, f in found.items()}
-    seen, known = {}, {s.machine["name"] for s in some}
+    seen = {}
+    known = {s.machine["name"] for s in some}
     for s, r, t in zip(windows.series, rows, tested):
         seen[id(s.part)] = (
             seen.get(id(s.part), (False, False))[0] | r,
@@ -311,14 +313,12 @@ def recipe(
     learn = options.learner(
         dls, net, TrajectoryLoss(measure, thermal), [*laws, *cbs], key="features"
     )
-    learn.windows, learn.filter, learn.arguments, learn.train, learn.valid, learn.test = (
-        windows,
-        found,
-        arguments,
-        train,
-        valid,
-        test,
-    )
+    learn.windows = windows
+    learn.filter = found
+    learn.arguments = arguments
+    learn.train = train
+    learn.valid = valid
+    learn.test = test
     return learn
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #38de2ed8

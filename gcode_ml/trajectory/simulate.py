@@ -39,7 +39,8 @@ def error_filter(
     if not 0 < damping < 1:
         raise InputError("machine", "damping", "between 0 and 1", f"{damping:g}")
     w, h = 2 * np.pi * frequency, 1 / rate
-    wd, decay = w * np.sqrt(1 - damping**2), np.exp(-damping * w * h)
+    wd = w * np.sqrt(1 - damping**2)
+    decay = np.exp(-damping * w * h)
     return -decay * np.sin(wd * h) / (wd * h) * np.array([1, -2, 1]), np.array(
         [1, -2 * decay * np.cos(wd * h), decay**2]
     )
@@ -52,12 +53,10 @@ def axis_error(
     rate: float = 1000.0,  # Samples a second
 ) -> np.ndarray:  # Actual minus commanded position, mm, `[T]`
     "Error of an axis that stands still at the first sample."
-    coefficients, state, error, size = (
-        error_filter(frequency, damping, rate),
-        np.zeros(2),
-        np.empty(len(position)),
-        1 << 16,
-    )
+    coefficients = error_filter(frequency, damping, rate)
+    state = np.zeros(2)
+    error = np.empty(len(position))
+    size = 1 << 16
     for k in range(0, len(position), size):
         error[k : k + size], state = lfilter(
             *coefficients, position[k : k + size] - position[0], zi=state
@@ -75,8 +74,11 @@ def exact_error(
 ) -> np.ndarray:  # mm
     "Error after a start from rest, in closed form."
     w = 2 * np.pi * frequency
-    wd, root = w * np.sqrt(1 - damping**2), np.sqrt(1 - damping**2)
-    decay, c, s = np.exp(-damping * w * t), np.cos(wd * t), np.sin(wd * t)
+    wd = w * np.sqrt(1 - damping**2)
+    root = np.sqrt(1 - damping**2)
+    decay = np.exp(-damping * w * t)
+    c = np.cos(wd * t)
+    s = np.sin(wd * t)
     return (
         -step * decay * (c - damping / root * s)
         - speed / wd * decay * s
@@ -336,10 +338,12 @@ def play(
     width: float,  # Width of the gap, mm
 ) -> np.ndarray:  # Position of what it drives, mm, `[T]`
     "Backlash, starting in the middle of the gap."
-    r, n = width / 2, len(x)
+    r = width / 2
+    n = len(x)
     lanes = int(np.ceil(np.sqrt(n)))
     table = np.append(x, np.full(-n % lanes, x[-1])).reshape(lanes, -1).T.copy()
-    low, high = np.full(lanes, -np.inf), np.full(lanes, np.inf)
+    low = np.full(lanes, -np.inf)
+    high = np.full(lanes, np.inf)
     for row in table:
         low, high = (np.minimum(np.maximum(v, row - r), row + r) for v in (low, high))
     state = np.empty(lanes)
@@ -377,7 +381,8 @@ def _rungekutta(p, v, u0, u1, h, w2, c, slope, hold):
 def _run_lanes(u, state, rate, w2, c, slope, friction, substeps):
     "Advance all lanes; `u` is `[L+1,lanes]`, `w2` `[L,lanes]` or a number. Positions `[L,lanes]` and the end states."
     p, v, f = state.copy()
-    out, h = np.empty((len(u) - 1, u.shape[1])), 1 / rate / substeps
+    out = np.empty((len(u) - 1, u.shape[1]))
+    h = 1 / rate / substeps
     for i in range(len(out)):
         k = w2[i] if w2.ndim == 2 else w2
         step = (u[i + 1] - u[i]) / substeps
@@ -403,7 +408,8 @@ def _run_lanes(u, state, rate, w2, c, slope, friction, substeps):
 # %% ../../nbs/trajectory/05_simulate.ipynb #b9a698db
 def _nonlinear_mode(u, frequency, damping, rate, slope=0.0, friction=0.0, growth=None, substeps=4):
     "Position of one axis that follows `u` `[T]`; `growth` is the factor of its moving mass, `[T]`."
-    n, w = len(u), 2 * np.pi * frequency
+    n = len(u)
+    w = 2 * np.pi * frequency
     size = int(min(max(25 / (damping * w) * rate, n / 4096), n))
     lanes = -(-n // size)
 
@@ -512,7 +518,8 @@ def tracking_error(
     fed: np.ndarray = None,  # Filament fed so far, mm, `[T]`: for the growing mass of the part
 ) -> tuple:  # Errors in X and Y, mm, `[T]` each
     "Error of both axes of a machine."
-    g, motors = machine.second_gain, motor_positions(x, y, machine)
+    g = machine.second_gain
+    motors = motor_positions(x, y, machine)
     errors = _first_mode(motors, machine, rate, fed)
     for k, (motor, command) in enumerate(zip(motors, (x, y))):
         if g:
@@ -547,7 +554,8 @@ def _hump3(K, v):
 
 
 def _mzv(K, v):
-    a, k = 1 - np.sqrt(0.5), K**0.75
+    a = 1 - np.sqrt(0.5)
+    k = K**0.75
     return [a, (np.sqrt(2) - 1) * k, a * k**2], (0, 0.375, 0.75)
 
 
@@ -622,7 +630,8 @@ def shape(
     rate: float = 1000.0,  # Samples a second
 ) -> np.ndarray:  # Shaped position, mm, `[T]`
     "Apply a shaper; the ends are held."
-    n, out = len(position), np.zeros(len(position))
+    n = len(position)
+    out = np.zeros(len(position))
     for a, t in zip(*impulses):
         whole = int(np.floor(t * rate))
         part = t * rate - whole
@@ -682,7 +691,8 @@ def _stack(n, th, frozen):
     "Matrix (diagonal, off-diagonal) and heat of a stack of n layers, W/(m² K) and W/m²; `frozen` is the temperature below, `None` for the bed."
     across = th.conductivity / th.height
     rim = th.side * th.rim * th.height
-    diagonal, heat = np.full(n, rim), np.full(n, rim * th.ambient)
+    diagonal = np.full(n, rim)
+    heat = np.full(n, rim * th.ambient)
     diagonal[1:] += across
     diagonal[:-1] += across
     below, temperature = (th.bed_contact, th.bed) if frozen is None else (across, frozen)
@@ -723,7 +733,8 @@ def layer_temperatures(
     thermal: Thermal = Thermal(),  # Constants
 ) -> pd.DataFrame:  # One row a layer: substrate and interface in °C, adhesion 0 to 1, seconds
     "Temperature below each layer when it arrives, of the contact then, and how well it welds."
-    stack, rows = np.zeros(0), []
+    stack = np.zeros(0)
+    rows = []
     for n, time in enumerate(np.asarray(seconds, float)):
         substrate = stack[-1] if n else thermal.bed
         stack = np.append(stack, thermal.deposit)
@@ -808,12 +819,12 @@ def fin_temperature(
     thermal: Thermal = Thermal(),  # Constants
 ) -> np.ndarray:  # °C
     "Temperature along a fresh strand."
-    v, w, h = speed * 1e-3, width * 1e-3, thermal.height
+    v = speed * 1e-3
+    w = width * 1e-3
+    h = thermal.height
     heat = thermal.density * thermal.capacity
-    a, b = (
-        thermal.conductivity / (heat * v),
-        (thermal.convection + thermal.radiation) * 2 * (w + h) / (heat * w * h * v),
-    )
+    a = thermal.conductivity / (heat * v)
+    b = (thermal.convection + thermal.radiation) * 2 * (w + h) / (heat * w * h * v)
     m = (np.sqrt(1 + 4 * a * b) - 1) / (2 * a)
     return thermal.ambient + (thermal.deposit - thermal.ambient) * np.exp(
         -m * np.asarray(distance, float) * 1e-3

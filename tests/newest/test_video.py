@@ -30,24 +30,18 @@ def test_a_person_in_a_video(tmp_path):
     picture = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     subprocess.run([PYTHON, "-c", FILM, str(picture), str(tmp_path / "film.mp4")], check=True)
     clip = extract_clip(tmp_path / "film.mp4", python=PYTHON, target=tmp_path / "film.npz")
-    assert (
-        len(clip) == 6
-        and (clip.width, clip.height) == (512, 600)
-        and clip.timestamps_ms.tolist() == [0, 67, 133, 200, 267, 333]
-    )
-    assert (
-        clip.seen[:, [0, 11, 12]].all()
-        and clip.seen[:, 67:].all()
-        and not clip.seen[:, 25:67].any()
-    )
+    assert len(clip) == 6
+    assert (clip.width, clip.height) == (512, 600)
+    assert clip.timestamps_ms.tolist() == [0, 67, 133, 200, 267, 333]
+    assert clip.seen[:, [0, 11, 12]].all()
+    assert clip.seen[:, 67:].all()
+    assert not clip.seen[:, 25:67].any()
     nose, left, right = clip.points[0, [0, 11, 12]]
-    assert right[0] < nose[0] < left[0] and nose[1] < min(
-        left[1], right[1]
-    )  # a person's left is on the right of the picture
-    assert (
-        list(check(tmp_path / "film.npz")) == []
-        and Preparation(frames=None).fit([clip])(clip).shape[0] == 6
-    )
+    # a person's left is on the right of the picture
+    assert right[0] < nose[0] < left[0]
+    assert nose[1] < min(left[1], right[1])
+    assert list(check(tmp_path / "film.npz")) == []
+    assert Preparation(frames=None).fit([clip])(clip).shape[0] == 6
 
 
 def test_no_video(tmp_path):

@@ -56,11 +56,11 @@ def count(net):
 
 def test_sizes(inception, lite0):
     "Published counts: 21,785,568 without classifier and second exit; with the recurrent part of the sizes that the domain began with 25,214,007 less what was cut off."
-    assert count(inception) == 21_785_568 and count(lite0) == 3_371_008
+    assert count(inception) == 21_785_568
+    assert count(lite0) == 3_371_008
     whole = torchvision.models.inception_v3(weights=None, init_weights=False)
-    assert count(whole) == 27_161_264 and count(whole) - count(whole.AuxLogits) - count(
-        whole.fc
-    ) == count(inception)
+    assert count(whole) == 27_161_264
+    assert count(whole) - count(whole.AuxLogits) - count(whole.fc) == count(inception)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -70,7 +70,8 @@ def test_features_of_a_frame(name, request):
     b = BACKBONES[name]
     with torch.no_grad():
         out = net(torch.randn(1, 3, b["pixels"], b["pixels"]))
-    assert out.shape == (1, b["features"]) and out.isfinite().all()
+    assert out.shape == (1, b["features"])
+    assert out.isfinite().all()
 
 
 def test_weights_from_a_file(inception, tmp_path):
@@ -85,7 +86,8 @@ def test_weights_from_a_file(inception, tmp_path):
     x = torch.randn(1, 3, 139, 139)
     with torch.no_grad():
         whole.fc = torch.nn.Identity()
-        assert torch.equal(mine(x), whole(x)) and not torch.equal(mine(x), inception(x))
+        assert torch.equal(mine(x), whole(x))
+        assert not torch.equal(mine(x), inception(x))
     assert len(known) == 64
     save_file(create_backbone("efficientnet_lite0").state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="tensors of Inception3"):
@@ -113,9 +115,8 @@ def test_lite0_of_the_package(lite0, tmp_path):
         a, b = (
             torch.nn.functional.normalize(lite0(torch.from_numpy(p))) for p in (pictures, noisy)
         )
-    assert (a @ b.T).argmax(1).tolist() == [0, 1, 2, 3] and float(
-        (a @ a.T).fill_diagonal_(0).max()
-    ) < 0.95
+    assert (a @ b.T).argmax(1).tolist() == [0, 1, 2, 3]
+    assert float((a @ a.T).fill_diagonal_(0).max()) < 0.95
 
 
 def with_frames(folder, pixels):
@@ -144,12 +145,10 @@ def test_frozen_means_frozen(inception):
         (out["gloss"].square().sum() + out["category"].square().sum()).backward()
         optimiser.step()
         moved = [k for k, v in model.backbone.state_dict().items() if not torch.equal(v, before[k])]
-        assert bool(moved) != freeze and (
-            freeze
-            or (
-                any("running_mean" in k for k in moved)
-                and any(k.endswith("conv.weight") for k in moved)
-            )
+        assert bool(moved) != freeze
+        assert freeze or (
+            any("running_mean" in k for k in moved)
+            and any(k.endswith("conv.weight") for k in moved)
         )
 
 
@@ -169,7 +168,8 @@ def test_a_fit_on_frames(tmp_path):
     with learn.no_bar(), learn.no_logging():
         fit(learn)
     assert all(torch.equal(v, before[k]) for k, v in learn.model.backbone.state_dict().items())
-    assert learn.arguments["channels"] == 1280 and len(learn.backbone_sha) == 64
+    assert learn.arguments["channels"] == 1280
+    assert len(learn.backbone_sha) == 64
 
 
 def test_features_once_and_the_same_answer(tmp_path, lite0):
@@ -186,10 +186,8 @@ def test_features_once_and_the_same_answer(tmp_path, lite0):
     mask = torch.ones(1, 5, dtype=torch.bool)
     stored = torch.from_numpy(x.copy())[None]
     with torch.no_grad():
-        a, b = (
-            model(dict(frames=frames[None]), mask),
-            model(dict(channels=stored, present=torch.ones_like(stored, dtype=torch.bool)), mask),
-        )
+        a = model(dict(frames=frames[None]), mask)
+        b = model(dict(channels=stored, present=torch.ones_like(stored, dtype=torch.bool)), mask)
     assert torch.allclose(a["gloss"], b["gloss"], atol=1e-4)
 
 
