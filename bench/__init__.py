@@ -14,7 +14,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-
 from gcode_ml.core.errors import InputError
 from gcode_ml.core.files import write_json
 

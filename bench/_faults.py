@@ -22,9 +22,9 @@ run_dir = ""  # Folder of the run""",
     """import time
 import pandas as pd
 from fastai.callback.core import Callback
-from gcode_ml.core.callbacks import History
-from gcode_ml.core.learner import set_seed
-from gcode_ml.core.tiny import tiny_learner
+from gcode_ml.training.callbacks import History
+from gcode_ml.training.learner import set_seed
+from gcode_ml.training.tiny import tiny_learner
 from gcode_ml.lab.runs import open_run
 from gcode_ml.lab.snapshot import Snapshot
 run = open_run(run_dir); set_seed(seed)

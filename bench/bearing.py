@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import scipy.signal as ss
 import torch
+from gcode_ml.core.errors import InputError
+from gcode_ml.signals.spectra import Cwt, Stft, wigner_ville
+from gcode_ml.training.fit import fit
 from scipy.io import loadmat, savemat
 from scipy.stats import kurtosis, skew
 
@@ -19,9 +22,6 @@ from gcode_ml.bearing.features import baseline_probabilities, order_features, ta
 from gcode_ml.bearing.recipe import preprocessing, recipe
 from gcode_ml.bearing.simulate import journal_record, rolling_set
 from gcode_ml.bearing.transforms import BANDS
-from gcode_ml.core.errors import InputError
-from gcode_ml.core.spectra import Cwt, Stft, wigner_ville
-from gcode_ml.core.training import fit
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 
 ORDERS = np.array([3.5848, 5.4152, 4.7135, 0.39828])

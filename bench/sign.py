@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gcode_ml.data.batch import BatchLoader
+from gcode_ml.signals.augment import augment
 
 from bench import benchmark
-from gcode_ml.core.augment import augment
-from gcode_ml.core.batch import BatchLoader
 from gcode_ml.sign.augment import signer_style
 from gcode_ml.sign.checks import check
 from gcode_ml.sign.data import Clip, ClipData, read_clips

@@ -13,7 +13,7 @@ from bench._faults import KILLS, driver, killed_sweep, small_experiment, wait_fo
 CELLS = [
     'x = 0.0  # Place\nrun_dir = ""  # Folder of the run',
     """import pandas as pd
-from gcode_ml.core.tiny import tiny_learner
+from gcode_ml.training.tiny import tiny_learner
 from gcode_ml.lab.runs import open_run
 run = open_run(run_dir)
 result = run.finish(pd.DataFrame([dict(measure='x', value=x)]), validation=dict(x=x))

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gcode_ml.data.batch import dataloaders
+from gcode_ml.data.windows import RowTable, Windows
+from gcode_ml.signals.augment import Noise, SpecAugment, TimeShift
+from gcode_ml.signals.layers import masked_mean, use_byte_dropout
+from gcode_ml.training.callbacks import FiniteLoss, History, TextLog
+from gcode_ml.training.learner import Learner, set_seed
+from gcode_ml.training.mixing import CutMix
+from gcode_ml.training.monitors import GradientMonitor, Timing
+from gcode_ml.training.schedules import create_optimizer
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import gcode_ml
 from bench import benchmark
-from gcode_ml.core.augment import Noise, SpecAugment, TimeShift
-from gcode_ml.core.batch import dataloaders
-from gcode_ml.core.callbacks import FiniteLoss, History, TextLog
-from gcode_ml.core.fit import create_optimizer
-from gcode_ml.core.layers import masked_mean, use_byte_dropout
-from gcode_ml.core.learner import Learner, set_seed
-from gcode_ml.core.mixing import CutMix
-from gcode_ml.core.monitors import GradientMonitor, Timing
-from gcode_ml.core.windows import RowTable, Windows
 from gcode_ml.lab.snapshot import Snapshot
 
 CHANNELS, CLASSES = 8, 4

@@ -23,7 +23,7 @@ FIRST = [
     "sign",
     "binary_vae",
 ]  # a folder in neither list is a new domain: between the two
-LAST = ["experiments", "gcode", "core", "lab"]
+LAST = ["experiments", "gcode", "core", "data", "signals", "evaluation", "training", "lab"]
 TITLES = dict(
     gcode="G-code",
     binary_vae="Binary latent spaces",

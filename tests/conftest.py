@@ -5,7 +5,6 @@ import os
 import time
 
 import pytest
-
 from gcode_ml.core.errors import InputError
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,7 +16,12 @@ class Fork:
     def __init__(self):
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["gcode_ml.core.tiny", "gcode_ml.lab.snapshot", "fastai.callback.schedule", "pytest"]
+            [
+                "gcode_ml.training.tiny",
+                "gcode_ml.lab.snapshot",
+                "fastai.callback.schedule",
+                "pytest",
+            ]
         )
 
     def start(self, function, *args):

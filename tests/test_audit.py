@@ -5,8 +5,16 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-
-from gcode_ml.core.audit import (
+from gcode_ml.core.errors import InputError
+from gcode_ml.data.split import (
+    check_disjoint,
+    group_holdout,
+    group_kfold,
+    join_sources,
+    leave_one_group_out,
+    random_split,
+)
+from gcode_ml.evaluation.audit import (
     _most_shared,
     affine_copies,
     class_from_missingness,
@@ -18,15 +26,6 @@ from gcode_ml.core.audit import (
     lookup_by_time,
     source_table,
     window_overlap,
-)
-from gcode_ml.core.errors import InputError
-from gcode_ml.core.split import (
-    check_disjoint,
-    group_holdout,
-    group_kfold,
-    join_sources,
-    leave_one_group_out,
-    random_split,
 )
 
 seeds = pytest.mark.parametrize("seed", range(5))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.callback.core import Callback
+from gcode_ml.data.batch import dataloaders
+from gcode_ml.data.windows import length_mask
+from gcode_ml.signals.augment import AUGMENTATIONS, Augment, Augmentation, create_augmentation
+from gcode_ml.training.mixing import AdversarialTraining, CutMix, MixUp
+from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 from torch import nn
 
 import gcode_ml
-from gcode_ml.core.augment import AUGMENTATIONS, Augment, Augmentation, create_augmentation
-from gcode_ml.core.batch import dataloaders
-from gcode_ml.core.layers import length_mask
-from gcode_ml.core.mixing import AdversarialTraining, CutMix, MixUp
-from gcode_ml.core.tiny import TinyClassifier, TinySequences, tiny_learner
 from gcode_ml.lab.snapshot import Snapshot
 
 PAGES = sorted(
@@ -179,7 +179,7 @@ def same(a, b):
 def test_everything_is_found():
     "A new callback cannot be forgotten, nor an example outlive what it is an example of."
     assert set(CBS) == set(CALLBACKS)
-    assert {"core.augment", "core.mixing"} <= set(PAGES)
+    assert {"signals.augment", "training.mixing"} <= set(PAGES)
     assert set(OPTIONS) <= set(NAMES)
     assert len(NAMES) > 20
     assert all(

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gcode_ml.training.fit import fit
 
 from gcode_ml.bearing.data import BEARINGS, FAULTS, Geometry, Record, RecordWindows, write_records
 from gcode_ml.bearing.evaluate import (
@@ -33,7 +34,6 @@ from gcode_ml.bearing.recipe import (
     recipe,
 )
 from gcode_ml.bearing.simulate import rolling_record, rolling_records, rolling_set
-from gcode_ml.core.training import fit
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 
 
@@ -347,7 +347,7 @@ def test_half_precision_without_a_device(records):
     "Where the device has no such numbers: a warning, single precision, and the same weights."
     if torch.cuda.is_available():
         pytest.skip("the device has them")
-    from gcode_ml.core.speed import check_mixed_precision
+    from gcode_ml.training.speed import check_mixed_precision
 
     if check_mixed_precision("cpu")["fp16"]:
         pytest.skip("the processor has them")
@@ -447,7 +447,7 @@ def test_distillation(records, bundle, learn):
 
 def test_spec_augment_only_in_training():
     "Pictures are masked while training, differently for each sample, and not when predicting."
-    from gcode_ml.core.augment import SpecAugment
+    from gcode_ml.signals.augment import SpecAugment
 
     inputs, mask, _ = windows_of(rolling_records(1, seed=0), 6000)
     model = SpectrogramCNN(augment=SpecAugment(time_axis=-1), dropout=0.0).eval()

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gcode_ml.training.callbacks import epoch_table
 
 from gcode_ml.binary_vae.recipe import (
     PARAMETER_SETS,
@@ -19,7 +20,6 @@ from gcode_ml.binary_vae.recipe import (
     sample_bundle,
     write_config,
 )
-from gcode_ml.core.callbacks import epoch_table
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 
 TINY = dict(

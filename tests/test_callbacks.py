@@ -12,13 +12,11 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
-
-import gcode_ml
-from gcode_ml.core import speed
-from gcode_ml.core.augment import Augment
-from gcode_ml.core.averaging import EMA, SWA
-from gcode_ml.core.batch import dataloaders
-from gcode_ml.core.callbacks import (
+from gcode_ml.data.batch import dataloaders
+from gcode_ml.signals.augment import Augment
+from gcode_ml.training import speed
+from gcode_ml.training.averaging import EMA, SWA
+from gcode_ml.training.callbacks import (
     Checkpoints,
     EarlyStopping,
     FiniteLoss,
@@ -28,13 +26,13 @@ from gcode_ml.core.callbacks import (
     load_checkpoint,
     monitored,
 )
-from gcode_ml.core.curriculum import Curriculum, ScheduledSampling
-from gcode_ml.core.distillation import Distill
-from gcode_ml.core.fit import LossParameters, MoreTargets, Schedule, schedule
-from gcode_ml.core.mixing import AdversarialTraining, CutMix, MixUp
-from gcode_ml.core.monitors import GradientMonitor, Timing, UniqueTokens
-from gcode_ml.core.physics import PhysicsLoss
-from gcode_ml.core.speed import (
+from gcode_ml.training.curriculum import Curriculum, ScheduledSampling
+from gcode_ml.training.distillation import Distill
+from gcode_ml.training.mixing import AdversarialTraining, CutMix, MixUp
+from gcode_ml.training.monitors import GradientMonitor, Timing, UniqueTokens
+from gcode_ml.training.physics import PhysicsLoss
+from gcode_ml.training.schedules import LossParameters, MoreTargets, Schedule, schedule
+from gcode_ml.training.speed import (
     Accumulation,
     Compile,
     Deterministic,
@@ -42,7 +40,9 @@ from gcode_ml.core.speed import (
     MixedPrecision,
     ProgressiveLength,
 )
-from gcode_ml.core.tiny import TinyClassifier, TinySequences, tiny_learner
+from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
+
+import gcode_ml
 from gcode_ml.lab.runs import Run, RunProgress
 from gcode_ml.lab.snapshot import Snapshot, _pack_attributes
 from gcode_ml.lab.tracking import Tracker, Tracking
@@ -60,7 +60,7 @@ def callbacks():
     "Every callback class of the shared pages by its name in the package."
     pages = [
         f"{p.parent.name}.{p.stem}"
-        for d in ("core", "lab")
+        for d in ("training", "lab")
         for p in sorted((Path(gcode_ml.__file__).parent / d).glob("[!_]*.py"))
     ]
     return {
@@ -141,48 +141,55 @@ def writer(*cbs):
 
 
 EXAMPLES = {  # name in the package -> the callback (and what it is used with), or arguments of `tiny_learner` (and `data`, another data set); written to act within four epochs
-    "core.callbacks.History": lambda folder: [History(folder / "history.csv")],
-    "core.callbacks.TextLog": lambda folder: [TextLog(folder / "train_log.txt"), UniqueTokens(4)],
-    "core.callbacks.TrainingMetrics": lambda folder: [
+    "training.callbacks.History": lambda folder: [History(folder / "history.csv")],
+    "training.callbacks.TextLog": lambda folder: [
+        TextLog(folder / "train_log.txt"),
+        UniqueTokens(4),
+    ],
+    "training.callbacks.TrainingMetrics": lambda folder: [
         TrainingMetrics(),
         History(folder / "history.csv"),
     ],
-    "core.callbacks.EarlyStopping": lambda folder: [EarlyStopping(patience=2, min_delta=10)],
-    "core.callbacks.Checkpoints": lambda folder: [
+    "training.callbacks.EarlyStopping": lambda folder: [EarlyStopping(patience=2, min_delta=10)],
+    "training.callbacks.Checkpoints": lambda folder: [
         Checkpoints(folder / "checkpoints", "accuracy", "max", every=1, keep_last=2)
     ],
-    "core.callbacks.FiniteLoss": lambda folder: [FiniteLoss()],
-    "core.monitors.GradientMonitor": lambda folder: [
+    "training.callbacks.FiniteLoss": lambda folder: [FiniteLoss()],
+    "training.monitors.GradientMonitor": lambda folder: [
         GradientMonitor(interval=4, alert=0.1, bins=5)
     ],
-    "core.monitors.Timing": lambda folder: [Timing()],
-    "core.monitors.UniqueTokens": lambda folder: [UniqueTokens(6, ignore=[5])],
-    "core.speed.MixedPrecision": lambda folder: [MixedPrecision()],
-    "core.speed.Compile": lambda folder: [Compile("eager")],
-    "core.speed.GradientCheckpointing": lambda folder: [GradientCheckpointing()],
-    "core.speed.Accumulation": lambda folder: [Accumulation(40)],
-    "core.speed.Deterministic": lambda folder: [Deterministic()],
-    "core.speed.ProgressiveLength": lambda folder: [ProgressiveLength([(10, 1), (25, 2)])],
-    "core.averaging.EMA": lambda folder: [EMA(0.9), Checkpoints(folder / "checkpoints")],
-    "core.averaging.SWA": lambda folder: [SWA(0.5)],
-    "core.augment.Augment": lambda folder: [Augment({"noise": dict(std=0.1)})],
-    "core.fit.Schedule": lambda folder: [schedule("plateau", 1e-2, patience=1)],
-    "core.fit.MoreTargets": lambda folder: dict(cbs=[MoreTargets(lengths)], loss_func=weighted),
-    "core.fit.LossParameters": lambda folder: dict(cbs=[LossParameters()], loss_func=Warm()),
-    "core.mixing.Mixing": lambda folder: [MixUp(1.0)],  # the base of the next two
-    "core.mixing.MixUp": lambda folder: [MixUp(p=0.5)],
-    "core.mixing.CutMix": lambda folder: [CutMix()],
-    "core.mixing.AdversarialTraining": lambda folder: [AdversarialTraining(0.1)],
-    "core.distillation.Distill": lambda folder: [Distill(teacher(), alpha=0.5)],
-    "core.physics.PhysicsLoss": lambda folder: [
+    "training.monitors.Timing": lambda folder: [Timing()],
+    "training.monitors.UniqueTokens": lambda folder: [UniqueTokens(6, ignore=[5])],
+    "training.speed.MixedPrecision": lambda folder: [MixedPrecision()],
+    "training.speed.Compile": lambda folder: [Compile("eager")],
+    "training.speed.GradientCheckpointing": lambda folder: [GradientCheckpointing()],
+    "training.speed.Accumulation": lambda folder: [Accumulation(40)],
+    "training.speed.Deterministic": lambda folder: [Deterministic()],
+    "training.speed.ProgressiveLength": lambda folder: [ProgressiveLength([(10, 1), (25, 2)])],
+    "training.averaging.EMA": lambda folder: [EMA(0.9), Checkpoints(folder / "checkpoints")],
+    "training.averaging.SWA": lambda folder: [SWA(0.5)],
+    "signals.augment.Augment": lambda folder: [Augment({"noise": dict(std=0.1)})],
+    "training.schedules.Schedule": lambda folder: [schedule("plateau", 1e-2, patience=1)],
+    "training.schedules.MoreTargets": lambda folder: dict(
+        cbs=[MoreTargets(lengths)], loss_func=weighted
+    ),
+    "training.schedules.LossParameters": lambda folder: dict(
+        cbs=[LossParameters()], loss_func=Warm()
+    ),
+    "training.mixing.Mixing": lambda folder: [MixUp(1.0)],  # the base of the next two
+    "training.mixing.MixUp": lambda folder: [MixUp(p=0.5)],
+    "training.mixing.CutMix": lambda folder: [CutMix()],
+    "training.mixing.AdversarialTraining": lambda folder: [AdversarialTraining(0.1)],
+    "training.distillation.Distill": lambda folder: [Distill(teacher(), alpha=0.5)],
+    "training.physics.PhysicsLoss": lambda folder: [
         PhysicsLoss(likely, 0.5, delay=0.5, rise=2),
         History(folder / "history.csv"),
     ],
-    "core.curriculum.Curriculum": lambda folder: [
+    "training.curriculum.Curriculum": lambda folder: [
         Curriculum("length", "root", start=0.3, until=2.5),
         History(folder / "history.csv"),
     ],
-    "core.curriculum.ScheduledSampling": lambda folder: writer(
+    "training.curriculum.ScheduledSampling": lambda folder: writer(
         ScheduledSampling(k=3.0, greedy=False), History(folder / "history.csv")
     ),
     "lab.tracking.Tracking": lambda folder: [Tracking(Tracker(), gradients_every=2)],

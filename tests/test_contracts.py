@@ -9,12 +9,13 @@ import pytest
 import torch
 from examples_fingerprint import PARTS
 from fastai.callback.core import Callback
+from gcode_ml.data.windows import length_mask
+from gcode_ml.signals.layers import MaskedLSTM, masked_max, masked_mean, reverse_padded
+from gcode_ml.training.fit import fit
+from gcode_ml.training.tiny import TinyClassifier
 from torch import nn
 
 import gcode_ml
-from gcode_ml.core.layers import MaskedLSTM, length_mask, masked_max, masked_mean, reverse_padded
-from gcode_ml.core.tiny import TinyClassifier
-from gcode_ml.core.training import fit
 from gcode_ml.fingerprint.models import LineLoss
 from gcode_ml.lab.experiment import domain_recipe, domains
 from gcode_ml.lab.snapshot import Snapshot
@@ -28,7 +29,7 @@ def masked_models():
     pages = [
         f"{p.parent.name}.models"
         for p in sorted(Path(gcode_ml.__file__).parent.glob("*/models.py"))
-    ] + ["core.layers", "core.tiny"]
+    ] + ["signals.layers", "training.tiny"]
     return {
         f"{page}.{name}": cls
         for page in pages
@@ -52,8 +53,8 @@ def examples():
 
 
 EXAMPLES = {  # name in the package -> model and the arguments of its `forward` but for the mask
-    "core.layers.MaskedLSTM": lambda: (MaskedLSTM(6, 8), dict(x=numbers(STEPS, 6))),
-    "core.tiny.TinyClassifier": lambda: (
+    "signals.layers.MaskedLSTM": lambda: (MaskedLSTM(6, 8), dict(x=numbers(STEPS, 6))),
+    "training.tiny.TinyClassifier": lambda: (
         TinyClassifier(channels=6, dropout=0.5),
         dict(x=numbers(STEPS, 6)),
     ),

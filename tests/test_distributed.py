@@ -15,12 +15,11 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
+from gcode_ml.data.batch import BatchLoader
+from gcode_ml.training.callbacks import epoch_table
+from gcode_ml.training.learner import set_seed
+from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 from safetensors.torch import load_file, save_file
-
-from gcode_ml.core.batch import BatchLoader
-from gcode_ml.core.callbacks import epoch_table
-from gcode_ml.core.learner import set_seed
-from gcode_ml.core.tiny import TinyClassifier, TinySequences, tiny_learner
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -227,7 +226,7 @@ def test_bad_parameter(tmp_path, refused):
 
 def test_orphans_end(tmp_path):
     "The processes end with the one that started them, even when that is killed."
-    program = f"from gcode_ml.lab.distributed import fit_processes; fit_processes('gcode_ml.core.tiny.tiny_learner', {{}}, 100000, {str(tmp_path)!r})"
+    program = f"from gcode_ml.lab.distributed import fit_processes; fit_processes('gcode_ml.training.tiny.tiny_learner', {{}}, 100000, {str(tmp_path)!r})"
     parent = subprocess.Popen([sys.executable, "-c", program])
     try:
         began = time.time()

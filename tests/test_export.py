@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from examples_fingerprint import MODALITIES, SMALL
+from gcode_ml.core.files import checksum, read_json, write_json
+from gcode_ml.training.tiny import TinyClassifier
 from test_contracts import EXAMPLES
 from torch import nn
 
 import gcode_ml
-from gcode_ml.core.files import checksum, read_json, write_json
-from gcode_ml.core.tiny import TinyClassifier
 from gcode_ml.fingerprint.models import GCodeFingerprinter
 from gcode_ml.fingerprint.tokens import tokenizer
 from gcode_ml.lab.bundle import load_bundle, save_bundle
@@ -93,7 +93,7 @@ def test_programs_equal_the_model(name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_programs_name_no_folder(kind):
     "A program carries no path of the machine it was made on."
-    data = made("core.tiny.TinyClassifier", "forward")[kind]
+    data = made("training.tiny.TinyClassifier", "forward")[kind]
     if kind in ("exported", "torchscript"):
         data = b"".join(
             z.read(f) for z in [zipfile.ZipFile(io.BytesIO(data))] for f in z.namelist()
@@ -322,7 +322,7 @@ class Evil:
 def hostile(folder, marker):
     "Put a `.pt2` whose example inputs are a pickle in the place of a program, checksum and all."
     eager = eager_programs(load_bundle(folder).model)["read_sensors"]
-    good = io.BytesIO(made("core.tiny.TinyClassifier", "forward")["exported"])
+    good = io.BytesIO(made("training.tiny.TinyClassifier", "forward")["exported"])
     pickle = io.BytesIO()
     file = folder / "bundle" / "programs" / "read_sensors.pt2"
     torch.save(Evil(marker), pickle)

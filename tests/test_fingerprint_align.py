@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gcode_ml.core.errors import InputError
+from gcode_ml.training.fit import fit
 from scipy.stats import norm
 
-from gcode_ml.core.errors import InputError
-from gcode_ml.core.training import fit
 from gcode_ml.fingerprint.align import (
     GaussianEmission,
     NeuralEmission,

@@ -9,22 +9,9 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.metrics import accuracy
 from fastai.optimizer import Optimizer
-from torch import nn
-
-from gcode_ml.core import losses
-from gcode_ml.core.batch import dataloaders
-from gcode_ml.core.fit import (
-    OPTIMIZERS,
-    PRESETS,
-    SCHEDULES,
-    LossParameters,
-    MoreTargets,
-    create_optimizer,
-    schedule,
-    schedule_curve,
-    teacher_answers,
-)
-from gcode_ml.core.losses import (
+from gcode_ml.data.batch import dataloaders
+from gcode_ml.training import losses
+from gcode_ml.training.losses import (
     LOSSES,
     CrossEntropy,
     Distillation,
@@ -38,7 +25,20 @@ from gcode_ml.core.losses import (
     create_loss,
     two_tasks,
 )
-from gcode_ml.core.tiny import TinyClassifier, TinySequences, tiny_learner
+from gcode_ml.training.schedules import (
+    OPTIMIZERS,
+    PRESETS,
+    SCHEDULES,
+    LossParameters,
+    MoreTargets,
+    create_optimizer,
+    schedule,
+    schedule_curve,
+    teacher_answers,
+)
+from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
+from torch import nn
+
 from gcode_ml.lab.snapshot import Snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore")

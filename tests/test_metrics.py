@@ -7,17 +7,16 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binom
-
-from gcode_ml.core.baselines import (
+from gcode_ml.core.errors import InputError
+from gcode_ml.evaluation.baselines import (
     BASELINES,
     TimeLookup,
     baseline,
     score_baselines,
     window_statistics,
 )
-from gcode_ml.core.errors import InputError
-from gcode_ml.core.metrics import *
+from gcode_ml.evaluation.metrics import *
+from scipy.stats import binom
 
 
 def test_independent_items_give_the_binomial_interval():
@@ -334,7 +333,7 @@ def test_minirocket_without_aeon(monkeypatch):
 
 
 def test_metrics_and_baselines_draw_nothing():
-    code = "import sys, gcode_ml.core.metrics, gcode_ml.core.baselines; print([m for m in ('matplotlib.pyplot','seaborn','torch','aeon') if m in sys.modules])"
+    code = "import sys, gcode_ml.evaluation.metrics, gcode_ml.evaluation.baselines; print([m for m in ('matplotlib.pyplot','seaborn','torch','aeon') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -349,8 +348,7 @@ def test_plots_return_their_axes(monkeypatch):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    from gcode_ml.core.plots import (
+    from gcode_ml.evaluation.plots import (
         plot_confusion,
         plot_history,
         plot_lengths,

@@ -11,11 +11,11 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.metrics import accuracy
+from gcode_ml.training.callbacks import History
+from gcode_ml.training.schedules import schedule
+from gcode_ml.training.tiny import TinyClassifier, tiny_learner
 from safetensors.torch import load_file, save_file
 
-from gcode_ml.core.callbacks import History
-from gcode_ml.core.fit import schedule
-from gcode_ml.core.tiny import TinyClassifier, tiny_learner
 from gcode_ml.lab import snapshot
 from gcode_ml.lab.snapshot import Snapshot
 

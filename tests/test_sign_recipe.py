@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-from gcode_ml.core.callbacks import load_checkpoint
 from gcode_ml.core.errors import InputError
-from gcode_ml.core.training import fit
+from gcode_ml.training.callbacks import load_checkpoint
+from gcode_ml.training.fit import fit
+
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.sign.augment import FrameEdge

@@ -7,12 +7,9 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
-from torch import nn
-from torch.nn import functional as F
-
-from gcode_ml.core.batch import BatchLoader, dataloaders
-from gcode_ml.core.callbacks import epoch_table
-from gcode_ml.core.curriculum import (
+from gcode_ml.data.batch import BatchLoader, dataloaders
+from gcode_ml.training.callbacks import epoch_table
+from gcode_ml.training.curriculum import (
     DECAYS,
     PACINGS,
     Curriculum,
@@ -21,18 +18,21 @@ from gcode_ml.core.curriculum import (
     item_losses,
     teacher_forcing,
 )
-from gcode_ml.core.distillation import (
+from gcode_ml.training.distillation import (
     Distill,
     check_classes,
     compare,
     latencies,
     model_size,
 )
-from gcode_ml.core.fit import MoreTargets, teacher_answers
-from gcode_ml.core.losses import CrossEntropy, Distillation, PhysicsInformed
-from gcode_ml.core.mixing import MixUp
-from gcode_ml.core.physics import PhysicsLoss, ramp
-from gcode_ml.core.tiny import TinyClassifier, TinySequences, tiny_learner
+from gcode_ml.training.losses import CrossEntropy, Distillation, PhysicsInformed
+from gcode_ml.training.mixing import MixUp
+from gcode_ml.training.physics import PhysicsLoss, ramp
+from gcode_ml.training.schedules import MoreTargets, teacher_answers
+from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
+from torch import nn
+from torch.nn import functional as F
+
 from gcode_ml.fingerprint.models import GCodeFingerprinter, LineLoss, token_scores
 from gcode_ml.lab.snapshot import Snapshot
 

@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
+from gcode_ml.core.files import read_json
+from gcode_ml.training.callbacks import History
+from gcode_ml.training.tiny import tiny_learner
 from matplotlib.figure import Figure
 
-from gcode_ml.core.callbacks import History
-from gcode_ml.core.files import read_json
-from gcode_ml.core.tiny import tiny_learner
 from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.lab.tracking import TRACKERS, Tracking, tracker
 
@@ -253,7 +253,7 @@ def test_nothing_is_imported_unless_chosen():
     assert (
         run_python("""
         import sys
-        from gcode_ml.core.tiny import tiny_learner
+        from gcode_ml.training.tiny import tiny_learner
         from gcode_ml.lab.tracking import Tracking, tracker
         learn = tiny_learner(cbs=Tracking(tracker(), 1))
         with learn.no_bar(), learn.no_logging(): learn.fit(1)

@@ -6,17 +6,17 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
+from gcode_ml.core.errors import InputError
+from gcode_ml.core.files import write_json
+from gcode_ml.training import speed
+from gcode_ml.training.callbacks import epoch_table
+from gcode_ml.training.fit import TRAINING, fit, training_options, training_values
+from gcode_ml.training.losses import CrossEntropy, MultiTask
+from gcode_ml.training.schedules import OPTIMIZERS, PRESETS, SCHEDULES, schedule_curve
+from gcode_ml.training.tiny import TinyClassifier, tiny_learner
 from safetensors.torch import save_file
 from torch import nn
 
-from gcode_ml.core import speed
-from gcode_ml.core.callbacks import epoch_table
-from gcode_ml.core.errors import InputError
-from gcode_ml.core.files import write_json
-from gcode_ml.core.fit import OPTIMIZERS, PRESETS, SCHEDULES, schedule_curve
-from gcode_ml.core.losses import CrossEntropy, MultiTask
-from gcode_ml.core.tiny import TinyClassifier, tiny_learner
-from gcode_ml.core.training import TRAINING, fit, training_options, training_values
 from gcode_ml.lab.experiment import domain_recipe, domains, experiment_notebook
 from gcode_ml.lab.parameters import read_parameters
 from gcode_ml.lab.snapshot import Snapshot
@@ -148,7 +148,7 @@ def teacher(tmp_path_factory):
     write_json(
         folder / "bundle.json",
         dict(
-            model="gcode_ml.core.tiny.TinyClassifier",
+            model="gcode_ml.training.tiny.TinyClassifier",
             arguments=dict(width=8),
             preprocessing={},
             facts={},

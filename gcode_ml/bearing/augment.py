@@ -10,9 +10,8 @@ __all__ = ['SlowDown', 'slowed']
 # %% ../../nbs/bearing/10_augment.ipynb #116d2d15
 import torch
 from fastai.callback.core import Callback
-
-from ..core.augment import resample
 from ..core.errors import InputError
+from ..signals.augment import resample
 
 # %% ../../nbs/bearing/10_augment.ipynb #e9021beb
 class SlowDown(Callback):

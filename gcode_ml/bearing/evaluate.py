@@ -16,13 +16,12 @@ import pandas as pd
 import seaborn as sns
 import torch
 from fastai.torch_core import to_device
+from ..core.errors import InputError
+from ..data.batch import BatchLoader, Subset
+from ..evaluation.metrics import expected_calibration_error
+from ..evaluation.plots import plot_confusion
 from scipy.stats import wilcoxon
 from sklearn.metrics import precision_recall_fscore_support
-
-from ..core.batch import BatchLoader, Subset
-from ..core.errors import InputError
-from ..core.metrics import expected_calibration_error
-from ..core.plots import plot_confusion
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #9ba02dbe
 @torch.no_grad()

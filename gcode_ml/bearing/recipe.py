@@ -17,6 +17,16 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from ..core.errors import InputError, check_choice
+from ..core.files import checksum
+from ..data.batch import Subset, dataloaders
+from ..signals.augment import SpecAugment, create_augmentation
+from ..training.distillation import check_classes
+from ..training.fit import fit, training_options
+from ..training.learner import Learner, pick_device, set_seed
+from ..training.losses import MultiTask, create_loss
+from ..training.physics import PhysicsLoss
+from ..training.saved import load_saved
 
 from .augment import SlowDown
 from gcode_ml.bearing.data import (
@@ -47,16 +57,6 @@ from gcode_ml.bearing.models import (
     window_evidence,
 )
 from .simulate import rolling_records, rolling_set, simulate_records
-from ..core.augment import SpecAugment, create_augmentation
-from ..core.batch import Subset, dataloaders
-from ..core.distillation import check_classes
-from ..core.errors import InputError, check_choice
-from ..core.files import checksum
-from ..core.learner import Learner, pick_device, set_seed
-from ..core.losses import MultiTask, create_loss
-from ..core.physics import PhysicsLoss
-from ..core.saved import load_saved
-from ..core.training import fit, training_options
 
 # %% ../../nbs/bearing/50_recipe.ipynb #63ac6ac5
 def load_records(
@@ -289,7 +289,7 @@ def recipe(
     device: str = "auto",  # Device
     workers="auto",  # Loader processes
     cbs=(),  # More callbacks
-    **training,  # Shared options of `core.training`
+    **training,  # Shared options of `training.fit`
 ) -> Learner:  # With `learn.windows`, `learn.arguments`, and window numbers `learn.train`, `learn.valid`, `learn.test`
     "A diagnosis ready to fit."
     options = model_options(model, training)

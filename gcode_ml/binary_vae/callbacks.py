@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from torch.nn import functional as F
-
-from ..core.callbacks import in_fit, monitored, since_best
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path
+from ..training.callbacks import in_fit, monitored, since_best
+from torch.nn import functional as F
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #22aa3b4f
 class BetaWarmup(Callback):
@@ -286,7 +285,7 @@ class LossRecord(Callback):
         self.run = in_fit(self.learn)
 
     def after_epoch(self):
-        from gcode_ml.core.callbacks import epoch_table
+        from gcode_ml.training.callbacks import epoch_table
 
         table = epoch_table(self.learn)[["train_loss", "valid_loss", "kl", "beta"]]
         with atomic_path(self.path) as f:

@@ -18,6 +18,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from ..core.errors import InputError, check_choice
+from ..core.files import read_arrays, write_json
+from ..data.batch import Subset, dataloaders
+from ..training.callbacks import Checkpoints
+from ..training.fit import fit, training_options
+from ..training.learner import Learner, pick_device, set_seed
 
 from .augment import ImageAugment, SmilesAugment
 from gcode_ml.binary_vae.callbacks import (
@@ -48,12 +54,6 @@ from gcode_ml.binary_vae.data import (
     smiles_tokens,
 )
 from .models import BernoulliVAE, BlockCode, NegativeELBO, chosen_estimator
-from ..core.batch import Subset, dataloaders
-from ..core.callbacks import Checkpoints
-from ..core.errors import InputError, check_choice
-from ..core.files import read_arrays, write_json
-from ..core.learner import Learner, pick_device, set_seed
-from ..core.training import fit, training_options
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #a70ea8e4
 PARAMETER_SETS = [
@@ -235,7 +235,7 @@ def recipe(
     workers="auto",
     root="",
     cbs=(),  # Seed; device; loader processes; folder of data sets; more callbacks
-    **training,  # Options of `core.training`
+    **training,  # Options of `training.fit`
 ) -> (
     Learner
 ):  # With `learn.sets`, `learn.arguments` and the items `learn.train`, `learn.valid`, `learn.test`
@@ -346,7 +346,7 @@ def check_parameters(
     beta_max: float = 1.0,
     beta_warmup_epochs: float = 10.0,
     channel: str = "none",  # As in `recipe`
-    **others,  # Other parameters of `recipe`, and options of `core.training`
+    **others,  # Other parameters of `recipe`, and options of `training.fit`
 ) -> tuple:  # Options of the fit, sizes, arguments of the code, and the `BlockCode`
     "Refuse parameters that cannot be, one sentence."
     own = inspect.signature(recipe).parameters

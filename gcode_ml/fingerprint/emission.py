@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from fastcore.basics import patch
+from ..core.errors import InputError
+from ..data.batch import dataloaders
+from ..data.split import group_holdout
+from ..training.fit import training_options
+from ..training.learner import Learner, pick_device, set_seed
 from torch import nn
 
-from ..core.batch import dataloaders
-from ..core.errors import InputError
-from ..core.learner import Learner, pick_device, set_seed
-from ..core.split import group_holdout
-from ..core.training import training_options
 from gcode_ml.fingerprint.align import (
     NeuralEmission,
     ProgramLibrary,
@@ -236,8 +236,8 @@ def emission_recipe(
     seed: int = 42,  # Seed of everything
     device: str = "auto",  # Device
     cbs=(),  # More callbacks
-    **training,  # Options of `core.training`; `DEFAULTS` otherwise
-) -> Learner:  # For `core.training.fit`; has `library`, `features`, `operations`, the runs `inner` and `held`, and `placed`, the same by name on the clock of the states
+    **training,  # Options of `training.fit`; `DEFAULTS` otherwise
+) -> Learner:  # For `training.fit.fit`; has `library`, `features`, `operations`, the runs `inner` and `held`, and `placed`, the same by name on the clock of the states
     "An emission network ready to fit; one eighth of the runs is set aside for its calibration."
     options = training_options(training, **DEFAULTS)
     if len(recordings) < 4:

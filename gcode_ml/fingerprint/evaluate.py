@@ -16,16 +16,16 @@ import pandas as pd
 import seaborn as sns
 import torch
 from fastai.torch_core import to_device
+from ..data.batch import BatchLoader, Subset
+from ..evaluation.audit import leak_audit, source_table
+from ..evaluation.baselines import TimeLookup, baseline
+from ..evaluation.metrics import bootstrap_interval, unique_tokens, vote
+from ..evaluation.plots import plot_confusion, plot_scores
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
-from ..core.audit import leak_audit, source_table
-from ..core.baselines import TimeLookup, baseline
-from ..core.batch import BatchLoader, Subset
-from ..core.metrics import bootstrap_interval, unique_tokens, vote
-from ..core.plots import plot_confusion, plot_scores
 from .data import align_channels, modality
 from .models import HEADS, token_scores
 
@@ -304,7 +304,7 @@ def audit_recordings(
     test,  # Test windows
     channels: list,  # Channels of the recordings
     step: int = 10,  # Every which row the column check looks at
-) -> list:  # Findings, from `core.audit`
+) -> list:  # Findings, from `evaluation.audit`
     "Run every check of the leak audit on one split."
     series = {r.name: align_channels(r, channels) for r in recordings}
     _, present, means = source_table(series)

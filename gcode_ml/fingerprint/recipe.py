@@ -15,21 +15,21 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.learner import Metric
-from torch import nn
-
-from ..core.audit import duplicate_rows
-from ..core.batch import Subset, dataloaders
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
-from ..core.learner import Learner, pick_device, set_seed
-from gcode_ml.core.split import (
+from ..data.batch import Subset, dataloaders
+from gcode_ml.data.split import (
     check_disjoint,
     group_holdout,
     group_kfold,
     join_sources,
     random_split,
 )
-from ..core.training import training_options
+from ..evaluation.audit import duplicate_rows
+from ..training.fit import training_options
+from ..training.learner import Learner, pick_device, set_seed
+from torch import nn
+
 from gcode_ml.fingerprint.data import (
     ChannelScale,
     LineWindows,
@@ -287,8 +287,8 @@ def recipe(
     workers="auto",  # Loader processes
     cache: str = "",  # Folder of a copy of all recordings in one file, which is read in a tenth of the time
     cbs=(),  # More callbacks
-    **training,  # Options of `core.training`; `DEFAULTS` otherwise
-) -> Learner:  # For `core.training.fit`, with `learn.fold`, `learn.arguments`, and the windows `learn.train`, `learn.valid`, `learn.test`
+    **training,  # Options of `training.fit`; `DEFAULTS` otherwise
+) -> Learner:  # For `training.fit.fit`, with `learn.fold`, `learn.arguments`, and the windows `learn.train`, `learn.valid`, `learn.test`
     "A fingerprinter ready to fit."
     options = training_options(training, **DEFAULTS)
     if d_model % 2 or d_model % nhead:

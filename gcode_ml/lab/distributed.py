@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from fastai.torch_core import apply
 from fastcore.basics import patch
-from torch import distributed
-
-from ..core.callbacks import History, save_checkpoint
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
-from ..core.learner import set_seed
-from ..core.training import fit
+from ..training.callbacks import History, save_checkpoint
+from ..training.fit import fit
+from ..training.learner import set_seed
+from torch import distributed
+
 from .experiment import KernelInputError
 from .runs import Run, RunProgress
 from .snapshot import Snapshot, generator_states, pack, set_generator_states, unpack
@@ -336,7 +336,7 @@ def _watch(started, folder):
 def fit_processes(
     recipe: str,  # Dotted name of a function that returns a `Learner`
     arguments: dict,  # Its arguments, as JSON can hold them; its batches are those of one process
-    epochs: int,  # Epochs of the fit; a learner of `core.training` goes by its own options
+    epochs: int,  # Epochs of the fit; a learner of `training.fit` goes by its own options
     folder,  # Run folder: receives history, progress, snapshot, and `processes/<name>/`
     name: str = "fit",  # Name of the fit in the history
     processes: int = 2,  # Number of processes; on GPUs not more than there are

@@ -10,9 +10,10 @@ __all__ = ['fit_callbacks', 'fit_recipe']
 # %% ../../nbs/lab/11_fits.ipynb #7c1343fa
 import json
 
-from ..core.callbacks import History, load_checkpoint
 from ..core.errors import InputError
-from ..core.training import fit
+from ..training.callbacks import History, load_checkpoint
+from ..training.fit import fit
+
 from .runs import Run, RunProgress
 from .snapshot import Snapshot
 from .tracking import Tracking

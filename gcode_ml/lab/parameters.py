@@ -12,7 +12,6 @@ import ast
 from pathlib import Path
 
 import yaml
-
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.options import Parameter, check_parameters, described
@@ -36,7 +35,7 @@ def shared_parameters(
     )
     found = {}
     if "training_values(" in code:
-        from gcode_ml.core.training import TRAINING
+        from gcode_ml.training.fit import TRAINING
 
         found |= {k: p for k, p in TRAINING.items() if k != "checkpoint_folder"}
     if "open_run(" in code:

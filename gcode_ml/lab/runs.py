@@ -24,10 +24,10 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-
-from ..core.callbacks import in_fit
 from ..core.errors import InputError
 from ..core.files import atomic_path, read_json, write_json
+from ..training.callbacks import in_fit
+
 from .settings import runs_folder
 
 # %% ../../nbs/lab/02_runs.ipynb #cf08256c
@@ -242,7 +242,7 @@ def stage(
     "Result of a stage, computed once."
     file = self.path("stages", f"{name}.json")
     if not file.exists():
-        from gcode_ml.core.monitors import peak_memory
+        from gcode_ml.training.monitors import peak_memory
 
         began = time.time()
         self.log(f"{name} ...")
@@ -363,8 +363,7 @@ def finish(
 ) -> dict:  # What was written
     "Write `result.json`: the last thing a run does."
     import torch
-
-    from gcode_ml.core.monitors import peak_memory
+    from gcode_ml.training.monitors import peak_memory
 
     stages = {p.stem: read_json(p) for p in sorted(self.path("stages").glob("*.json"))}
     seconds = {k: v["seconds"] for k, v in stages.items()}

@@ -12,8 +12,9 @@ import os
 from configparser import ConfigParser
 from pathlib import Path
 
-import gcode_ml
 from ..core.errors import InputError
+
+import gcode_ml
 
 # %% ../../nbs/lab/00_settings.ipynb #3c5bbc00
 def workspace_root(

@@ -19,11 +19,10 @@ from fastai.callback.core import Callback
 from fastai.metrics import Metric
 from fastcore.basics import patch
 from fastcore.foundation import L
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from ..core.errors import InputError
 from ..core.files import atomic_path
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 # %% ../../nbs/lab/03_snapshot.ipynb #e35fa70a
 def pack(

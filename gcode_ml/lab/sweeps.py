@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-
 from ..core.errors import InputError, check_choice
 from ..core.files import read_json, write_json
+
 from .runs import Run, TrialPruned, check_name, new_run
 from .settings import runs_folder
 from .spaces import METHODS, Space, dimension, read_space
@@ -411,7 +411,7 @@ def values(self: Sweep, trial) -> dict:
 class WarmKernel:
     "A kernel that several notebooks are executed in."
 
-    def __init__(self, imports: str = "import gcode_ml.lab.runs, gcode_ml.core.learner"):
+    def __init__(self, imports: str = "import gcode_ml.lab.runs, gcode_ml.training.learner"):
         self.imports, self.manager = imports, None
 
     def ready(self):  # Kernel manager for papermill

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
-
-from ..core.callbacks import epoch_table, in_fit
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path, read_json, write_json
+from ..training.callbacks import epoch_table, in_fit
 
 # %% ../../nbs/lab/09_tracking.ipynb #74c7e3e8
 class Tracker:

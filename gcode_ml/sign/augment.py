@@ -11,8 +11,7 @@ __all__ = ['PartAffine', 'FrameEdge', 'SmoothTimeWarp', 'signer_style']
 import math
 
 import torch
-
-from gcode_ml.core.augment import (
+from gcode_ml.signals.augment import (
     Affine,
     Augmentation,
     CropResize,
@@ -132,7 +131,7 @@ def signer_style(
     crop: float = 0.8,  # Shortest part of the clip that is read
     drop: float = 0.1,  # Chance of a group, and of a run of a tenth of the frames, to be lost
     jitter: float = 0.01,  # Noise of visible points, in shoulder widths
-) -> list:  # Augmentations for `core.augment.Augment(…, key='channels')`
+) -> list:  # Augmentations for `signals.augment.Augment(…, key='channels')`
     "Augmentations that make other signers, in their order."
     made = (
         [Mirror(pairs, p=mirror)] if mirror and len(pairs) else [Mirror(p=mirror)] if mirror else []

@@ -16,10 +16,9 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-
-from ..core.batch import Subset
-from ..core.callbacks import epoch_table, in_fit, save_checkpoint
 from ..core.files import atomic_path
+from ..data.batch import Subset
+from ..training.callbacks import epoch_table, in_fit, save_checkpoint
 
 # %% ../../nbs/sign/30_callbacks.ipynb #05392d3f
 COLUMNS = [

@@ -26,10 +26,9 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-
 from ..core.errors import InputError, check_choice, check_finite
-from ..core.split import check_disjoint, group_kfold, leave_one_group_out
-from ..core.windows import RowTable, Windows
+from ..data.split import check_disjoint, group_kfold, leave_one_group_out
+from ..data.windows import RowTable, Windows
 
 # %% ../../nbs/sign/00_data.ipynb #3f19478d
 @dataclass(frozen=True)

@@ -18,16 +18,15 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+from ..core.errors import InputError, check_choice
+from ..data.windows import length_mask
+from ..evaluation.baselines import baseline, window_statistics
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import t as student
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor, nn
-
-from ..core.baselines import baseline, window_statistics
-from ..core.errors import InputError, check_choice
-from ..core.layers import length_mask
 
 # %% ../../nbs/sign/40_evaluate.ipynb #6e5a74c2
 @torch.no_grad()
@@ -617,7 +616,7 @@ def varied_embeddings(
     seed: int = 0,  # Of the changes
 ) -> Tensor:  # `[n*copies,D]`
     "What the model makes of recordings as other people might have made them."
-    from gcode_ml.core.augment import augment
+    from gcode_ml.signals.augment import augment
 
     (inputs, mask), state = data.batch(np.repeat(index, copies))[:2], torch.get_rng_state()
     torch.manual_seed(seed)

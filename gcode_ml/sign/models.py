@@ -14,10 +14,9 @@ from importlib import import_module
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
-
 from ..core.errors import InputError, check_choice
-from ..core.layers import SinusoidalPositions, masked_max, masked_mean, reverse_padded
+from ..signals.layers import SinusoidalPositions, masked_max, masked_mean, reverse_padded
+from torch import Tensor, nn
 
 # %% ../../nbs/sign/20_models.ipynb #114f9374
 class MotionChannels(nn.Module):

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-
-from ..core.augment import Augment
-from ..core.batch import Subset, dataloaders
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
-from ..core.learner import Learner, pick_device, set_seed
-from ..core.losses import two_tasks
-from ..core.split import group_holdout
-from ..core.training import TRAINING, fit, training_options
+from ..data.batch import Subset, dataloaders
+from ..data.split import group_holdout
+from ..signals.augment import Augment
+from ..training.fit import TRAINING, fit, training_options
+from ..training.learner import Learner, pick_device, set_seed
+from ..training.losses import two_tasks
+
 from .augment import signer_style
 from .callbacks import FiniteBatch, ModelCheckpoints, NamedSubset, SignLog
 from .checks import check
@@ -223,7 +223,7 @@ def body_parts(
 
 # %% ../../nbs/sign/50_recipe.ipynb #b7b87596
 class SignerStyle(Augment):
-    "`core.augment.Augment` under another name, so that more augmentations may be asked for."
+    "`signals.augment.Augment` under another name, so that more augmentations may be asked for."
 
 
 def style_callbacks(
@@ -501,7 +501,7 @@ def recipe(
     device: str = "auto",
     workers="auto",
     cbs=(),  # Seed of everything; device; loader processes; more callbacks
-    **training,  # Options that all domains share, see `core.training`
+    **training,  # Options that all domains share, see `training.fit`
 ) -> Learner:  # With `preparation`, `data`, `names`, `arguments`, `note`, and the clips `train`, `valid`, `test`
     "A sign recogniser ready to fit."
     own = {k: v for k, v in locals().items() if k not in ("training", "cbs")}
@@ -677,7 +677,7 @@ def _check_backbone(own):
 # %% ../../nbs/sign/50_recipe.ipynb #1385e9c3
 def _mirrored(preparation):
     "Clips `[N,T,C]` turned around."
-    from gcode_ml.core.augment import Mirror
+    from gcode_ml.signals.augment import Mirror
 
     mirror = Mirror(preparation.pairs, p=1.0)
     return lambda x: mirror(torch.from_numpy(x), torch.ones(x.shape[:2], dtype=torch.bool)).numpy()
@@ -1040,7 +1040,7 @@ def extract_features(
 
 # %% ../../nbs/sign/50_recipe.ipynb #3b1ca66a
 def _rehearse(model, folder, seed):
-    from gcode_ml.core.callbacks import load_checkpoint
+    from gcode_ml.training.callbacks import load_checkpoint
 
     random = np.random.default_rng(seed)
     folder.mkdir()

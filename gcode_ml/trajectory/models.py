@@ -11,10 +11,9 @@ __all__ = ['MODELS', 'ErrorModel', 'ErrorTCN', 'ErrorLSTM', 'causal_mask', 'Traj
 # %% ../../nbs/trajectory/20_models.ipynb #5322611d
 import torch
 from fastcore.basics import patch
+from ..training.losses import Regression
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from ..core.losses import Regression
 
 # %% ../../nbs/trajectory/20_models.ipynb #0df4cb67
 class ErrorModel(nn.Module):
@@ -280,7 +279,7 @@ class TrajectoryLoss(nn.Module):
 
 # %% ../../nbs/trajectory/20_models.ipynb #2be5845e
 class OscillatorLaw(nn.Module):
-    "How far a predicted error is from the motion of a spring and a mass, `[B,T,2]`, for `core.physics.PhysicsLoss`."
+    "How far a predicted error is from the motion of a spring and a mass, `[B,T,2]`, for `training.physics.PhysicsLoss`."
 
     def __init__(
         self,

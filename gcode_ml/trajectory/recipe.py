@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-
-from ..core.batch import Subset, dataloaders
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
-from ..core.learner import Learner, pick_device, set_seed
-from ..core.physics import PhysicsLoss
-from ..core.training import fit, training_options
+from ..data.batch import Subset, dataloaders
+from ..training.fit import fit, training_options
+from ..training.learner import Learner, pick_device, set_seed
+from ..training.physics import PhysicsLoss
+
 from ..gcode.parts import write_parts
 from ..gcode.planner import Plan, plan, sample
 from .augment import ReflectAxes, reflected_signs
@@ -280,7 +280,7 @@ def recipe(
     device: str = "auto",  # Device
     workers="auto",  # Loader processes
     cbs=(),  # More callbacks
-    **training,  # Shared options of `core.training`
+    **training,  # Shared options of `training.fit`
 ) -> Learner:  # With `learn.windows`, `learn.filter`, `learn.arguments`, and window numbers `learn.train`, `learn.valid`, `learn.test`
     "A prediction of the path error ready to fit."
     check_choice("parameter", "model", model, MODELS)
