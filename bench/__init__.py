@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+
 from gcode_ml.core.errors import InputError
 from gcode_ml.core.files import write_json
 

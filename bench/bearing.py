@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import scipy.signal as ss
 import torch
-from gcode_ml.core.errors import InputError
-from gcode_ml.signals.spectra import Cwt, Stft, wigner_ville
-from gcode_ml.training.fit import fit
 from scipy.io import loadmat, savemat
 from scipy.stats import kurtosis, skew
 
@@ -22,7 +19,10 @@ from gcode_ml.bearing.features import baseline_probabilities, order_features, ta
 from gcode_ml.bearing.recipe import preprocessing, recipe
 from gcode_ml.bearing.simulate import journal_record, rolling_set
 from gcode_ml.bearing.transforms import BANDS
+from gcode_ml.core.errors import InputError
 from gcode_ml.lab.bundle import load_bundle, save_bundle
+from gcode_ml.signals.spectra import Cwt, Stft, wigner_ville
+from gcode_ml.training.fit import fit
 
 ORDERS = np.array([3.5848, 5.4152, 4.7135, 0.39828])
 

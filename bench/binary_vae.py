@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import torch
-from gcode_ml.data.batch import BatchLoader, Subset
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,6 +15,7 @@ from gcode_ml.binary_vae.codes import SyndromeDecoder, bch, golay_24_12, hamming
 from gcode_ml.binary_vae.data import load_data, simulate
 from gcode_ml.binary_vae.models import BernoulliVAE, BlockCode, NegativeELBO, SequenceDecoder
 from gcode_ml.binary_vae.recipe import fit, recipe
+from gcode_ml.data.batch import BatchLoader, Subset
 
 
 def model(**more):

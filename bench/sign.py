@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gcode_ml.data.batch import BatchLoader
-from gcode_ml.signals.augment import augment
 
 from bench import benchmark
+from gcode_ml.data.batch import BatchLoader
 from gcode_ml.sign.augment import signer_style
 from gcode_ml.sign.checks import check
 from gcode_ml.sign.data import Clip, ClipData, read_clips
@@ -18,6 +17,7 @@ from gcode_ml.sign.evaluate import dtw_answers, dtw_distances
 from gcode_ml.sign.models import InceptionV3GRU, SignConv, SignTransformer
 from gcode_ml.sign.simulate import simulate_clips
 from gcode_ml.sign.skeleton import Preparation, prepare_clips
+from gcode_ml.signals.augment import augment
 
 
 @functools.cache

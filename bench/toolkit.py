@@ -8,8 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+
+import gcode_ml
+from bench import benchmark
 from gcode_ml.data.batch import dataloaders
 from gcode_ml.data.windows import RowTable, Windows
+from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.signals.augment import Noise, SpecAugment, TimeShift
 from gcode_ml.signals.layers import masked_mean, use_byte_dropout
 from gcode_ml.training.callbacks import FiniteLoss, History, TextLog
@@ -17,12 +23,6 @@ from gcode_ml.training.learner import Learner, set_seed
 from gcode_ml.training.mixing import CutMix
 from gcode_ml.training.monitors import GradientMonitor, Timing
 from gcode_ml.training.schedules import create_optimizer
-from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
-
-import gcode_ml
-from bench import benchmark
-from gcode_ml.lab.snapshot import Snapshot
 
 CHANNELS, CLASSES = 8, 4
 

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from gcode_ml.core.errors import InputError
 from scipy.integrate import solve_ivp
 from scipy.signal import lsim
 
 from bench import benchmark
+from gcode_ml.core.errors import InputError
 from gcode_ml.gcode.parts import part_program
 from gcode_ml.gcode.planner import jerk_junctions, look_ahead, plan, sample
 from gcode_ml.gcode.reader import moves, parse_gcode

@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+
 from gcode_ml.core.errors import InputError
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+
 from gcode_ml.core.errors import InputError
 from gcode_ml.data.split import (
     check_disjoint,

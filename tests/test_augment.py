@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.callback.core import Callback
-from gcode_ml.data.batch import dataloaders
-from gcode_ml.data.windows import length_mask
-from gcode_ml.signals.augment import AUGMENTATIONS, Augment, Augmentation, create_augmentation
-from gcode_ml.training.mixing import AdversarialTraining, CutMix, MixUp
-from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 from torch import nn
 
 import gcode_ml
+from gcode_ml.data.batch import dataloaders
+from gcode_ml.data.windows import length_mask
 from gcode_ml.lab.snapshot import Snapshot
+from gcode_ml.signals.augment import AUGMENTATIONS, Augment, Augmentation, create_augmentation
+from gcode_ml.training.mixing import AdversarialTraining, CutMix, MixUp
+from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 
 PAGES = sorted(
     f"{p.parent.name}.{p.stem}"

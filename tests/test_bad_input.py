@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+
 from gcode_ml.core.files import read_json, write_json
 from gcode_ml.data.split import check_disjoint
-
 from gcode_ml.fingerprint.data import read_recordings
 from gcode_ml.fingerprint.recipe import recipe
 from gcode_ml.lab.bundle import save_bundle

@@ -7,8 +7,6 @@ import pandas as pd
 import pytest
 import scipy.signal as ss
 import torch
-from gcode_ml.core.errors import InputError
-from gcode_ml.signals import spectra as sp
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from bench.bearing import one_window  # the formulae as they read, one line at a time
@@ -25,6 +23,8 @@ from gcode_ml.bearing.data import (
     check,
     read_records,
 )
+from gcode_ml.core.errors import InputError
+from gcode_ml.signals import spectra as sp
 
 ORDERS = np.array([3.5848, 5.4152, 4.7135, 0.39828])
 

@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gcode_ml.training.fit import fit
 
 from gcode_ml.bearing.data import BEARINGS, FAULTS, Geometry, Record, RecordWindows, write_records
 from gcode_ml.bearing.evaluate import (
@@ -35,6 +34,7 @@ from gcode_ml.bearing.recipe import (
 )
 from gcode_ml.bearing.simulate import rolling_record, rolling_records, rolling_set
 from gcode_ml.lab.bundle import load_bundle, save_bundle
+from gcode_ml.training.fit import fit
 
 
 def fitted(**kwargs):

@@ -4,11 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gcode_ml.signals.augment import SpecAugment
-from gcode_ml.training.fit import fit
-from gcode_ml.training.losses import Distillation, create_loss
-from gcode_ml.training.physics import PhysicsLoss
-from gcode_ml.training.speed import ProgressiveLength
 
 from gcode_ml.bearing import search as se
 from gcode_ml.bearing.data import Record, RecordWindows, check, write_records
@@ -16,6 +11,11 @@ from gcode_ml.bearing.features import window_features
 from gcode_ml.bearing.recipe import preprocessing, recipe
 from gcode_ml.bearing.simulate import journal_record, rolling_record, rolling_set
 from gcode_ml.lab.bundle import save_bundle
+from gcode_ml.signals.augment import SpecAugment
+from gcode_ml.training.fit import fit
+from gcode_ml.training.losses import Distillation, create_loss
+from gcode_ml.training.physics import PhysicsLoss
+from gcode_ml.training.speed import ProgressiveLength
 
 
 @pytest.fixture(scope="module")

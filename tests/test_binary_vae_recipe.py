@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gcode_ml.training.callbacks import epoch_table
 
 from gcode_ml.binary_vae.recipe import (
     PARAMETER_SETS,
@@ -21,6 +20,7 @@ from gcode_ml.binary_vae.recipe import (
     write_config,
 )
 from gcode_ml.lab.bundle import load_bundle, save_bundle
+from gcode_ml.training.callbacks import epoch_table
 
 TINY = dict(
     data="bars",

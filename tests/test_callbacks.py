@@ -12,7 +12,12 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
+
+import gcode_ml
 from gcode_ml.data.batch import dataloaders
+from gcode_ml.lab.runs import Run, RunProgress
+from gcode_ml.lab.snapshot import Snapshot, _pack_attributes
+from gcode_ml.lab.tracking import Tracker, Tracking
 from gcode_ml.signals.augment import Augment
 from gcode_ml.training import speed
 from gcode_ml.training.averaging import EMA, SWA
@@ -41,11 +46,6 @@ from gcode_ml.training.speed import (
     ProgressiveLength,
 )
 from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
-
-import gcode_ml
-from gcode_ml.lab.runs import Run, RunProgress
-from gcode_ml.lab.snapshot import Snapshot, _pack_attributes
-from gcode_ml.lab.tracking import Tracker, Tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EPOCHS = 4  # of six batches

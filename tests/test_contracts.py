@@ -9,16 +9,16 @@ import pytest
 import torch
 from examples_fingerprint import PARTS
 from fastai.callback.core import Callback
-from gcode_ml.data.windows import length_mask
-from gcode_ml.signals.layers import MaskedLSTM, masked_max, masked_mean, reverse_padded
-from gcode_ml.training.fit import fit
-from gcode_ml.training.tiny import TinyClassifier
 from torch import nn
 
 import gcode_ml
+from gcode_ml.data.windows import length_mask
 from gcode_ml.fingerprint.models import LineLoss
 from gcode_ml.lab.experiment import domain_recipe, domains
 from gcode_ml.lab.snapshot import Snapshot
+from gcode_ml.signals.layers import MaskedLSTM, masked_max, masked_mean, reverse_padded
+from gcode_ml.training.fit import fit
+from gcode_ml.training.tiny import TinyClassifier
 
 ITEMS, STEPS, EXTRA = 3, 7, 5  # no other axis of an example is STEPS long
 LENGTHS = torch.tensor([7, 4, 1])

@@ -15,11 +15,12 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
+from safetensors.torch import load_file, save_file
+
 from gcode_ml.data.batch import BatchLoader
 from gcode_ml.training.callbacks import epoch_table
 from gcode_ml.training.learner import set_seed
 from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.xdist_group("distributed")

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from gcode_ml.core.files import read_json
 
+from gcode_ml.core.files import read_json
 from gcode_ml.lab.bundle import load_bundle
 from gcode_ml.lab.command import main
 from gcode_ml.lab.runs import find_run
@@ -341,10 +341,9 @@ def test_tracker_is_told(whole, runs, name):
 
 def test_processes(command, runs, recordings):
     "Two processes with the batches of one give its loss curve, but for what is drawn at random in each; half the batch gives another."
+    from gcode_ml.fingerprint.recipe import recipe
     from gcode_ml.training.callbacks import epoch_table
     from gcode_ml.training.fit import fit
-
-    from gcode_ml.fingerprint.recipe import recipe
 
     pytest.importorskip("accelerate")
     sizes = dict(

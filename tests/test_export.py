@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import torch
 from examples_fingerprint import MODALITIES, SMALL
-from gcode_ml.core.files import checksum, read_json, write_json
-from gcode_ml.training.tiny import TinyClassifier
 from test_contracts import EXAMPLES
 from torch import nn
 
 import gcode_ml
+from gcode_ml.core.files import checksum, read_json, write_json
 from gcode_ml.fingerprint.models import GCodeFingerprinter
 from gcode_ml.fingerprint.tokens import tokenizer
 from gcode_ml.lab.bundle import load_bundle, save_bundle
@@ -36,6 +35,7 @@ from gcode_ml.lab.export import (
     read_program,
     run_programs,
 )
+from gcode_ml.training.tiny import TinyClassifier
 
 missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if not find_spec(p)]
 no_onnx = f"not installed: {', '.join(missing)} (pip install 'gcode_ml[export]')"

@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gcode_ml.core.files import atomic_path, read_arrays, read_json, write_json
-from gcode_ml.training.tiny import TinyClassifier, tiny_learner
 from safetensors.torch import load_file, save_file
 
 from gcode_ml.core import files
+from gcode_ml.core.files import atomic_path, read_arrays, read_json, write_json
 from gcode_ml.fingerprint.data import read_recording, read_sequences, recording_files
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 from gcode_ml.lab.runs import Run, find_run, new_run, runs_table
 from gcode_ml.lab.snapshot import Snapshot
+from gcode_ml.training.tiny import TinyClassifier, tiny_learner
 
 SIZE = 100_000
 

@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gcode_ml.core.errors import InputError
-from gcode_ml.training.fit import fit
 from scipy.stats import norm
 
+from gcode_ml.core.errors import InputError
 from gcode_ml.fingerprint.align import (
     GaussianEmission,
     NeuralEmission,
@@ -52,6 +51,7 @@ from gcode_ml.fingerprint.placing import (
 )
 from gcode_ml.fingerprint.simulate import simulate_recordings
 from gcode_ml.fingerprint.templates import program_templates, whole_pieces
+from gcode_ml.training.fit import fit
 
 CASES = [
     dict(lengths=[3, 2]),

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from gcode_ml.core.errors import InputError
 
+from gcode_ml.core.errors import InputError
 from gcode_ml.fingerprint.decode import (
     LineGrammar,
     beam,

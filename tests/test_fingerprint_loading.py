@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from gcode_ml.core.errors import InputError
 
+from gcode_ml.core.errors import InputError
 from gcode_ml.fingerprint.data import (
     elapsed_seconds,
     read_recordings,

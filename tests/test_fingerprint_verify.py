@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from gcode_ml.core.errors import InputError
 from scipy.stats import multivariate_normal
 
+from gcode_ml.core.errors import InputError
 from gcode_ml.fingerprint.anomaly import DETECTORS, AnomalyDetector
 from gcode_ml.fingerprint.commands import check_healthy
 from gcode_ml.fingerprint.data import check, check_sections, recording_from_table

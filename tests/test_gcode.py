@@ -5,8 +5,8 @@ import warnings
 
 import numpy as np
 import pytest
-from gcode_ml.core.errors import InputError
 
+from gcode_ml.core.errors import InputError
 from gcode_ml.gcode.reader import (
     arc_sweeps,
     checksum_mismatches,

@@ -9,7 +9,10 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.metrics import accuracy
 from fastai.optimizer import Optimizer
+from torch import nn
+
 from gcode_ml.data.batch import dataloaders
+from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.training import losses
 from gcode_ml.training.losses import (
     LOSSES,
@@ -37,9 +40,6 @@ from gcode_ml.training.schedules import (
     teacher_answers,
 )
 from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
-from torch import nn
-
-from gcode_ml.lab.snapshot import Snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binom
+
 from gcode_ml.core.errors import InputError
 from gcode_ml.evaluation.baselines import (
     BASELINES,
@@ -16,7 +18,6 @@ from gcode_ml.evaluation.baselines import (
     window_statistics,
 )
 from gcode_ml.evaluation.metrics import *
-from scipy.stats import binom
 
 
 def test_independent_items_give_the_binomial_interval():
@@ -348,6 +349,7 @@ def test_plots_return_their_axes(monkeypatch):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     from gcode_ml.evaluation.plots import (
         plot_confusion,
         plot_history,

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 
 import pandas as pd
 import pytest
-from gcode_ml.core.files import read_json
 
+from gcode_ml.core.files import read_json
 from gcode_ml.lab.papers import (
     Results,
     altered_results,

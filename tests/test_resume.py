@@ -11,13 +11,13 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.metrics import accuracy
-from gcode_ml.training.callbacks import History
-from gcode_ml.training.schedules import schedule
-from gcode_ml.training.tiny import TinyClassifier, tiny_learner
 from safetensors.torch import load_file, save_file
 
 from gcode_ml.lab import snapshot
 from gcode_ml.lab.snapshot import Snapshot
+from gcode_ml.training.callbacks import History
+from gcode_ml.training.schedules import schedule
+from gcode_ml.training.tiny import TinyClassifier, tiny_learner
 
 EPOCHS, BATCHES, PAUSE = 15, 12, 0.01  # 180 batches: about two seconds
 

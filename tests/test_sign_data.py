@@ -11,9 +11,9 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from gcode_ml.data.batch import BatchLoader, Subset
 from nbdev.config import get_config
 
+from gcode_ml.data.batch import BatchLoader, Subset
 from gcode_ml.lab.settings import data_folder
 from gcode_ml.sign.checks import CHECKS, check
 from gcode_ml.sign.data import (

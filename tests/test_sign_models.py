@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
+
 from gcode_ml.core.errors import InputError
 from gcode_ml.data.windows import length_mask
-
 from gcode_ml.sign.models import (
     MODELS,
     InceptionV3GRU,

@@ -7,10 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gcode_ml.core.errors import InputError
-from gcode_ml.training.callbacks import load_checkpoint
-from gcode_ml.training.fit import fit
 
+from gcode_ml.core.errors import InputError
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.sign.augment import FrameEdge
@@ -57,6 +55,8 @@ from gcode_ml.sign.recipe import (
 )
 from gcode_ml.sign.simulate import simulate_clips
 from gcode_ml.sign.skeleton import Preparation, prepare_clips
+from gcode_ml.training.callbacks import load_checkpoint
+from gcode_ml.training.fit import fit
 
 SMALL = dict(width=16, num_layers=1, max_epochs=2, batch_size=16, device="cpu")
 

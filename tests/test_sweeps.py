@@ -11,9 +11,8 @@ import pytest
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("distributed")
 pytest.importorskip("psutil")
-from gcode_ml.core.files import read_json
-
 from bench._faults import COMMAND, TRIALS, killed_sweep, small_experiment
+from gcode_ml.core.files import read_json
 from gcode_ml.lab.sweeps import Sweep, Workers, find_sweep, new_sweep
 
 

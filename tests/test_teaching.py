@@ -7,7 +7,12 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
+from torch import nn
+from torch.nn import functional as F
+
 from gcode_ml.data.batch import BatchLoader, dataloaders
+from gcode_ml.fingerprint.models import GCodeFingerprinter, LineLoss, token_scores
+from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.training.callbacks import epoch_table
 from gcode_ml.training.curriculum import (
     DECAYS,
@@ -30,11 +35,6 @@ from gcode_ml.training.mixing import MixUp
 from gcode_ml.training.physics import PhysicsLoss, ramp
 from gcode_ml.training.schedules import MoreTargets, teacher_answers
 from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
-from torch import nn
-from torch.nn import functional as F
-
-from gcode_ml.fingerprint.models import GCodeFingerprinter, LineLoss, token_scores
-from gcode_ml.lab.snapshot import Snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

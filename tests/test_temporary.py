@@ -4,9 +4,9 @@ import os
 import time
 
 import pytest
-from gcode_ml.core.files import atomic_path, sweep_temporary
 
 from gcode_ml.core import files
+from gcode_ml.core.files import atomic_path, sweep_temporary
 
 
 def writing(folder, begun):

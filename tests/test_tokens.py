@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from gcode_ml.core.errors import InputError
 
+from gcode_ml.core.errors import InputError
 from gcode_ml.fingerprint.tokens import (
     BOS,
     EOS,

@@ -14,13 +14,13 @@ import pandas as pd
 import pytest
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
-from gcode_ml.core.files import read_json
-from gcode_ml.training.callbacks import History
-from gcode_ml.training.tiny import tiny_learner
 from matplotlib.figure import Figure
 
+from gcode_ml.core.files import read_json
 from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.lab.tracking import TRACKERS, Tracking, tracker
+from gcode_ml.training.callbacks import History
+from gcode_ml.training.tiny import tiny_learner
 
 EPOCHS, EVERY = 4, 5  # six batches an epoch
 PARAMETERS = dict(learning_rate=0.01, model="tiny", deep=True, sizes=[1, 2])

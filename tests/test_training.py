@@ -6,20 +6,20 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
+from safetensors.torch import save_file
+from torch import nn
+
 from gcode_ml.core.errors import InputError
 from gcode_ml.core.files import write_json
+from gcode_ml.lab.experiment import domain_recipe, domains, experiment_notebook
+from gcode_ml.lab.parameters import read_parameters
+from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.training import speed
 from gcode_ml.training.callbacks import epoch_table
 from gcode_ml.training.fit import TRAINING, fit, training_options, training_values
 from gcode_ml.training.losses import CrossEntropy, MultiTask
 from gcode_ml.training.schedules import OPTIMIZERS, PRESETS, SCHEDULES, schedule_curve
 from gcode_ml.training.tiny import TinyClassifier, tiny_learner
-from safetensors.torch import save_file
-from torch import nn
-
-from gcode_ml.lab.experiment import domain_recipe, domains, experiment_notebook
-from gcode_ml.lab.parameters import read_parameters
-from gcode_ml.lab.snapshot import Snapshot
 
 DEFAULTS = dict(max_epochs=2, learning_rate=1e-2, batch_size=16)
 

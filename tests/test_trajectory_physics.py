@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from gcode_ml.data.batch import Subset, dataloaders
 from scipy.linalg import solve_banded
 from scipy.signal import cont2discrete, lsim
 
+from gcode_ml.data.batch import Subset, dataloaders
 from gcode_ml.gcode.parts import part_program, write_parts
 from gcode_ml.gcode.planner import plan, sample
 from gcode_ml.gcode.reader import parse_gcode

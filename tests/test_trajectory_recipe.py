@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gcode_ml.training.fit import fit
 from nbdev.config import get_config
 
 from gcode_ml.gcode.parts import part_program
 from gcode_ml.lab.bundle import load_bundle, save_bundle
 from gcode_ml.lab.spaces import read_space
+from gcode_ml.training.fit import fit
 from gcode_ml.trajectory.data import TrajectoryWindows
 from gcode_ml.trajectory.evaluate import (
     beaten_filters,

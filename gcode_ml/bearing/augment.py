@@ -10,6 +10,7 @@ __all__ = ['SlowDown', 'slowed']
 # %% ../../nbs/bearing/10_augment.ipynb #116d2d15
 import torch
 from fastai.callback.core import Callback
+
 from ..core.errors import InputError
 from ..signals.augment import resample
 

@@ -21,12 +21,13 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from scipy.io import loadmat, whosmat
+from scipy.signal import resample_poly
+
 from ..core.errors import InputError, check_choice, check_finite
 from ..core.files import atomic_path, read_arrays, read_json, write_json
 from ..data.split import check_disjoint, random_split
 from ..data.windows import RowTable, Windows, window_starts
-from scipy.io import loadmat, whosmat
-from scipy.signal import resample_poly
 
 # %% ../../nbs/bearing/00_data.ipynb #6092a333
 ORDERS = (

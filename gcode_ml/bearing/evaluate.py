@@ -16,12 +16,13 @@ import pandas as pd
 import seaborn as sns
 import torch
 from fastai.torch_core import to_device
+from scipy.stats import wilcoxon
+from sklearn.metrics import precision_recall_fscore_support
+
 from ..core.errors import InputError
 from ..data.batch import BatchLoader, Subset
 from ..evaluation.metrics import expected_calibration_error
 from ..evaluation.plots import plot_confusion
-from scipy.stats import wilcoxon
-from sklearn.metrics import precision_recall_fscore_support
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #9ba02dbe
 @torch.no_grad()

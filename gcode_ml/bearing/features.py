@@ -13,9 +13,6 @@ import warnings
 
 import numpy as np
 import torch
-from ..core.errors import InputError, check_choice
-from ..evaluation.baselines import baseline
-from ..signals.spectra import band_envelope, envelope_spectrum, prewhiten
 from scipy.stats import kurtosis, skew
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
@@ -24,6 +21,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .transforms import BANDS, bearing_lines
+from ..core.errors import InputError, check_choice
+from ..evaluation.baselines import baseline
+from ..signals.spectra import band_envelope, envelope_spectrum, prewhiten
 
 # %% ../../nbs/bearing/08_features.ipynb #81cfcf8d
 PARTS = ("outer", "inner", "ball")  # the classes of the rule, in the order of the geometry's orders

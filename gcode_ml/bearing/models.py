@@ -15,6 +15,9 @@ import math
 
 import torch
 from fastcore.basics import patch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from ..core.errors import InputError, check_choice
 from ..signals.layers import SinusoidalPositions
 from gcode_ml.signals.spectra import (
@@ -27,8 +30,6 @@ from gcode_ml.signals.spectra import (
     in_program,
     soft_peaks,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 # %% ../../nbs/bearing/20_models.ipynb #b8bb63a9
 def _at_least(x, least):

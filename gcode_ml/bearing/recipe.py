@@ -17,16 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
-from ..core.files import checksum
-from ..data.batch import Subset, dataloaders
-from ..signals.augment import SpecAugment, create_augmentation
-from ..training.distillation import check_classes
-from ..training.fit import fit, training_options
-from ..training.learner import Learner, pick_device, set_seed
-from ..training.losses import MultiTask, create_loss
-from ..training.physics import PhysicsLoss
-from ..training.saved import load_saved
 
 from .augment import SlowDown
 from gcode_ml.bearing.data import (
@@ -57,6 +47,16 @@ from gcode_ml.bearing.models import (
     window_evidence,
 )
 from .simulate import rolling_records, rolling_set, simulate_records
+from ..core.errors import InputError, check_choice
+from ..core.files import checksum
+from ..data.batch import Subset, dataloaders
+from ..signals.augment import SpecAugment, create_augmentation
+from ..training.distillation import check_classes
+from ..training.fit import fit, training_options
+from ..training.learner import Learner, pick_device, set_seed
+from ..training.losses import MultiTask, create_loss
+from ..training.physics import PhysicsLoss
+from ..training.saved import load_saved
 
 # %% ../../nbs/bearing/50_recipe.ipynb #63ac6ac5
 def load_records(

@@ -18,9 +18,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from fastai.callback.core import Callback
-from ..core.errors import InputError, check_choice
-from ..data.split import check_disjoint, group_kfold, leave_one_group_out
-from ..evaluation.plots import _axes
 from sklearn.ensemble import (
     HistGradientBoostingClassifier,
     RandomForestClassifier,
@@ -32,6 +29,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+from ..core.errors import InputError, check_choice
+from ..data.split import check_disjoint, group_kfold, leave_one_group_out
+from ..evaluation.plots import _axes
 from ..lab.spaces import Dimension
 
 # %% ../../nbs/bearing/09_search.ipynb #d60a6ff8

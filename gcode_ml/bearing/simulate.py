@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ..core.errors import InputError, check_choice
-from ..core.files import atomic_path
 from scipy.signal import hilbert, lfilter
 
 from .data import BEARINGS, FAULTS, JOURNAL_FAULTS, Geometry, Record, write_records
+from ..core.errors import InputError, check_choice
+from ..core.files import atomic_path
 
 # %% ../../nbs/bearing/05_simulate.ipynb #98f9de29
 def _ringing(places, strengths, n, rate, resonance, damping):

@@ -13,10 +13,11 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from ..core.errors import InputError
-from ..signals.spectra import IMAGES, LineScores, OrderSpectrum, by_length
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
+
+from ..core.errors import InputError
+from ..signals.spectra import IMAGES, LineScores, OrderSpectrum, by_length
 
 # %% ../../nbs/bearing/06_transforms.ipynb #e8c56889
 LINES = [

@@ -12,8 +12,9 @@ import importlib.util
 
 import torch
 from fastai.callback.core import Callback
-from ..core.errors import InputError
 from torch.nn import functional as F
+
+from ..core.errors import InputError
 
 # %% ../../nbs/binary_vae/10_augment.ipynb #a309cade
 def shifted(

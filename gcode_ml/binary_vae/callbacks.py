@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from torch.nn import functional as F
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path
 from ..training.callbacks import in_fit, monitored, since_best
-from torch.nn import functional as F
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #22aa3b4f
 class BetaWarmup(Callback):

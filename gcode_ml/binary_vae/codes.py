@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ..core.errors import InputError
-from ..core.files import read_arrays
 from scipy import integrate, stats
 
 from .models import WORD_LIMIT, BlockCode
+from ..core.errors import InputError
+from ..core.files import read_arrays
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #46f158c7
 def repetition(

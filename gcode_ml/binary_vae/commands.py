@@ -22,6 +22,7 @@ def write_samples(
 ) -> dict:  # Facts about the samples
     "Write samples and say what they are."
     import numpy as np
+
     from gcode_ml.core.files import atomic_path, write_json
 
     folder = Path(folder)
@@ -103,8 +104,8 @@ def write_classic(
     import numpy as np
     import pandas as pd
     import torch
-    from gcode_ml.core.files import atomic_path, read_json
 
+    from gcode_ml.core.files import atomic_path, read_json
     from gcode_ml.lab.bundle import load_bundle
 
     if run.domain != "binary_vae":
@@ -163,9 +164,8 @@ def check_run(
     "Refuse a run of `binary_vae` that cannot be, one sentence."
     import inspect
 
-    from gcode_ml.training.fit import TRAINING
-
     from gcode_ml.binary_vae.recipe import check_parameters, recipe
+    from gcode_ml.training.fit import TRAINING
 
     known = {*inspect.signature(recipe).parameters, *TRAINING} - {"checkpoint_folder"}
     check_parameters(_found_data(data), **{k: v for k, v in parameters.items() if k in known})

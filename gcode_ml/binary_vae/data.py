@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
 

@@ -18,13 +18,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from ..core.errors import InputError
-from ..evaluation.metrics import Interval, bootstrap_interval, reliability_table
-from ..training.learner import set_seed
 
 from .codes import channel_logits, error_law, soft_word_error
 from .models import BlockCode
 from .ngram import WittenBell
+from ..core.errors import InputError
+from ..evaluation.metrics import Interval, bootstrap_interval, reliability_table
+from ..training.learner import set_seed
 
 # %% ../../nbs/binary_vae/40_evaluate.ipynb #3fa304d2
 @torch.no_grad()

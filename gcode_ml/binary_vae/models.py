@@ -15,10 +15,11 @@ import math
 
 import torch
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
-from ..signals.layers import MaskedLSTM, masked_max, masked_mean
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..core.errors import InputError, check_choice
+from ..signals.layers import MaskedLSTM, masked_max, masked_mean
 
 # %% ../../nbs/binary_vae/20_models.ipynb #72a39cb8
 WORD_LIMIT = 12  # Information bits that are enumerated: 4,096 words

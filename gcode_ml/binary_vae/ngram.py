@@ -10,6 +10,7 @@ __all__ = ['WittenBell']
 # %% ../../nbs/binary_vae/35_ngram.ipynb #00aca610
 import numpy as np
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 
 # %% ../../nbs/binary_vae/35_ngram.ipynb #8f3ea391

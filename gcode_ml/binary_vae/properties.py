@@ -12,9 +12,9 @@ __all__ = ['shares', 'gcode_line_fault', 'gcode_properties', 'has_rdkit', 'canon
 import importlib.util
 
 import numpy as np
-from ..core.errors import InputError
 
 from .data import gcode_tokens
+from ..core.errors import InputError
 
 # %% ../../nbs/binary_vae/45_properties.ipynb #553d791e
 def shares(

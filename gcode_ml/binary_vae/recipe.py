@@ -18,12 +18,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from ..core.errors import InputError, check_choice
-from ..core.files import read_arrays, write_json
-from ..data.batch import Subset, dataloaders
-from ..training.callbacks import Checkpoints
-from ..training.fit import fit, training_options
-from ..training.learner import Learner, pick_device, set_seed
 
 from .augment import ImageAugment, SmilesAugment
 from gcode_ml.binary_vae.callbacks import (
@@ -54,6 +48,12 @@ from gcode_ml.binary_vae.data import (
     smiles_tokens,
 )
 from .models import BernoulliVAE, BlockCode, NegativeELBO, chosen_estimator
+from ..core.errors import InputError, check_choice
+from ..core.files import read_arrays, write_json
+from ..data.batch import Subset, dataloaders
+from ..training.callbacks import Checkpoints
+from ..training.fit import fit, training_options
+from ..training.learner import Learner, pick_device, set_seed
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #a70ea8e4
 PARAMETER_SETS = [

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+
 from .errors import InputError
 
 # %% ../../nbs/core/01_files.ipynb #c5ed7f7e

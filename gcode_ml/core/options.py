@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 import yaml
+
 from .errors import InputError
 
 # %% ../../nbs/core/02_options.ipynb #d75a8bcc

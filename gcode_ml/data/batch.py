@@ -15,6 +15,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 
 # %% ../../nbs/data/00_batch.ipynb #6b92fdea

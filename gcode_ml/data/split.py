@@ -12,10 +12,11 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from ..core.errors import InputError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
+
+from ..core.errors import InputError
 
 # %% ../../nbs/data/02_split.ipynb #24227cb8
 def _as_sources(sources, field="sources"):

@@ -11,6 +11,7 @@ __all__ = ['length_mask', 'RowTable', 'window_starts', 'Windows']
 import numpy as np
 import torch
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 
 # %% ../../nbs/data/01_windows.ipynb #a18b33ed

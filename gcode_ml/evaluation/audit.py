@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from ..core.errors import InputError, check_choice
-from ..data.split import group_kfold
-from .baselines import TimeLookup
 from scipy.sparse import csr_array
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
+
+from ..core.errors import InputError, check_choice
+from ..data.split import group_kfold
+from .baselines import TimeLookup
 
 # %% ../../nbs/evaluation/02_audit.ipynb #eabcb3ba
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ import time as clock
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice, check_finite
-from .metrics import classification_scores
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier
@@ -25,6 +23,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+
+from ..core.errors import InputError, check_choice, check_finite
+from .metrics import classification_scores
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #288f8c03
 def _same_length(**arrays):

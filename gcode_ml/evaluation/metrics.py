@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from ..core.errors import InputError, check_finite
 from sklearn.metrics import f1_score
+
+from ..core.errors import InputError, check_finite
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #807a0330
 class Interval(NamedTuple):

@@ -12,12 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from ..core.errors import InputError, check_choice
-from .baselines import BASELINES
-from .metrics import expected_calibration_error, reliability_table
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import confusion_matrix
+
+from ..core.errors import InputError, check_choice
+from .baselines import BASELINES
+from .metrics import expected_calibration_error, reliability_table
 
 # %% ../../nbs/evaluation/03_plots.ipynb #05b3280f
 _blue = sns.color_palette("colorblind")[0]

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..core.errors import InputError
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 from scipy.special import logsumexp, ndtr
 
+from ..core.errors import InputError
 from .data import Recording, programs
 
 # %% ../../nbs/fingerprint/35_align.ipynb #9d750578

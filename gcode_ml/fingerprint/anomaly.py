@@ -11,10 +11,10 @@ __all__ = ['DETECTORS', 'shared_channels', 'anomaly_features', 'AnomalyDetector'
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
 from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import IsolationForest
 
+from ..core.errors import InputError, check_choice
 from .align import trailing_features
 from gcode_ml.fingerprint.verify import (
     ProgramSignals,

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from fastcore.basics import patch
-from ..core.errors import InputError
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 
+from ..core.errors import InputError
 from .data import Recording, align_channels, modality, programs, select_channels
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #90a2b821

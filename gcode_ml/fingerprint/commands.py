@@ -190,7 +190,6 @@ def verify_command(a):
 def _write_trace(path, rows, signals, response, start):
     "The statistics of every row as CSV."
     from gcode_ml.core.files import atomic_path
-
     from gcode_ml.fingerprint.verify import trace
 
     with atomic_path(path) as f:

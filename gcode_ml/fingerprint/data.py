@@ -22,10 +22,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from sklearn.preprocessing import RobustScaler
+
 from ..core.errors import InputError, check_finite, fault_sentences
 from ..core.files import atomic_path, checksum, read_arrays
 from ..data.windows import RowTable, Windows, window_starts
-from sklearn.preprocessing import RobustScaler
 
 # %% ../../nbs/fingerprint/00_data.ipynb #36edaebe
 CONTROLLER = (

@@ -16,9 +16,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
 from torch import Tensor
 
+from ..core.errors import InputError, check_choice
 from .models import GCodeFingerprinter, token_scores
 from .tokens import BOS, EOS, PAD, Tokenizer
 from ..gcode.reader import parse_gcode

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import nn
+
 from ..core.errors import InputError
 from ..data.batch import dataloaders
 from ..data.split import group_holdout
-from ..training.fit import training_options
-from ..training.learner import Learner, pick_device, set_seed
-from torch import nn
-
 from gcode_ml.fingerprint.align import (
     NeuralEmission,
     ProgramLibrary,
@@ -36,6 +34,8 @@ from gcode_ml.fingerprint.data import (
     programs,
     select_channels,
 )
+from ..training.fit import training_options
+from ..training.learner import Learner, pick_device, set_seed
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #ebc858b3
 MOTION = "current", "acceleration", "rotation", "magnetic", "sound"

@@ -16,16 +16,16 @@ import pandas as pd
 import seaborn as sns
 import torch
 from fastai.torch_core import to_device
-from ..data.batch import BatchLoader, Subset
-from ..evaluation.audit import leak_audit, source_table
-from ..evaluation.baselines import TimeLookup, baseline
-from ..evaluation.metrics import bootstrap_interval, unique_tokens, vote
-from ..evaluation.plots import plot_confusion, plot_scores
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
+from ..data.batch import BatchLoader, Subset
+from ..evaluation.audit import leak_audit, source_table
+from ..evaluation.baselines import TimeLookup, baseline
+from ..evaluation.metrics import bootstrap_interval, unique_tokens, vote
+from ..evaluation.plots import plot_confusion, plot_scores
 from .data import align_channels, modality
 from .models import HEADS, token_scores
 

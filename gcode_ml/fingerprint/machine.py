@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ..core.errors import InputError
-from ..core.files import atomic_path
 from scipy.signal import cont2discrete, lfilter
 
+from ..core.errors import InputError
+from ..core.files import atomic_path
 from gcode_ml.fingerprint.simulate import (
     _adaptive,
     _averages,

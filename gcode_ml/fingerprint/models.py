@@ -9,8 +9,9 @@ __all__ = ['HEADS', 'ModalityFusion', 'MMDTAELSTM', 'MultiHeadGCodeLM', 'token_s
 
 # %% ../../nbs/fingerprint/20_models.ipynb #49251ef4
 import torch
-from ..signals.layers import MaskedLSTM, SinusoidalPositions, masked_mean, use_byte_dropout
 from torch import Tensor, nn
+
+from ..signals.layers import MaskedLSTM, SinusoidalPositions, masked_mean, use_byte_dropout
 
 # %% ../../nbs/fingerprint/20_models.ipynb #0cf22e2e
 class ModalityFusion(nn.Module):

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..evaluation.baselines import TimeLookup, baseline, window_statistics
-from ..evaluation.metrics import bootstrap_interval, vote
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
@@ -24,6 +22,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
+from ..evaluation.baselines import TimeLookup, baseline, window_statistics
+from ..evaluation.metrics import bootstrap_interval, vote
 from gcode_ml.fingerprint.align import (
     GaussianEmission,
     ProgramChains,

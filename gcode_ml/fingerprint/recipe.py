@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.learner import Metric
+from torch import nn
+
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
 from ..data.batch import Subset, dataloaders
@@ -26,10 +28,6 @@ from gcode_ml.data.split import (
     random_split,
 )
 from ..evaluation.audit import duplicate_rows
-from ..training.fit import training_options
-from ..training.learner import Learner, pick_device, set_seed
-from torch import nn
-
 from gcode_ml.fingerprint.data import (
     ChannelScale,
     LineWindows,
@@ -52,6 +50,8 @@ from gcode_ml.fingerprint.tokens import (
 from gcode_ml.fingerprint.tokens import (
     tokenizer as make_tokenizer,
 )
+from ..training.fit import training_options
+from ..training.learner import Learner, pick_device, set_seed
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #d7ea6326
 def load_recordings(

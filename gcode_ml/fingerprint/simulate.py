@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path
-
 from .tokens import canonical, number_text
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #c7dfa23a

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from fastcore.basics import patch
-from ..core.errors import InputError
 from scipy.fft import irfft, next_fast_len, rfft
 
+from ..core.errors import InputError
 from .align import ProgramLibrary
 from .data import align_channels, programs, select_channels
 

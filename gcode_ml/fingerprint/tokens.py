@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #34ec011e

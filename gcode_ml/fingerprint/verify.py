@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
 from scipy.special import logsumexp
 
+from ..core.errors import InputError, check_choice
 from .data import Recording, check_times, modality
 from .machine import MILL, planned_motion
 

@@ -9,8 +9,8 @@ __all__ = ['part_program', 'write_parts']
 
 # %% ../../nbs/gcode/02_parts.ipynb #feac5459
 import numpy as np
-from ..core.errors import InputError, check_choice
 
+from ..core.errors import InputError, check_choice
 from .reader import format_number
 
 # %% ../../nbs/gcode/02_parts.ipynb #43302bb3

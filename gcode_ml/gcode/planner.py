@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
 
+from ..core.errors import InputError, check_choice
 from gcode_ml.gcode.reader import (
     Program,
     _hold,

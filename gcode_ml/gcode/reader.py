@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 
 # %% ../../nbs/gcode/00_reader.ipynb #7dc62f18

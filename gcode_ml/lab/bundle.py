@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
 from ..core.files import atomic_path, write_json
 from ..training.saved import load_saved
-from safetensors.torch import save_file
 
 # %% ../../nbs/lab/04_bundle.ipynb #8543a850
 def model_card(

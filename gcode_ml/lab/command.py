@@ -170,7 +170,6 @@ def _typed_words(pairs):
 def evaluate_command(a):
     "`gcode_ml evaluate`: score a finished run's model on another data folder."
     from gcode_ml.core.files import write_json
-
     from gcode_ml.lab.bundle import load_bundle
     from gcode_ml.lab.experiment import domain_recipe
     from gcode_ml.lab.reports import finished_result

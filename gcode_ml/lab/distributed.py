@@ -21,17 +21,17 @@ from pathlib import Path
 import torch
 from fastai.torch_core import apply
 from fastcore.basics import patch
-from ..core.errors import InputError
-from ..core.files import read_json, write_json
-from ..training.callbacks import History, save_checkpoint
-from ..training.fit import fit
-from ..training.learner import set_seed
 from torch import distributed
 
+from ..core.errors import InputError
+from ..core.files import read_json, write_json
 from .experiment import KernelInputError
 from .runs import Run, RunProgress
 from .snapshot import Snapshot, generator_states, pack, set_generator_states, unpack
 from .tracking import Tracking
+from ..training.callbacks import History, save_checkpoint
+from ..training.fit import fit
+from ..training.learner import set_seed
 
 if importlib.util.find_spec("accelerate") is None:
     raise InputError(

@@ -18,11 +18,11 @@ import sys
 import threading
 from pathlib import Path
 
-from ..core.errors import InputError
-from ..core.files import read_json, sweep_temporary
 from tqdm.auto import tqdm
 
 import gcode_ml
+from ..core.errors import InputError
+from ..core.files import read_json, sweep_temporary
 from .parameters import check_parameters, read_parameters
 from .runs import Run, find_run, new_run
 from .settings import settings, workspace_root

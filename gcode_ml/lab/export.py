@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path, checksum, read_arrays, read_json, write_json
 from ..data.windows import length_mask
-from torch import nn
-
 from .bundle import load_bundle, model_card
 
 # %% ../../nbs/lab/08_export.ipynb #4bc05f6a

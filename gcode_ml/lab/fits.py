@@ -11,12 +11,11 @@ __all__ = ['fit_callbacks', 'fit_recipe']
 import json
 
 from ..core.errors import InputError
-from ..training.callbacks import History, load_checkpoint
-from ..training.fit import fit
-
 from .runs import Run, RunProgress
 from .snapshot import Snapshot
 from .tracking import Tracking
+from ..training.callbacks import History, load_checkpoint
+from ..training.fit import fit
 
 # %% ../../nbs/lab/11_fits.ipynb #09ccc62c
 def fit_callbacks(

@@ -15,9 +15,9 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 from ..core.files import atomic_path, checksum, read_json, write_json
-
 from .settings import settings, workspace_root
 
 # %% ../../nbs/lab/16_papers.ipynb #430781f3

@@ -12,6 +12,7 @@ import ast
 from pathlib import Path
 
 import yaml
+
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.options import Parameter, check_parameters, described

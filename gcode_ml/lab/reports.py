@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 from fastcore.basics import listify
+
 from ..core.errors import InputError
 from ..core.files import atomic_path, read_json
-
 from .runs import Run, find_run
 
 # %% ../../nbs/lab/06_reports.ipynb #ba6cf789

@@ -24,11 +24,11 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+
 from ..core.errors import InputError
 from ..core.files import atomic_path, read_json, write_json
-from ..training.callbacks import in_fit
-
 from .settings import runs_folder
+from ..training.callbacks import in_fit
 
 # %% ../../nbs/lab/02_runs.ipynb #cf08256c
 class Run:
@@ -363,6 +363,7 @@ def finish(
 ) -> dict:  # What was written
     "Write `result.json`: the last thing a run does."
     import torch
+
     from gcode_ml.training.monitors import peak_memory
 
     stages = {p.stem: read_json(p) for p in sorted(self.path("stages").glob("*.json"))}

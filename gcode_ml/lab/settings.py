@@ -12,9 +12,8 @@ import os
 from configparser import ConfigParser
 from pathlib import Path
 
-from ..core.errors import InputError
-
 import gcode_ml
+from ..core.errors import InputError
 
 # %% ../../nbs/lab/00_settings.ipynb #3c5bbc00
 def workspace_root(

@@ -8,6 +8,7 @@ Docs: https://example.org/gcode_ml/lab/snapshot.html.md"""
 __all__ = ['pack', 'unpack', 'generator_states', 'set_generator_states', 'Snapshot']
 
 # %% ../../nbs/lab/03_snapshot.ipynb #26b0cb2d
+import contextlib
 import json
 import random
 import time
@@ -19,10 +20,34 @@ from fastai.callback.core import Callback
 from fastai.metrics import Metric
 from fastcore.basics import patch
 from fastcore.foundation import L
-from ..core.errors import InputError
-from ..core.files import atomic_path
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from ..core.errors import InputError
+from ..core.files import atomic_path
+
+# %% ../../nbs/lab/03_snapshot.ipynb #5c4dc7e3
+def _pack_tensor(value, tensors):
+    "Keep a tensor or an array under a number."
+    name = str(len(tensors))
+    tensor = torch.as_tensor(
+        value.astype("int64")
+        if isinstance(value, np.ndarray) and value.dtype == np.uint32
+        else value
+    )
+    tensors[name] = tensor.detach().cpu().clone().contiguous()
+    return {"tensor": name, "array": value.dtype.name if isinstance(value, np.ndarray) else ""}
+
+
+def _pack_attributes(obj, tensors):
+    "The attributes of `obj` that a snapshot can keep; open files, functions and views of the learner are left out."
+    kept = {}
+    for k, v in vars(obj).items():
+        if k in ("learn", "func"):
+            continue
+        with contextlib.suppress(TypeError):
+            kept[k] = pack(v, tensors)
+    return kept
 
 # %% ../../nbs/lab/03_snapshot.ipynb #e35fa70a
 def pack(

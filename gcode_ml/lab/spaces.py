@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
 from ..core.errors import InputError, check_choice
 
 # %% ../../nbs/lab/12_spaces.ipynb #be8aae72

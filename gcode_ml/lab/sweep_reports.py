@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path
-
 from .runs import Run
 from .sweeps import Sweep
 
@@ -135,8 +135,9 @@ def paired_comparison(
     seed: int = 0,  # Seed of the interval
 ) -> dict:  # `pairs`, `difference` (second minus first), `low`, `high`, `wins`, `p_wilcoxon`, `p_t`
     "Compare two ways by pairs."
-    from gcode_ml.evaluation.metrics import bootstrap_interval
     from scipy.stats import ttest_rel, wilcoxon
+
+    from gcode_ml.evaluation.metrics import bootstrap_interval
 
     first = np.asarray(first, float)
     second = np.asarray(second, float)

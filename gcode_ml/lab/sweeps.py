@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+
 from ..core.errors import InputError, check_choice
 from ..core.files import read_json, write_json
-
 from .runs import Run, TrialPruned, check_name, new_run
 from .settings import runs_folder
 from .spaces import METHODS, Space, dimension, read_space

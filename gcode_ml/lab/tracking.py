@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path, read_json, write_json
 from ..training.callbacks import epoch_table, in_fit

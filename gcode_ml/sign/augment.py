@@ -11,6 +11,7 @@ __all__ = ['PartAffine', 'FrameEdge', 'SmoothTimeWarp', 'signer_style']
 import math
 
 import torch
+
 from gcode_ml.signals.augment import (
     Affine,
     Augmentation,

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
+
 from ..core.files import atomic_path
 from ..data.batch import Subset
 from ..training.callbacks import epoch_table, in_fit, save_checkpoint

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ..core.errors import InputError, check_choice
 from scipy.sparse import triu
 from sklearn.neighbors import NearestNeighbors
 
+from ..core.errors import InputError, check_choice
 from gcode_ml.sign.data import (
     SKELETON78,
     SKELETONS,

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice, check_finite
 from ..data.split import check_disjoint, group_kfold, leave_one_group_out
 from ..data.windows import RowTable, Windows

@@ -18,15 +18,16 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from ..core.errors import InputError, check_choice
-from ..data.windows import length_mask
-from ..evaluation.baselines import baseline, window_statistics
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import t as student
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor, nn
+
+from ..core.errors import InputError, check_choice
+from ..data.windows import length_mask
+from ..evaluation.baselines import baseline, window_statistics
 
 # %% ../../nbs/sign/40_evaluate.ipynb #6e5a74c2
 @torch.no_grad()

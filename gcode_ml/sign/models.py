@@ -14,9 +14,10 @@ from importlib import import_module
 
 import torch
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core.errors import InputError, check_choice
 from ..signals.layers import SinusoidalPositions, masked_max, masked_mean, reverse_padded
-from torch import Tensor, nn
 
 # %% ../../nbs/sign/20_models.ipynb #114f9374
 class MotionChannels(nn.Module):

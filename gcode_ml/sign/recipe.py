@@ -21,15 +21,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
 from ..data.batch import Subset, dataloaders
 from ..data.split import group_holdout
-from ..signals.augment import Augment
-from ..training.fit import TRAINING, fit, training_options
-from ..training.learner import Learner, pick_device, set_seed
-from ..training.losses import two_tasks
-
 from .augment import signer_style
 from .callbacks import FiniteBatch, ModelCheckpoints, NamedSubset, SignLog
 from .checks import check
@@ -64,6 +60,10 @@ from gcode_ml.sign.skeleton import (
     reference_frame,
     to_pixels,
 )
+from ..signals.augment import Augment
+from ..training.fit import TRAINING, fit, training_options
+from ..training.learner import Learner, pick_device, set_seed
+from ..training.losses import two_tasks
 
 # %% ../../nbs/sign/50_recipe.ipynb #9bd67cdc
 def _enough_classes(facts, num_gloss, num_cat):

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
 from ..core.errors import InputError
 from ..core.files import atomic_path
-
 from .data import SKELETON78, Clip
 from .skeleton import mirror_points
 

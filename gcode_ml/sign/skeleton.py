@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice
 from ..core.files import atomic_path, read_arrays
-
 from gcode_ml.sign.data import (
     HANDS42,
     SKELETON78,

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .data import SKELETON78, Clip, clip_layout, read_clip
 from .skeleton import reference_frame, to_pixels
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import camel2snake
-from ..core.errors import InputError, check_choice
 from torch import Tensor
+
+from ..core.errors import InputError, check_choice
 
 # %% ../../nbs/signals/01_augment.ipynb #f3afca94
 def along_steps(

@@ -17,8 +17,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
 from torch import Tensor, nn
+
+from ..core.errors import InputError, check_choice
 
 # %% ../../nbs/signals/02_spectra.ipynb #fbee5b0e
 def in_program() -> bool:  # Whether what runs is being exported or traced

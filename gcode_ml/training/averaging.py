@@ -11,8 +11,9 @@ __all__ = ['EMA', 'SWA', 'update_norms']
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
-from .callbacks import in_fit
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from .callbacks import in_fit
 
 # %% ../../nbs/training/05_averaging.ipynb #315887a9
 class EMA(Callback):

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
-from ..core.files import atomic_path, write_json
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
+
+from ..core.errors import InputError, check_choice
+from ..core.files import atomic_path, write_json
 
 # %% ../../nbs/training/03_callbacks.ipynb #465f575e
 def in_fit(

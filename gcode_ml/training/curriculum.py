@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice, check_finite
 from ..data.batch import BatchLoader
 from .callbacks import in_fit

@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
+from safetensors.torch import save_model
+
 from ..core.errors import InputError
 from ..data.batch import BatchLoader
 from .losses import Distillation, part
 from .schedules import teacher_answers
-from safetensors.torch import save_model
 
 # %% ../../nbs/training/09_distillation.ipynb #314f9cba
 def check_classes(

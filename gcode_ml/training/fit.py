@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice
 from ..core.options import check_parameters, described, flow_mapping
 from gcode_ml.signals.augment import (

@@ -16,8 +16,9 @@ from fastai.callback.core import CancelEpochException, event
 from fastai.learner import Learner as FastaiLearner
 from fastcore.basics import patch
 from fastcore.foundation import L
-from ..core.errors import InputError
 from torch import nn
+
+from ..core.errors import InputError
 
 # %% ../../nbs/training/00_learner.ipynb #998b0a33
 class Learner(FastaiLearner):

@@ -14,9 +14,10 @@ from functools import partial
 
 import torch
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..core.errors import InputError, check_choice
 
 # %% ../../nbs/training/01_losses.ipynb #147eff65
 def part(

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import torch
 from fastai.callback.core import Callback
+from torch import nn
+
 from ..core.errors import InputError
 from ..signals.augment import along_steps, input_tensor
-from torch import nn
 
 # %% ../../nbs/training/07_mixing.ipynb #5262535e
 class Mixing(Callback):

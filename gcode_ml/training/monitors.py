@@ -16,10 +16,11 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
+from torch.nn.utils import get_total_norm
+
 from ..core.errors import check_choice
 from ..evaluation.metrics import unique_tokens
 from .callbacks import Stopwatch, in_fit
-from torch.nn.utils import get_total_norm
 
 # %% ../../nbs/training/04_monitors.ipynb #13141c70
 class GradientMonitor(Callback):

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+
 from ..core.errors import InputError
 from .losses import PhysicsInformed
 

@@ -12,9 +12,10 @@ import importlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+
 from ..core.errors import InputError
 from ..core.files import read_json
-from safetensors.torch import load_file
 
 # %% ../../nbs/training/11_saved.ipynb #dd383bfc
 def _model_class(folder, name):

@@ -30,6 +30,7 @@ from fastai.optimizer import (
     weight_decay as decay_step,
 )
 from fastcore.foundation import L
+
 from ..core.errors import InputError, check_choice
 from .callbacks import in_fit, monitored
 

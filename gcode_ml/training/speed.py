@@ -23,10 +23,11 @@ from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from fastcore.foundation import L
-from ..core.errors import InputError, check_choice
-from .learner import pick_device
 from torch.amp import GradScaler
 from torch.utils.checkpoint import checkpoint
+
+from ..core.errors import InputError, check_choice
+from .learner import pick_device
 
 # %% ../../nbs/training/06_speed.ipynb #0594579c
 def check_mixed_precision(

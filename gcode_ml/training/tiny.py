@@ -11,11 +11,12 @@ __all__ = ['TinySequences', 'TinyClassifier', 'tiny_learner']
 import numpy as np
 import torch
 from fastai.losses import CrossEntropyLossFlat
+from torch import nn
+
 from ..data.batch import dataloaders
 from ..data.windows import RowTable, Windows
 from ..signals.layers import masked_mean
 from .learner import Learner, set_seed
-from torch import nn
 
 # %% ../../nbs/training/13_tiny.ipynb #7503b4a2
 class TinySequences:

@@ -11,6 +11,7 @@ __all__ = ['reflected_signs', 'ReflectAxes']
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+
 from ..core.errors import InputError
 
 # %% ../../nbs/trajectory/10_augment.ipynb #2c9cd8cd

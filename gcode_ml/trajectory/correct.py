@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
-from ..core.files import atomic_path
 from scipy.optimize import least_squares
 from scipy.signal import butter, cont2discrete, firwin, lfilter, sosfiltfilt
 
+from ..core.errors import InputError, check_choice
+from ..core.files import atomic_path
 from ..gcode.parts import part_program
 from gcode_ml.gcode.planner import (
     Plan,

@@ -23,11 +23,11 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+
 from ..core.errors import InputError, check_choice, check_finite, fault_sentences
 from ..core.files import atomic_path, checksum, read_arrays, read_json, write_json
 from ..data.split import check_disjoint, random_split
 from ..data.windows import window_starts
-
 from ..gcode.planner import Limits, Plan, plan, program_blocks, sample
 from ..gcode.reader import parse_gcode, read_gcode
 from gcode_ml.trajectory.simulate import (

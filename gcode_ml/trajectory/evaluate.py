@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+
 from ..core.errors import InputError
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #6e94dd13

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
 from scipy.optimize import minimize
 from scipy.signal import lfilter
 
+from ..core.errors import InputError, check_choice
 from .data import position_features
 from .simulate import error_filter
 

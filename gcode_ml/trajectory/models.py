@@ -11,9 +11,10 @@ __all__ = ['MODELS', 'ErrorModel', 'ErrorTCN', 'ErrorLSTM', 'causal_mask', 'Traj
 # %% ../../nbs/trajectory/20_models.ipynb #5322611d
 import torch
 from fastcore.basics import patch
-from ..training.losses import Regression
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..training.losses import Regression
 
 # %% ../../nbs/trajectory/20_models.ipynb #0df4cb67
 class ErrorModel(nn.Module):

@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+
 from ..core.errors import InputError, check_choice
 from ..core.files import checksum
 from ..data.batch import Subset, dataloaders
+from ..gcode.parts import write_parts
+from ..gcode.planner import Plan, plan, sample
 from ..training.fit import fit, training_options
 from ..training.learner import Learner, pick_device, set_seed
 from ..training.physics import PhysicsLoss
-
-from ..gcode.parts import write_parts
-from ..gcode.planner import Plan, plan, sample
 from .augment import ReflectAxes, reflected_signs
 from gcode_ml.trajectory.data import (
     PARTS,

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..core.errors import InputError, check_choice
 from scipy.linalg import eigh_tridiagonal
 from scipy.signal import cont2discrete, lfilter
 
+from ..core.errors import InputError, check_choice
 from ..gcode.planner import Plan, plan, sample
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #a9dd3551

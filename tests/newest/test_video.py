@@ -6,8 +6,8 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from gcode_ml.core.errors import InputError
 
+from gcode_ml.core.errors import InputError
 from gcode_ml.sign.checks import check
 from gcode_ml.sign.skeleton import Preparation
 from gcode_ml.sign.video import extract_clip
