@@ -11,7 +11,7 @@ __all__ = ['SlowDown', 'slowed']
 import torch
 from fastai.callback.core import Callback
 
-from ..core.errors import InputError
+from ..core.errors import require
 from ..signals.augment import resample
 
 # %% ../../nbs/bearing/10_augment.ipynb #e9021beb
@@ -25,8 +25,7 @@ class SlowDown(Callback):
         limit: float = 0.2,  # The slowest plays at 1-limit
         p: float = 1.0,  # Share of the samples
     ):
-        if not 0 <= limit < 1:
-            raise InputError("SlowDown", "limit", "a share from 0 to below 1", repr(limit))
+        require(0 <= limit < 1, "SlowDown", "limit", "a share from 0 to below 1", repr(limit))
         self.limit, self.p = limit, p
 
     def before_batch(self):

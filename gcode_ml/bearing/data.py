@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from scipy.io import loadmat, whosmat
 from scipy.signal import resample_poly
 
-from ..core.errors import InputError, check_choice, check_finite
+from ..core.errors import InputError, check_choice, check_finite, require
 from ..core.files import atomic_path, read_arrays, read_json, write_json
 from ..data.split import check_disjoint, random_split
 from ..data.windows import RowTable, Windows, window_starts
@@ -159,18 +159,21 @@ def check_record(
 ) -> Record:  # The same
     "Raise `InputError` for what cannot be used."
     for k, v in dict(fs=record.rate, rpm=record.rpm).items():
-        if not (np.isfinite(v) and v > 0):
-            raise InputError(
-                record.name,
-                k,
-                "a positive number",
-                str(v),
-                "every fault frequency is a multiple of the speed",
-            )
-    if record.signal.ndim != 1 or not len(record):
-        raise InputError(
-            record.name, "signal", "one channel of samples", f"shape {record.signal.shape}"
+        require(
+            (np.isfinite(v) and v > 0),
+            record.name,
+            k,
+            "a positive number",
+            str(v),
+            "every fault frequency is a multiple of the speed",
         )
+    require(
+        record.signal.ndim == 1 and len(record),
+        record.name,
+        "signal",
+        "one channel of samples",
+        f"shape {record.signal.shape}",
+    )
     check_finite(record.name, "signal", record.signal, "sample")
     if np.ptp(record.signal) == 0:
         raise InputError(
@@ -245,8 +248,7 @@ def read_matlab(
 ) -> dict:  # Name -> array
     "Named variables of a MATLAB file up to version 7; nothing else is decompressed."
     path = Path(path)
-    if not path.is_file():
-        raise InputError(path, "file", "a MATLAB file", "nothing there")
+    require(path.is_file(), path, "file", "a MATLAB file", "nothing there")
     try:
         return {
             k: np.ravel(v)
@@ -292,8 +294,7 @@ def read_cwru(
     "Read one record of CWRU."
     path = Path(path)
     about = _CWRU.fullmatch(path.stem)
-    if not about:
-        raise InputError(path, "file name", "<fault><diameter>_<load>_<record number>", path.stem)
+    require(about, path, "file name", "<fault><diameter>_<load>_<record number>", path.stem)
     about = about.groupdict()
     signal, rpm = _cwru_signal(path, about)
     fault = fault_name(about["fault"], path)
@@ -356,8 +357,7 @@ def read_signal(
     "One channel of a file."
     path = Path(path)
     check_choice(path, "file type", path.suffix.lower(), _SUFFIXES)
-    if not path.is_file():
-        raise InputError(path, "file", "a record", "nothing there")
+    require(path.is_file(), path, "file", "a record", "nothing there")
     if path.suffix == ".mat":
         columns = read_matlab(
             path,
@@ -409,14 +409,14 @@ def _labelled(folder, row):
     name = str(row["file"])
 
     def number(k):
-        if pd.isna(row.get(k)):
-            raise InputError(
-                file,
-                f"{k} of {name}",
-                "a number",
-                "nothing",
-                "every fault frequency is a multiple of the speed, and every frequency of the rate",
-            )
+        require(
+            not pd.isna(row.get(k)),
+            file,
+            f"{k} of {name}",
+            "a number",
+            "nothing",
+            "every fault frequency is a multiple of the speed, and every frequency of the rate",
+        )
         try:
             return float(row[k])
         except ValueError:
@@ -425,8 +425,13 @@ def _labelled(folder, row):
     rate = number("fs")
     rpm = number("rpm")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(file, "file", "a path inside the folder", name)
+    require(
+        path.resolve().is_relative_to(folder.resolve()),
+        file,
+        "file",
+        "a path inside the folder",
+        name,
+    )
     text = {
         k: "" if pd.isna(row.get(k)) else str(row[k])
         for k in ("fault", "diameter", "load", "bearing", "channel")
@@ -460,15 +465,14 @@ def read_labels(
     except Exception as e:
         raise InputError(file, "content", "a table", f"{type(e).__name__}: {str(e)[:80]}") from None
     for k in ("file", "rpm", "fs"):
-        if k not in table:
-            raise InputError(
-                file,
-                f"column {k}",
-                "file, rpm and fs; and fault, diameter, load, bearing and the geometry",
-                ", ".join(table.columns),
-            )
-    if not len(table):
-        raise InputError(file, "rows", "at least one record", "0")
+        require(
+            k in table,
+            file,
+            f"column {k}",
+            "file, rpm and fs; and fault, diameter, load, bearing and the geometry",
+            ", ".join(table.columns),
+        )
+    require(len(table), file, "rows", "at least one record", "0")
     if table.file.duplicated().any():
         raise InputError(
             file, "file", "each file once", f"{table.file[table.file.duplicated()].iloc[0]} twice"
@@ -509,14 +513,14 @@ def record_files(
 ) -> list:  # Pairs (file, function that reads it)
     "Which records there are, before any is read."
     path = Path(path)
-    if not path.exists():
-        raise InputError(
-            path,
-            "folder",
-            "records",
-            "nothing there",
-            "name a folder with -p data=DIR or set GCODE_ML_DATA",
-        )
+    require(
+        path.exists(),
+        path,
+        "folder",
+        "records",
+        "nothing there",
+        "name a folder with -p data=DIR or set GCODE_ML_DATA",
+    )
     if path.is_file():
         return [(path, lambda: _one(path))]
     if (path / "labels.csv").exists():
@@ -524,8 +528,7 @@ def record_files(
     files = sorted(
         f for f in path.rglob("*") if f.suffix in (".mat", ".csv") and _CWRU.fullmatch(f.stem)
     )
-    if not files:
-        raise InputError(path, "files", "labels.csv, or files named like those of CWRU", "neither")
+    require(files, path, "files", "labels.csv, or files named like those of CWRU", "neither")
     return [(f, lambda f=f: read_cwru(f)) for f in files]
 
 

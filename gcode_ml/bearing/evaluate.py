@@ -19,7 +19,7 @@ from fastai.torch_core import to_device
 from scipy.stats import wilcoxon
 from sklearn.metrics import precision_recall_fscore_support
 
-from ..core.errors import InputError
+from ..core.errors import require
 from ..data.batch import BatchLoader, Subset
 from ..evaluation.metrics import expected_calibration_error
 from ..evaluation.plots import plot_confusion
@@ -176,13 +176,13 @@ def paired_test(
     a = of(name)
     b = of(other)
     once = {f: v for (f, _), v in b.items()}
-    if not a or not b:
-        raise InputError(
-            "paired_test",
-            "outcomes",
-            f"{name} and {other} under {split}",
-            ", ".join(map(str, outcomes.name.unique())),
-        )
+    require(
+        a and b,
+        "paired_test",
+        "outcomes",
+        f"{name} and {other} under {split}",
+        ", ".join(map(str, outcomes.name.unique())),
+    )
     pairs = np.array([(v, b.get(k, once[k[0]])) for k, v in a.items()])
     difference = pairs[:, 0] - pairs[:, 1]
     p = float(wilcoxon(difference).pvalue) if len(pairs) > 1 and (difference != 0).any() else 1.0

@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .transforms import BANDS, bearing_lines
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..evaluation.baselines import baseline
 from ..signals.spectra import band_envelope, envelope_spectrum, prewhiten
 
@@ -489,8 +489,13 @@ def _model(name, seed):
 # %% ../../nbs/bearing/08_features.ipynb #d5ca01a7
 def _rule_probabilities(windows, test):
     "Softmax of the rule's scores, in the order of the windows' classes."
-    if set(windows.classes) != set(PARTS):
-        raise InputError("rule", "classes", ", ".join(PARTS), ", ".join(windows.classes))
+    require(
+        set(windows.classes) == set(PARTS),
+        "rule",
+        "classes",
+        ", ".join(PARTS),
+        ", ".join(windows.classes),
+    )
     s = rule_scores(window_features(windows)[test])[:, [PARTS.index(c) for c in windows.classes]]
     p = np.exp(4 * (s - s.max(1, keepdims=True)))
     return p / p.sum(1, keepdims=True)

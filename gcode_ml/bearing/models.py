@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..signals.layers import SinusoidalPositions
 from gcode_ml.signals.spectra import (
     Cwt,
@@ -370,14 +370,14 @@ class SpectrogramCNN(SignalModel):
         self.blocks = nn.Sequential(*(l for ls in layers for l in ls))
 
     def program_inputs(self):
-        if any(isinstance(p, Cwt) for p in self.pictures):
-            raise InputError(
-                "program",
-                "representation",
-                "stft or wigner",
-                "cwt",
-                "how many columns wavelets have depends on the divisors of the length, which a program for any length cannot know",
-            )
+        require(
+            not any(isinstance(p, Cwt) for p in self.pictures),
+            "program",
+            "representation",
+            "stft or wigner",
+            "cwt",
+            "how many columns wavelets have depends on the divisors of the length, which a program for any length cannot know",
+        )
         return super().program_inputs()
 
     def picture(self, x):
@@ -568,8 +568,7 @@ class OrderNet(nn.Module):
         jitter: float = 0.6,  # Standard deviation of the noise on the evidence while training
     ):
         super().__init__()
-        if classes != 3:
-            raise InputError("OrderNet", "classes", "3: outer, inner, ball", str(classes))
+        require(classes == 3, "OrderNet", "classes", "3: outer, inner, ball", str(classes))
         check_choice("OrderNet", "judge", judge, JUDGES)
         self.front = OrderFront(bands, harmonics, sidebands, learn_bands)
         self.jitter = jitter

@@ -47,7 +47,7 @@ from gcode_ml.bearing.models import (
     window_evidence,
 )
 from .simulate import rolling_records, rolling_set, simulate_records
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import checksum
 from ..data.batch import Subset, dataloaders
 from ..signals.augment import SpecAugment, create_augmentation
@@ -143,14 +143,14 @@ _sizes = dict(
 def _asked(record):
     "Severity that a record's Sommerfeld number asks for."
     S = record.facts.get("sommerfeld")
-    if S is None:
-        raise InputError(
-            record.name,
-            "sommerfeld",
-            "a number, for sommerfeld_weight",
-            "nothing",
-            "add a column sommerfeld to labels.csv",
-        )
+    require(
+        S is not None,
+        record.name,
+        "sommerfeld",
+        "a number, for sommerfeld_weight",
+        "nothing",
+        "add a column sommerfeld to labels.csv",
+    )
     return float(np.clip((0.5 - S) / 0.45, 0, 1))
 
 
@@ -443,10 +443,13 @@ def split_records(
     sets = split_windows(windows, split, fold, seed, inner)
     if not simulated:
         return windows, sets
-    if windows.classes != list(FAULTS):
-        raise InputError(
-            "parameter", "simulated", f"0 for faults {', '.join(windows.classes)}", str(simulated)
-        )
+    require(
+        windows.classes == list(FAULTS),
+        "parameter",
+        "simulated",
+        f"0 for faults {', '.join(windows.classes)}",
+        str(simulated),
+    )
     rate = float(np.median([r.rate for r in records]))
     more = RecordWindows(
         records + rolling_records(simulated, seed=seed + 1000, rate=rate, seconds=window / rate),
@@ -546,10 +549,14 @@ def evaluate_bundle(
     "Score a bundle on records; bearings that it was trained on are scored apart."
     records, facts = load_records(data, progress)
     for r in records:
-        if not r.fault:
-            raise InputError(
-                data, f"fault of {r.name}", "a name", "nothing", "`gcode_ml predict` needs none"
-            )
+        require(
+            r.fault,
+            data,
+            f"fault of {r.name}",
+            "a name",
+            "nothing",
+            "`gcode_ml predict` needs none",
+        )
     table = bundle_outcomes(bundle, records, progress)
     known = (
         set(bundle.facts["trained_on"])

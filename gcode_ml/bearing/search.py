@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..data.split import check_disjoint, group_kfold, leave_one_group_out
 from ..evaluation.plots import _axes
 from ..lab.spaces import Dimension
@@ -41,10 +41,13 @@ def _dimension(name, entry):
         return entry
     if isinstance(entry, list) and entry:
         return Dimension(name, entry)
-    if not isinstance(entry, tuple) or len(entry) not in (2, 3) or not entry[0] < entry[1]:
-        raise InputError(
-            "space", name, 'a list of values, or (low, high) or (low, high, "log")', repr(entry)
-        )
+    require(
+        isinstance(entry, tuple) and len(entry) in (2, 3) and entry[0] < entry[1],
+        "space",
+        name,
+        'a list of values, or (low, high) or (low, high, "log")',
+        repr(entry),
+    )
     whole = all(isinstance(e, int) for e in entry[:2])
     log = len(entry) == 3
     return Dimension(

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy.signal import hilbert, lfilter
 
 from .data import BEARINGS, FAULTS, JOURNAL_FAULTS, Geometry, Record, write_records
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path
 
 # %% ../../nbs/bearing/05_simulate.ipynb #98f9de29
@@ -500,13 +500,13 @@ def check_set(
 ):
     "Raise `InputError` unless classes are balanced in every part and no signal occurs twice."
     counts = plan.groupby(["split", "fault", "severity"]).size().unstack("split", fill_value=0)
-    if (counts.nunique() > 1).any():
-        raise InputError(
-            "journal set",
-            "balance",
-            "as many records of each class and severity",
-            str(counts.drop_duplicates().values.tolist()),
-        )
+    require(
+        not (counts.nunique() > 1).any(),
+        "journal set",
+        "balance",
+        "as many records of each class and severity",
+        str(counts.drop_duplicates().values.tolist()),
+    )
     sums = [hashlib.sha1(r.signal.tobytes()).hexdigest() for r in records]
     if len(set(sums)) < len(plan):
         raise InputError(

@@ -16,7 +16,7 @@ import torch
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
-from ..core.errors import InputError
+from ..core.errors import require
 from ..signals.spectra import IMAGES, LineScores, OrderSpectrum, by_length
 
 # %% ../../nbs/bearing/06_transforms.ipynb #e8c56889
@@ -101,14 +101,14 @@ class PartSpectra(nn.Module):
             inputs["signal"][..., 0],
             *(inputs[k] for k in ("rate", "shaft", "orders")),
         )
-        if not (orders > 0).all():
-            raise InputError(
-                "inputs",
-                "orders",
-                "the geometry of every bearing",
-                "zeros",
-                "a machine without rolling elements has no lines of parts",
-            )
+        require(
+            (orders > 0).all(),
+            "inputs",
+            "orders",
+            "the geometry of every bearing",
+            "zeros",
+            "a machine without rolling elements has no lines of parts",
+        )
 
         def one(x, rate, shaft, orders):
             return torch.stack([self.spectrum(x, rate, shaft, orders[:, p]) for p in range(3)], 1)

@@ -14,7 +14,7 @@ import torch
 from fastai.callback.core import Callback
 from torch.nn import functional as F
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/binary_vae/10_augment.ipynb #a309cade
 def shifted(
@@ -51,8 +51,7 @@ class ImageAugment(Callback):
         self.flips = flips
         if not 0 <= shift < min(self.shape):
             raise InputError("parameter", "shift", f"0 to {min(self.shape) - 1}", repr(shift))
-        if not 0 <= flips <= 0.5:
-            raise InputError("parameter", "pixel_flips", "0 to 0.5", repr(flips))
+        require(0 <= flips <= 0.5, "parameter", "pixel_flips", "0 to 0.5", repr(flips))
 
     def before_batch(self):
         x, mask = self.xb
@@ -87,8 +86,7 @@ class SmilesAugment(Callback):
         items,  # `Texts` of SMILES
         share: float = 0.5,  # Share of the molecules of a batch, 0 to 1
     ):
-        if not 0 <= share <= 1:
-            raise InputError("parameter", "randomise", "0 to 1", repr(share))
+        require(0 <= share <= 1, "parameter", "randomise", "0 to 1", repr(share))
         if share and importlib.util.find_spec("rdkit") is None:
             raise InputError(
                 "parameter", "randomise", "RDKit", "none", "pip install gcode_ml[chem]"

@@ -17,7 +17,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from torch.nn import functional as F
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path
 from ..training.callbacks import in_fit, monitored, since_best
 
@@ -161,8 +161,7 @@ class ChannelNoise(Callback):
     ):
         self.channel = check_choice("parameter", "channel", channel, ("bsc", "awgn"))
         self.rate = rate
-        if not 0 <= rate < 0.5:
-            raise InputError("parameter", "channel_rate", "0 to below 0.5", repr(rate))
+        require(0 <= rate < 0.5, "parameter", "channel_rate", "0 to below 0.5", repr(rate))
         self.deviation = (
             1 / torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - rate)).item()
             if rate
@@ -345,14 +344,14 @@ class EncoderGradient(Callback):
             else None
         )
         size = 0.0 if found is None else found.norm().item()
-        if size == 0:
-            raise InputError(
-                "model",
-                "encoder",
-                "a gradient from the reconstruction",
-                "none",
-                f"the estimator {self.model.estimator} does not reach it",
-            )
+        require(
+            size != 0,
+            "model",
+            "encoder",
+            "a gradient from the reconstruction",
+            "none",
+            f"the estimator {self.model.estimator} does not reach it",
+        )
         self.epoch_rows.append(dict(encoder_gradient=size))
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #6b2ae08d
@@ -368,14 +367,14 @@ class FiniteTerms(Callback):
             loss=self.loss_grad,
         )
         bad = next((k for k, v in terms.items() if not v.isfinite().all()), None)
-        if bad:
-            raise InputError(
-                "fit",
-                f"{bad} in epoch {self.epoch}, batch {self.iter}",
-                "finite numbers",
-                "others",
-                "lower the learning rate or look at the data",
-            )
+        require(
+            not bad,
+            "fit",
+            f"{bad} in epoch {self.epoch}, batch {self.iter}",
+            "finite numbers",
+            "others",
+            "lower the learning rate or look at the data",
+        )
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #fd3d730e
 class ExactAudit(Callback):

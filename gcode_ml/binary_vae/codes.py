@@ -21,7 +21,7 @@ import numpy as np
 from scipy import integrate, stats
 
 from .models import WORD_LIMIT, BlockCode
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..core.files import read_arrays
 
 # %% ../../nbs/binary_vae/05_codes.ipynb #46f158c7
@@ -187,14 +187,12 @@ def weights(
 # %% ../../nbs/binary_vae/05_codes.ipynb #3910bf2b
 def _rows(path):
     "Rows of a text file of bits."
-    if not Path(path).is_file():
-        raise InputError(path, "file", "a generator matrix", "nothing there")
+    require(Path(path).is_file(), path, "file", "a generator matrix", "nothing there")
     try:
         lines = [l for l in Path(path).read_text(encoding="utf-8").splitlines() if l.strip()]
     except UnicodeDecodeError:
         raise InputError(path, "content", "text of 0 and 1", "other bytes") from None
-    if not lines:
-        raise InputError(path, "content", "rows and columns of 0 and 1", "nothing")
+    require(lines, path, "content", "rows and columns of 0 and 1", "nothing")
     rows = [l.replace(",", " ").split() for l in lines]
     rows = [list(r[0]) if len(r) == 1 else r for r in rows]
     for i, r in enumerate(rows):
@@ -203,8 +201,7 @@ def _rows(path):
                 path, f"row {i + 1}", f"{len(rows[0])} entries as in row 1", str(len(r))
             )
         for j, b in enumerate(r):
-            if b not in ("0", "1"):
-                raise InputError(path, f"row {i + 1}, column {j + 1}", "0 or 1", repr(b))
+            require(b in ("0", "1"), path, f"row {i + 1}, column {j + 1}", "0 or 1", repr(b))
     return np.array(rows, np.uint8)
 
 
@@ -214,8 +211,7 @@ def check_generator(
 ) -> np.ndarray:  # The same as bytes
     "Refuse what is no generator: not 0 and 1, too many rows, rows that depend on each other."
     g = np.asarray(generator)
-    if g.ndim != 2 or not g.size:
-        raise InputError(file, "shape", "rows and columns", str(list(g.shape)))
+    require(g.ndim == 2 and g.size, file, "shape", "rows and columns", str(list(g.shape)))
     if not np.isin(g, (0, 1)).all():
         i, j = np.argwhere(~np.isin(g, (0, 1)))[0]
         raise InputError(file, f"row {i + 1}, column {j + 1}", "0 or 1", repr(g[i, j].item()))
@@ -467,10 +463,8 @@ def channel_logits(
     "Send code words."
     import torch
 
-    if channel not in ("bsc", "awgn"):
-        raise InputError("parameter", "channel", "bsc or awgn", repr(channel))
-    if not 0 <= rate <= 0.5:
-        raise InputError("parameter", "channel_rate", "0 to 0.5", repr(rate))
+    require(channel in ("bsc", "awgn"), "parameter", "channel", "bsc or awgn", repr(channel))
+    require(0 <= rate <= 0.5, "parameter", "channel_rate", "0 to 0.5", repr(rate))
     signs = 2 * codes - 1
     if channel == "bsc":
         flips = torch.rand(codes.shape, generator=generator) < rate

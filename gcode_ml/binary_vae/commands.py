@@ -11,7 +11,7 @@ __all__ = ['EXPORTS', 'CHECKS', 'write_samples', 'sample_command', 'epoch_lines'
 # %% ../../nbs/binary_vae/60_commands.ipynb #a25e2107
 from pathlib import Path
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #ba1e7c36
 def write_samples(
@@ -60,10 +60,13 @@ def sample_command(a):
     run = find_run(a.run, a.runs, domain="" if "/" in a.run else "binary_vae")
     finished_result(run)
     bundle = load_bundle(run.folder)
-    if bundle.facts.get("domain") != "binary_vae":
-        raise InputError(
-            run.folder, "bundle", "a model of binary_vae", str(bundle.facts.get("domain"))
-        )
+    require(
+        bundle.facts.get("domain") == "binary_vae",
+        run.folder,
+        "bundle",
+        "a model of binary_vae",
+        str(bundle.facts.get("domain")),
+    )
     train = ()
     if bundle.preprocessing["kind"] == "tokens" and (place := a.data or bundle.facts.get("place")):
         sets = load_data(place, bundle.facts.get("protocol", "small"))
@@ -108,8 +111,13 @@ def write_classic(
     from gcode_ml.core.files import atomic_path, read_json
     from gcode_ml.lab.bundle import load_bundle
 
-    if run.domain != "binary_vae":
-        raise InputError("--format", "classic", "a run of binary_vae", f"one of {run.domain}")
+    require(
+        run.domain == "binary_vae",
+        "--format",
+        "classic",
+        "a run of binary_vae",
+        f"one of {run.domain}",
+    )
     result = read_json(run.path("result.json"))
     model = load_bundle(run.folder).model
     folder = Path(folder or run.path("classic")) / result["named"]

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import checksum
 
 # %% ../../nbs/binary_vae/00_data.ipynb #f087e06c
@@ -103,8 +103,7 @@ def binary(self: Images) -> bool:  # Whether the log-likelihood of a Bernoulli d
 # %% ../../nbs/binary_vae/00_data.ipynb #0f5ff22b
 def _bar_images(bits):
     "The clean image of every word `[2^bits,64]`, and the words `[2^bits,bits]`."
-    if not 1 <= bits <= 12:
-        raise InputError("noisy_bars", "bits", "1 to 12", str(bits))
+    require(1 <= bits <= 12, "noisy_bars", "bits", "1 to 12", str(bits))
     bars = np.zeros((16, 8, 8), bool)
     for i in range(8):
         bars[i, i, :], bars[8 + i, :, i] = True, True
@@ -148,8 +147,7 @@ def read_idx(
 ) -> np.ndarray:  # As many axes as the header tells
     "Read an idx file; format of LeCun's MNIST page."
     file = Path(file)
-    if not file.is_file():
-        raise InputError(file, "file", "a gzipped idx file", "nothing there")
+    require(file.is_file(), file, "file", "a gzipped idx file", "nothing there")
     try:
         raw = gzip.decompress(file.read_bytes())
     except (OSError, EOFError) as e:
@@ -196,8 +194,7 @@ def _binarised(folder, protocol, limit):
 
 def _packed(file):
     "The three arrays of the file."
-    if not file.is_file():
-        raise InputError(file, "file", "binarised MNIST", "nothing there")
+    require(file.is_file(), file, "file", "binarised MNIST", "nothing there")
     try:
         with np.load(file, allow_pickle=False) as z:
             return {k: z[k] for k in ("train", "valid", "test")}
@@ -264,8 +261,7 @@ def _numbers(self: Texts, rows):
     "Tokens as numbers `[N,length]`."
     number = {t: i for i, t in enumerate(self.vocabulary) if i > 2}
     for i, row in enumerate(rows):
-        if not row:
-            raise InputError(self.name, f"line {i + 1}", "a text", "nothing")
+        require(row, self.name, f"line {i + 1}", "a text", "nothing")
         if len(row) >= self.length:
             raise InputError(
                 self.name, f"line {i + 1}", f"at most {self.length - 1} tokens", str(len(row))
@@ -323,14 +319,12 @@ _molecules = dict(
 
 def _smiles(file):
     "The column `smiles` of a file."
-    if not file.is_file():
-        raise InputError(file, "file", "a table of molecules", "nothing there")
+    require(file.is_file(), file, "file", "a table of molecules", "nothing there")
     try:
         table = pd.read_csv(file, usecols=lambda c: c == "smiles", dtype=str, keep_default_na=False)
     except (OSError, EOFError, ValueError) as e:
         raise InputError(file, "content", "a gzipped CSV table", str(e)) from None
-    if "smiles" not in table:
-        raise InputError(file, "columns", "smiles", "a table without it")
+    require("smiles" in table, file, "columns", "smiles", "a table without it")
     if (empty := np.flatnonzero(table.smiles == "")).size:
         raise InputError(file, f"line {empty[0] + 2}", "a molecule", "nothing")
     return table.smiles.tolist()
@@ -383,8 +377,7 @@ def _family_lines(file):
 def _gcode_sets(folder, protocol, limit):
     "Lines of programs; families of programs are kept together, as far as there are three."
     files = sorted(f for f in Path(folder).iterdir() if f.suffix in (".gcode", ".ngc", ".nc"))
-    if not files:
-        raise InputError(folder, "files", "programs (.gcode, .ngc, .nc)", "none")
+    require(files, folder, "files", "programs (.gcode, .ngc, .nc)", "none")
     found = [
         (line, family)
         for file in files
@@ -466,14 +459,14 @@ FOLDERS = dict(
 def _which(folder):
     "Name of the set that a folder holds."
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(
-            folder,
-            "data",
-            f"a folder, or one of {', '.join(SETS)}",
-            "nothing there",
-            "the page binary_vae.data describes the files",
-        )
+    require(
+        folder.is_dir(),
+        folder,
+        "data",
+        f"a folder, or one of {', '.join(SETS)}",
+        "nothing there",
+        "the page binary_vae.data describes the files",
+    )
     files = {f.name for f in folder.iterdir()}
     if _fmnist[0] in files:
         return "fmnist"

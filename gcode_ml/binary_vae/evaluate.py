@@ -22,7 +22,7 @@ import torch
 from .codes import channel_logits, error_law, soft_word_error
 from .models import BlockCode
 from .ngram import WittenBell
-from ..core.errors import InputError
+from ..core.errors import require
 from ..evaluation.metrics import Interval, bootstrap_interval, reliability_table
 from ..training.learner import set_seed
 
@@ -35,14 +35,14 @@ def exact_bounds(
     rows: int = 500,  # Items at a time
 ) -> pd.DataFrame:  # A row an item: `elbo`, `log_likelihood`, `kl`, in nats
     "Evidence lower bound and log likelihood by going through all words."
-    if not model.enumerable:
-        raise InputError(
-            "evaluation",
-            "exact",
-            "at most 12 information bits",
-            str(model.code.information_bits),
-            "take importance bounds",
-        )
+    require(
+        model.enumerable,
+        "evaluation",
+        "exact",
+        "at most 12 information bits",
+        str(model.code.information_bits),
+        "take importance bounds",
+    )
     model.eval()
     parts = []
     prior = model.code.information_bits * math.log(2)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..signals.layers import MaskedLSTM, masked_max, masked_mean
 
 # %% ../../nbs/binary_vae/20_models.ipynb #72a39cb8
@@ -258,14 +258,14 @@ class ConvolutionalEncoder(nn.Module):
     ):
         super().__init__()
         self.shape = tuple(shape)
-        if any(s % 4 for s in self.shape):
-            raise InputError(
-                "parameter",
-                "architecture",
-                "conv for images with sides divisible by 4",
-                f"{self.shape}",
-                "take mlp",
-            )
+        require(
+            not any(s % 4 for s in self.shape),
+            "parameter",
+            "architecture",
+            "conv for images with sides divisible by 4",
+            f"{self.shape}",
+            "take mlp",
+        )
         self.register_buffer(
             "mean",
             torch.zeros(math.prod(self.shape))

@@ -48,7 +48,7 @@ from gcode_ml.binary_vae.data import (
     smiles_tokens,
 )
 from .models import BernoulliVAE, BlockCode, NegativeELBO, chosen_estimator
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import read_arrays, write_json
 from ..data.batch import Subset, dataloaders
 from ..training.callbacks import Checkpoints
@@ -169,13 +169,13 @@ def _checked_fit(block, kind, estimator, ecc_type, ecc_R, beta_max, warmup, wake
         raise InputError("parameter", "wake", "the exact estimator", found, "set estimator=exact")
     if wake and beta_max != 1:
         raise InputError("parameter", "beta_max", "1 beside a wake phase", str(beta_max))
-    if options.augment or options.spec_augment or options.mixing != "none":
-        raise InputError(
-            "parameter",
-            "augment",
-            "nothing here: those augmentations are for signals, images have shift, redraw and pixel_flips",
-            repr(options.augment or options.mixing),
-        )
+    require(
+        not options.augment and not options.spec_augment and options.mixing == "none",
+        "parameter",
+        "augment",
+        "nothing here: those augmentations are for signals, images have shift, redraw and pixel_flips",
+        repr(options.augment or options.mixing),
+    )
     if ecc_R > 1 and ecc_R % 2 == 0:
         warnings.warn(
             f"ecc_R={ecc_R} corrects by hard votes what ecc_R={ecc_R - 1} does"
@@ -443,8 +443,7 @@ def read_items(
     path = Path(path)
     if path.is_dir():
         return load_data(str(path)).items
-    if not path.is_file():
-        raise InputError(path, "file", "images or texts", "nothing there")
+    require(path.is_file(), path, "file", "images or texts", "nothing there")
     if state["kind"] == "tokens":
         lines = path.read_text(encoding="utf-8").split("\n")
         lines = lines[:-1] if lines[-1] == "" else lines
@@ -452,10 +451,13 @@ def read_items(
             lines, state["vocabulary"], _tokenizers[state["set"]], state["length"], str(path)
         )
     pixels = read_idx(path) if path.suffix == ".gz" else next(iter(read_arrays(path).values()))
-    if pixels.shape[1:] not in (tuple(state["shape"]), (math.prod(state["shape"]),)):
-        raise InputError(
-            path, "shape", f"[N,{','.join(map(str, state['shape']))}]", str(list(pixels.shape))
-        )
+    require(
+        pixels.shape[1:] in (tuple(state["shape"]), (math.prod(state["shape"]),)),
+        path,
+        "shape",
+        f"[N,{','.join(map(str, state['shape']))}]",
+        str(list(pixels.shape)),
+    )
     return Images(pixels.reshape(len(pixels), -1), state["shape"], str(path))
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #f4aa7061

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, require
 
 # %% ../../nbs/core/01_files.ipynb #c5ed7f7e
 def _umask():
@@ -191,8 +191,7 @@ def read_arrays(
     "Read named arrays without unpickling anything."
     path = Path(path)
     kind = path.suffix.lower()
-    if not path.is_file():
-        raise InputError(path, "file", "an array file", "nothing there")
+    require(path.is_file(), path, "file", "an array file", "nothing there")
     if kind not in _readers:
         raise InputError(
             path,

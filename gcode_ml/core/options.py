@@ -15,7 +15,7 @@ from difflib import get_close_matches
 
 import yaml
 
-from .errors import InputError
+from .errors import InputError, require
 
 # %% ../../nbs/core/02_options.ipynb #d75a8bcc
 @dataclass
@@ -159,6 +159,11 @@ def flow_mapping(
         found = yaml.safe_load(text if text.strip()[:1] == "{" else f"{{{text}}}")
     except yaml.YAMLError:
         found = None
-    if not isinstance(found, dict):
-        raise InputError(where, name, "a mapping such as {first: 1, second: {size: 2}}", repr(text))
+    require(
+        isinstance(found, dict),
+        where,
+        name,
+        "a mapping such as {first: 1, second: {size: 2}}",
+        repr(text),
+    )
     return _numbers(found)

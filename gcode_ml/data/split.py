@@ -16,14 +16,19 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/data/02_split.ipynb #24227cb8
 def _as_sources(sources, field="sources"):
     "Names as a one-dimensional array without gaps."
     sources = np.asarray(sources)
-    if sources.ndim != 1 or len(sources) == 0:
-        raise InputError("split", field, "one name an item", f"an array of shape {sources.shape}")
+    require(
+        sources.ndim == 1 and len(sources) != 0,
+        "split",
+        field,
+        "one name an item",
+        f"an array of shape {sources.shape}",
+    )
     missing = pd.isna(sources)
     if missing.any():
         raise InputError(
@@ -39,8 +44,13 @@ def _check_labels(labels, sources, folds=1):
     "Labels as numbers; all zero when there are none."
     if labels is None:
         return np.zeros(len(sources), int)
-    if len(labels) != len(sources):
-        raise InputError("split", "labels", f"{len(sources)}, one an item", str(len(labels)))
+    require(
+        len(labels) == len(sources),
+        "split",
+        "labels",
+        f"{len(sources)}, one an item",
+        str(len(labels)),
+    )
     labels = np.unique(_as_sources(labels, "labels"), return_inverse=True)[1]
     most = np.bincount(labels).max()
     if most < folds:
@@ -63,8 +73,7 @@ def check_disjoint(
     "Raise `InputError` when a source stands on both sides, or a side is empty."
     sources = _as_sources(sources)
     for side, items in dict(train=train, test=test).items():
-        if len(items) == 0:
-            raise InputError(file, side, "at least one item", "none")
+        require(len(items) != 0, file, side, "at least one item", "none")
     both = np.intersect1d(sources[np.asarray(train)], sources[np.asarray(test)])
     if len(both):
         raise InputError(
@@ -82,8 +91,7 @@ def group_kfold(
     sources = _as_sources(sources)
     labels = _check_labels(labels, sources, folds)
     n = len(np.unique(sources))
-    if not 2 <= folds <= n:
-        raise InputError("split", "folds", f"2 to {n}, the number of sources", str(folds))
+    require(2 <= folds <= n, "split", "folds", f"2 to {n}, the number of sources", str(folds))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
@@ -165,8 +173,7 @@ def join_sources(
     names, number = np.unique(_as_sources(sources), return_inverse=True)
     position = {name: i for i, name in enumerate(names.tolist())}
     for name in (name for pair in pairs for name in pair[:2]):
-        if name not in position:
-            raise InputError("pairs", "source", "one of the sources", repr(name))
+        require(name in position, "pairs", "source", "one of the sources", repr(name))
     a, b = np.array([[position[p[0]], position[p[1]]] for p in pairs], int).reshape(-1, 2).T
     _, group = connected_components(
         coo_array((np.ones(len(a)), (a, b)), shape=(len(names),) * 2), directed=False

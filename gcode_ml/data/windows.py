@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/data/01_windows.ipynb #a18b33ed
 def length_mask(
@@ -33,10 +33,14 @@ class RowTable:
     ):
         self.names = list(names) if names is not None else [str(i) for i in range(len(arrays))]
         for name, a in zip(self.names, arrays):
-            if len(a) == 0:
-                raise InputError(name, "rows", "at least one", "0")
-            if a.shape[1] != arrays[0].shape[1]:
-                raise InputError(name, "channels", str(arrays[0].shape[1]), str(a.shape[1]))
+            require(len(a) != 0, name, "rows", "at least one", "0")
+            require(
+                a.shape[1] == arrays[0].shape[1],
+                name,
+                "channels",
+                str(arrays[0].shape[1]),
+                str(a.shape[1]),
+            )
         self.values = torch.from_numpy(np.concatenate(arrays).astype("float32", copy=False))
         self.lengths = np.array([len(a) for a in arrays])
         self.offsets = np.concatenate([[0], self.lengths.cumsum()[:-1]])

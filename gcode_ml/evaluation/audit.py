@@ -18,7 +18,7 @@ from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..data.split import group_kfold
 from .baselines import TimeLookup
 
@@ -43,8 +43,7 @@ def _same_length(check, **arrays):
     "Raise when arrays that describe the same items differ in length."
     (first, n), *rest = [(k, len(v)) for k, v in arrays.items()]
     for k, m in rest:
-        if m != n:
-            raise InputError(check, k, f"{n}, one for each of {first}", str(m))
+        require(m == n, check, k, f"{n}, one for each of {first}", str(m))
 
 # %% ../../nbs/evaluation/02_audit.ipynb #859aee0a
 def _most_shared(start, stop, a, b):
@@ -94,8 +93,7 @@ def window_overlap(
     "Test windows that share rows with a training window of their source."
     _same_length("window overlap", sources=sources, starts=starts, stops=stops)
     sources, starts, stops, test = map(np.asarray, (sources, starts, stops, test))
-    if not len(test):
-        raise InputError("window overlap", "test", "at least one window", "none")
+    require(len(test), "window overlap", "test", "at least one window", "none")
     if (stops <= starts).any():
         raise InputError(
             "window overlap",
@@ -151,8 +149,7 @@ def _hashed(series):
             there.any(0),
             varies,
         )
-    if not result:
-        raise InputError("duplicate rows", "series", "at least one source", "none")
+    require(result, "duplicate rows", "series", "at least one source", "none")
     return result
 
 

@@ -24,18 +24,16 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from ..core.errors import InputError, check_choice, check_finite
+from ..core.errors import InputError, check_choice, check_finite, require
 from .metrics import classification_scores
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #288f8c03
 def _same_length(**arrays):
     "Raise when arrays that describe the same rows differ in length, or have none."
     (first, n), *rest = [(k, len(v)) for k, v in arrays.items()]
-    if n == 0:
-        raise InputError(first, "rows", "at least one", "0")
+    require(n != 0, first, "rows", "at least one", "0")
     for k, m in rest:
-        if m != n:
-            raise InputError(k, "rows", f"{n}, one for each of {first}", str(m))
+        require(m == n, k, "rows", f"{n}, one for each of {first}", str(m))
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #73ec66e5
 def _first_seen(answers):
@@ -173,8 +171,7 @@ def window_statistics(
     "Statistics of each channel of each window."
     for k in statistics:
         check_choice("window statistics", "statistics", k, STATISTICS)
-    if len(windows) == 0:
-        raise InputError("windows", "items", "at least one", "0")
+    require(len(windows) != 0, "windows", "items", "at least one", "0")
     starts = range(0, len(windows), chunk)
     with np.errstate(invalid="ignore", over="ignore"):
         parts = [
@@ -303,13 +300,11 @@ def _rows(n, **parts):
     for k, v in parts.items():
         v = np.asarray(v)
         parts[k] = v = np.flatnonzero(v) if v.dtype == bool else v
-        if len(v) == 0:
-            raise InputError(k, "rows", "at least one", "0")
+        require(len(v) != 0, k, "rows", "at least one", "0")
         if v.max() >= n:
             raise InputError(k, "rows", f"row numbers below {n}", str(v.max()))
     both = np.intersect1d(*parts.values())
-    if len(both):
-        raise InputError("split", "rows", "training and test rows apart", f"{len(both)} in both")
+    require(not len(both), "split", "rows", "training and test rows apart", f"{len(both)} in both")
     return parts.values()
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #75402464

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import f1_score
 
-from ..core.errors import InputError, check_finite
+from ..core.errors import InputError, check_finite, require
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #807a0330
 class Interval(NamedTuple):
@@ -40,12 +40,10 @@ class Interval(NamedTuple):
 # %% ../../nbs/evaluation/00_metrics.ipynb #46121a9b
 def _source_numbers(sources, n):
     "Number each item's source from zero."
-    if n == 0:
-        raise InputError("values", "items", "at least one", "0")
+    require(n != 0, "values", "items", "at least one", "0")
     if sources is None:
         return np.arange(n)
-    if len(sources) != n:
-        raise InputError("sources", "items", f"{n}, one for each value", str(len(sources)))
+    require(len(sources) == n, "sources", "items", f"{n}, one for each value", str(len(sources)))
     return np.unique(np.asarray(sources), return_inverse=True)[1].ravel()
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #846a5f5b
@@ -108,10 +106,13 @@ def classification_scores(
     "Scores of single-label predictions."
     predicted = np.asarray(predicted)
     target = np.asarray(target)
-    if predicted.shape != target.shape:
-        raise InputError(
-            "predicted", "items", f"shape {target.shape}, as the targets", str(predicted.shape)
-        )
+    require(
+        predicted.shape == target.shape,
+        "predicted",
+        "items",
+        f"shape {target.shape}, as the targets",
+        str(predicted.shape),
+    )
     _source_numbers(sources, len(target))
     right = predicted == target
     scores = dict(
@@ -138,13 +139,13 @@ def _same_rows(predicted, target):
     "Both as arrays `[N,·]`, or an `InputError`."
     p = np.asarray(predicted)
     t = np.asarray(target)
-    if p.ndim != 2 or t.ndim != 2 or len(p) != len(t):
-        raise InputError(
-            "predicted",
-            "rows",
-            f"two token tables of as many rows, the target being {t.shape}",
-            str(p.shape),
-        )
+    require(
+        p.ndim == 2 and t.ndim == 2 and len(p) == len(t),
+        "predicted",
+        "rows",
+        f"two token tables of as many rows, the target being {t.shape}",
+        str(p.shape),
+    )
     return p, t
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #27b0bf3e
@@ -238,13 +239,13 @@ def reliability_table(
             "probabilities from 0 to 1",
             f"{confidence.min():.3g} to {confidence.max():.3g}",
         )
-    if confidence.shape != correct.shape:
-        raise InputError(
-            "calibration",
-            "correct",
-            f"shape {confidence.shape}, as the confidences",
-            str(correct.shape),
-        )
+    require(
+        confidence.shape == correct.shape,
+        "calibration",
+        "correct",
+        f"shape {confidence.shape}, as the confidences",
+        str(correct.shape),
+    )
     edges = np.linspace(0, 1, bins + 1)
     place = np.digitize(confidence, edges[1:-1], right=True)
     count = np.bincount(place, minlength=bins)

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import confusion_matrix
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from .baselines import BASELINES
 from .metrics import expected_calibration_error, reliability_table
 
@@ -40,8 +40,7 @@ def _check_columns(table, needed, what):
                 f"the columns {', '.join(needed)}",
                 ", ".join(map(str, table.columns)) or "none",
             )
-    if len(table) == 0:
-        raise InputError(what, "rows", "at least one", "0")
+    require(len(table) != 0, what, "rows", "at least one", "0")
 
 # %% ../../nbs/evaluation/03_plots.ipynb #544d2082
 def _epochs(history, ax):
@@ -275,13 +274,13 @@ def plot_lengths(
     "Steps and padding of every batch."
     lengths = np.asarray(lengths)
     items = [lengths[np.asarray(b, dtype=int)] for b in batches]
-    if not items or min(map(len, items)) == 0:
-        raise InputError(
-            "batches",
-            "items",
-            "at least one batch, and an item in each",
-            str([len(b) for b in items]),
-        )
+    require(
+        items and min(map(len, items)) != 0,
+        "batches",
+        "items",
+        "at least one batch, and an item in each",
+        str([len(b) for b in items]),
+    )
     real = np.array([b.sum() for b in items])
     full = np.array([b.max() * len(b) for b in items])
     place = np.arange(len(items))

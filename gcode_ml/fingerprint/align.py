@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 from scipy.special import logsumexp, ndtr
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from .data import Recording, programs
 
 # %% ../../nbs/fingerprint/35_align.ipynb #9d750578
@@ -75,8 +75,7 @@ def build_library(
     step: float = 0.25,  # Seconds a state
 ) -> ProgramLibrary:  # One program each set of operations that run the same lines
     "The programs of the training runs, with the median duration of their runs."
-    if not recordings:
-        raise InputError("library", "recordings", "at least one run", "0")
+    require(recordings, "library", "recordings", "at least one run", "0")
     of = programs(recordings)
     names = sorted(set(of.values()))
     runs = {n: [r for r in recordings if of[r.operation] == n] for n in names}
@@ -98,14 +97,14 @@ def states(
     program: str,  # Its name
 ) -> np.ndarray:  # State of each row, `[T]`
     "State of every row by its elapsed time."
-    if program not in self.names:
-        raise InputError(
-            recording.name,
-            "program",
-            f"one of {', '.join(self.names)}",
-            repr(program),
-            "no training run shows it",
-        )
+    require(
+        program in self.names,
+        recording.name,
+        "program",
+        f"one of {', '.join(self.names)}",
+        repr(program),
+        "no training run shows it",
+    )
     p = self.names.index(program)
     return self.first[p] + np.rint(recording.time / self.step).astype(int).clip(
         0, self.lengths[p] - 1
@@ -273,8 +272,13 @@ def fit_emission(
 ) -> GaussianEmission:  # Fitted on all runs, calibrated on every third, left out once
     "An emission model that knows how far it can be trusted."
     out = np.arange(len(features)) % 3 == 2
-    if not out.any() or out.all():
-        raise InputError("emission", "runs", "at least three training runs", str(len(features)))
+    require(
+        out.any() and not out.all(),
+        "emission",
+        "runs",
+        "at least three training runs",
+        str(len(features)),
+    )
 
     def pick(values, mask):
         return [v for v, m in zip(values, mask) if m]
@@ -468,8 +472,7 @@ def smooth(
     time: np.ndarray,  # Seconds, `[T]`
 ) -> Alignment:  # From all rows
     "Forward-backward."
-    if not len(logp):
-        raise InputError("recording", "rows", "at least one", "0")
+    require(len(logp), "recording", "rows", "at least one", "0")
     steps, likelihood = self._filter(logp, background, np.diff(time))
     parts = [(*self._gather(a), none) for a, none in self._smooth(steps)][::-1]
     return Alignment(

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import IsolationForest
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import check_choice, require
 from .align import trailing_features
 from gcode_ml.fingerprint.verify import (
     ProgramSignals,
@@ -36,8 +36,7 @@ def shared_channels(
 ) -> list:  # Channels that all of them have
     "Channels of every run, sorted."
     names = set.intersection(*(set(r.channels) for r in runs))
-    if not names:
-        raise InputError("runs", "channels", "one that all runs have", "none")
+    require(names, "runs", "channels", "one that all runs have", "none")
     return sorted(names)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #fb049b0e

@@ -16,7 +16,7 @@ from scipy.fft import irfft, next_fast_len, rfft
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from .data import Recording, align_channels, modality, programs, select_channels
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #90a2b821
@@ -50,8 +50,7 @@ def clock_table(
     width: float = 0.02,  # Standard deviation of the weights, seconds
 ) -> ClockTable:  # One set of rows a class
     "The table of the training runs."
-    if not recordings:
-        raise InputError("clock table", "recordings", "at least one run", "0")
+    require(recordings, "clock table", "recordings", "at least one run", "0")
     texts, code = np.unique(
         np.concatenate([r.texts for r in recordings]).astype(str), return_inverse=True
     )

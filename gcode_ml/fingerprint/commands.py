@@ -11,7 +11,7 @@ __all__ = ['check_healthy', 'healthy_runs', 'missing_boards', 'library_answer', 
 import re
 from pathlib import Path
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #001389f3
 _word = re.compile(r"([XYZF])\s*(-?\d*\.?\d+)")
@@ -59,14 +59,14 @@ def healthy_runs(
     from gcode_ml.fingerprint.data import read_recordings
 
     found = [r for r in read_recordings(folder) if r.name != but]
-    if not found:
-        raise InputError(
-            folder,
-            "recordings",
-            f"a run of the program beside {but}",
-            "none",
-            "a program with no run cannot be learnt",
-        )
+    require(
+        found,
+        folder,
+        "recordings",
+        f"a run of the program beside {but}",
+        "none",
+        "a program with no run cannot be learnt",
+    )
     for r in found if program else ():
         check_healthy(r, program)
     return [(verification_rows(r), signals) for r in found]
@@ -103,14 +103,14 @@ def library_answer(
         for n in library.names
         if _is_run(next(r for r in found if of[r.operation] == of.get(n, n)), program)
     ]
-    if not own:
-        raise InputError(
-            folder,
-            "library",
-            "a run of the claimed program",
-            f"runs of {', '.join(library.names)}",
-            "a program with no run cannot be compared",
-        )
+    require(
+        own,
+        folder,
+        "library",
+        "a run of the claimed program",
+        f"runs of {', '.join(library.names)}",
+        "a program with no run cannot be compared",
+    )
     templates = program_templates(library, found)
     margin = templates.margins(align_channels(recording, templates.channels), recording.time)
     best = library.names[margin.argmax()]
@@ -148,8 +148,7 @@ def verify_command(a):
         verify,
     )
 
-    if not Path(a.program).is_file():
-        raise InputError(a.program, "file", "a G-code file", "nothing there")
+    require(Path(a.program).is_file(), a.program, "file", "a G-code file", "nothing there")
     if a.start < 0:
         raise InputError("verify", "--start", "seconds, not negative", f"{a.start:g}")
     check_sections(a.run)

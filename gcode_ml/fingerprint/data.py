@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.preprocessing import RobustScaler
 
-from ..core.errors import InputError, check_finite, fault_sentences
+from ..core.errors import InputError, check_finite, fault_sentences, require
 from ..core.files import atomic_path, checksum, read_arrays
 from ..data.windows import RowTable, Windows, window_starts
 
@@ -110,13 +110,13 @@ def elapsed_seconds(
         np.array([_parts(t, parts) for t in texts]).reshape(-1, parts)
         @ 60.0 ** np.arange(parts)[::-1]
     )
-    if not np.isfinite(seconds).all():
-        raise InputError(
-            file,
-            "t_console",
-            "HH:MM:SS.mmm or MM:SS.f",
-            repr(texts[int(np.argmin(np.isfinite(seconds)))]),
-        )
+    require(
+        np.isfinite(seconds).all(),
+        file,
+        "t_console",
+        "HH:MM:SS.mmm or MM:SS.f",
+        repr(texts[int(np.argmin(np.isfinite(seconds)))]),
+    )
     around = 60.0**parts * (24 / 60 if parts == 3 else 1)
     turns = np.concatenate([[0], np.cumsum(np.diff(seconds) < -around / 2)])
     return seconds - seconds[0] + turns * around
@@ -148,8 +148,7 @@ def _numbers(table, channels, file):
     "Sensor columns as float32, every one finite."
     table = table[channels]
     for c, kind in table.dtypes.items():
-        if not pd.api.types.is_numeric_dtype(kind):
-            raise InputError(file, f"column {c}", "numbers", f"{kind}")
+        require(pd.api.types.is_numeric_dtype(kind), file, f"column {c}", "numbers", f"{kind}")
     x = table.to_numpy("float32")
     for i in np.flatnonzero(~np.isfinite(x).all(0)):
         check_finite(file, f"column {channels[i]}", x[:, i])
@@ -164,20 +163,18 @@ def recording_from_table(
     "Check a table and turn it into a `Recording`."
     file = file or name
     for c in ("gcode_string", "gcode_line", "t_console"):
-        if c not in table:
-            raise InputError(
-                file,
-                f"column {c}",
-                "the label and clock columns gcode_string, gcode_line and t_console",
-                "no such column",
-            )
+        require(
+            c in table,
+            file,
+            f"column {c}",
+            "the label and clock columns gcode_string, gcode_line and t_console",
+            "no such column",
+        )
     table = table[table.gcode_line.notna() & table.gcode_string.notna()]
-    if not len(table):
-        raise InputError(file, "rows", "at least one row with a label", "0")
+    require(len(table), file, "rows", "at least one row with a label", "0")
     table = table.iloc[program_start(table.gcode_line.to_numpy(float)) :].reset_index(drop=True)
     channels = sensor_channels(table.columns)
-    if not channels:
-        raise InputError(file, "columns", "sensor channels beside the controller's", "none")
+    require(channels, file, "columns", "sensor channels beside the controller's", "none")
     sensors = _numbers(table, channels, file)
     live = len(sensors) - frozen_tail(sensors)
     if live == 0:
@@ -213,8 +210,7 @@ def read_recording(
 ) -> Recording:  # The run
     "Read one recording."
     path = Path(path)
-    if not path.is_file():
-        raise InputError(path, "file", "a recording", "nothing there")
+    require(path.is_file(), path, "file", "a recording", "nothing there")
     try:
         table = (
             pd.read_parquet(path)
@@ -248,8 +244,7 @@ def recording_files(
         [*folder.rglob("*.parquet"), *folder.rglob("*_aligned.csv")],
         key=lambda f: f.stem.removesuffix("_aligned"),
     )
-    if not files:
-        raise InputError(folder, "files", "recordings *.parquet or *_aligned.csv", "none")
+    require(files, folder, "files", "recordings *.parquet or *_aligned.csv", "none")
     for a, b in zip(files, files[1:]):
         if a.stem.removesuffix("_aligned") == b.stem.removesuffix("_aligned"):
             raise InputError(
@@ -276,8 +271,7 @@ def read_recordings(
             recordings.append(read_recording(f))
         except FrozenSensors as e:
             warnings.warn(f"left out: {e}", stacklevel=2)
-    if not recordings:
-        raise InputError(folder, "recordings", "one with live sensors", "none")
+    require(recordings, folder, "recordings", "one with live sensors", "none")
     return recordings
 
 # %% ../../nbs/fingerprint/00_data.ipynb #dd0b6394
@@ -378,8 +372,13 @@ def stored_recordings(
 # %% ../../nbs/fingerprint/00_data.ipynb #da4aae4e
 def _cached(folder, progress, cache):
     "Recordings of a folder from their copy; what was said when it was made is said again."
-    if cache.resolve().is_relative_to(Path(folder).resolve()):
-        raise InputError(cache, "cache", "a folder outside of the recordings", "one inside")
+    require(
+        not cache.resolve().is_relative_to(Path(folder).resolve()),
+        cache,
+        "cache",
+        "a folder outside of the recordings",
+        "one inside",
+    )
     path = cache / f"recordings-{checksum(recording_files(folder))}-{_version}.parquet"
     try:
         recordings, facts = stored_recordings(path)
@@ -409,8 +408,7 @@ def check_sections(
 ):
     "Refuse a recording that holds two programs, or whose clock jumps."
     path = Path(path)
-    if not path.is_file():
-        raise InputError(path, "file", "a recording", "nothing there")
+    require(path.is_file(), path, "file", "a recording", "nothing there")
     table = (
         pd.read_parquet(path, columns=["gcode_line", "t_console"])
         if path.suffix == ".parquet"

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from .models import GCodeFingerprinter, token_scores
 from .tokens import BOS, EOS, PAD, Tokenizer
 from ..gcode.reader import parse_gcode
@@ -458,10 +458,13 @@ def write_regressed(
     **options,  # For `write_texts`
 ) -> list:  # Texts `[B]`
     "Lines whose words are decoded and whose numbers are regressed."
-    if model.numbers is None:
-        raise InputError(
-            "decoding", "numbers", "a model fitted with numbers=regressed", "one without"
-        )
+    require(
+        model.numbers is not None,
+        "decoding",
+        "numbers",
+        "a model fitted with numbers=regressed",
+        "one without",
+    )
     texts, _ = write_texts(model, inputs, mask, tokenizer, length, **options)
     with torch.no_grad():
         said = model.read_numbers(model.backbone(inputs, mask)[0], mask)

@@ -17,7 +17,7 @@ import torch
 from fastai.learner import Metric
 from torch import nn
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import checksum
 from ..data.batch import Subset, dataloaders
 from gcode_ml.data.split import (
@@ -474,13 +474,13 @@ def bundle_windows(
 def _check_vocabulary(bundle, tokens):
     "Refuse a vocabulary whose tokens are not those of the weights, in their order."
     wanted = bundle.model.decoder.parts.cpu().numpy()
-    if len(tokens) != len(wanted):
-        raise InputError(
-            bundle.folder,
-            "vocabulary",
-            f"{len(wanted)} tokens, as in the weights",
-            str(len(tokens)),
-        )
+    require(
+        len(tokens) == len(wanted),
+        bundle.folder,
+        "vocabulary",
+        f"{len(wanted)} tokens, as in the weights",
+        str(len(tokens)),
+    )
     other = (tokens.parts != wanted).any(1)
     if other.any():
         raise InputError(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path
 from .tokens import canonical, number_text
 
@@ -192,8 +192,7 @@ def _moves(text, start, offset, rapid):
             )
         )
         at = end
-    if not moves:
-        raise InputError("program", "moves", "at least one", "none")
+    require(moves, "program", "moves", "at least one", "none")
     return moves
 
 # %% ../../nbs/fingerprint/06_simulate.ipynb #15011932
@@ -367,8 +366,7 @@ def _controller(text, m, at, part, clock, offset, random):
     "Columns of the status report, the label `gcode_line`, `gcode_string` among them."
     program = ["", *text.splitlines()]
     last = next((i for i, l in enumerate(program) if "M30" in canonical(l).split()), None)
-    if last is None:
-        raise InputError("program", "last line", "M30", "none", "a recording ends with it")
+    require(last is not None, "program", "last line", "M30", "none", "a recording ends with it")
     k = np.searchsorted(m["time"], at).clip(max=len(m["time"]) - 1)
     order = np.unique(m["line"])
     queued = np.cumsum([12, 8, 6, 3, 0, 0, 0, 0]) + random.integers(0, 2)

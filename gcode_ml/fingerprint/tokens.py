@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #34ec011e
 _dropped = re.compile(r"\([^)]*\)?|;.*|\*\d+\s*$|^\s*[/%]")
@@ -50,8 +50,7 @@ def _lines(corpus, name="corpus"):
     "A corpus is a text of many lines or a sequence of lines."
     lines = corpus.splitlines() if isinstance(corpus, str) else list(corpus)
     for row, t in enumerate(lines):
-        if not isinstance(t, str):
-            raise InputError(name, f"row {row}", "a line of G-code", repr(t))
+        require(isinstance(t, str), name, f"row {row}", "a line of G-code", repr(t))
     return lines
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #7fb053de
@@ -143,8 +142,7 @@ def _checked(self: Tokenizer, ids):
     ids = np.asarray(ids)
     if ids.size == 0:
         return ids.astype(np.int64)
-    if ids.dtype.kind not in "iu":
-        raise InputError("tokens", "ids", "integers", f"{ids.dtype} numbers")
+    require(ids.dtype.kind in "iu", "tokens", "ids", "integers", f"{ids.dtype} numbers")
     if ids.min() < 0 or ids.max() >= len(self):
         raise InputError(
             "tokens",
@@ -241,17 +239,16 @@ def check_vocabulary(
     "Raise `InputError` naming what differs between `other` and this vocabulary."
     vocab = getattr(other, "vocab", other)
     name = getattr(other, "name", self.name)
-    if name != self.name:
-        raise InputError("vocabulary", "tokenizer", self.name, name)
+    require(name == self.name, "vocabulary", "tokenizer", self.name, name)
     wrong = next((t for t in (*self.vocab, *vocab) if self.vocab.get(t) != vocab.get(t)), None)
-    if len(vocab) != len(self):
-        raise InputError(
-            "vocabulary",
-            "size",
-            f"{len(self)} tokens",
-            f"{len(vocab)}",
-            f"the first that differs is {wrong}",
-        )
+    require(
+        len(vocab) == len(self),
+        "vocabulary",
+        "size",
+        f"{len(self)} tokens",
+        f"{len(vocab)}",
+        f"the first that differs is {wrong}",
+    )
 
     def said(v):
         return f"id {v[wrong]}" if wrong in v else "no such token"
@@ -475,11 +472,15 @@ def to_json(self: BucketTokenizer) -> dict:  # `config` and `vocab`
 # %% ../../nbs/fingerprint/05_tokens.ipynb #f959a8a9
 def _ordered_tokens(vocab, file):
     "Tokens in the order of their ids; ids must be 0, 1, 2, … and begin with the special tokens."
-    if not isinstance(vocab, dict):
-        raise InputError(file, "vocab", "token -> id", type(vocab).__name__)
+    require(isinstance(vocab, dict), file, "vocab", "token -> id", type(vocab).__name__)
     for t, i in vocab.items():
-        if not isinstance(i, int) or isinstance(i, bool):
-            raise InputError(file, f"token {t}", "a whole number as id", repr(i))
+        require(
+            isinstance(i, int) and not isinstance(i, bool),
+            file,
+            f"token {t}",
+            "a whole number as id",
+            repr(i),
+        )
     tokens = sorted(vocab, key=vocab.get)
     for i, t in enumerate(tokens):
         if vocab[t] != i:
@@ -506,16 +507,26 @@ def _checked_config(config, tokens, file):
         trailing_dot_literal=any(_valued.fullmatch(t) and t.endswith(".") for t in tokens),
     )
     config = {k: v for k, v in (guessed | config).items() if k in _bucket_config}
-    if config.get("mode", "hybrid") not in ("hybrid", "split"):
-        raise InputError(file, "config mode", "hybrid or split", repr(config["mode"]))
+    require(
+        config.get("mode", "hybrid") in ("hybrid", "split"),
+        file,
+        "config mode",
+        "hybrid or split",
+        repr(config["mode"]),
+    )
     digits = config["bucket_digits"]
     if digits is not None and (not isinstance(digits, int) or digits < 1):
         raise InputError(
             file, "config bucket_digits", "a whole number above 0, or null", repr(digits)
         )
     for key in ("precision", "clip_bins", "representatives"):
-        if not isinstance(config.get(key, {}), dict):
-            raise InputError(file, f"config {key}", "a dictionary", repr(config[key]))
+        require(
+            isinstance(config.get(key, {}), dict),
+            file,
+            f"config {key}",
+            "a dictionary",
+            repr(config[key]),
+        )
         for k, v in config.get(key, {}).items():
             if not isinstance(v, (int, float)) or (key != "representatives" and not v > 0):
                 raise InputError(
@@ -535,8 +546,7 @@ def tokenizer_from_json(
     file="vocabulary",  # Name of the file, for error sentences
 ) -> Tokenizer:
     "The tokenizer that a vocabulary file describes."
-    if not isinstance(value, dict):
-        raise InputError(file, "content", "a dictionary", type(value).__name__)
+    require(isinstance(value, dict), file, "content", "a dictionary", type(value).__name__)
     both = isinstance(value.get("vocab"), dict)
     vocab, config = (value["vocab"], value.get("config") or {}) if both else (value, {})
     tokens = _ordered_tokens(vocab, file)

@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.special import logsumexp
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from .data import Recording, check_times, modality
 from .machine import MILL, planned_motion
 
@@ -145,8 +145,7 @@ def verification_rows(
         raise InputError(recording.name, "rows", "at least 21 of the program", str(len(recording)))
     check_times(recording.time, recording.name)
     at = [i for i, c in enumerate(recording.channels) if modality(c) in modalities]
-    if not at:
-        raise InputError(recording.name, "channels", f"sensors of {', '.join(modalities)}", "none")
+    require(at, recording.name, "channels", f"sensors of {', '.join(modalities)}", "none")
     names = [recording.channels[i] for i in at]
     x = recording.sensors[:, at].astype(float)
     gap = float(np.median(np.diff(recording.time)))
@@ -320,15 +319,13 @@ def fit_response(
     start: float = 1.5,  # How far the start may be off, seconds
 ) -> MachineResponse:  # For the channels of these runs
     "Learn from healthy runs how sensors answer to motion."
-    if not runs:
-        raise InputError("healthy runs", "runs", "at least one run of a known program", "0")
+    require(runs, "healthy runs", "runs", "at least one run of a known program", "0")
     channels = sorted({c for r, _ in runs for c in r.channels})
     sensors = [_sensors(r, channels) for r, _ in runs]
     size = _sizes(np.concatenate(sensors))
     use = (size > 0) & (sum(np.isfinite(x).any(0) * 1 for x in sensors) >= min(3, len(runs)))
     channels = [c for c, u in zip(channels, use) if u]
-    if not channels:
-        raise InputError("healthy runs", "sensors", "a channel that moves, in three runs", "none")
+    require(channels, "healthy runs", "sensors", "a channel that moves, in three runs", "none")
     sensors = [_in_sizes(x[:, use], size[use]) for x in sensors]
     lags = [0.0] * len(runs)
     for i in range(passes):
@@ -722,8 +719,7 @@ def edit_program(
         return re.sub(r"F([\d.]+)", lambda m: f"F{factor * float(m[1]):.5g}", program), first
     lines = _with_all(program.splitlines())
     places = _straight(lines)
-    if not places:
-        raise InputError("edit", "program", "straight moves in a row", "none")
+    require(places, "edit", "program", "straight moves in a row", "none")
     for i in random.permutation(places):
         changed = _edited(lines, int(i), kind, size * random.choice([-1, 1]), block, random)
         if changed and _plans(changed):

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from gcode_ml.gcode.reader import (
     Program,
     _hold,
@@ -164,8 +164,13 @@ def limits_of_lines(
     "Limits in force after each line."
     s = _Lines(program)
     for name, value in vars(limits).items():
-        if not np.all(np.asarray(value) > (-1e-9 if name == "cruise" else 0)):
-            raise InputError("limits", name, "numbers above 0", str(value))
+        require(
+            np.all(np.asarray(value) > (-1e-9 if name == "cruise" else 0)),
+            "limits",
+            name,
+            "numbers above 0",
+            str(value),
+        )
     table = _limit_lines(
         s,
         program,
@@ -559,8 +564,9 @@ def _limits_of_segments(table, line, override):
     "Limits of each segment; `override` replaces accelerations, X and Y jerk or deviation, and scales the speed."
     limit = {k: v[line] for k, v in table.items()}
     for k, v in (override or {}).items():
-        if k not in _overrides or not v > 0:
-            raise InputError("override", k, f"{', '.join(_overrides)} above 0", str(v))
+        require(
+            k in _overrides and v > 0, "override", k, f"{', '.join(_overrides)} above 0", str(v)
+        )
         if k == "speed_factor":
             limit[k] = limit[k] * v
         elif k == "acceleration":
@@ -610,8 +616,7 @@ def plan(
     row, start, change, length, link = _geometry(
         m, tolerance, table["flow_factor"][m.line.to_numpy()], issues
     )
-    if not len(length):
-        raise InputError(program.file, "moves", "at least one that changes position or E", "none")
+    require(len(length), program.file, "moves", "at least one that changes position or E", "none")
     line = m.line.to_numpy()[row]
     unit = change / length[:, None]
     limit = _limits_of_segments(table, line, override)
@@ -743,8 +748,7 @@ def sample_blocks(
     "Sample the motion block by block."
     for c in columns:
         check_choice("sample", "column", c, _columns)
-    if not rate > 0:
-        raise InputError("sample", "rate", "above 0 samples a second", str(rate))
+    require(rate > 0, "sample", "rate", "above 0 samples a second", str(rate))
     total = int(np.floor(plan.duration * rate + 1e-9)) + 1
     first = int(np.ceil(start * rate - 1e-9))
     last = total if stop is None else min(int(np.ceil(stop * rate - 1e-9)), total)

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/gcode/00_reader.ipynb #7dc62f18
 _blank, _letter, _digit, _dot, _sign, _end, _star, _slash, _other = range(9)
@@ -417,8 +417,7 @@ def parse_gcode(
     lenient: bool = False,  # Leave out lines that cannot be read, instead of raising an error, and say so in `issues`
 ) -> Program:  # Its words, comments and commands
     "Read a program from text."
-    if not text.strip():
-        raise InputError(file, "content", "a G-code program", "nothing")
+    require(text.strip(), file, "content", "a G-code program", "nothing")
     lines = list(io.StringIO(text, newline=""))
     raw = _characters(text)
     starts = np.concatenate([[0], np.flatnonzero(raw == 10) + 1])[: len(lines)]
@@ -1178,8 +1177,7 @@ def read_blocks(
     first = 0
     prologue = []
     pending = []
-    if not path.is_file():
-        raise InputError(path, "file", "a G-code file", "nothing there")
+    require(path.is_file(), path, "file", "a G-code file", "nothing there")
     with open(path, "rb") as f:
         while True:
             pending += [

@@ -17,7 +17,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 
 # %% ../../nbs/lab/07_command.ipynb #e7631b5e
 def _short(path):
@@ -315,10 +315,8 @@ def simulate_command(a):
             repr(a.target),
         )
     simulate = getattr(domain_recipe(a.target), "simulate", None)
-    if simulate is None:
-        raise InputError("simulate", a.target, "a domain with a simulation", "one without")
-    if not a.output:
-        raise InputError("simulate", "--output", "a folder for the data", "none")
+    require(simulate is not None, "simulate", a.target, "a domain with a simulation", "one without")
+    require(a.output, "simulate", "--output", "a folder for the data", "none")
     values = _own_values(simulate, given_values(a.parameter))
     from tqdm.auto import tqdm
 

@@ -10,7 +10,7 @@ __all__ = ['sweep_command', 'agent_command', 'show_sweep', 'paper_command', 'add
 # %% ../../nbs/lab/15_commands.ipynb #d6af2338
 import sys
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/lab/15_commands.ipynb #1b695a8c
 def sweep_command(a):
@@ -96,8 +96,7 @@ def paper_command(a):
         if a.collect:
             print(f"{name}: {len(collect(paper, a.runs))} tables taken from runs")
         faults = altered_results(paper) + unaccounted_numbers(paper / "paper.ipynb")
-        if faults:
-            raise InputError(paper, "numbers", "each from a recorded run", "; ".join(faults))
+        require(not faults, paper, "numbers", "each from a recorded run", "; ".join(faults))
         for f in render_paper(paper, a.output) if not a.collect else ():
             print(f)
 

@@ -23,7 +23,7 @@ from fastai.torch_core import apply
 from fastcore.basics import patch
 from torch import distributed
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..core.files import read_json, write_json
 from .experiment import KernelInputError
 from .runs import Run, RunProgress
@@ -33,14 +33,14 @@ from ..training.callbacks import History, save_checkpoint
 from ..training.fit import fit
 from ..training.learner import set_seed
 
-if importlib.util.find_spec("accelerate") is None:
-    raise InputError(
-        "module",
-        "gcode_ml.lab.distributed",
-        "accelerate to be installed",
-        "no such module",
-        "pip install 'gcode_ml[distributed]'",
-    )
+require(
+    importlib.util.find_spec("accelerate") is not None,
+    "module",
+    "gcode_ml.lab.distributed",
+    "accelerate to be installed",
+    "no such module",
+    "pip install 'gcode_ml[distributed]'",
+)
 from fastai.distributed import DistributedDL, DistributedTrainer
 
 # %% ../../nbs/lab/10_distributed.ipynb #c17fcf54
@@ -179,8 +179,9 @@ def _join(learn, folder, rank, processes, seconds):
     "Meet the other processes, over NCCL or gloo as the learner's device says."
     kind = torch.device(learn.dls.device).type
     gpus = torch.cuda.device_count()
-    if kind not in ("cpu", "cuda"):
-        raise InputError("parameter", "device", "cpu or cuda for several processes", kind)
+    require(
+        kind in ("cpu", "cuda"), "parameter", "device", "cpu or cuda for several processes", kind
+    )
     if kind == "cuda" and processes > gpus:
         raise InputError("parameter", "processes", f"at most {gpus}, one a GPU", str(processes))
     cuda = kind == "cuda"

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import gcode_ml
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..core.files import read_json, sweep_temporary
 from .parameters import check_parameters, read_parameters
 from .runs import Run, find_run, new_run
@@ -48,8 +48,7 @@ def experiment_notebook(
     "Notebook of an experiment."
     root = workspace_root()
     file = root / settings(root)["workspace"]["experiments"] / f"{name}.ipynb"
-    if not file.is_file():
-        raise InputError(file, "notebook", f"the experiment of {name}", "nothing there")
+    require(file.is_file(), file, "notebook", f"the experiment of {name}", "nothing there")
     return file
 
 # %% ../../nbs/lab/05_experiment.ipynb #78ca2782

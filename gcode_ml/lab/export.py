@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path, checksum, read_arrays, read_json, write_json
 from ..data.windows import length_mask
 from .bundle import load_bundle, model_card
@@ -64,13 +64,13 @@ _spec = re.compile(r"(float32|int64|bool)\[([^\]]+)\](?:<(\d+))?")
 def _parse(name, spec):
     "Type, axes (a name, its least size; or a number) and upper bound of an input."
     found = _spec.fullmatch(spec)
-    if not found:
-        raise InputError(
-            name,
-            "program_inputs",
-            "such as float32[batch,length,6] or int64[batch,tokens]<42",
-            repr(spec),
-        )
+    require(
+        found,
+        name,
+        "program_inputs",
+        "such as float32[batch,length,6] or int64[batch,tokens]<42",
+        repr(spec),
+    )
     axes = [
         int(a) if a.isdigit() else (a.partition(">=")[0], int(a.partition(">=")[2] or 1))
         for a in found[2].replace(" ", "").split(",")
@@ -343,14 +343,14 @@ FORMATS = "exported", "onnx", "torchscript"
 # %% ../../nbs/lab/08_export.ipynb #5d9f6faf
 def _check_packages(*packages):
     for p in packages:
-        if not importlib.util.find_spec(p):
-            raise InputError(
-                "--format",
-                "onnx",
-                f"the packages {', '.join(packages)}",
-                f"no {p}",
-                "pip install 'gcode_ml[export]'",
-            )
+        require(
+            importlib.util.find_spec(p),
+            "--format",
+            "onnx",
+            f"the packages {', '.join(packages)}",
+            f"no {p}",
+            "pip install 'gcode_ml[export]'",
+        )
 
 
 def _make(flat, inputs, outputs, formats):
@@ -592,10 +592,13 @@ def check_inputs(
             and n >= (0 if isinstance(w, int) else w[1])
             for n, w in zip(a.shape, axes)
         )
-        if not fits or a.dtype.kind not in dict(float32="fiu", int64="iu", bool="b")[kind]:
-            raise InputError(
-                file, f"array {name}", spec, f"{a.dtype}[{','.join(map(str, a.shape))}]"
-            )
+        require(
+            fits and a.dtype.kind in dict(float32="fiu", int64="iu", bool="b")[kind],
+            file,
+            f"array {name}",
+            spec,
+            f"{a.dtype}[{','.join(map(str, a.shape))}]",
+        )
         if kind == "float32" and not np.isfinite(a).all():
             raise InputError(file, f"array {name}", "finite numbers", "others")
         if kind == "int64" and a.size and not 0 <= a.min() <= a.max() < high:
@@ -617,14 +620,22 @@ def bundle_programs(
         name = f"{method}{SUFFIXES[check_choice('program', 'format', format, SUFFIXES)]}"
         file = bundle.folder / "programs" / name
         about = bundle.facts.get("programs", {}).get(name)
-        if not about or not file.is_file():
-            raise InputError(
-                bundle.folder, "programs", name, "no such program", "make it with `gcode_ml export`"
-            )
-        if checksum([file]) != about.get("checksum"):
-            raise InputError(
-                file, "content", "what was exported", "something else", "export it again"
-            )
+        require(
+            about and file.is_file(),
+            bundle.folder,
+            "programs",
+            name,
+            "no such program",
+            "make it with `gcode_ml export`",
+        )
+        require(
+            checksum([file]) == about.get("checksum"),
+            file,
+            "content",
+            "what was exported",
+            "something else",
+            "export it again",
+        )
         programs[method] = read_program(
             file.read_bytes(), format, inputs, about["outputs"], trusted
         )

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 from fastcore.basics import patch
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..core.files import atomic_path, checksum, read_json, write_json
 from .settings import settings, workspace_root
 
@@ -149,10 +149,13 @@ class Results:
         rows = self[table]
         for k, v in where.items():
             rows = rows[rows[k] == v]
-        if len(rows) != 1:
-            raise InputError(
-                f"{table}.csv", f"{column} where {where}", "one row", f"{len(rows)} rows"
-            )
+        require(
+            len(rows) == 1,
+            f"{table}.csv",
+            f"{column} where {where}",
+            "one row",
+            f"{len(rows)} rows",
+        )
         return rows[column].iloc[0]
 
     def fact(self, table, fact):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..core.files import read_json
 from ..core.options import Parameter, check_parameters, described
 
@@ -55,11 +55,9 @@ def read_parameters(
     "Parameters of a notebook, by papermill's own inspection."
     from papermill import inspect_notebook
 
-    if not Path(notebook).is_file():
-        raise InputError(notebook, "file", "a notebook", "nothing there")
+    require(Path(notebook).is_file(), notebook, "file", "a notebook", "nothing there")
     found = inspect_notebook(str(notebook))
-    if not found:
-        raise InputError(notebook, "tag parameters", "one cell that has it", "none")
+    require(found, notebook, "tag parameters", "one cell that has it", "none")
     own = {k: _parameter(k, v["default"], v["help"].lstrip("# ")) for k, v in found.items()}
     return own | (
         {k: p for k, p in shared_parameters(notebook).items() if k not in own} if shared else {}
@@ -74,8 +72,9 @@ def given_values(
     values = {}
     if config:
         config = Path(config)
-        if not config.is_file():
-            raise InputError(config, "file", "a YAML or JSON file of parameters", "nothing there")
+        require(
+            config.is_file(), config, "file", "a YAML or JSON file of parameters", "nothing there"
+        )
         try:
             values = (
                 read_json(config)
@@ -84,11 +83,11 @@ def given_values(
             )
         except yaml.YAMLError as e:
             raise InputError(config, "content", "YAML", str(e).splitlines()[0]) from None
-        if not isinstance(values, dict):
-            raise InputError(config, "content", "names and values", type(values).__name__)
+        require(
+            isinstance(values, dict), config, "content", "names and values", type(values).__name__
+        )
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals:
-            raise InputError("-p", pair, "name=value", "no equals sign")
+        require(equals, "-p", pair, "name=value", "no equals sign")
         values[name.strip()] = value
     return values

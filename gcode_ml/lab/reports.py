@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import listify
 
-from ..core.errors import InputError
+from ..core.errors import require
 from ..core.files import atomic_path, read_json
 from .runs import Run, find_run
 
@@ -24,14 +24,14 @@ def finished_result(
     run: Run,  # A run
 ) -> dict:  # Its `result.json`
     "Result of a finished run."
-    if run.status != "finished":
-        raise InputError(
-            run.folder,
-            "result.json",
-            "a finished run",
-            f"one that is {run.status}",
-            f"continue it with `gcode_ml run {run.domain} --resume {run.name}`",
-        )
+    require(
+        run.status == "finished",
+        run.folder,
+        "result.json",
+        "a finished run",
+        f"one that is {run.status}",
+        f"continue it with `gcode_ml run {run.domain} --resume {run.name}`",
+    )
     return read_json(run.path("result.json"))
 
 # %% ../../nbs/lab/06_reports.ipynb #fd558d1f
@@ -68,10 +68,13 @@ def compare_runs(
     tables = {f"{r.domain}/{r.name}": result_table(finished_result(r)) for r in runs}
     keys = [c for c in next(iter(tables.values())).columns if c in ("measure", "split", "name")]
     for name, t in tables.items():
-        if "value" not in t or not set(keys) <= set(t):
-            raise InputError(
-                name, "table", f"columns {', '.join(keys)} and value", ", ".join(t.columns)
-            )
+        require(
+            "value" in t and set(keys) <= set(t),
+            name,
+            "table",
+            f"columns {', '.join(keys)} and value",
+            ", ".join(t.columns),
+        )
     return pd.concat(
         [t.set_index(keys)["value"].rename(name) for name, t in tables.items()], axis=1
     ).reset_index()

@@ -25,7 +25,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..core.files import atomic_path, read_json, write_json
 from .settings import runs_folder
 from ..training.callbacks import in_fit
@@ -95,13 +95,13 @@ def check_name(
     option: str = "--name",  # Option that gave it, for the message
 ) -> str:  # The name
     "Refuse a name that is not one path component: `..` would name the folder of all runs."
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise InputError(
-            option,
-            name,
-            "letters, digits and . _ + -, the first a letter or a digit",
-            "other characters",
-        )
+    require(
+        re.fullmatch(r"\w[\w.+-]*", name),
+        option,
+        name,
+        "letters, digits and . _ + -, the first a letter or a digit",
+        "other characters",
+    )
     return name
 
 # %% ../../nbs/lab/02_runs.ipynb #4d6d405d
@@ -136,17 +136,16 @@ def new_run(
     "Make a run folder and write its parameters."
     name = check_name(name or time.strftime("%Y%m%d-%H%M%S"))
     run = Run(Path(runs or runs_folder()) / check_name(domain, "domain") / name)
-    if run.status == "running":
-        raise InputError(run.folder, "run", "a free name", "a run that is going on")
+    require(run.status != "running", run.folder, "run", "a free name", "a run that is going on")
     if run.status != "new":
-        if not replace:
-            raise InputError(
-                run.folder,
-                "run",
-                "a free name",
-                f"a run that is {run.status}",
-                "choose another --name, or --resume it, or --replace it",
-            )
+        require(
+            replace,
+            run.folder,
+            "run",
+            "a free name",
+            f"a run that is {run.status}",
+            "choose another --name, or --resume it, or --replace it",
+        )
         shutil.rmtree(run.set_aside())
         run = Run(run.folder)
     write_json(
@@ -181,14 +180,14 @@ def find_run(
             )
         )
     ]
-    if len(found) != 1:
-        raise InputError(
-            runs,
-            f"run {name}",
-            "one run of that name",
-            f"{len(found)}",
-            "`gcode_ml runs` lists them",
-        )
+    require(
+        len(found) == 1,
+        runs,
+        f"run {name}",
+        "one run of that name",
+        f"{len(found)}",
+        "`gcode_ml runs` lists them",
+    )
     return Run(found[0])
 
 # %% ../../nbs/lab/02_runs.ipynb #4c8ac399

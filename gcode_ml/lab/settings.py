@@ -13,7 +13,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import gcode_ml
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/lab/00_settings.ipynb #3c5bbc00
 def workspace_root(
@@ -37,8 +37,7 @@ def settings(
     file = workspace_root(start) / "settings.ini"
     parser.read(file, encoding="utf-8")
     for section in ("workspace", "defaults"):
-        if section not in parser:
-            raise InputError(file, f"section [{section}]", "to be there", "no such section")
+        require(section in parser, file, f"section [{section}]", "to be there", "no such section")
     return parser
 
 # %% ../../nbs/lab/00_settings.ipynb #c2b809d7

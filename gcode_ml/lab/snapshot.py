@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..core.files import atomic_path
 
 # %% ../../nbs/lab/03_snapshot.ipynb #5c4dc7e3
@@ -266,14 +266,14 @@ def load(self: Snapshot):
             f"{type(e).__name__}: {str(e)[:90]}",
             "delete it to begin the fit anew",
         ) from None
-    if header["state"]["learner"]["n_epoch"] != self.n_epoch:
-        raise InputError(
-            self.path,
-            "n_epoch",
-            str(self.n_epoch),
-            str(header["state"]["learner"]["n_epoch"]),
-            "continue with the same number of epochs",
-        )
+    require(
+        header["state"]["learner"]["n_epoch"] == self.n_epoch,
+        self.path,
+        "n_epoch",
+        str(self.n_epoch),
+        str(header["state"]["learner"]["n_epoch"]),
+        "continue with the same number of epochs",
+    )
     self.learn.resume_from = (
         header["epoch"],
         header["batch"],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 
 # %% ../../nbs/lab/12_spaces.ipynb #be8aae72
 @dataclass
@@ -69,19 +69,25 @@ def dimension(
     file="space",  # For error messages
 ) -> Dimension:
     "One parameter of a space."
-    if not isinstance(entry, dict):
-        raise InputError(
-            file, name, "value, values, or a distribution with min and max", repr(entry)
-        )
+    require(
+        isinstance(entry, dict),
+        file,
+        name,
+        "value, values, or a distribution with min and max",
+        repr(entry),
+    )
     for key in entry:
         check_choice(file, name, key, _keys)
     if "value" in entry:
         return Dimension(name, [entry["value"]])
     if "values" in entry:
-        if not isinstance(entry["values"], list) or not entry["values"]:
-            raise InputError(
-                file, f"{name}.values", "a list with something in it", repr(entry["values"])
-            )
+        require(
+            isinstance(entry["values"], list) and entry["values"],
+            file,
+            f"{name}.values",
+            "a list with something in it",
+            repr(entry["values"]),
+        )
         return Dimension(name, entry["values"])
     ends = (entry.get("min"), entry.get("max"))
     kind = entry.get(
@@ -108,10 +114,13 @@ def grid(self: Dimension) -> list:  # Values
     "All values of a dimension, for a grid."
     if self.values is not None:
         return self.values
-    if not self.step or self.log:
-        raise InputError(
-            "space", self.name, "values, or a range with q, for a grid", "a range without steps"
-        )
+    require(
+        self.step and not self.log,
+        "space",
+        self.name,
+        "values, or a range with q, for a grid",
+        "a range without steps",
+    )
     return [
         self.low + i * self.step for i in range(int((self.high - self.low) / self.step + 1e-9) + 1)
     ]
@@ -163,18 +172,20 @@ class Space:
 def _load(file):
     "The mapping in a YAML file."
     file = Path(file)
-    if not file.is_file():
-        raise InputError(file, "file", "a YAML file of a sweep", "nothing there")
+    require(file.is_file(), file, "file", "a YAML file of a sweep", "nothing there")
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise InputError(file, "content", "YAML", str(e).splitlines()[0]) from None
-    if (
-        not isinstance(found, dict)
-        or not isinstance(found.get("parameters"), dict)
-        or not found["parameters"]
-    ):
-        raise InputError(file, "parameters", "names with their values", "none")
+    require(
+        isinstance(found, dict)
+        and isinstance(found.get("parameters"), dict)
+        and found["parameters"],
+        file,
+        "parameters",
+        "names with their values",
+        "none",
+    )
     return found
 
 # %% ../../nbs/lab/12_spaces.ipynb #9bf3e473
@@ -204,11 +215,15 @@ def read_space(
             ),
         )
     metric = found.get("metric") or {}
-    if not isinstance(metric, dict):
-        raise InputError(file, "metric", "a name and a goal", repr(metric))
+    require(isinstance(metric, dict), file, "metric", "a name and a goal", repr(metric))
     seeds = found.get("seeds") or []
-    if not isinstance(seeds, list) or any(type(s) is not int for s in seeds):
-        raise InputError(file, "seeds", "a list of whole numbers", repr(seeds))
+    require(
+        isinstance(seeds, list) and not any(type(s) is not int for s in seeds),
+        file,
+        "seeds",
+        "a list of whole numbers",
+        repr(seeds),
+    )
     return Space(
         {k: dimension(k, v, file) for k, v in found["parameters"].items()},
         metric.get("name", "valid_loss"),
@@ -238,13 +253,13 @@ def check(
     from gcode_ml.core.options import check_value
 
     for name, d in self.dimensions.items():
-        if name not in parameters:
-            raise InputError(
-                file,
-                name,
-                f"a parameter of the experiment ({', '.join(parameters)})",
-                "a name that it does not have",
-            )
+        require(
+            name in parameters,
+            file,
+            name,
+            f"a parameter of the experiment ({', '.join(parameters)})",
+            "a name that it does not have",
+        )
         if name == "seed" and self.seeds:
             raise InputError(file, "seed", "seeds, or seed among the parameters", "both")
         for value in d.values if d.values is not None else (d.low, d.high):

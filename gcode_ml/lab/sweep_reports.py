@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path
 from .runs import Run
 from .sweeps import Sweep
@@ -115,8 +115,7 @@ def report_sweep(
     from gcode_ml.lab.reports import html_page
 
     table = sweep_table(sweep)
-    if not len(table):
-        raise InputError(sweep.folder, "trials", "at least one that has ended", "none")
+    require(len(table), sweep.folder, "trials", "at least one that has ended", "none")
     with atomic_path(sweep.path("sweep.csv")) as f:
         table.to_csv(f, index=False)
     page = Path(output) if output else sweep.path("report.html")
@@ -174,10 +173,13 @@ def compare_groups(
     }
     first, *others = scores
     for name in others:
-        if scores[name].keys() != scores[first].keys():
-            raise InputError(
-                name, "seeds", f"{sorted(scores[first])}, as in {first}", str(sorted(scores[name]))
-            )
+        require(
+            scores[name].keys() == scores[first].keys(),
+            name,
+            "seeds",
+            f"{sorted(scores[first])}, as in {first}",
+            str(sorted(scores[name])),
+        )
     order = sorted(scores[first])
     return pd.DataFrame(
         [

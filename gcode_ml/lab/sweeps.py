@@ -23,7 +23,7 @@ import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import read_json, write_json
 from .runs import Run, TrialPruned, check_name, new_run
 from .settings import runs_folder
@@ -121,8 +121,13 @@ class Sweep:
         folder,  # The sweep's folder
     ):
         self.folder = Path(folder)
-        if not self.path("sweep.json").exists():
-            raise InputError(self.folder, "sweep", "a folder with sweep.json", "nothing there")
+        require(
+            self.path("sweep.json").exists(),
+            self.folder,
+            "sweep",
+            "a folder with sweep.json",
+            "nothing there",
+        )
         self.facts = read_json(self.path("sweep.json"))
         self.space = Space(
             {k: dimension(k, v) for k, v in self.facts["parameters"].items()},
@@ -521,8 +526,7 @@ def score(
             if "fit" in history
             else history[metric].iloc[-1]
         )
-    if not math.isfinite(value):
-        raise InputError(run.folder, metric, "a finite number", str(value))
+    require(math.isfinite(value), run.folder, metric, "a finite number", str(value))
     return float(value)
 
 # %% ../../nbs/lab/13_sweeps.ipynb #3061ff7c

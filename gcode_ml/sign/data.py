@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core.errors import InputError, check_choice, check_finite
+from ..core.errors import InputError, check_choice, check_finite, require
 from ..data.split import check_disjoint, group_kfold, leave_one_group_out
 from ..data.windows import RowTable, Windows
 
@@ -184,10 +184,13 @@ def _npy_array(f, size, path, key):
     if not start.startswith(b"\x93NUMPY") or n > 10_000:
         raise ValueError("no header of an array")
     shape, fortran, dtype = _npy_header(start + f.read(n - 12))
-    if dtype.hasobject:
-        raise InputError(
-            path, f"array {key}", "numbers", "Python objects (a pickle), which are never loaded"
-        )
+    require(
+        not dtype.hasobject,
+        path,
+        f"array {key}",
+        "numbers",
+        "Python objects (a pickle), which are never loaded",
+    )
     count = int(np.prod(shape, dtype=object)) if shape else 1
     if count * dtype.itemsize != size - n or size > _largest:
         raise InputError(
@@ -256,8 +259,7 @@ def _matrix(path, arrays, key, width):
     if x.dtype in (np.float64, np.float16):
         warnings.warn(f"{path}: array {key}: converted from {x.dtype} to float32", stacklevel=2)
         x = x.astype("float32")
-    if x.dtype != np.float32:
-        raise InputError(path, f"array {key}", "float32", str(x.dtype))
+    require(x.dtype == np.float32, path, f"array {key}", "float32", str(x.dtype))
     return x
 
 # %% ../../nbs/sign/00_data.ipynb #ab43d259
@@ -267,8 +269,9 @@ def _mask(path, arrays, points):
     if "mask" not in arrays:
         return there
     m = arrays["mask"]
-    if m.shape != there.shape:
-        raise InputError(path, "array mask", f"shape {list(there.shape)}", str(list(m.shape)))
+    require(
+        m.shape == there.shape, path, "array mask", f"shape {list(there.shape)}", str(list(m.shape))
+    )
     if m.dtype != bool and not (m.dtype.kind in "iu" and np.isin(m, (0, 1)).all()):
         raise InputError(path, "array mask", "True and False", str(m.dtype))
     return m.astype(bool) & there
@@ -279,10 +282,13 @@ def _meta(path, arrays):
     if "meta" not in arrays:
         return {}
     text = arrays["meta"]
-    if text.ndim or text.dtype.kind not in "US":
-        raise InputError(
-            path, "array meta", "one JSON text", f"{text.dtype} of shape {list(text.shape)}"
-        )
+    require(
+        not text.ndim and text.dtype.kind in "US",
+        path,
+        "array meta",
+        "one JSON text",
+        f"{text.dtype} of shape {list(text.shape)}",
+    )
     text = str(text) if text.dtype.kind == "U" else bytes(text.item()).decode("utf-8", "replace")
     return _json_object(path, text)
 
@@ -297,16 +303,20 @@ def _json_object(path, text):
         value = _parsed(text)
     except ValueError as e:
         raise InputError(path, "array meta", "JSON", str(e)) from None
-    if not isinstance(value, dict):
-        raise InputError(path, "array meta", "a JSON object", type(value).__name__)
+    require(isinstance(value, dict), path, "array meta", "a JSON object", type(value).__name__)
     return value
 
 # %% ../../nbs/sign/00_data.ipynb #641f67de
 def _number(path, meta, key, otherwise):
     "A positive number of `meta`."
     value = meta.get(key, otherwise)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-        raise InputError(path, f"meta {key}", "a number from 0 on", repr(value))
+    require(
+        not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < 1e6,
+        path,
+        f"meta {key}",
+        "a number from 0 on",
+        repr(value),
+    )
     return float(value)
 
 # %% ../../nbs/sign/00_data.ipynb #ca891788
@@ -317,10 +327,13 @@ def _timestamps(path, arrays, n, meta):
             "int64"
         )
     t = arrays["timestamps_ms"]
-    if t.shape != (n,) or t.dtype.kind not in "iu":
-        raise InputError(
-            path, "array timestamps_ms", f"{n} integers", f"{t.dtype} of shape {list(t.shape)}"
-        )
+    require(
+        t.shape == (n,) and t.dtype.kind in "iu",
+        path,
+        "array timestamps_ms",
+        f"{n} integers",
+        f"{t.dtype} of shape {list(t.shape)}",
+    )
     t = t.astype("int64")
     back = np.diff(t) < 0
     if back.any():
@@ -410,8 +423,7 @@ def read_table(
     columns=(),  # Columns that must be there
 ) -> pd.DataFrame:  # Every column as text
     "A CSV file as it is written: a byte-order mark is no part of it, and `NA` is a text."
-    if not Path(path).is_file():
-        raise InputError(path, "file", "a table of labels", "nothing there")
+    require(Path(path).is_file(), path, "file", "a table of labels", "nothing there")
     try:
         table = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, dtype=str)
     except UnicodeDecodeError as e:
@@ -419,8 +431,7 @@ def read_table(
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as e:
         raise InputError(path, "content", "a CSV table", str(e).strip()) from None
     for c in columns:
-        if c not in table:
-            raise InputError(path, f"column {c}", "to be there", f"the columns {', '.join(table)}")
+        require(c in table, path, f"column {c}", "to be there", f"the columns {', '.join(table)}")
     return table
 
 # %% ../../nbs/sign/00_data.ipynb #459214ae
@@ -710,10 +721,13 @@ def read_hands(
             ", ".join(f"{k} {len(arrays[k])}" for k in ("lh", "rh", "lh_meta", "rh_meta")),
         )
     info = arrays.get("video_info", np.zeros(3))
-    if info.shape != (3,) or not info[0] > 0:
-        raise InputError(
-            path, "array video_info", "frames a second, width and height", str(info.tolist())
-        )
+    require(
+        info.shape == (3,) and info[0] > 0,
+        path,
+        "array video_info",
+        "frames a second, width and height",
+        str(info.tolist()),
+    )
     hand = np.stack([arrays["lh"], arrays["rh"]], 1)
     place = np.stack([arrays["lh_meta"], arrays["rh_meta"]], 1)
     seen = np.repeat((hand != 0).any((2, 3)), 21, axis=1)
@@ -761,8 +775,7 @@ def _check_clip(clip):
     "A clip of an adapter: shapes, types, finite values where points were seen."
     file = clip.file or clip.name
     kinds = [k for k in ("points", "channels", "features") if getattr(clip, k) is not None]
-    if not kinds:
-        raise InputError(file, "clip", "points, channels or features", "none of them")
+    require(kinds, file, "clip", "points, channels or features", "none of them")
     for k in kinds:
         x = np.asarray(getattr(clip, k), "float32")
         n = 2 if k != "points" else 3
@@ -807,8 +820,7 @@ def adapted_clips(
     "Clips of another layout; the names of their classes are sorted and numbered."
     clips, faults = _each(_check_clip, adapter(Path(path)), progress)
     raise_faults(path, faults)
-    if not clips:
-        raise InputError(path, "clips", "at least one", "none")
+    require(clips, path, "clips", "at least one", "none")
     names = {}
     for k in ("gloss", "category"):
         values = [v for c in clips if (v := getattr(c, k)) != -1]
@@ -922,8 +934,13 @@ class ClipData:
         arrays: list,  # Prepared clips `[T,C]`, NaN where missing
         clips: list,  # The `Clip`s they come from
     ):
-        if len(arrays) != len(clips):
-            raise InputError("clips", "arrays", f"{len(clips)}, one a clip", str(len(arrays)))
+        require(
+            len(arrays) == len(clips),
+            "clips",
+            "arrays",
+            f"{len(clips)}, one a clip",
+            str(len(arrays)),
+        )
         self.names = [c.name for c in clips]
         table = RowTable(arrays, self.names)
         self.windows = Windows(

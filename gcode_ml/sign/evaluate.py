@@ -25,7 +25,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor, nn
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..data.windows import length_mask
 from ..evaluation.baselines import baseline, window_statistics
 
@@ -558,10 +558,13 @@ def add_gloss(
     "A prototype of a new sign as one more row of the gloss head."
     import copy
 
-    if not isinstance(model.gloss, nn.Linear):
-        raise InputError(
-            type(model).__name__, "gloss head", "one linear layer", "a hidden layer before it"
-        )
+    require(
+        isinstance(model.gloss, nn.Linear),
+        type(model).__name__,
+        "gloss head",
+        "one linear layer",
+        "a hidden layer before it",
+    )
     made = copy.deepcopy(model).eval()
     old = model.gloss
     centre = known.mean(0) if known is not None else torch.zeros_like(embeddings[0])

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..signals.layers import SinusoidalPositions, masked_max, masked_mean, reverse_padded
 
 # %% ../../nbs/sign/20_models.ipynb #114f9374
@@ -325,14 +325,14 @@ def features(
     mask: Tensor,  # `[B,T]`
 ) -> Tensor:  # `[B,T,channels]`, zero where padded
     "Features of the real frames."
-    if not hasattr(self, "backbone"):
-        raise InputError(
-            "InceptionV3GRU",
-            "inputs",
-            "features of frames",
-            "frames",
-            "a model with backbone='inception_v3' reads frames",
-        )
+    require(
+        hasattr(self, "backbone"),
+        "InceptionV3GRU",
+        "inputs",
+        "features of frames",
+        "frames",
+        "a model with backbone='inception_v3' reads frames",
+    )
     with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
         found = self.backbone(frames[mask])
     return torch.zeros(
@@ -530,8 +530,13 @@ class ConvBlock(nn.Module):
         groups: int = 1,  # Nets side by side
     ):
         super().__init__()
-        if kernel % 2 == 0 or gate % 2 == 0:
-            raise InputError("ConvBlock", "kernel, gate", "odd numbers", f"{kernel}, {gate}")
+        require(
+            kernel % 2 != 0 and gate % 2 != 0,
+            "ConvBlock",
+            "kernel, gate",
+            "odd numbers",
+            f"{kernel}, {gate}",
+        )
         self.drop_path, self.groups = drop_path, groups
         self.widen = _linear(size // groups, 2 * size // groups, groups)
         self.narrow = _linear(2 * size // groups, size // groups, groups)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import checksum
 from ..data.batch import Subset, dataloaders
 from ..data.split import group_holdout
@@ -523,10 +523,13 @@ def _clips(own):
     )
     train, valid = (own[f"features_{s}"] or own[f"keypoints_{s}"] for s in ("train", "val"))
     options = _pick(own, "kp_key feature_key missing num_gloss num_cat") | dict(read=read)
-    if bool(train) != bool(valid):
-        raise InputError(
-            "parameter", "keypoints_train, keypoints_val", "a folder each", "one of them"
-        )
+    require(
+        bool(train) == bool(valid),
+        "parameter",
+        "keypoints_train, keypoints_val",
+        "a folder each",
+        "one of them",
+    )
     if train:
         return (
             *load_sides(train, valid, own["labels_train_csv"], own["labels_val_csv"], **options),
@@ -663,8 +666,7 @@ def _check_backbone(own):
     "A backbone belongs to one model, and its weights to a file."
     if not own["backbone"]:
         return
-    if own["model"] != "iv3_gru":
-        raise InputError("parameter", "backbone", "model=iv3_gru", repr(own["model"]))
+    require(own["model"] == "iv3_gru", "parameter", "backbone", "model=iv3_gru", repr(own["model"]))
     if own["pretrained_backbone"] and not own["backbone_weights"]:
         raise InputError(
             "parameter",
@@ -691,14 +693,14 @@ def simple_rows(
     pd.DataFrame
 ):  # A row a test clip: `signer`, `gloss`, and what each method says; `nearest_stored` among them
     "Answers of simple methods; the reason where one is not installed is in `attrs`."
-    if not learn.preparation.frames:
-        raise InputError(
-            "simple methods",
-            "frames",
-            "clips of one length",
-            "clips of their own lengths",
-            "give frames",
-        )
+    require(
+        learn.preparation.frames,
+        "simple methods",
+        "frames",
+        "clips of one length",
+        "clips of their own lengths",
+        "give frames",
+    )
     gloss = learn.data.gloss
     train = learn.train
     test = learn.test
@@ -860,8 +862,7 @@ def read_inputs(
     "Clips to be answered; labels are not needed."
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.rglob("*.npz"))
-    if not files:
-        raise InputError(path, "clips", "an .npz file or a folder of them", "none")
+    require(files, path, "clips", "an .npz file or a folder of them", "none")
     read = (
         read_hands
         if state["preparation"]["skeleton"] == "hands42"

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path, read_arrays
 from gcode_ml.sign.data import (
     HANDS42,
@@ -289,10 +289,7 @@ def kept_points(
                 f"{skeleton.names[a]} and {skeleton.names[b]} together",
                 f"only {skeleton.names[a if a in kept else b]}",
             )
-    if not kept:
-        raise InputError(
-            "preparation", "points", "at least one point that is seen in training", "none"
-        )
+    require(kept, "preparation", "points", "at least one point that is seen in training", "none")
     return sorted(kept)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #c76f6824
@@ -338,8 +335,7 @@ def _settings(self: Preparation):
     ).items():
         check_choice("preparation", k, getattr(self, k), choices)
     for k, low in dict(gaps=0, max_length=1, rate=0).items():
-        if not getattr(self, k) >= low:
-            raise InputError("preparation", k, f"at least {low}", str(getattr(self, k)))
+        require(getattr(self, k) >= low, "preparation", k, f"at least {low}", str(getattr(self, k)))
     if self.frames is not None and self.frames < 2:
         raise InputError("preparation", "frames", "at least 2, or none", str(self.frames))
 
@@ -350,8 +346,7 @@ def fit(
     clips: list,  # Training clips
 ) -> Preparation:  # Itself
     "Settle what `auto` means, and fit mean and spread where clips are no points."
-    if not clips:
-        raise InputError("preparation", "clips", "at least one", "none")
+    require(clips, "preparation", "clips", "at least one", "none")
     if self.skeleton == "auto":
         self.skeleton = check_choice(
             clips[0].file or clips[0].name,
@@ -396,8 +391,7 @@ def _check(self: Preparation, clip, width=True):
         if self.skeleton == "features" and clip.features is not None
         else clip_layout(clip)
     )
-    if has != self.skeleton:
-        raise InputError(file, "layout", self.skeleton, has)
+    require(has == self.skeleton, file, "layout", self.skeleton, has)
     if width and self.size and getattr(clip, self.skeleton).shape[1] != self.size:
         raise InputError(
             file,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from .data import SKELETON78, Clip, clip_layout, read_clip
 from .skeleton import reference_frame, to_pixels
 
@@ -59,8 +59,7 @@ def extract_clip(
 ) -> Clip:  # Without labels
     "Let MediaPipe Holistic look at every frame."
     video = Path(video)
-    if not video.is_file():
-        raise InputError(video, "file", "a video", "nothing there")
+    require(video.is_file(), video, "file", "a video", "nothing there")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{video.stem}.npz"
         try:

@@ -21,7 +21,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import camel2snake
 from torch import Tensor
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 
 # %% ../../nbs/signals/01_augment.ipynb #f3afca94
 def along_steps(
@@ -585,13 +585,13 @@ class RandomPolicy(Augmentation):
         self.augmentations = create_augmentations(augmentations)
         self.n = n
         self.p = p
-        if not 0 <= n <= len(self.augmentations):
-            raise InputError(
-                "RandomPolicy",
-                "n",
-                f"0 to {len(self.augmentations)}, the length of the list",
-                str(n),
-            )
+        require(
+            0 <= n <= len(self.augmentations),
+            "RandomPolicy",
+            "n",
+            f"0 to {len(self.augmentations)}, the length of the list",
+            str(n),
+        )
         self.changes_mask = any(getattr(a, "changes_mask", False) for a in self.augmentations)
         self.time_axis = getattr(self.augmentations[0], "time_axis", 1)
 

@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 
 # %% ../../nbs/signals/02_spectra.ipynb #fbee5b0e
 def in_program() -> bool:  # Whether what runs is being exported or traced
@@ -90,8 +90,13 @@ def clip_bands(
 
     bands = torch.as_tensor(bands, dtype=torch.float64).reshape(-1, 2)
     half = rate / 2
-    if (bands[:, 0] >= bands[:, 1]).any() or (bands < 0).any():
-        raise InputError("bands", "edges", "pairs with 0 <= low < high", str(bands.tolist()))
+    require(
+        not (bands[:, 0] >= bands[:, 1]).any() and not (bands < 0).any(),
+        "bands",
+        "edges",
+        "pairs with 0 <= low < high",
+        str(bands.tolist()),
+    )
     kept = bands[bands[:, 0] < half].clamp(max=half)
     if len(kept) == 0:
         raise InputError(
@@ -604,10 +609,13 @@ def angular_resample(
     angle = nn.functional.pad(torch.cumsum((shaft[:, 1:] + shaft[:, :-1]) / 2, 1) / rate, (1, 0))
     have = int(angle[:, -1].min() + 1e-6)
     turns = turns or have
-    if not 0 < turns <= have:
-        raise InputError(
-            "angular_resample", "turns", f"1 to {have}, the turns of the shortest item", str(turns)
-        )
+    require(
+        0 < turns <= have,
+        "angular_resample",
+        "turns",
+        f"1 to {have}, the turns of the shortest item",
+        str(turns),
+    )
     want = (
         torch.arange(turns * per_turn, device=x.device, dtype=x.dtype)
         .div(per_turn)

@@ -15,7 +15,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
-from ..core.errors import InputError, check_choice, check_finite
+from ..core.errors import InputError, check_choice, check_finite, require
 from ..data.batch import BatchLoader
 from .callbacks import in_fit
 from .mixing import evaluation_mode
@@ -77,13 +77,13 @@ class Curriculum(Callback):
         hardest_first: bool = False,  # The other way round, a control
     ):
         check_choice("Curriculum", "pacing", pacing, PACINGS)
-        if not (0 < start <= 1 and until >= 0):
-            raise InputError(
-                "Curriculum",
-                "start, until",
-                "a share above 0 and a length of at least 0",
-                f"{start!r}, {until!r}",
-            )
+        require(
+            (0 < start <= 1 and until >= 0),
+            "Curriculum",
+            "start, until",
+            "a share above 0 and a length of at least 0",
+            f"{start!r}, {until!r}",
+        )
         if isinstance(difficulty, str):
             check_choice("Curriculum", "difficulty", difficulty, ("length",))
         self.difficulty = difficulty

@@ -19,7 +19,7 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import save_model
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..data.batch import BatchLoader
 from .losses import Distillation, part
 from .schedules import teacher_answers
@@ -33,19 +33,22 @@ def check_classes(
     "Refuse a teacher with other classes, or with another order of them."
     teacher = list(map(str, teacher))
     student = list(map(str, student))
-    if len(teacher) != len(student):
-        raise InputError(
-            what, "classes", f"{len(student)}, as the student has", f"{len(teacher)} of the teacher"
-        )
+    require(
+        len(teacher) == len(student),
+        what,
+        "classes",
+        f"{len(student)}, as the student has",
+        f"{len(teacher)} of the teacher",
+    )
     for i, (t, s) in enumerate(zip(teacher, student)):
-        if t != s:
-            raise InputError(
-                what,
-                f"class {i}",
-                f"{s} as in the student",
-                f"{t} in the teacher",
-                "train the teacher with the same list of classes",
-            )
+        require(
+            t == s,
+            what,
+            f"class {i}",
+            f"{s} as in the student",
+            f"{t} in the teacher",
+            "train the teacher with the same list of classes",
+        )
 
 # %% ../../nbs/training/09_distillation.ipynb #520e859f
 class Distill(Callback):
@@ -80,10 +83,13 @@ class Distill(Callback):
         self.before_fit()
 
     def before_fit(self):
-        if self.is_teacher(self.model):
-            raise InputError(
-                "Distill", "teacher", "another model than the student", "the student itself"
-            )
+        require(
+            not self.is_teacher(self.model),
+            "Distill",
+            "teacher",
+            "another model than the student",
+            "the student itself",
+        )
 
     def after_loss(self):
         target = dict(zip([self.key], self.yb)) if not isinstance(self.yb[0], dict) else self.yb[0]

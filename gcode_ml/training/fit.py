@@ -17,7 +17,7 @@ import torch
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.options import check_parameters, described, flow_mapping
 from gcode_ml.signals.augment import (
     AUGMENTATIONS,
@@ -292,10 +292,13 @@ def _with_preset(values, defaults):
 def _check_settings(what):
     "Settings of augmentations are of the type of their defaults; `InputError` otherwise."
     for name, settings in what.items():
-        if not isinstance(settings, (dict, type(None))):
-            raise InputError(
-                "parameter", "augment", f"settings of {name} such as {{p: 0.5}}", repr(settings)
-            )
+        require(
+            isinstance(settings, (dict, type(None))),
+            "parameter",
+            "augment",
+            f"settings of {name} such as {{p: 0.5}}",
+            repr(settings),
+        )
         known = inspect.signature(
             AUGMENTATIONS[check_choice("parameter", "augment", name, AUGMENTATIONS)]
         ).parameters
@@ -388,13 +391,13 @@ def lengths(self: TrainingOptions) -> list:  # Pairs (steps, epochs)
         ]
     except ValueError:
         found = [()]
-    if any(len(s) != 2 or min(s) < 1 for s in found):
-        raise InputError(
-            "parameter",
-            "progressive",
-            "lengths and epochs such as 32:2, 64:3",
-            repr(self.progressive),
-        )
+    require(
+        not any(len(s) != 2 or min(s) < 1 for s in found),
+        "parameter",
+        "progressive",
+        "lengths and epochs such as 32:2, 64:3",
+        repr(self.progressive),
+    )
     return found
 
 # %% ../../nbs/training/12_fit.ipynb #a478c58a
@@ -461,8 +464,13 @@ def _answer(head):
 @patch
 def _weights(self: TrainingOptions, labels, classes, ignore_index):
     "Weight of each class."
-    if labels is None:
-        raise InputError("parameter", "class_weights", "a recipe with class labels", "one without")
+    require(
+        labels is not None,
+        "parameter",
+        "class_weights",
+        "a recipe with class labels",
+        "one without",
+    )
     labels = torch.as_tensor(np.asarray(labels)).flatten()
     labels = labels[labels != ignore_index]
     return class_weights(labels, classes or int(labels.max()) + 1)
@@ -542,15 +550,14 @@ def _teaching(self: TrainingOptions, decoder, difficulty):
     if self.scheduled_sampling != "none":
         found.append(ScheduledSampling(self.scheduled_sampling, **decoder))
     if self.teacher:
-        if not self.heads:
-            raise InputError(
-                "parameter",
-                "teacher",
-                "a recipe whose loss can learn from one",
-                "a loss of another kind",
-            )
-        if self.mixing != "none":
-            raise InputError("parameter", "mixing", "none beside a teacher", self.mixing)
+        require(
+            self.heads,
+            "parameter",
+            "teacher",
+            "a recipe whose loss can learn from one",
+            "a loss of another kind",
+        )
+        require(self.mixing == "none", "parameter", "mixing", "none beside a teacher", self.mixing)
         found.append(MoreTargets(_teacher(self.teacher, self.heads)))
     return found
 
@@ -703,12 +710,12 @@ def training_values(
     "Those options that a notebook has values for."
     found = {k: names[k] for k in TRAINING if k in names}
     for k, v in found.items():
-        if not isinstance(v, (bool, int, float, str)):
-            raise InputError(
-                "parameter",
-                k,
-                "a value",
-                type(v).__name__,
-                "give what the notebook imports or defines another name",
-            )
+        require(
+            isinstance(v, (bool, int, float, str)),
+            "parameter",
+            k,
+            "a value",
+            type(v).__name__,
+            "give what the notebook imports or defines another name",
+        )
     return found

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 
 # %% ../../nbs/training/01_losses.ipynb #147eff65
 def part(
@@ -61,10 +61,13 @@ class CrossEntropy(Loss):
         reduction: str = "mean",  # See `Loss`
     ):
         super().__init__(head, key, reduction)
-        if not 0 <= label_smoothing < 1:
-            raise InputError(
-                "loss", "label_smoothing", "a share from 0 to below 1", repr(label_smoothing)
-            )
+        require(
+            0 <= label_smoothing < 1,
+            "loss",
+            "label_smoothing",
+            "a share from 0 to below 1",
+            repr(label_smoothing),
+        )
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.register_buffer(
@@ -169,13 +172,18 @@ class Focal(CrossEntropy):
         reduction: str = "mean",  # See `Loss`
     ):
         super().__init__(weight, 0.0, ignore_index, head, key, reduction)
-        if not gamma >= 0:
-            raise InputError("loss", "gamma", "a number of at least 0", repr(gamma))
+        require(gamma >= 0, "loss", "gamma", "a number of at least 0", repr(gamma))
         self.gamma = gamma
 
     def values(self, logits, labels):
-        if _shaped(logits, labels):
-            raise InputError("focal", "target", "whole numbers", "shares", "mix with cross_entropy")
+        require(
+            not _shaped(logits, labels),
+            "focal",
+            "target",
+            "whole numbers",
+            "shares",
+            "mix with cross_entropy",
+        )
         entropy = F.cross_entropy(
             logits.flatten(0, -2),
             labels.flatten().long(),
@@ -200,8 +208,7 @@ class SupervisedContrastive(Loss):
         reduction: str = "mean",  # See `Loss`; an anchor without a positive has the value 0
     ):
         super().__init__(head, key, reduction)
-        if not temperature > 0:
-            raise InputError("loss", "temperature", "a positive number", repr(temperature))
+        require(temperature > 0, "loss", "temperature", "a positive number", repr(temperature))
         self.temperature = temperature
 
     def forward(self, prediction, target):
@@ -250,13 +257,13 @@ class Distillation(Loss):
         reduction: str = "mean",  # See `Loss`
     ):
         super().__init__(head, key, reduction)
-        if not (temperature > 0 and 0 <= alpha <= 1):
-            raise InputError(
-                "distillation",
-                "temperature, alpha",
-                "a positive number and a share",
-                f"{temperature!r}, {alpha!r}",
-            )
+        require(
+            (temperature > 0 and 0 <= alpha <= 1),
+            "distillation",
+            "temperature, alpha",
+            "a positive number and a share",
+            f"{temperature!r}, {alpha!r}",
+        )
         self.temperature = temperature
         self.alpha = alpha
         self.teacher = teacher
@@ -277,22 +284,22 @@ def soft(
     target,  # Dictionary with the teacher's logits
 ) -> Tensor:  # `[...]`
     "$T^2$ times the divergence of the student's answers from the teacher's."
-    if not isinstance(target, dict):
-        raise InputError(
-            "distillation",
-            "target",
-            f"a dictionary with {self.teacher!r}",
-            "a tensor",
-            "add the callback MoreTargets(teacher_answers(model))",
-        )
+    require(
+        isinstance(target, dict),
+        "distillation",
+        "target",
+        f"a dictionary with {self.teacher!r}",
+        "a tensor",
+        "add the callback MoreTargets(teacher_answers(model))",
+    )
     teacher = part(target, self.teacher, "target").detach()
-    if teacher.shape != student.shape:
-        raise InputError(
-            "distillation",
-            self.teacher,
-            f"logits {list(student.shape)} of the classes of the student",
-            str(list(teacher.shape)),
-        )
+    require(
+        teacher.shape == student.shape,
+        "distillation",
+        self.teacher,
+        f"logits {list(student.shape)} of the classes of the student",
+        str(list(teacher.shape)),
+    )
     s, t = ((x / self.temperature).log_softmax(-1) for x in (student, teacher))
     return self.temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(-1)
 
@@ -316,13 +323,13 @@ class Regression(Loss):
 
     def forward(self, prediction, target):
         said, measured = self.parts(prediction, target)
-        if said.shape != measured.shape:
-            raise InputError(
-                "loss",
-                "target",
-                f"the shape of the prediction, {list(said.shape)}",
-                str(list(measured.shape)),
-            )
+        require(
+            said.shape == measured.shape,
+            "loss",
+            "target",
+            f"the shape of the prediction, {list(said.shape)}",
+            str(list(measured.shape)),
+        )
         known = ~measured.isnan()
         values = self.error(
             said, torch.where(known, measured.to(said), said.detach()), reduction="none"
@@ -368,13 +375,13 @@ class PhysicsInformed(_Composite):
         reduction: str = "mean",  # `mean`, or `none`: a value an item
     ):
         super().__init__()
-        if not (data_weight >= 0 and physics_weight >= 0 and data_weight + physics_weight > 0):
-            raise InputError(
-                "physics_informed",
-                "data_weight, physics_weight",
-                "at least 0 and not both 0",
-                f"{data_weight!r}, {physics_weight!r}",
-            )
+        require(
+            (data_weight >= 0 and physics_weight >= 0 and data_weight + physics_weight > 0),
+            "physics_informed",
+            "data_weight, physics_weight",
+            "at least 0 and not both 0",
+            f"{data_weight!r}, {physics_weight!r}",
+        )
         self.residual = residual
         self.data_weight = data_weight
         self.physics_weight = physics_weight
@@ -425,8 +432,13 @@ class MultiTask(_Composite):
         for name in weights or {}:
             check_choice("multi_task", "weights", name, self.names)
         self.fixed = [float((weights or {}).get(name, 1)) for name in self.names]
-        if not (all(w >= 0 for w in self.fixed) and sum(self.fixed) > 0):
-            raise InputError("multi_task", "weights", "at least 0 and not all 0", str(self.fixed))
+        require(
+            (all(w >= 0 for w in self.fixed) and sum(self.fixed) > 0),
+            "multi_task",
+            "weights",
+            "at least 0 and not all 0",
+            str(self.fixed),
+        )
         self.reduction = reduction
 
     def forward(self, prediction, target):
@@ -462,8 +474,7 @@ def two_tasks(
     beta: float = 0.5,  # Weight of the second
 ) -> MultiTask:
     "Two heads and two weights."
-    if len(losses) != 2:
-        raise InputError("two_tasks", "losses", "two", str(len(losses)))
+    require(len(losses) == 2, "two_tasks", "losses", "two", str(len(losses)))
     return MultiTask(losses, dict(zip(losses, (alpha, beta))))
 
 # %% ../../nbs/training/01_losses.ipynb #0bd2632d

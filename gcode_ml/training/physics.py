@@ -14,7 +14,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
-from ..core.errors import InputError
+from ..core.errors import require
 from .losses import PhysicsInformed
 
 # %% ../../nbs/training/10_physics.ipynb #f27893b1
@@ -43,8 +43,7 @@ class PhysicsLoss(Callback):
         square: bool = True,  # False: the residual is a penalty already
     ):
         for name, value in dict(weight=weight, delay=delay, rise=rise).items():
-            if not 0 <= value < np.inf:
-                raise InputError("PhysicsLoss", name, "a number of at least 0", repr(value))
+            require(0 <= value < np.inf, "PhysicsLoss", name, "a number of at least 0", repr(value))
         self.weight = weight
         self.delay = delay
         self.rise = rise

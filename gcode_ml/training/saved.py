@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 from ..core.files import read_json
 
 # %% ../../nbs/training/11_saved.ipynb #dd383bfc
@@ -45,8 +45,7 @@ def load_saved(
     folder = Path(folder)
     if (folder / "bundle" / "bundle.json").exists():
         folder = folder / "bundle"
-    if not (folder / "bundle.json").exists():
-        raise InputError(folder, "bundle.json", "a bundle", "no such file")
+    require((folder / "bundle.json").exists(), folder, "bundle.json", "a bundle", "no such file")
     about = read_json(folder / "bundle.json")
     for k in ("model", "arguments", "preprocessing", "facts"):
         if not isinstance(about, dict) or k not in about:

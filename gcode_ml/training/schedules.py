@@ -31,7 +31,7 @@ from fastai.optimizer import (
 )
 from fastcore.foundation import L
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from .callbacks import in_fit, monitored
 
 # %% ../../nbs/training/02_schedules.ipynb #edcf85e8
@@ -62,8 +62,7 @@ def sgd(
     "Gradient descent: fastai's `SGD`, and Nesterov's momentum, which it lacks."
     if not nesterov:
         return SGD(params, lr, mom=momentum, wd=weight_decay, decouple_wd=decoupled)
-    if not momentum > 0:
-        raise InputError("sgd", "nesterov", "a positive momentum", repr(momentum))
+    require(momentum > 0, "sgd", "nesterov", "a positive momentum", repr(momentum))
     return Optimizer(
         params,
         [decay_step if decoupled else l2_reg, average_grad, _nesterov_step],
@@ -109,8 +108,7 @@ def create_optimizer(
 # %% ../../nbs/training/02_schedules.ipynb #908f01cd
 def _positive(what, field, value):
     "Return `value`, a positive finite number."
-    if not 0 < value < math.inf:
-        raise InputError(what, field, "a positive number", repr(value))
+    require(0 < value < math.inf, what, field, "a positive number", repr(value))
     return value
 
 # %% ../../nbs/training/02_schedules.ipynb #dcab8842
@@ -158,13 +156,13 @@ def warm_restarts(
     eta_min: float = 1e-6,  # Smallest learning rate, at the end of each period
 ):  # Function of the share of the fit
     "Half a cosine, again and again; Loshchilov and Hutter 2017."
-    if not (T_0 > 0 and T_mult >= 1):
-        raise InputError(
-            "warm_restarts",
-            "T_0, T_mult",
-            "a positive length and a factor of at least 1",
-            f"{T_0!r}, {T_mult!r}",
-        )
+    require(
+        (T_0 > 0 and T_mult >= 1),
+        "warm_restarts",
+        "T_0, T_mult",
+        "a positive length and a factor of at least 1",
+        f"{T_0!r}, {T_mult!r}",
+    )
     half = cosine(learning_rate, eta_min)
 
     def curve(share):
@@ -202,8 +200,7 @@ def warmed_up(
     warmup: float,  # Share of the fit that comes before it
 ):  # Function of the share of the fit
     "A line up to a schedule, which then has the rest of the fit."
-    if not 0 <= warmup < 1:
-        raise InputError("schedule", "warmup", "less than the whole fit", repr(warmup))
+    require(0 <= warmup < 1, "schedule", "warmup", "less than the whole fit", repr(warmup))
     first = curve(0.0)
     return lambda share: (
         first * share / warmup if share < warmup else curve((share - warmup) / (1 - warmup))
@@ -233,8 +230,7 @@ def noam(
     warmup: float = 0.1,  # Length of the way up
 ):  # Function of the share of the fit
     "A line up, then down with the root of the batches; Vaswani et al. 2017, equation 3."
-    if not warmup > 0:
-        raise InputError("noam", "warmup", "a positive length", repr(warmup))
+    require(warmup > 0, "noam", "warmup", "a positive length", repr(warmup))
     return lambda share: (
         learning_rate * min(share / warmup, math.sqrt(warmup / share) if share else 0.0)
     )
@@ -260,8 +256,7 @@ def plateau(
 ):  # Function of the share of the fit, constant until the next epoch
     "Smaller when nothing gets better: torch's `ReduceLROnPlateau`."
     check_choice("plateau", "mode", mode, ("min", "max"))
-    if not 0 < factor < 1:
-        raise InputError("plateau", "factor", "a number between 0 and 1", repr(factor))
+    require(0 < factor < 1, "plateau", "factor", "a number between 0 and 1", repr(factor))
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
     reduce = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, mode, factor, patience, min_delta, "abs", 0, min(eta_min, learning_rate), eps=0.0
@@ -454,14 +449,14 @@ class LossParameters(Callback):
         known = {id(p) for group in self.opt.param_lists for p in group}
         self.gradients = []
         for p in self.loss_func.parameters():
-            if id(p) not in known:
-                raise InputError(
-                    "LossParameters",
-                    "optimiser",
-                    "one that knows the parameters of the loss",
-                    "an older one",
-                    "give the callback to the Learner as it is made",
-                )
+            require(
+                id(p) in known,
+                "LossParameters",
+                "optimiser",
+                "one that knows the parameters of the loss",
+                "an older one",
+                "give the callback to the Learner as it is made",
+            )
             self.opt.state[p]["do_wd"], p.grad = False, None
         if hasattr(self.learn, "lr_finder"):
             self.before = partial(

@@ -26,7 +26,7 @@ from fastcore.foundation import L
 from torch.amp import GradScaler
 from torch.utils.checkpoint import checkpoint
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from .learner import pick_device
 
 # %% ../../nbs/training/06_speed.ipynb #0594579c
@@ -150,13 +150,13 @@ class GradientCheckpointing(Callback):
     def modules(self):
         "The modules in question."
         names = self.names or repeated_modules(self.model)
-        if not names:
-            raise InputError(
-                "GradientCheckpointing",
-                "names",
-                "names of submodules",
-                "none, and a model without a list of modules",
-            )
+        require(
+            names,
+            "GradientCheckpointing",
+            "names",
+            "names of submodules",
+            "none, and a model without a list of modules",
+        )
         for n in names:
             check_choice(
                 "GradientCheckpointing", "names", n, [k for k, _ in self.model.named_modules()]

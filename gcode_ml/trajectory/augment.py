@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/trajectory/10_augment.ipynb #2c9cd8cd
 def reflected_signs(
@@ -40,8 +40,7 @@ class ReflectAxes(Callback):
         windows=None,  # `TrajectoryWindows` with a scale: the names and spreads of the features
         share: float = 0.5,  # Share of the windows in which an axis is reflected, for each axis
     ):
-        if not 0 <= share <= 1:
-            raise InputError("ReflectAxes", "share", "from 0 to 1", repr(share))
+        require(0 <= share <= 1, "ReflectAxes", "share", "from 0 to 1", repr(share))
         self.windows, self.share = windows, share
 
     def before_fit(self):

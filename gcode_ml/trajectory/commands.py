@@ -10,7 +10,7 @@ __all__ = ['SIMULATES', 'add_simulate_options', 'simulate_file', 'modes_of', 're
 # %% ../../nbs/trajectory/60_commands.ipynb #a25e2107
 from pathlib import Path
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require
 
 # %% ../../nbs/trajectory/60_commands.ipynb #ddccc16a
 SIMULATES = (".gcode", ".gco", ".g", ".nc", ".ngc")
@@ -45,8 +45,7 @@ def simulate_file(
 
     from gcode_ml.trajectory.data import collect, read_collection
 
-    if not Path(path).is_file():
-        raise InputError(path, "file", "a G-code file", "nothing there")
+    require(Path(path).is_file(), path, "file", "a G-code file", "nothing there")
     folder = a.output or tempfile.mkdtemp()
     names = [m for m in a.machine.split("+") if m]
     for m in names if a.quiet else tqdm(names):
@@ -82,10 +81,13 @@ def modes_of(
 ) -> tuple:  # [(frequency, damping)] of x and y, and the predicted error `[T,2]` in mm or `None`
     "Modes to correct for."
     if model == "filter":
-        if not frequency:
-            raise InputError(
-                "correct", "--frequency", "that of x and y in Hz, with --model filter", "none"
-            )
+        require(
+            frequency,
+            "correct",
+            "--frequency",
+            "that of x and y in Hz, with --model filter",
+            "none",
+        )
         f = list(frequency) * (3 - len(frequency))
         z = list(damping or [0.1]) * (3 - len(damping or [0.1]))
         return list(zip(f[:2], z[:2])), None
@@ -96,8 +98,13 @@ def modes_of(
     from gcode_ml.trajectory.recipe import part_of, predict_part
 
     bundle = load_bundle(model)
-    if bundle.facts.get("domain") != "trajectory":
-        raise InputError(model, "bundle", "a model of trajectory", str(bundle.facts.get("domain")))
+    require(
+        bundle.facts.get("domain") == "trajectory",
+        model,
+        "bundle",
+        "a model of trajectory",
+        str(bundle.facts.get("domain")),
+    )
     whole = Path(path).stat().st_size < large * 1e6
     part = part_of(
         path
@@ -121,8 +128,7 @@ def read_record(
     import pandas as pd
 
     path = Path(path)
-    if not path.is_file():
-        raise InputError(path, "record", "a table", "nothing there")
+    require(path.is_file(), path, "record", "a table", "nothing there")
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except ValueError as e:
@@ -161,15 +167,14 @@ def correct_command(a):
     )
     from gcode_ml.trajectory.simulate import named_machine
 
-    if not Path(a.file).is_file():
-        raise InputError(a.file, "file", "a G-code file", "nothing there")
-    if not (a.model or a.record):
-        raise InputError(
-            "correct",
-            "--model or --record",
-            "a bundle, filter, or a record of the machine",
-            "neither",
-        )
+    require(Path(a.file).is_file(), a.file, "file", "a G-code file", "nothing there")
+    require(
+        (a.model or a.record),
+        "correct",
+        "--model or --record",
+        "a bundle, filter, or a record of the machine",
+        "neither",
+    )
     machine = identified_machine(*read_record(a.record)) if a.record else None
     modes, error = (
         (list(zip(machine.frequency, machine.damping)), None)

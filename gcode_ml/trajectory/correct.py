@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from scipy.optimize import least_squares
 from scipy.signal import butter, cont2discrete, firwin, lfilter, sosfiltfilt
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path
 from ..gcode.parts import part_program
 from gcode_ml.gcode.planner import (
@@ -185,8 +185,7 @@ def judge(
     )
     wall = motion.extruding & names[motion.type.codes] if names.any() else motion.extruding
     keep = wall[k] if wall.any() else motion.extruding[k]
-    if not keep.any():
-        raise InputError(motion.file, "moves", "at least one that extrudes", "none")
+    require(keep.any(), motion.file, "moves", "at least one that extrudes", "none")
     stretch = np.cumsum(keep) // 2000
     every = max(int(np.ceil(keep.sum() / most)), 1)
     return Judge(np.column_stack([s["x"], s["y"]]), s["e"], keep & (stretch % every == 0), rate)
@@ -509,10 +508,9 @@ def firmware_lines(
                 for a, (f, z) in zip("XY", modes)
             )
         ]
-    if method != "ZV":
-        raise InputError(
-            "correct", "method", "ZV, the shaper of M593", method, "or firmware klipper"
-        )
+    require(
+        method == "ZV", "correct", "method", "ZV, the shaper of M593", method, "or firmware klipper"
+    )
     return [f"M593 {a} F{n(f, 2)} D{n(z, 4)}" for a, (f, z) in zip("XY", modes)]
 
 
@@ -558,8 +556,13 @@ def apply_correction(
     motion = plan(program)
     table = moves(program).set_index("line")
     absolute = _modes(_Lines(program), "mm")[1]
-    if not absolute[table.index].all():
-        raise InputError(program.file, "moves", "absolute positions (G90)", "relative ones")
+    require(
+        absolute[table.index].all(),
+        program.file,
+        "moves",
+        "absolute positions (G90)",
+        "relative ones",
+    )
     last = np.append(np.diff(motion.line) != 0, True)
     line = motion.line[last]
     end = (motion.begin + motion.durations)[last]
@@ -659,13 +662,13 @@ def _kept_moves(program, table, motion):
     kept = why != ""
     laid = kept & ((table.de > 0) & ((table.x != table.x0) | (table.y != table.y0))).to_numpy()
     bad = fatal or (why[laid][0] if laid.any() else why[0] if kept.all() else "")
-    if bad:
-        raise InputError(
-            program.file,
-            "program",
-            "absolute millimetres and limits of Marlin, for a resampled path",
-            bad,
-        )
+    require(
+        not bad,
+        program.file,
+        "program",
+        "absolute millimetres and limits of Marlin, for a resampled path",
+        bad,
+    )
     return kept, absolute_e
 
 # %% ../../nbs/trajectory/55_correct.ipynb #a3127a7c
@@ -879,10 +882,13 @@ MARGIN = 10.0  # How far a program may leave the bed, mm: many wipe the nozzle b
 
 def _space(motion, bed):
     "Least and greatest position that a corrected program may have: the bed, and where the program itself goes beside it."
-    if len(bed) not in (3, 6):
-        raise InputError(
-            "correct", "--bed", "3 numbers, or 6 with the least position first", f"{len(bed)}"
-        )
+    require(
+        len(bed) in (3, 6),
+        "correct",
+        "--bed",
+        "3 numbers, or 6 with the least position first",
+        f"{len(bed)}",
+    )
     low, high = np.array([[0.0] * 3, bed] if len(bed) == 3 else [bed[:3], bed[3:]])
     if len(lines := outside(motion, low - MARGIN, high + MARGIN)):
         raise InputError(
@@ -985,14 +991,14 @@ def _tries(motion, modes, method, family, machine, firmware, seconds=60.0):
     box = judge(motion, 1000.0, 4000, seconds)
     if method == "safe":
         found, ratio = choose_remedies(box, modes, family, machine)
-        if not found:
-            raise InputError(
-                motion.file,
-                "contour error",
-                "a command that lowers it on every machine",
-                "none",
-                "name one with --method, or measure the machine",
-            )
+        require(
+            found,
+            motion.file,
+            "contour error",
+            "a command that lowers it on every machine",
+            "none",
+            "name one with --method, or measure the machine",
+        )
         return [(r, modes) for r in found[:3]], ratio[str(found[0])].idxmax()
     kinds = SHAPERS if firmware == "klipper" else ("ZV",)
     for scale in (1.0, 1.25, 1.5, 2.0):
@@ -1136,8 +1142,7 @@ def correct_file(
         for text in parts:
             out.write(text.encode("utf-8", "surrogateescape"))
     if done is None:
-        if not tables:
-            raise InputError(path, "moves", "at least one that extrudes", "none")
+        require(tables, path, "moves", "at least one that extrudes", "none")
         t = (
             pd.concat(tables)
             .set_index("machine")

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core.errors import InputError, check_choice, check_finite, fault_sentences
+from ..core.errors import InputError, check_choice, check_finite, fault_sentences, require
 from ..core.files import atomic_path, checksum, read_arrays, read_json, write_json
 from ..data.split import check_disjoint, random_split
 from ..data.windows import window_starts
@@ -183,13 +183,22 @@ def part_file(
     path = Path(name)
     if path.is_file():
         return path
-    if str(name) not in PARTS:
-        raise InputError(
-            path, "file", f"a G-code file, or one of {', '.join(PARTS)}", "nothing there"
-        )
+    require(
+        str(name) in PARTS,
+        path,
+        "file",
+        f"a G-code file, or one of {', '.join(PARTS)}",
+        "nothing there",
+    )
     found = Path(folder) / PARTS[str(name)] if folder and PARTS[str(name)] else None
-    if found is None or not found.is_file():
-        raise InputError(name, "part", "a G-code file", "file not provided", "give the path of one")
+    require(
+        found is not None and found.is_file(),
+        name,
+        "part",
+        "a G-code file",
+        "file not provided",
+        "give the path of one",
+    )
     return found
 
 # %% ../../nbs/trajectory/00_data.ipynb #6af42817
@@ -207,8 +216,7 @@ def chosen_layers(
     "Read a choice of layers."
     available = np.unique(np.asarray(available)[np.asarray(available) >= 0])
     m = re.fullmatch(r"all|sampled:(\d+)|(\d*):(\d*)", layers or "")
-    if not m or m[1] == "0":
-        raise InputError("layers", "choice", "all, sampled:N or a:b", repr(layers))
+    require(m and m[1] != "0", "layers", "choice", "all, sampled:N or a:b", repr(layers))
     if m[1]:
         kept = available[:: int(m[1])]
     else:
@@ -217,8 +225,7 @@ def chosen_layers(
             if layers == "all"
             else available[(available >= int(m[2] or 0)) & (available < int(m[3] or 1 << 30))]
         )
-    if not len(kept):
-        raise InputError("layers", "choice", f"some of the {len(available)} layers", repr(layers))
+    require(len(kept), "layers", "choice", f"some of the {len(available)} layers", repr(layers))
     return kept
 
 # %% ../../nbs/trajectory/00_data.ipynb #06cc03fb
@@ -436,8 +443,7 @@ class Series:
 # %% ../../nbs/trajectory/00_data.ipynb #b0477d91
 def _read_table(path, columns):
     "A parquet table with these columns, or an `InputError`."
-    if not path.is_file():
-        raise InputError(path, "file", "a table", "nothing there", "collect again")
+    require(path.is_file(), path, "file", "a table", "nothing there", "collect again")
     try:
         table = pd.read_parquet(path)
     except Exception as e:
@@ -448,8 +454,7 @@ def _read_table(path, columns):
             f"{type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}",
         ) from None
     for c in columns:
-        if c not in table:
-            raise InputError(path, f"column {c}", "to be there", "no such column")
+        require(c in table, path, f"column {c}", "to be there", "no such column")
     for c in columns:
         if c not in THERMAL:
             check_finite(path, f"column {c}", table[c].to_numpy())
@@ -507,10 +512,9 @@ def read_collection(
     "Read all series of a collection."
     folder = Path(folder)
     homes = sorted(p.parent for p in folder.glob("*/motion.json"))
-    if not homes:
-        raise InputError(
-            folder, "collection", "folders with motion.json", "none", "make one with collect"
-        )
+    require(
+        homes, folder, "collection", "folders with motion.json", "none", "make one with collect"
+    )
     found = []
     for home in progress(homes) if progress else homes:
         if parts != "all" and home.name not in parts and part_family(home.name) not in parts:
@@ -523,13 +527,16 @@ def read_collection(
             errors = _read_table(path.with_suffix(".parquet"), ERRORS)[list(ERRORS)].to_numpy(
                 "float32"
             )
-            if len(errors) != len(part.features) or note.get("motion") != part.note["key"]:
-                raise InputError(
-                    path, "motion", "the motion beside it", "another one", "collect again"
-                )
+            require(
+                len(errors) == len(part.features) and note.get("motion") == part.note["key"],
+                path,
+                "motion",
+                "the motion beside it",
+                "another one",
+                "collect again",
+            )
             found.append(Series(part, note["machine"], errors))
-    if not found:
-        raise InputError(folder, "series", f"parts {parts} on machines {machines}", "none")
+    require(found, folder, "series", f"parts {parts} on machines {machines}", "none")
     if len({s.part.rate for s in found}) > 1:
         raise InputError(
             folder, "rate", "one rate", ", ".join(f"{s.part.name} {s.part.rate:g}" for s in found)
@@ -720,8 +727,7 @@ def fit_scale(
 ) -> Scale:  # Also set as `windows.scale`
     "Means and spreads over the runs that the training windows lie in."
     runs = windows.run_table.iloc[np.unique(windows.recording[np.asarray(train)])]
-    if not len(runs):
-        raise InputError("scale", "training windows", "at least one", "none")
+    require(len(runs), "scale", "training windows", "at least one", "none")
 
     def pick(c):
         return np.unique(
@@ -751,10 +757,16 @@ def attach(
     arrays: list,  # One array `[T,C]` a series
 ):
     "Add an input that has the rows of the errors."
-    if len(arrays) != len(self.series) or any(
-        len(a) != len(s.errors) for a, s in zip(arrays, self.series)
-    ):
-        raise InputError(name, "arrays", "one a series with its rows", f"{len(arrays)} arrays")
+    require(
+        (
+            len(arrays) == len(self.series)
+            and not any(len(a) != len(s.errors) for a, s in zip(arrays, self.series))
+        ),
+        name,
+        "arrays",
+        "one a series with its rows",
+        f"{len(arrays)} arrays",
+    )
     self.extra[name] = torch.from_numpy(np.concatenate(arrays).astype("float32"))
 
 # %% ../../nbs/trajectory/00_data.ipynb #7d737e1c
@@ -819,8 +831,7 @@ def split_windows(
     on_valid[learned] = _held_out(blocks[learned], share, seed)
     sides = [everything[mask[run]] for mask in (learned & ~on_valid, on_valid, on_test)]
     for name, side in zip(("train", "valid", "test"), sides):
-        if not len(side):
-            raise InputError("split", name, "at least one window", f"none of {len(windows)}")
+        require(len(side), "split", name, "at least one window", f"none of {len(windows)}")
     for column in dict(family=["family"], machine=["machine"], both=["family", "machine"]).get(
         kind, []
     ):
@@ -875,10 +886,14 @@ def write_samples(
 ) -> Path:  # The folder
     "Write windows as `sample_*.pt`."
     folder = Path(folder)
-    if windows.scale is None:
-        raise InputError(
-            folder, "scale", "one fitted on the training windows", "none", "call fit_scale first"
-        )
+    require(
+        windows.scale is not None,
+        folder,
+        "scale",
+        "one fitted on the training windows",
+        "none",
+        "call fit_scale first",
+    )
     for name, index in splits.items():
         index = np.asarray(index)[::every]
         for k, i in enumerate(progress(index) if progress else index, 1):
@@ -901,8 +916,7 @@ class SampleFiles:
     ):
         self.folder = Path(folder)
         self.files = sorted(self.folder.glob("sample_*.pt"))
-        if not self.files:
-            raise InputError(folder, "files", "sample_*.pt", "none")
+        require(self.files, folder, "files", "sample_*.pt", "none")
         stats = [
             p
             for p in (self.folder / "stats.json", self.folder.parent / "stats.json")
@@ -928,8 +942,7 @@ def __getitem__(
         ("trajectory_targets", 2),
         ("thermal_targets", 3),
     ):
-        if name not in found:
-            raise InputError(path, name, "a tensor", "no such entry")
+        require(name in found, path, name, "a tensor", "no such entry")
         shape = np.shape(found[name])
         if (
             len(shape) != 2
@@ -1022,8 +1035,7 @@ def _check_program(path):
         found = [plan(path).issues]
     else:
         found = [own.issues for _, own, _ in program_blocks(path)]
-    if not found:
-        raise InputError(path, "moves", "at least one that changes position or E", "none")
+    require(found, path, "moves", "at least one that changes position or E", "none")
     for issues in found:
         if issues:
             raise InputError(path, "program", "nothing to assume", issues[0])

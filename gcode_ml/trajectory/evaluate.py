@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 
-from ..core.errors import InputError
+from ..core.errors import require
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #6e94dd13
 def covered_rows(
@@ -109,8 +109,13 @@ def error_scores(
     predicted: np.ndarray,  # What was said, mm, `[N,2]`
 ) -> pd.DataFrame:  # A row an axis: `MAE`, `RMSE`, `R²`, `p50` to `p99`
     "Scores of predicted errors."
-    if actual.shape != predicted.shape:
-        raise InputError("scores", "predicted", f"shape {actual.shape}", str(predicted.shape))
+    require(
+        actual.shape == predicted.shape,
+        "scores",
+        "predicted",
+        f"shape {actual.shape}",
+        str(predicted.shape),
+    )
     rows = []
     for axis, columns in (("x", [0]), ("y", [1]), ("xy", [0, 1])):
         a = actual[:, columns].astype(float)
@@ -256,8 +261,7 @@ def path_scores(
 ) -> dict:  # µm: `tracking` and `contour` RMS, and p50, p95, p99 and the largest contour error
     "How far a path is from the programmed one."
     rows = np.arange(len(actual)) if keep is None else np.flatnonzero(keep)
-    if not len(rows):
-        raise InputError("path", "samples", "at least one that counts", "none")
+    require(len(rows), "path", "samples", "at least one that counts", "none")
     c = 1e3 * contour_error(actual, reference, rate, rows=rows)
     e = 1e3 * (actual - reference)[rows]
     return dict(

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from scipy.optimize import minimize
 from scipy.signal import lfilter
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from .data import position_features
 from .simulate import error_filter
 
@@ -149,8 +149,7 @@ def fit_filters(
     "Fit filters."
     for k in kinds:
         check_choice("filter", "kind", k, FILTERS)
-    if not series:
-        raise InputError("filter", "series", "at least one", "none")
+    require(series, "filter", "series", "at least one", "none")
     rows = rows or [None] * len(series)
     rate = series[0].part.rate
     names = sorted({s.machine["name"] for s in series})

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..core.files import checksum
 from ..data.batch import Subset, dataloaders
 from ..gcode.parts import write_parts
@@ -59,10 +59,7 @@ def _programs(data):
         for p in sorted(folder.glob("*"))
         if p.suffix.lower() in (".gcode", ".gco", ".g", ".nc", ".ngc")
     }
-    if not found:
-        raise InputError(
-            data, "parts", "a collection, G-code files or a G-code file", "nothing of these"
-        )
+    require(found, data, "parts", "a collection, G-code files or a G-code file", "nothing of these")
     return found
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #a98fa0fc
@@ -387,10 +384,13 @@ def predict_part(
         intervals=True,
         scale=scale,
     )
-    if windows.features != list(scale.features):
-        raise InputError(
-            bundle.folder, "features", ", ".join(windows.features), ", ".join(scale.features)
-        )
+    require(
+        windows.features == list(scale.features),
+        bundle.folder,
+        "features",
+        ", ".join(windows.features),
+        ", ".join(scale.features),
+    )
     if part.rate != scale.rate:
         raise InputError(part.name, "rate", f"{scale.rate:g} samples a second", f"{part.rate:g}")
     windows.attach(

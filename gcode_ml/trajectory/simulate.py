@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from scipy.linalg import eigh_tridiagonal
 from scipy.signal import cont2discrete, lfilter
 
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError, check_choice, require
 from ..gcode.planner import Plan, plan, sample
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #a9dd3551
@@ -124,8 +124,13 @@ class Machine:
 def _check_machine(m):
     "Raise `InputError` for constants without a meaning."
     for name in ("frequency", "damping"):
-        if len(getattr(m, name)) != 2:
-            raise InputError("machine", name, "a value for X and one for Y", str(getattr(m, name)))
+        require(
+            len(getattr(m, name)) == 2,
+            "machine",
+            name,
+            "a value for X and one for Y",
+            str(getattr(m, name)),
+        )
     for f in m.frequency:
         if not 0 < f < np.inf:
             raise InputError("machine", "frequency", "above 0 Hz", f"{f:g}")
@@ -141,8 +146,13 @@ def _check_machine(m):
         "pressure_advance",
         "nozzle_lag",
     ):
-        if not 0 <= getattr(m, name) < np.inf:
-            raise InputError("machine", name, "a number not below 0", str(getattr(m, name)))
+        require(
+            0 <= getattr(m, name) < np.inf,
+            "machine",
+            name,
+            "a number not below 0",
+            str(getattr(m, name)),
+        )
     if not (
         0 < m.belt_ratio < np.inf
         and 0 < m.second_ratio < np.inf
