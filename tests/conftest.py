@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+import warnings
 
 import pytest
 
@@ -62,6 +63,19 @@ def refused():
         with pytest.raises(InputError) as error:
             function(*args, **kwargs)
         return str(error.value)
+
+    return call
+
+
+@pytest.fixture
+def warnings_of():
+    "Call something and collect its warnings: returns its result and the messages of its `UserWarning`s."
+
+    def call(function, *args, **kwargs):
+        with warnings.catch_warnings(record=True) as recorded:
+            warnings.simplefilter("always")
+            result = function(*args, **kwargs)
+        return result, [str(w.message) for w in recorded if w.category is UserWarning]
 
     return call
 
