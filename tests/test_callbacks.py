@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import fastai.callback.schedule  # noqa: F401  gives a Learner `lr_find`
 import pandas as pd
 import pytest
 import torch

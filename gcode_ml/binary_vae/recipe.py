@@ -40,6 +40,7 @@ from gcode_ml.binary_vae.data import (
     TEXTS,
     Images,
     Texts,
+    check,  # noqa: F401  part of the contract of a domain
     data_name,
     gcode_tokens,
     load_data,

@@ -32,6 +32,7 @@ from gcode_ml.fingerprint.data import (
     ChannelScale,
     LineWindows,
     align_channels,
+    check,  # noqa: F401  part of the contract of a domain
     fit_scale,
     modality,
     programs,

@@ -146,6 +146,8 @@ class MLflow(LocalTracker):
 
     def open(self):
         os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
+        import alembic  # noqa: F401  mlflow-skinny does not bring these two
+        import sqlalchemy  # noqa: F401
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):

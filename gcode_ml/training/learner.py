@@ -13,6 +13,7 @@ import random
 import numpy as np
 import torch
 from fastai.callback.core import CancelEpochException, event
+from fastai.callback.progress import ProgressCallback  # noqa: F401  gives every Learner its bar and `no_bar`
 from fastai.learner import Learner as FastaiLearner
 from fastcore.basics import patch
 from fastcore.foundation import L
