@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-newest lab docs papers check bench export figures hooks clean-env help
+.PHONY: demo test test-newest test-random lab docs papers check format bench export figures hooks clean-env help
 
 help:                    ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -31,7 +31,9 @@ docs: $(READY)           ## the site, in _docs
 papers: $(READY)         ## every write-up as HTML and PDF in _papers, its numbers computed from papers/*/results
 	$(BIN)/gcode_ml paper
 
-check: $(READY)          ## only what takes seconds: export, clean notebooks, dependency rule, style
+check: $(READY)          ## only what takes seconds: format and lint, export, clean notebooks, import rules, style
+	$(BIN)/ruff format --check -q .
+	$(BIN)/ruff check -q .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_sync.py tests/test_imports.py tests/test_style.py
 
 bench: $(READY)          ## our ways measured beside others, in bench/results.json; on a quiet machine
@@ -43,7 +45,16 @@ export: $(READY)         ## after editing a notebook
 figures: $(READY)        ## run the pages in a kernel and keep their outputs for the site
 	for n in $$(git ls-files 'nbs/*.ipynb' | grep -v /experiments/); do GCODE_ML_DATA= OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace $$n || exit 1; done; $(BIN)/nbdev-clean
 
-hooks: $(READY)          ## nbdev's merge and diff drivers for this clone
+format: $(READY)         ## ruff formats and mends what it can
+	$(BIN)/ruff check -q --fix .
+	$(BIN)/ruff format .
+
+test-random: $(READY)    ## the whole suite in random order, N times (5)
+	for i in $$(seq $(or $(N),5)); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --random-order || exit 1; done
+
+hooks: $(READY)          ## nbdev's merge and diff drivers, git blame without mechanical commits, ruff before each commit
+	git config --local blame.ignoreRevsFile .git-blame-ignore-revs
+	$(BIN)/pre-commit install
 	git config --local include.path ../.gitconfig
 	git config --local merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 	git config --local diff.jupyternotebook.command $(BIN)/nbdev-diff-driver
