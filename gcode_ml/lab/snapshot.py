@@ -257,7 +257,7 @@ def load(self: Snapshot):
     try:
         with safe_open(self.path, "pt") as f:
             header = json.loads(f.metadata()["snapshot"])
-            tensors = {k: f.get_tensor(k) for k in f}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  no dict
     except Exception as e:
         raise InputError(
             self.path,
