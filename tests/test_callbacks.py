@@ -61,7 +61,7 @@ def callbacks():
     "Every callback class of the shared pages by its name in the package."
     pages = [
         f"{p.parent.name}.{p.stem}"
-        for d in ("training", "lab")
+        for d in ("data", "signals", "evaluation", "training", "lab")
         for p in sorted((Path(gcode_ml.__file__).parent / d).glob("[!_]*.py"))
     ]
     return {
