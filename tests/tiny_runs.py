@@ -4,6 +4,8 @@ Everything goes through the command line, so that names inside the package may c
 The commands use relative paths: they are carried out in a folder of their own.
 """
 
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -87,7 +89,9 @@ RUNS = {
 # What every run shares.
 SHARED = dict(seed=7, device="cpu", workers=0)
 
-ENTRY = "import sys; from gcode_ml.lab.command import main; sys.exit(main())"
+# Where the command line begins; pyproject.toml names it as well.
+ENTRY_MODULE = "gcode_ml.lab.command"
+ENTRY = f"import sys; from {ENTRY_MODULE} import main; sys.exit(main())"
 
 
 def options(values: dict) -> list:
@@ -130,3 +134,21 @@ def gcode_ml(words: list, folder, source=None, code: int = 0) -> str:
     if done.returncode != code:
         raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr[-2000:]}")
     return done.stdout
+
+
+def entry_point():
+    """Return the function behind the command `gcode_ml`, for calls in this process."""
+    return importlib.import_module(ENTRY_MODULE).main
+
+
+def execute_here(notebook, output, parameters=None, **unused):
+    """Execute a notebook in this process, in the place of papermill's `execute_notebook`."""
+    names = {"__name__": "__main__", "display": lambda *shown: None}
+    with open(notebook, encoding="utf-8") as file:
+        cells = json.load(file)["cells"]
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] != "code":
+            continue
+        exec(compile("".join(cell["source"]), f"{notebook}-{number}", "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", []):
+            names.update(parameters or {})
