@@ -115,7 +115,7 @@ def elapsed_seconds(
         file,
         "t_console",
         "HH:MM:SS.mmm or MM:SS.f",
-        repr(texts[int(np.argmin(np.isfinite(seconds)))]),
+        repr(next((c for c, s in zip(texts, seconds) if not np.isfinite(s)), None)),
     )
     around = 60.0**parts * (24 / 60 if parts == 3 else 1)
     turns = np.concatenate([[0], np.cumsum(np.diff(seconds) < -around / 2)])

@@ -512,7 +512,7 @@ def _checked_config(config, tokens, file):
         file,
         "config mode",
         "hybrid or split",
-        repr(config["mode"]),
+        repr(config.get("mode")),
     )
     digits = config["bucket_digits"]
     if digits is not None and (not isinstance(digits, int) or digits < 1):
@@ -525,7 +525,7 @@ def _checked_config(config, tokens, file):
             file,
             f"config {key}",
             "a dictionary",
-            repr(config[key]),
+            repr(config.get(key)),
         )
         for k, v in config.get(key, {}).items():
             if not isinstance(v, (int, float)) or (key != "representatives" and not v > 0):
