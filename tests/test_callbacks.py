@@ -45,6 +45,7 @@ from gcode_ml.training.speed import (
     GradientCheckpointing,
     MixedPrecision,
     ProgressiveLength,
+    check_mixed_precision,
 )
 from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 
@@ -197,7 +198,7 @@ EXAMPLES = {  # name in the package -> the callback (and what it is used with), 
     "lab.snapshot.Snapshot": lambda folder: [],
     "lab.runs.RunProgress": lambda folder: [RunProgress(Run(folder / "run"))],
 }
-SILENT = {
+SILENT = {  # leave the weights of a fit alone
     "History",
     "TextLog",
     "TrainingMetrics",
