@@ -216,7 +216,7 @@ SILENT = {  # leave the weights of a fit alone
 }
 if not check_mixed_precision("cpu")["bf16"]:  # then the fit goes on in float32
     SILENT.add("MixedPrecision")
-# leave the weights of a fit alone
+
 OWN_WEIGHTS = {"EMA"}  # validate with other weights than they train
 MEASURED = {
     "seconds",

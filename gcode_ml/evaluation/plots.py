@@ -1,4 +1,4 @@
-"""The pictures that every report needs, each one function that returns its axes.
+"""Plots of fits, confusion, scores with intervals, and calibration; each function returns its axes.
 
 Docs: https://example.org/gcode_ml/evaluation/plots.html.md"""
 
@@ -26,12 +26,12 @@ _orange = sns.color_palette("colorblind")[1]
 
 # %% ../../nbs/evaluation/03_plots.ipynb #e3165ce8
 def _axes(ax, height):
-    "`ax`, or new axes six inches wide."
+    "Return `ax`, or create axes six inches wide."
     return plt.subplots(figsize=(6, height), dpi=100, layout="constrained")[1] if ax is None else ax
 
 # %% ../../nbs/evaluation/03_plots.ipynb #144c89e1
 def _check_columns(table, needed, what):
-    "Raise when `table` lacks rows or a column."
+    "Raise `InputError` if `table` lacks rows or a column."
     for c in needed:
         if c not in table:
             raise InputError(
@@ -44,7 +44,7 @@ def _check_columns(table, needed, what):
 
 # %% ../../nbs/evaluation/03_plots.ipynb #544d2082
 def _epochs(history, ax):
-    "Epochs counted through all fits, with a line where the next fit begins."
+    "Epochs numbered consecutively over all fits, with a line where the next fit begins."
     if "fit" not in history or history.fit.nunique() == 1:
         return history.epoch.to_numpy()
     starts = np.flatnonzero(history.fit.ne(history.fit.shift()))
@@ -54,7 +54,7 @@ def _epochs(history, ax):
 
 # %% ../../nbs/evaluation/03_plots.ipynb #6dc67b54
 def _mark_best(ax, epoch, y, best, name):
-    "A dot at the best epoch, told in the legend."
+    "Mark the best epoch with a dot and a legend entry."
     if not np.isfinite(y).any():
         return
     i = np.nanargmin(y) if best == "min" else np.nanargmax(y)
@@ -68,12 +68,12 @@ def _mark_best(ax, epoch, y, best, name):
 
 # %% ../../nbs/evaluation/03_plots.ipynb #0d7a7152
 def plot_history(
-    history: pd.DataFrame,  # A row an epoch: `epoch`, `train_loss`, `valid_loss`, other metrics; `fit` where fits follow each other
-    quantity: str = "loss",  # Draw `train_<quantity>` and `valid_<quantity>`, or the column `<quantity>` itself
-    best: str = "min",  # Whether the `min` or the `max` of it is best
+    history: pd.DataFrame,  # One row per epoch: `epoch`, `train_loss`, `valid_loss`, other metrics; `fit` names consecutive fits
+    quantity: str = "loss",  # Plots `train_<quantity>` and `valid_<quantity>`, or the column `<quantity>` itself
+    best: str = "min",  # `min` or `max`: which extreme is best
     ax=None,  # Axes to draw into
 ):  # The axes
-    "One quantity over the epochs."
+    "Plot a loss or metric over the epochs."
     check_choice("plot_history", "best", best, ("min", "max"))
     names = {
         f"train_{quantity}": "training",
@@ -132,7 +132,7 @@ def plot_confusion(
         ax=ax,
         annot_kws=dict(size=size),
         cbar_kws=dict(
-            label="share of the true class",
+            label="fraction of the true class",
             shrink=0.7,
             pad=0.02,
             aspect=30,
@@ -163,7 +163,7 @@ def _split_style(k, n):
 
 # %% ../../nbs/evaluation/03_plots.ipynb #fcb82b9e
 def _dot(ax, row, y, k, n, model):
-    "One value and its interval, moved a little up or down by its split."
+    "Draw one value and its interval, offset vertically by its split."
     y = y + (k - (n - 1) / 2) * min(0.3, 0.7 / n)
     style = _split_style(k, n)
     if np.isfinite([row.low, row.high]).all():
@@ -172,7 +172,7 @@ def _dot(ax, row, y, k, n, model):
 
 # %% ../../nbs/evaluation/03_plots.ipynb #b4ba019f
 def _scores_legend(ax, splits, own):
-    "Colours are splits, shapes are kinds of method; below the axes where the figure is ours."
+    "Legend of splits (colours) and kinds of method (shapes); below the axes of an own figure."
     marks = [
         Line2D([], [], marker="s", ls="", ms=7, label=str(v), **_split_style(k, len(splits)))
         for k, v in enumerate(splits)
@@ -193,12 +193,12 @@ def _scores_legend(ax, splits, own):
 
 # %% ../../nbs/evaluation/03_plots.ipynb #bcaace32
 def plot_scores(
-    table: pd.DataFrame,  # Columns `name`, `split`, `value`, `low`, `high`; a row a method and split
-    models=None,  # Names of the models; all that are no baselines by default
-    quantity: str = "accuracy",  # What `value` is, for the axis
+    table: pd.DataFrame,  # Columns `name`, `split`, `value`, `low`, `high`; one row per method and split
+    models=None,  # Names of the models; by default all that are not baselines
+    quantity: str = "accuracy",  # Axis label of `value`
     ax=None,  # Axes to draw into
 ):  # The axes
-    "Dots and intervals of every method under every split."
+    "Plot scores and intervals of every method under every split."
     _check_columns(table, ("name", "split", "value", "low", "high"), "scores")
     names = list(table.name.unique())
     splits = list(table.split.unique())
@@ -234,11 +234,11 @@ def plot_scores(
 # %% ../../nbs/evaluation/03_plots.ipynb #ad1cf4ae
 def plot_reliability(
     confidence,  # Probability of the predicted label, `[N]`, 0 to 1
-    correct,  # Whether it was right, `[N]`
-    bins: int = 15,  # Bins of equal width
+    correct,  # True where the prediction is correct, `[N]`
+    bins: int = 15,  # Number of bins of equal width
     ax=None,  # Axes to draw into
 ):  # The axes
-    "Accuracy against confidence."
+    "Reliability diagram: accuracy against confidence, with the calibration error."
     t = reliability_table(confidence, correct, bins).dropna()
     ax = _axes(ax, 3.6)
     ax.plot([0, 1], [0, 1], color=".6", ls="--", lw=1, label="calibrated")
