@@ -1,4 +1,4 @@
-"""Ways in which an answer can reach a model without being measured, each one counted.
+"""The leak audit: checks for target leakage through the split, duplicates, columns, missingness and time.
 
 Docs: https://example.org/gcode_ml/evaluation/audit.html.md"""
 
@@ -25,14 +25,14 @@ from .baselines import TimeLookup
 # %% ../../nbs/evaluation/02_audit.ipynb #eabcb3ba
 @dataclass(frozen=True)
 class Finding:
-    "What one check of the audit found."
+    "Result of one check of the audit."
 
     check: str  # Name of the check
-    leak: bool  # Is `value` above `limit`?
-    value: float  # What was measured
-    limit: float  # Largest value that raises no suspicion
+    leak: bool  # True if `value` is above `limit`
+    value: float  # Measured value
+    limit: float  # Largest value without a leak
     sentence: str  # The finding in words
-    details: dict  # Numbers behind it, plain values that JSON can hold
+    details: dict  # Underlying numbers, JSON-serialisable
 
 
 def _finding(check, value, limit, sentence, **details):
@@ -40,14 +40,14 @@ def _finding(check, value, limit, sentence, **details):
 
 
 def _same_length(check, **arrays):
-    "Raise when arrays that describe the same items differ in length."
+    "Raise `InputError` if arrays that describe the same items differ in length."
     (first, n), *rest = [(k, len(v)) for k, v in arrays.items()]
     for k, m in rest:
         require(m == n, check, k, f"{n}, one for each of {first}", str(m))
 
 # %% ../../nbs/evaluation/02_audit.ipynb #859aee0a
 def _most_shared(start, stop, a, b):
-    "Rows that each interval `[a,b)` shares with that interval `[start,stop)` which shares most with it."
+    "Largest overlap, in rows, of each interval `[a,b)` with any interval `[start,stop)`."
     order = np.lexsort((-stop, start))
     start, stop = start[order], stop[order]
     outer = stop > np.concatenate([[-1], np.maximum.accumulate(stop)[:-1]])
@@ -69,12 +69,11 @@ def _most_shared(start, stop, a, b):
 
 
 def _longest_between(length, first, last):
-    "Largest of `length[first:last]` for each pair, 0 where that is empty."
+    "Maximum of `length[first:last]` for each pair, 0 where the slice is empty."
     result = np.zeros(len(first), int)
     some = np.flatnonzero(last > first)
-    some = some[
-        np.argsort(first[some], kind="stable")
-    ]  # in order, so that `reduceat` passes over the array once
+    # In order, so that `reduceat` reads the array once.
+    some = some[np.argsort(first[some], kind="stable")]
     if len(some):
         result[some] = np.maximum.reduceat(
             np.append(length, 0), np.stack([first[some], last[some]], 1).ravel()
@@ -86,11 +85,11 @@ def window_overlap(
     sources,  # Source of each window, `[N]`
     starts,  # First row in its source, `[N]`
     stops,  # Row after the last, `[N]`
-    train,  # Windows to learn from
-    test,  # Windows to measure on
-    near: float = 0.75,  # Share of its rows from which a test window counts as a near copy
-) -> Finding:  # `value`: share of test windows with a row in training
-    "Test windows that share rows with a training window of their source."
+    train,  # Indices of training windows
+    test,  # Indices of test windows
+    near: float = 0.75,  # Fraction of shared rows from which a test window is a near copy
+) -> Finding:  # `value`: fraction of test windows with a row in training
+    "Check for test windows that share rows with a training window of their source."
     _same_length("window overlap", sources=sources, starts=starts, stops=stops)
     sources, starts, stops, test = map(np.asarray, (sources, starts, stops, test))
     require(len(test), "window overlap", "test", "at least one window", "none")
@@ -140,7 +139,7 @@ def _hashed(series):
         if x.ndim != 2 or x.shape[1] != width:
             raise InputError(name, "series", f"an array [T,{width or 'C'}]", f"shape {x.shape}")
         there = ~np.isnan(x)
-        x[~there] = np.nan  # one pattern of bits for all NaN
+        x[~there] = np.nan  # one bit pattern for all NaN
         varies = np.where(there, x, -np.inf).max(0, initial=-np.inf) > np.where(
             there, x, np.inf
         ).min(0, initial=np.inf)
@@ -165,9 +164,8 @@ def _row_keys(hashed, channels, span=1):
     key = hashed[:, channels] @ weights[0, : hashed.shape[1]][channels]
     if span == 1:
         return key
-    key = key[
-        np.append(True, key[1:] != key[:-1])
-    ]  # a row that only repeats the one before adds nothing
+    # A row that repeats the previous one adds no information.
+    key = key[np.append(True, key[1:] != key[:-1])]
     return (
         np.lib.stride_tricks.sliding_window_view(key, span) @ weights[1, :span]
         if len(key) >= span
@@ -176,7 +174,7 @@ def _row_keys(hashed, channels, span=1):
 
 # %% ../../nbs/evaluation/02_audit.ipynb #eb9aed32
 def _candidates(tables):
-    "Pairs of sources with an equal row on the channels that all sources have."
+    "Pairs of sources with an equal row on the channels common to all sources."
     names = list(tables)
     everywhere = np.logical_and.reduce([t[1] for t in tables.values()])
     keys = [np.unique(_row_keys(t[0], everywhere)) for t in tables.values()]
@@ -190,7 +188,7 @@ def _candidates(tables):
 
 
 def _common_rows(one, two, values):
-    "Rows of `one` that stand in `two` as well."
+    "Number of rows of `one` that also occur in `two`."
     channels = one[1] & two[1]
     varying = int((channels & one[2] & two[2]).sum())
     span = -(-values // varying) if varying else 0
@@ -207,17 +205,17 @@ def _common_rows(one, two, values):
 # %% ../../nbs/evaluation/02_audit.ipynb #2e2c4b3e
 def duplicate_rows(
     series: dict,  # Source -> numbers `[T,C]`, channels in one common order, NaN where missing
-    train=None,  # Names of the training sources, when the split is known
+    train=None,  # Names of the training sources, if the split is known
     test=None,  # Names of the test sources
-    values: int = 12,  # Varying numbers that must agree
-    least: int = 2,  # Rows that two sources must share
-) -> Finding:  # `value`: pairs of sources with common rows, on two sides if these are given
-    "Exact copies of whole rows in different sources."
+    values: int = 12,  # Number of varying values that must agree
+    min_rows: int = 2,  # Minimum number of rows that two sources must share
+) -> Finding:  # `value`: pairs of sources with common rows, across the split if it is given
+    "Check for exact copies of whole rows in different sources."
     tables = _hashed(series)
     pairs = []
     for a, b in _candidates(tables):
         rows = _common_rows(tables[a], tables[b], values)
-        if rows >= least:
+        if rows >= min_rows:
             pairs.append([a, b, rows])
     sides = [set() if s is None else {_plain(k) for k in s} for s in (train, test)]
     split = train is not None and test is not None
@@ -227,7 +225,9 @@ def duplicate_rows(
         else pairs
     )
     worst = max(crossing, key=lambda p: p[2], default=None)
-    sentence = f"Pairs of sources with the same rows{' on two sides of the split' if split else ''}: {len(crossing)}{f' ({worst[0]} and {worst[1]} share {worst[2]})' if worst else ''}."
+    where = " on two sides of the split" if split else ""
+    example = f" ({worst[0]} and {worst[1]} share {worst[2]})" if worst else ""
+    sentence = f"Pairs of sources with the same rows{where}: {len(crossing)}{example}."
     return _finding(
         "duplicate_rows",
         len(crossing),
@@ -240,7 +240,7 @@ def duplicate_rows(
 
 # %% ../../nbs/evaluation/02_audit.ipynb #b2a03a2a
 def _within_sources(x, y, source):
-    "Least-squares slope and R2 after each source's mean is taken away."
+    "Least-squares slope and R2 after subtracting each source's mean."
     n = np.maximum(np.bincount(source), 1)
     x, y = [v - (np.bincount(source, v) / n)[source] for v in (x, y)]
     xx = x @ x
@@ -251,7 +251,7 @@ def _within_sources(x, y, source):
 
 
 def _median_ratio(x, y, source):
-    "Median of the ratio of changes from row to row, over the larger half of the changes in `x`."
+    "Median ratio of row-to-row changes, over the larger half of the changes in `x`."
     same = np.diff(source) == 0
     dx = np.diff(x)[same]
     dy = np.diff(y)[same]
@@ -266,15 +266,15 @@ def _centre(x, source):
     return pd.Series(x).groupby(source).transform("median").to_numpy()
 
 
-def _share_right(error, departure, limit):
-    "Share of rows with a small error; 0 unless half of the rows that leave the median are among them."
+def _fraction_reproduced(error, departure, limit):
+    "Fraction of rows with a small error; 0 unless it holds for half of the rows that differ from the median."
     right = np.abs(error) <= limit
     leaves = np.abs(departure) > limit
     return float(right.mean()) if leaves.any() and right[leaves].mean() >= 0.5 else 0.0
 
 # %% ../../nbs/evaluation/02_audit.ipynb #97e0a73b
 def _copy_fit(y, x, source, tolerance):
-    "How well column `y` gives back answer `x`: slope, share of rows within the tolerance, R2 and share of equal rows."
+    "Fit of column `y` to target `x`: slope, fraction of rows within the tolerance, R2, fraction of equal rows."
     both = np.isfinite(x) & np.isfinite(y)
     x = x[both]
     y = y[both]
@@ -284,7 +284,9 @@ def _copy_fit(y, x, source, tolerance):
         return fit
     low, high = np.quantile(x, [0.05, 0.95])
     limit = tolerance * ((high - low) or np.ptp(x))
-    fit["equal"] = _share_right(y - x, x - np.median(x), 1e-3 * limit)  # float32 against float64
+    fit["equal"] = _fraction_reproduced(
+        y - x, x - np.median(x), 1e-3 * limit
+    )  # float32 against float64
     inner = np.logical_and(
         *[(v >= lo) & (v <= hi) for v in (x, y) for lo, hi in [np.quantile(v, [0.01, 0.99])]]
     )
@@ -293,21 +295,21 @@ def _copy_fit(y, x, source, tolerance):
         if not slope:
             continue
         error = y / slope - x
-        share = _share_right(error - _centre(error, source), x - _centre(x, source), limit)
+        share = _fraction_reproduced(error - _centre(error, source), x - _centre(x, source), limit)
         if share > fit["share"] or not fit["slope"]:
             fit.update(slope=float(slope), share=share)
     return fit
 
 # %% ../../nbs/evaluation/02_audit.ipynb #09593496
 def affine_copies(
-    columns: pd.DataFrame,  # Numeric columns that a model may read, `[N,C]`
-    answers: pd.DataFrame,  # Numeric answers, `[N,A]`
-    sources,  # Source of each row, `[N]`, rows of one source in their order
-    share: float = 0.95,  # Share of rows that must be given back
-    tolerance: float = 1e-3,  # Allowed error, of the answer's range
-    r2: float = 0.999,  # Or this share of variance within sources
-) -> Finding:  # `value`: columns that copy an answer
-    "Columns that are an answer in other units, with an offset for each source."
+    columns: pd.DataFrame,  # Numeric input columns, `[N,C]`
+    answers: pd.DataFrame,  # Numeric targets, `[N,A]`
+    sources,  # Source of each row, `[N]`, rows of one source in order
+    share: float = 0.95,  # Fraction of rows that must be reproduced
+    tolerance: float = 1e-3,  # Allowed error, relative to the target's range
+    r2: float = 0.999,  # Or this R2 within sources
+) -> Finding:  # `value`: number of columns that copy a target
+    "Check for columns that are a target in other units, with one offset per source."
     _same_length("affine copies", sources=sources, columns=columns, answers=answers)
     order = np.argsort(np.asarray(sources), kind="stable")
     source = np.unique(np.asarray(sources)[order], return_inverse=True)[1]
@@ -349,7 +351,7 @@ def source_table(
 
 # %% ../../nbs/evaluation/02_audit.ipynb #a11b3398
 def _class_finding(check, what, x, labels, groups, folds, seed, margin, names):
-    "Accuracy of a forest on one row a source, against the majority."
+    "Accuracy of a forest on one row per source, compared with the majority class."
     labels = np.asarray(labels)
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
     names = [f"channel {i}" for i in range(x.shape[1])] if names is None else list(map(str, names))
@@ -369,11 +371,15 @@ def _class_finding(check, what, x, labels, groups, folds, seed, margin, names):
     weight = model.fit(x, y)[-1].feature_importances_
     majority = np.bincount(y).max() / len(y)
     top = [[names[i], float(weight[i])] for i in np.argsort(-weight)[:5] if weight[i] > 0]
+    sentence = (
+        f"From {what}, {right.mean():.1%} of {len(y)} held-out sources get the right class of "
+        f"{y.max() + 1}; always the largest class: {majority:.1%}."
+    )
     return _finding(
         check,
         right.mean(),
         majority + _margin(majority, n, margin),
-        f"From {what}, {right.mean():.1%} of {len(y)} held-out sources get the right class of {y.max() + 1}; always the largest class: {majority:.1%}.",
+        sentence,
         majority=float(majority),
         sources=len(y),
         channels=top,
@@ -385,15 +391,15 @@ def _margin(share, n, margin=None):
 
 # %% ../../nbs/evaluation/02_audit.ipynb #8f8ac9b0
 def class_from_missingness(
-    present,  # Is the channel there? `[S,C]` bool
+    present,  # True where a channel is present, `[S,C]`
     labels,  # Class of each source, `[S]`
     groups=None,  # Group of each source, from `join_sources`
     folds: int = 5,  # Folds of the cross-validation
-    seed: int = 0,  # Of folds and forest
+    seed: int = 0,  # Seed of folds and forest
     margin: float = None,  # Allowed distance above the majority; three standard errors by default
     names=None,  # Names of the channels, `[C]`
 ) -> Finding:  # `value`: accuracy over held-out sources
-    "Can the class be told from which channels a source has?"
+    "Check whether the set of present channels predicts the class."
     return _class_finding(
         "class_from_missingness",
         "which channels are present",
@@ -413,10 +419,10 @@ def class_from_slow_channels(
     names=None,  # Names of the channels, `[C]`
     groups=None,  # Group of each source, from `join_sources`
     folds: int = 5,  # Folds of the cross-validation
-    seed: int = 0,  # Of folds and forest
+    seed: int = 0,  # Seed of folds and forest
     margin: float = None,  # Allowed distance above the majority; three standard errors by default
 ) -> Finding:  # `value`: accuracy over held-out sources
-    "Can the class be told from the environment at the time of recording?"
+    "Check whether environmental channels at the time of recording predict the class."
     return _class_finding(
         "class_from_slow_channels",
         "the means of slow channels",
@@ -431,7 +437,7 @@ def class_from_slow_channels(
 
 # %% ../../nbs/evaluation/02_audit.ipynb #eee58d99
 def _majority(answers, train, test, classes):
-    "Accuracy of the most frequent training answer of the item's class."
+    "Accuracy of the most frequent training target of the item's class."
     learnt = pd.Series(answers[train])
     overall = learnt.mode().iloc[0]
     frequent = learnt.groupby(classes[train]).agg(lambda a: a.mode().iloc[0])
@@ -441,7 +447,7 @@ def _majority(answers, train, test, classes):
 
 
 def _stretches(time, answers, sources):
-    "Number of stretches of equal answers within the sources."
+    "Number of stretches of equal targets within the sources."
     order = np.lexsort((time, np.unique(sources, return_inverse=True)[1]))
     a, s = answers[order], sources[order]
     return int(1 + ((a[1:] != a[:-1]) | (s[1:] != s[:-1])).sum())
@@ -449,14 +455,14 @@ def _stretches(time, answers, sources):
 # %% ../../nbs/evaluation/02_audit.ipynb #b56237c6
 def lookup_by_time(
     time,  # Seconds since the start of its source, `[N]`
-    answers,  # Answer of each item, `[N]`
+    answers,  # Target of each item, `[N]`
     sources,  # Source of each item, `[N]`
-    train,  # Items to learn from
-    test,  # Items to measure on
-    classes=None,  # Class of each item, `[N]`, when a model is told or can tell it
+    train,  # Indices of training items
+    test,  # Indices of test items
+    classes=None,  # Class of each item, `[N]`, if a model knows or can recognise it
     margin: float = None,  # Allowed distance above the majority; three standard errors by default
 ) -> Finding:  # `value`: accuracy of the table on test items
-    "What a table from class and elapsed time to the answer reaches without any sensor."
+    "Check how well class and elapsed time predict the target without any sensor."
     _same_length(
         "lookup by time",
         time=time,
@@ -485,11 +491,16 @@ def lookup_by_time(
         answers, train, test, np.zeros(len(time)) if classes is None else np.asarray(classes)
     )
     stretches = _stretches(time[test], answers[test], sources[test])
+    known = "" if classes is None else " and class"
+    sentence = (
+        f"Elapsed time{known} alone give the answer on {value:.1%} of {len(test)} test items; "
+        f"always the most frequent answer: {majority:.1%}."
+    )
     return _finding(
         "lookup_by_time",
         value,
         majority + _margin(majority, stretches / 2, margin),
-        f"Elapsed time{'' if classes is None else ' and class'} alone give the answer on {value:.1%} of {len(test)} test items; always the most frequent answer: {majority:.1%}.",
+        sentence,
         majority=majority,
         without_class=without,
         stretches=stretches,
@@ -511,24 +522,24 @@ _checks = {
 
 def leak_audit(
     **arguments,  # Name of a check -> dict of its arguments
-) -> list:  # One `Finding` for each
-    "Run the named checks, in the order of this page."
+) -> list:  # One `Finding` per check
+    "Run the named checks in the order of this page; raises `InputError` for an unknown check."
     for name in arguments:
         check_choice("leak audit", "check", name, list(_checks))
     return [check(**arguments[name]) for name, check in _checks.items() if name in arguments]
 
 # %% ../../nbs/evaluation/02_audit.ipynb #357bf4cf
 def findings_json(
-    findings: list,  # What `leak_audit` returned
-) -> list:  # One dict a finding, of plain values
-    "Findings as plain values, for `result.json`."
+    findings: list,  # Result of `leak_audit`
+) -> list:  # One dict of plain values per finding
+    "Convert findings to plain values for `result.json`."
     return [asdict(f) for f in findings]
 
 # %% ../../nbs/evaluation/02_audit.ipynb #a59ba912
 def findings_table(
-    findings: list,  # What `leak_audit` returned
+    findings: list,  # Result of `leak_audit`
 ) -> pd.DataFrame:  # Check, leak, value, limit and sentence
-    "Findings as a table, one row each."
+    "Convert findings to a table with one row each."
     return pd.DataFrame(
         findings_json(findings), columns=["check", "leak", "value", "limit", "sentence"]
     ).set_index("check")
