@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from bench import benchmark
-from gcode_ml.fingerprint.align import ProgramChains, StreamAligner, build_library
+from gcode_ml.fingerprint.align import ProgramHMM, StreamAligner, build_library
 from gcode_ml.fingerprint.clocks import on_sensor_clock
 from gcode_ml.fingerprint.data import (
     CONTROLLER,
@@ -166,7 +166,7 @@ def stream_of(quick, lag=8):
         return StreamAligner(
             library,
             emission,
-            ProgramChains(library.lengths),
+            ProgramHMM(library.lengths),
             features.width,
             lag,
             features.statistics,

@@ -1,4 +1,4 @@
-"Forward-backward, Viterbi and the stream against enumeration of all paths; the library, the emission, the clocks and the placer against their definitions."
+"Forward-backward, Viterbi and the stream against enumeration of all paths; the library, the emission, the clocks and the locator against their definitions."
 
 import itertools
 import time as clock
@@ -14,7 +14,7 @@ from gcode_ml.core.errors import InputError
 from gcode_ml.fingerprint.align import (
     GaussianEmission,
     NeuralEmission,
-    ProgramChains,
+    ProgramHMM,
     StreamAligner,
     build_library,
     fit_emission,
@@ -40,17 +40,17 @@ from gcode_ml.fingerprint.data import (
 from gcode_ml.fingerprint.emission import emission_recipe, network_emission
 from gcode_ml.fingerprint.evaluate import selective_curve
 from gcode_ml.fingerprint.placing import (
-    Reading,
-    build_placer,
-    gaussian_placer,
+    ScoreCalibration,
+    build_locator,
+    gaussian_locator,
     line_shape,
-    none_of_the_library,
-    place_rows,
-    place_windows,
+    locate_rows,
+    locate_windows,
+    open_set_auroc,
     score_windows,
 )
 from gcode_ml.fingerprint.simulate import simulate_recordings
-from gcode_ml.fingerprint.templates import program_templates, whole_pieces
+from gcode_ml.fingerprint.templates import program_templates, split_segments
 from gcode_ml.training.fit import fit
 
 CASES = [
@@ -102,7 +102,7 @@ def enumerated(chains, logp, background, time):
 
 def example(case, rows=4, seed=0):
     random = np.random.default_rng(seed)
-    chains = ProgramChains(step=0.25, **case)
+    chains = ProgramHMM(step=0.25, **case)
     states = sum(case["lengths"])
     return (
         chains,
@@ -140,7 +140,7 @@ def test_smoothing_and_viterbi_are_enumeration(case, seed):
     assert np.allclose(found.rates, by_rate, atol=1e-9)
 
 
-class Lib:
+class TinyLibrary:
     "As much of a library as the stream needs."
 
     def __init__(self, states):
@@ -163,7 +163,12 @@ def test_stream_is_smoothing_of_what_it_has_seen(case, lag):
     "The answer for row t is the enumerated posterior of row t given rows 0 to t+lag."
     chains, logp, background, time = example(case, rows=5, seed=5)
     stream = StreamAligner(
-        Lib(logp.shape[1]), Replay(), chains, width=1, lag=lag, features=lambda rows, width: rows
+        TinyLibrary(logp.shape[1]),
+        Replay(),
+        chains,
+        width=1,
+        lag=lag,
+        features=lambda rows, width: rows,
     )
     answers = [
         a for row, t in zip(np.c_[logp, background], time) if (a := stream.step(row, t)) is not None
@@ -180,7 +185,7 @@ def test_stream_is_smoothing_of_what_it_has_seen(case, lag):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.257, 0.51, 40.0])
 def test_kernel_is_a_rounded_normal(seconds):
-    chains = ProgramChains([300, 50], rates=(0.9, 1.0, 1.1))
+    chains = ProgramHMM([300, 50], rates=(0.9, 1.0, 1.1))
     kernel = chains.kernel(seconds)
     assert np.allclose(kernel.sum(1), 1)
     assert kernel.shape[1] <= 300
@@ -261,7 +266,7 @@ def test_emission_is_the_normal_distribution(fitted):
     library, emission, rows, states, train, *_ = fitted
     x = trailing_features(rows[train[0].name])[50:53]
     logp, background = emission.log_probabilities(x)
-    limit = emission.most * np.sqrt(emission.spread)
+    limit = emission.max_deviation * np.sqrt(emission.spread)
     cut = np.clip(x, emission.middle - limit, emission.middle + limit)
     for state in (0, 77, len(library) - 1):
         by_hand = np.nansum(
@@ -293,7 +298,7 @@ def test_unsmoothed_means_are_the_means(fitted):
 def test_simulated_runs_are_found(fitted):
     "Unknown start, from the middle of a run: every run's program by every row, the place within a second."
     library, emission, rows, states, train, test, of = fitted
-    chains = ProgramChains(library.lengths)
+    chains = ProgramHMM(library.lengths)
     for r in test:
         x = rows[r.name][60:]
         time = r.time[60:]
@@ -316,7 +321,7 @@ def test_stream_goes_on_without_boards_and_is_fast(fitted):
     x = rows[r.name].copy()
     x[len(x) // 2 :, ::2] = np.nan
     x[-20:] = np.nan
-    stream = StreamAligner(library, emission, ProgramChains(library.lengths), lag=8)
+    stream = StreamAligner(library, emission, ProgramHMM(library.lengths), lag=8)
     began = clock.perf_counter()
     answers = []
     for row, t in zip(x, r.time):
@@ -337,7 +342,7 @@ def test_two_programs_in_one_recording(fitted):
     keep = sorted(set(range(rows[a.name].shape[1])))
     x = np.concatenate([rows[a.name], rows[b.name]])[:, keep]
     time = np.r_[a.time, b.time + a.time[-1] + 0.5]
-    found = ProgramChains(library.lengths, leave=1e-3).smooth(
+    found = ProgramHMM(library.lengths, leave=1e-3).smooth(
         *emission.log_probabilities(trailing_features(x)), time
     )
     said = library.describe(found.posterior, found.none).program
@@ -360,7 +365,7 @@ def test_neural_emission_is_bayes():
 
 def test_bad_input(fitted):
     library, emission, rows, states, train, test, of = fitted
-    chains = ProgramChains(library.lengths)
+    chains = ProgramHMM(library.lengths)
     stream = StreamAligner(library, emission, chains)
     stream.step(rows[test[0].name][0], 5.0)
     for call in (
@@ -376,7 +381,7 @@ def test_bad_input(fitted):
             call()
 
 
-# ---- pieces, the two clocks, the network and the placer
+# ---- pieces, the two clocks, the network and the locator
 
 
 def test_match_is_the_sum_along_the_diagonal(fitted):
@@ -404,7 +409,7 @@ def test_match_is_the_sum_along_the_diagonal(fitted):
 def test_match_is_the_limit_of_the_chains():
     "With an advance that is certain, smoothing a piece and matching it are the same."
 
-    class Exact(ProgramChains):
+    class Exact(ProgramHMM):
         def kernel(self, seconds):
             k = np.zeros((len(self.lengths), 3))
             k[:, int(np.rint(seconds / self.step))] = 1.0
@@ -539,12 +544,12 @@ def placed(fitted):
     learn = emission_recipe(train, max_epochs=9, batch_size=64, hidden=64, rank=32, silence=0.1)
     with learn.no_bar(), learn.no_logging():
         fit(learn)
-    return build_placer(learn, network_emission(learn)), learn, train, test, of
+    return build_locator(learn, network_emission(learn)), learn, train, test, of
 
 
 def test_network_ignores_what_is_missing_and_learns_no_slow_channel(placed):
     "Silent boards stay silent in training; the states do not depend on the slow channels."
-    placer, learn, *_ = placed
+    locator, learn, *_ = placed
     network = learn.model
     x = torch.from_numpy(learn.features(learn.held[0]))
     slow = x.clone()
@@ -552,26 +557,26 @@ def test_network_ignores_what_is_missing_and_learns_no_slow_channel(placed):
     assert torch.equal(network.eval()(x)["states"], network(slow)["states"])
     assert not torch.equal(network(x)["operation"], network(slow)["operation"])
     x[:, 3] = 0.0
-    disturbed = network.disturbed(x)
-    assert (disturbed[:, 3] == 0).all()
+    augmented = network.augmented(x)
+    assert (augmented[:, 3] == 0).all()
     for board in network.boards.unique():
         own = network.boards == board
-        silent = (disturbed[:, own] == 0).all(1).float().mean()
+        silent = (augmented[:, own] == 0).all(1).float().mean()
         assert 0 < silent < 0.5 if (x[:, own] != 0).any() else silent == 1
 
 
 def test_placer_places(placed):
     "Pieces and rows of test runs; probabilities are probabilities; the stream with a lag agrees with smoothing near the end."
-    placer, learn, train, test, of = placed
+    locator, learn, train, test, of = placed
     assert len(learn.inner) + len(learn.held) == len(train)
     assert not {r.name for r in learn.inner} & {r.name for r in learn.held}
     for r in test[:3]:
         start = np.arange(0, len(r) - 64, 32)
-        said = place_windows(placer, r, start, start + 64)
-        assert (said.program_said == of[r.operation]).mean() > 0.8
+        said = locate_windows(locator, r, start, start + 64)
+        assert (said.program_predicted == of[r.operation]).mean() > 0.8
         for c in ("text", "program", "operation"):
             assert said[f"{c}_probability"].between(0, 1 + 1e-6).all()
-        rows = place_rows(placer, r)
+        rows = locate_rows(locator, r)
         assert len(rows) == len(r)
         assert (rows.known_start_text == r.texts).mean() > 0.7
         assert rows.known_start_text_probability.between(0, 1 + 1e-6).all()
@@ -579,11 +584,11 @@ def test_placer_places(placed):
 
 def test_normal_distributions_in_the_place_of_the_network(placed):
     "The same library and table, the emission of the definition, and no word on the operation."
-    placer, learn, train, test, of = placed
-    other = gaussian_placer(learn)
+    locator, learn, train, test, of = placed
+    other = gaussian_locator(learn)
     assert other.library is learn.library
-    assert (other.table.texts == placer.table.texts).all()
-    assert other.program_of == placer.program_of
+    assert (other.table.texts == locator.table.texts).all()
+    assert other.program_of == locator.program_of
     x = other.features(test[0])
     logp, background, operation = other.emission.both(x)
     n = 3 * sum(learn.features.motion)
@@ -596,9 +601,9 @@ def test_normal_distributions_in_the_place_of_the_network(placed):
     right = []
     for r in test:
         start = np.arange(0, len(r) - 64, 32)
-        said = place_windows(other, r, start, start + 64)
+        said = locate_windows(other, r, start, start + 64)
         assert said.text_probability.between(0, 1 + 1e-6).all()
-        right += (said.program_said == of[r.operation]).tolist()
+        right += (said.program_predicted == of[r.operation]).tolist()
     assert np.mean(right) > 0.6
 
 
@@ -609,11 +614,11 @@ def test_scores_and_shapes():
             source=["a", "a", "a", "b"],
             text=["X1", "X2", "Y1", "G1 X1"],
             operation=["p", "p", "p", "q"],
-            text_said=["X1", "X3", "X1", "G1 X1"],
+            text_predicted=["X1", "X3", "X1", "G1 X1"],
             text_probability=1.0,
-            shape_said=["X", "X", "X", "G1 X"],
-            program_said=["p", "q", "p", "q"],
-            operation_said=["p", "q", "p", "q"],
+            shape_predicted=["X", "X", "X", "G1 X"],
+            program_predicted=["p", "q", "p", "q"],
+            operation_predicted=["p", "q", "p", "q"],
             text_lookup=["X1", "", "Y1", "X1"],
         )
     )
@@ -631,7 +636,7 @@ def test_scores_and_shapes():
 def test_none_of_the_library_is_the_area_under_the_curve():
     a = pd.DataFrame(dict(source=list("xxyy"), fit=[3.0, 2.0, 5.0, 4.0]))
     b = pd.DataFrame(dict(source=list("zz"), fit=[2.5, 1.0]))
-    found = none_of_the_library(a, b)
+    found = open_set_auroc(a, b)
     assert found["window"] == np.mean([u > v for u in a.fit for v in b.fit])
     assert found["run"] == 1.0
 
@@ -652,30 +657,30 @@ def _other_night(r, size=3.0, seed=0):
 
 def test_templates_see_neither_level_nor_size(placed):
     "Another offset and a positive gain change nothing; an inverted sensor is another motion; without motion there is nothing to say."
-    placer, learn, train, test, of = placed
-    t = placer.templates
+    locator, learn, train, test, of = placed
+    t = locator.templates
     assert not {r.name for r in learn.held} & {r.name for r in learn.inner}
     for r in test[:3]:
         rows = align_channels(r, t.channels)[40:104]
         time = r.time[40:104]
         score = t.match(rows, time)
-        assert score.shape == (len(placer.library),)
+        assert score.shape == (len(locator.library),)
         assert (score >= 0).all()
         assert np.allclose(t.match(7 * rows - 300, time), score, rtol=2e-2, atol=0.5)
         assert t.match(-rows, time)[score.argmax()] < score.max()
         assert not t.match(np.ones_like(rows), time).any()
         assert not t.match(np.full_like(rows, np.nan), time).any()
     with pytest.raises(InputError, match="at least one channel"):
-        program_templates(placer.library, train, ("nothing",))
+        program_templates(locator.library, train, ("nothing",))
 
 
 def test_whole_recordings_by_their_pieces(placed):
     "Pieces cover all rows; the margin of the true program alone is positive, also where a sensor drifts."
-    placer, *_, test, of = placed
-    t = placer.templates
-    lib = placer.library
+    locator, *_, test, of = placed
+    t = locator.templates
+    lib = locator.library
     for n in (1, 40, 64, 200, 777):
-        start, stop = whole_pieces(n)
+        start, stop = split_segments(n)
         assert start[0] == 0
         assert stop[-1] == n
         assert (start[1:] == stop[:-1]).all()
@@ -689,7 +694,7 @@ def test_whole_recordings_by_their_pieces(placed):
 
 
 def test_the_stream_with_a_known_start_looks_at_nothing_later(placed):
-    placer, *_, test, of = placed
+    locator, *_, test, of = placed
     for r in test[:2]:
         n = 3 * len(r) // 4
         part = replace(
@@ -700,25 +705,27 @@ def test_the_stream_with_a_known_start_looks_at_nothing_later(placed):
             sensors=r.sensors[:n],
             controller=None,
         )
-        a = place_rows(placer, r)
-        b = place_rows(placer, part)
-        first = whole_pieces(len(r))[1][0]
+        a = locate_rows(locator, r)
+        b = locate_rows(locator, part)
+        first = split_segments(len(r))[1][0]
         same = 64 * ((n - 32) // 64)
         assert (a.known_start_stream_text[:same] == b.known_start_stream_text[:same]).all()
         assert (a.known_start_stream_text == r.texts)[first:].mean() > 0.9
 
 
 def test_a_foreign_day_is_told_and_left_to_the_filter(placed):
-    placer, learn, train, test, of = placed
+    locator, learn, train, test, of = placed
     own = []
     lost = []
     whole = []
     for r in test:
         start = np.arange(0, len(r) - 64, 32)
-        night = place_windows(placer, _other_night(r), start, start + 64, readers=True)
-        own += (night.program_said == of[r.operation]).tolist()
+        night = locate_windows(locator, _other_night(r), start, start + 64, each_model=True)
+        own += (night.program_predicted == of[r.operation]).tolist()
         lost += (night.operation_network.map(of) == of[r.operation]).tolist()
-        whole.append(of[place_rows(placer, _other_night(r)).operation_said[0]] == of[r.operation])
+        whole.append(
+            of[locate_rows(locator, _other_night(r)).operation_predicted[0]] == of[r.operation]
+        )
     assert np.mean(own) > 0.75
     assert np.mean(own) > np.mean(lost)
     assert np.mean(whole) >= 0.8
@@ -726,20 +733,24 @@ def test_a_foreign_day_is_told_and_left_to_the_filter(placed):
 
 def test_readings(placed):
     "Probabilities; an infinite temperature silences a reader; the spread stays within a program."
-    placer, *_ = placed
-    lib = placer.library
+    locator, *_ = placed
+    lib = locator.library
     random = np.random.default_rng(0)
     a, b = random.normal(size=(2, 3, len(lib)))
-    for r in (Reading(4.0, 8.0, 1.0), Reading(4.0), Reading(float("inf"), 2.0, 0.5)):
-        p = r.places(lib, r.score(a, b))
+    for r in (
+        ScoreCalibration(4.0, 8.0, 1.0),
+        ScoreCalibration(4.0),
+        ScoreCalibration(float("inf"), 2.0, 0.5),
+    ):
+        p = r.state_probabilities(lib, r.score(a, b))
         assert np.allclose(p.sum(-1), 1)
         assert p.shape == a.shape
-    assert np.array_equal(Reading(4.0).score(a, b), a / 4)
-    assert np.array_equal(Reading(float("inf"), 2.0).score(a, b), b / 2)
+    assert np.array_equal(ScoreCalibration(4.0).score(a, b), a / 4)
+    assert np.array_equal(ScoreCalibration(float("inf"), 2.0).score(a, b), b / 2)
     one = np.full((1, len(lib)), -1e6)
     one[0, lib.first[1]] = 0.0
-    p = Reading(1.0, spread=2.0).places(lib, one)[0]
+    p = ScoreCalibration(1.0, spread=2.0).state_probabilities(lib, one)[0]
     assert np.isclose(p[lib.program == 1].sum(), 1)
     assert p[lib.first[1]] > p[lib.first[1] + 3] > 0
-    told = placer.operation(np.eye(len(lib.names))[0], random.normal(size=len(placer.operations)))
-    assert np.isclose(told[np.array(placer.program_of) == 0].sum(), 1)
+    told = locator.operation(np.eye(len(lib.names))[0], random.normal(size=len(locator.operations)))
+    assert np.isclose(told[np.array(locator.program_of) == 0].sum(), 1)

@@ -22,13 +22,13 @@ from gcode_ml.fingerprint.verify import (
     EDITS,
     FEATURES,
     Verifier,
-    _relative,
     calibrate,
     edit_program,
     fit_response,
     program_signals,
     rebuilt_program,
     self_check,
+    subtract_running_mean,
     trace,
     verification_rows,
     verify,
@@ -93,8 +93,8 @@ def test_running_mean_is_causal_and_forgets_offsets():
     "A constant offset changes nothing, and the future changes nothing."
     x = np.random.default_rng(0).normal(size=(200, 2))
     g = np.full(200, 0.25)
-    assert _relative(x + 7, g) == pytest.approx(_relative(x, g))
-    assert _relative(x[:90], g[:90]) == pytest.approx(_relative(x, g)[:90])
+    assert subtract_running_mean(x + 7, g) == pytest.approx(subtract_running_mean(x, g))
+    assert subtract_running_mean(x[:90], g[:90]) == pytest.approx(subtract_running_mean(x, g)[:90])
 
 
 def test_evidence_is_the_likelihood_ratio_of_normal_distributions(machine):
