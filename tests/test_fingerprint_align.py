@@ -456,7 +456,7 @@ def test_lags_of_both_clocks_are_recovered(fitted):
     )
     step = np.median(np.diff(runs[0].time))
     lags, agreement = sensor_lags(
-        [moved(r, rows=k) for r, k in zip(runs, (0, 8, 0, 0))], longest=4.0
+        [moved(r, rows=k) for r, k in zip(runs, (0, 8, 0, 0))], max_lag=4.0
     )
     assert np.allclose(lags, [0, 8 * step, 0, 0], atol=0.5)
     assert (agreement > 0).all()
