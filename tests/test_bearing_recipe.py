@@ -17,13 +17,13 @@ from gcode_ml.bearing.evaluate import (
 )
 from gcode_ml.bearing.models import (
     MODELS,
-    NOTHING,
+    NOISE_EVIDENCE,
     BandPenalty,
     LinePenalty,
-    OrderFront,
+    OrderSpectrumFrontEnd,
     OrderNet,
     SpectrogramCNN,
-    order_places,
+    defect_line_orders,
 )
 from gcode_ml.bearing.recipe import (
     MODEL_DEFAULTS,
@@ -91,7 +91,7 @@ def test_evidence_follows_the_definition():
     e = np.abs(np.fft.ifft(2 * Z)) ** 2
     E = np.abs(np.fft.rfft((e - e.mean()) * np.hanning(n), 4 * n))
     F = np.arange(len(E)) * 12000 / (4 * n)
-    front = OrderFront(bands=((2800.0, 4200.0),), sharpness=200.0)
+    front = OrderSpectrumFrontEnd(bands=((2800.0, 4200.0),), sharpness=200.0)
     q = front(inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"])[0, 0]
     for h in range(3):
         for k in range(1, 4):
@@ -139,8 +139,8 @@ def test_monotone():
     q = torch.randn(40, 5, 3, 4)
     more = q.clone()
     more[:, :, 1] += torch.rand(40, 5, 4)
-    a = model.judged(q)["fault"]
-    b = model.judged(more)["fault"]
+    a = model.score_evidence(q)["fault"]
+    b = model.score_evidence(more)["fault"]
     assert (b[:, 1] >= a[:, 1] - 1e-6).all()
     torch.testing.assert_close(a[:, [0, 2]], b[:, [0, 2]])
 
@@ -148,15 +148,15 @@ def test_monotone():
 def test_bands_and_lines_beyond_the_rate():
     "Of what a signal cannot hold there is no evidence, neither for nor against; nothing folds back."
     inputs, mask, _ = windows_of([rolling_record("inner", rate=6000.0, seed=0)], 6000)
-    q = OrderFront()(inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"])
-    assert (q[:, 2:4] != NOTHING).any()
-    assert (q[:, 3] == NOTHING).all()
+    q = OrderSpectrumFrontEnd()(inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"])
+    assert (q[:, 2:4] != NOISE_EVIDENCE).any()
+    assert (q[:, 3] == NOISE_EVIDENCE).all()
     assert q.isfinite().all()
-    q = OrderFront(harmonics=20)(
+    q = OrderSpectrumFrontEnd(harmonics=20)(
         inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"]
     )
-    beyond = order_places(inputs["orders"], 20)[0] * inputs["shaft"][0] > 1000
-    assert (q[0, 0][beyond] == NOTHING).all()
+    beyond = defect_line_orders(inputs["orders"], 20)[0] * inputs["shaft"][0] > 1000
+    assert (q[0, 0][beyond] == NOISE_EVIDENCE).all()
 
 
 def test_learned_bands_get_gradients(records):
@@ -273,7 +273,7 @@ def test_programs_are_the_model(learn):
 def test_decimated_envelopes_are_whole(records):
     "Evidence from few points of the envelope is that of all points."
     x, shaft, rate, orders, _ = RecordWindows(records, 6000).signals([0, 9, 18])
-    front = OrderFront()
+    front = OrderSpectrumFrontEnd()
     quick = front(x, shaft, rate, orders)
     slow = front(
         x, shaft, torch.cat([rate[:2], rate[2:] + 1e-3]), orders
