@@ -6,7 +6,7 @@ Docs: https://example.org/gcode_ml/bearing/data.html.md"""
 
 # %% auto #0
 __all__ = ['ORDERS', 'BEARINGS', 'FAULTS', 'JOURNAL_FAULTS', 'SPLITS', 'Geometry', 'fault_name', 'Record', 'check_record',
-           'comb_score', 'doubts', 'read_matlab', 'read_cwru', 'read_signal', 'whosmat_', 'read_labels',
+           'comb_score', 'plausibility_warnings', 'read_matlab', 'read_cwru', 'read_signal', 'whosmat_', 'read_labels',
            'write_records', 'record_files', 'read_records', 'low_pass', 'RecordWindows', 'class_names', 'held_groups',
            'split_folds', 'split_windows', 'check']
 
@@ -212,7 +212,7 @@ def comb_score(
     return float(peaks[:, 0].mean() - peaks[:, 1:].mean())
 
 # %% ../../nbs/bearing/00_data.ipynb #8e12aee5
-def doubts(
+def plausibility_warnings(
     record: Record,  # A record
 ) -> list:  # One sentence each
     "What looks wrong with a record and need not be."
@@ -559,7 +559,7 @@ def read_records(
     records = [read() for _, read in (progress(files) if progress else files)]
     if healthy and not labelled:
         records = [low_pass(r, 5000.0) for r in records]
-    for d in (d for r in records for d in doubts(r)):
+    for d in (d for r in records for d in plausibility_warnings(r)):
         warnings.warn(d, stacklevel=2)
     return records
 
@@ -855,7 +855,9 @@ def check(
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 records.append(read())
-            found += [f"{str(w.message).rstrip('.')}." for w in said] + doubts(records[-1])
+            found += [f"{str(w.message).rstrip('.')}." for w in said] + plausibility_warnings(
+                records[-1]
+            )
         except InputError as e:
             found.append(str(e))
     return found + _alone(records)

@@ -37,8 +37,8 @@ from gcode_ml.bearing.models import (
     MODELS,
     BandPenalty,
     LinePenalty,
-    OrderFront,
     OrderNet,
+    OrderSpectrumFrontEnd,
     PatchTransformer,
     SignalModel,
     SpectrogramCNN,
@@ -92,7 +92,7 @@ class EvidenceWindows:
     def __init__(
         self,
         windows,  # `RecordWindows`
-        front,  # `OrderFront`
+        front,  # `OrderSpectrumFrontEnd`
         chunk: int = 32,  # Windows worked on at a time
     ):
         self.windows = windows

@@ -1,4 +1,4 @@
-"""Other signers, made of the ones that are there: handedness, proportions, camera, tempo, and points that the camera lost.
+"""Augmentation that varies the signer: handedness, proportions, camera, tempo and missing points.
 
 Docs: https://example.org/gcode_ml/sign/augment.html.md"""
 
@@ -30,7 +30,7 @@ from gcode_ml.signals.augment import (
 # %% ../../nbs/sign/10_augment.ipynb #671718ae
 @register_augmentation
 class PartAffine(Augmentation):
-    "Turn, scale and shift each part of the body about its root, by draws of its own."
+    "Rotate, scale and shift each body part about its root, with independent random parameters."
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class PartAffine(Augmentation):
         rotation: float = 0.1,  # Largest angle, radians
         scale: float = 0.1,  # Scales from `1-scale` to `1+scale`
         shift: float = 0.05,  # Largest shift along each axis
-        p: float = 1.0,  # Share of the samples
+        p: float = 1.0,  # Fraction of the samples
     ):
         self.parts = dict(parts or {})
         self.rotation = rotation
@@ -67,13 +67,13 @@ class PartAffine(Augmentation):
 # %% ../../nbs/sign/10_augment.ipynb #853c3c8d
 @register_augmentation
 class FrameEdge(Augmentation):
-    "Press points that are below a drawn height against it, as the lower edge of a picture does; y points down."
+    "Clamp points below a random height, like the lower edge of a picture; y points down."
 
     def __init__(
         self,
         low: float = 1.1,  # Highest place of the edge, in units of the inputs below the origin
         high: float = 2.0,  # Lowest place
-        p: float = 0.4,  # Share of the samples
+        p: float = 0.4,  # Fraction of the samples
     ):
         self.low = low
         self.high = high
@@ -89,13 +89,13 @@ class FrameEdge(Augmentation):
 # %% ../../nbs/sign/10_augment.ipynb #e9ae3d52
 @register_augmentation
 class SmoothTimeWarp(Augmentation):
-    "Read each sample at a speed that changes smoothly; both ends stay."
+    "Resample each sample at a smoothly varying speed; both ends stay fixed."
 
     def __init__(
         self,
         std: float = 0.3,  # Standard deviation of ln speed at a knot
         knots: int = 5,  # Number of knots, at least 2
-        p: float = 1.0,  # Share of the samples
+        p: float = 1.0,  # Fraction of the samples
     ):
         self.std = std
         self.knots = knots
@@ -133,7 +133,7 @@ def signer_style(
     drop: float = 0.1,  # Chance of a group, and of a run of a tenth of the frames, to be lost
     jitter: float = 0.01,  # Noise of visible points, in shoulder widths
 ) -> list:  # Augmentations for `signals.augment.Augment(…, key='channels')`
-    "Augmentations that make other signers, in their order."
+    "Augmentations that vary the signer, in the order of application."
     made = (
         [Mirror(pairs, p=mirror)] if mirror and len(pairs) else [Mirror(p=mirror)] if mirror else []
     )

@@ -1,4 +1,4 @@
-"""The table of epochs in its agreed columns, weights under the model's name, and the names of the clips when a loss is not a number.
+"""CSV log of the epochs, last and best weights, and a stop with clip names at a non-finite loss.
 
 Docs: https://example.org/gcode_ml/sign/callbacks.html.md"""
 
@@ -45,7 +45,7 @@ def _gpu_memory():
 
 # %% ../../nbs/sign/30_callbacks.ipynb #ab08ced2
 class SignLog(Callback):
-    "One row an epoch, numbered from 1; a resumed fit goes on without gap or repetition."
+    "Write one CSV row per epoch, numbered from 1; a resumed fit continues without gaps or repetitions."
 
     order = 57
 
@@ -95,7 +95,7 @@ class SignLog(Callback):
 
 # %% ../../nbs/sign/30_callbacks.ipynb #f364c4fd
 class ModelCheckpoints(Callback):
-    "Keep the last weights and the best."
+    "Save the weights of the last and of the best epoch."
 
     order = 66
 
@@ -129,7 +129,7 @@ class ModelCheckpoints(Callback):
 
 # %% ../../nbs/sign/30_callbacks.ipynb #263c5db5
 class NamedSubset(Subset):
-    "Some clips, and the names of those in the last batch."
+    "A subset of the clips that stores the numbers of its last batch in `gathered`."
 
     gathered = ()
 
@@ -139,7 +139,7 @@ class NamedSubset(Subset):
 
 # %% ../../nbs/sign/30_callbacks.ipynb #33b4da0d
 class FiniteBatch(Callback):
-    "Stop with the names of the clips as soon as the training loss is NaN or infinite."
+    "Raise FloatingPointError with the names of the clips when the training loss is NaN or infinite."
 
     order = -6
 

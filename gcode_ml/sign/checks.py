@@ -319,7 +319,7 @@ def check_clip_file(
     try:
         content = file.read_bytes() if file.is_file() else None
         arrays = read_npz(file, content=content)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             both = feature_key in arrays or require_x2048
             clip = (
@@ -333,7 +333,7 @@ def check_clip_file(
         return [_fault(_check_of(e), e)], None
     remarks = [
         _warn("file", "arrays that had to be converted", file, str(w.message).split(": ")[-1])
-        for w in said
+        for w in caught
     ]
     remarks += [
         r
@@ -494,7 +494,7 @@ def _near_pairs(paths, distance):
 # %% ../../nbs/sign/07_checks.ipynb #196c055d
 def _duplicate_remarks(path, set_, split, distance=1e-2):
     "Copies: with another label, on two sides of the split, or merely there."
-    group = "recording" if split == "random" else "signer"
+    group = "recording" if split == "leaky" else "signer"
     pairs = {}
     first = set_.groupby("digest").cumcount()
     heads = set_.drop_duplicates("digest").set_index("digest")["name"]
@@ -610,13 +610,13 @@ def check(
     require_x2048: bool = False,  # Must every clip have features?
     kp_key: str = "X",  # Array of the points
     feature_key: str = "X2048",  # Array of the features
-    split: str = "signer",  # Whose sides no copy may cross: `signer` or `random`
+    split: str = "signer",  # Split that no copy may cross: `signer` or `leaky`
     num_gloss="auto",  # Number of glosses, or `auto`
     num_cat="auto",  # Number of categories, or `auto`
 ) -> Faults:  # One sentence a fault; empty when all is well
     "Check everything in `CHECKS`; warnings are warned about."
     path = Path(path)
-    check_choice("parameters", "split", split, ("signer", "random"))
+    check_choice("parameters", "split", split, ("signer", "leaky"))
     keys = dict(kp_key=kp_key, feature_key=feature_key, require_x2048=require_x2048)
     if path.is_file():
         return _result(check_clip_file(path, **keys)[0], 1, None)

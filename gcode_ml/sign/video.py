@@ -1,4 +1,4 @@
-"""From a video to a clip of points, by a pose estimator that lives in an environment of its own.
+"""Extract keypoints from a video with MediaPipe Holistic in a separate environment.
 
 Docs: https://example.org/gcode_ml/sign/video.html.md"""
 
@@ -57,7 +57,7 @@ def extract_clip(
     visibility: float = 0.5,  # Smallest visibility of a point of the pose that counts as seen
     seconds: float = 3600.0,  # Longest time that may pass
 ) -> Clip:  # Without labels
-    "Let MediaPipe Holistic look at every frame."
+    "Extract the keypoints of every frame with MediaPipe Holistic. Raises InputError when that fails."
     video = Path(video)
     require(video.is_file(), video, "file", "a video", "nothing there")
     with tempfile.TemporaryDirectory() as folder:
@@ -89,8 +89,8 @@ def extract_clip(
     return clip
 
 # %% ../../nbs/sign/60_video.ipynb #3c66e7d3
-def _why(video, python, said):
-    "What the program's last line means."
+def _why(video, python, predicted):
+    "The InputError for the last line that the program printed."
     if said.startswith("absent"):
         return InputError(
             python or sys.executable,
@@ -99,7 +99,7 @@ def _why(video, python, said):
             said.removeprefix("absent: ")[:120],
             "give the Python of an environment that has it",
         )
-    if said == "no frame":
+    if predicted == "no frame":
         return InputError(video, "content", "a video with frames", "none that could be read")
     return InputError(video, "extraction", "points", said[:160])
 
@@ -109,7 +109,7 @@ def hand_remarks(
     touching: float = 0.25,  # Distance of the hands in shoulder widths below which they touch
     small: float = 0.5,  # Size of a hand against its median below which its fingers point at the camera
 ) -> dict:  # Share of the frames: `touching`, `pointing`, `turned`, `swapped`
-    "How often the estimate of the hands is likely to be wrong."
+    "Fractions of frames in which the estimated hands are likely to be wrong. Raises InputError for another layout."
     if clip_layout(clip) != "pose78":
         raise InputError(clip.file or clip.name, "layout", "pose78", clip_layout(clip))
     p = to_pixels(clip.points, clip.width, clip.height)
