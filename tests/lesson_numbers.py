@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy
 import torch
-
 from numeric_form import hashes
 
 SKIPPED = ("slow", "cuda")

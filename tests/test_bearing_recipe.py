@@ -20,8 +20,8 @@ from gcode_ml.bearing.models import (
     NOISE_EVIDENCE,
     BandPenalty,
     LinePenalty,
-    OrderSpectrumFrontEnd,
     OrderNet,
+    OrderSpectrumFrontEnd,
     SpectrogramCNN,
     defect_line_orders,
 )
@@ -148,7 +148,9 @@ def test_monotone():
 def test_bands_and_lines_beyond_the_rate():
     "Of what a signal cannot hold there is no evidence, neither for nor against; nothing folds back."
     inputs, mask, _ = windows_of([rolling_record("inner", rate=6000.0, seed=0)], 6000)
-    q = OrderSpectrumFrontEnd()(inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"])
+    q = OrderSpectrumFrontEnd()(
+        inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"]
+    )
     assert (q[:, 2:4] != NOISE_EVIDENCE).any()
     assert (q[:, 3] == NOISE_EVIDENCE).all()
     assert q.isfinite().all()

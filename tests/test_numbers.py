@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy
 import pandas
 import pytest
-
 import same_numbers
 import tiny_runs
 from numeric_form import file_values

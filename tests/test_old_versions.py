@@ -10,7 +10,6 @@ import numpy
 import pandas
 import papermill
 import pytest
-
 import tiny_runs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""What a fit records, when it stops, and what it keeps.
+"""Callbacks for history, logs, early stopping and checkpoints.
 
 Docs: https://example.org/gcode_ml/training/callbacks.html.md"""
 
@@ -11,6 +11,7 @@ __all__ = ['in_fit', 'epoch_table', 'Stopwatch', 'History', 'TextLog', 'Training
 # %% ../../nbs/training/03_callbacks.ipynb #ff9c7cf8
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,32 +26,31 @@ from ..core.files import atomic_path, write_json
 
 # %% ../../nbs/training/03_callbacks.ipynb #465f575e
 def in_fit(
-    learn,  # A `Learner`
-) -> bool:  # False in `validate`, `get_preds` and `lr_find`
-    "Whether a fit in earnest is going on."
+    learn,  # `Learner`
+) -> bool:  # True in `fit` only
+    "True inside `fit`; False inside `validate`, `get_preds` and `lr_find`."
     return learn.fitting and not hasattr(learn, "lr_finder")
 
 # %% ../../nbs/training/03_callbacks.ipynb #88a3a0d9
 def epoch_table(
-    learn,  # A `Learner`, during a fit or after it
+    learn,  # `Learner`, during or after a fit
 ) -> pd.DataFrame:  # `epoch` (from 0), losses, metrics, `lr`, and the columns of other callbacks
-    "One row an epoch of everything that the last fit has recorded; `validate` makes the recorder forget it."
+    "All values recorded by the last fit, one row per epoch; empty after `validate`."
     recorder = learn.recorder
     names = [n for n in recorder.metric_names if n not in ("epoch", "time")]
-    whole = [
+    # `validate` records a row without a training loss
+    complete = [
         (list(v), i) for v, i in zip(recorder.values, recorder.iters) if len(v) == len(names)
-    ]  # `validate` leaves a row without a training loss
-    table = pd.DataFrame([v for v, _ in whole], columns=names)
+    ]
+    table = pd.DataFrame([v for v, _ in complete], columns=names)
     table.insert(0, "epoch", range(len(table)))
-    table["lr"] = [recorder.lrs[i - 1] if i else np.nan for _, i in whole]
-    return pd.concat(
-        [table, *(pd.DataFrame(cb.epoch_rows) for cb in learn.cbs if "epoch_rows" in vars(cb))],
-        axis=1,
-    )
+    table["lr"] = [recorder.lrs[i - 1] if i else np.nan for _, i in complete]
+    extra = [pd.DataFrame(cb.epoch_rows) for cb in learn.cbs if "epoch_rows" in vars(cb)]
+    return pd.concat([table, *extra], axis=1)
 
 # %% ../../nbs/training/03_callbacks.ipynb #01defefa
 class Stopwatch:
-    "Seconds from lap to lap. It belongs to its process: a snapshot does not keep it."
+    "Measure time in seconds. Not saved in a snapshot."
 
     def __init__(self):
         self.last = time.perf_counter()
@@ -62,29 +62,29 @@ class Stopwatch:
         return self.last - last
 
 # %% ../../nbs/training/03_callbacks.ipynb #0a3e0774
-_readers = {".csv": pd.read_csv, ".json": lambda f: pd.read_json(f, orient="records", dtype=False)}
-_writers = {
-    ".csv": lambda t, f: t.to_csv(f, index=False),
-    ".json": lambda t, f: t.to_json(f, orient="records", indent=1),
+_READERS = {".csv": pd.read_csv, ".json": partial(pd.read_json, orient="records", dtype=False)}
+_WRITERS = {
+    ".csv": partial(pd.DataFrame.to_csv, index=False),
+    ".json": partial(pd.DataFrame.to_json, orient="records", indent=1),
 }
 
 # %% ../../nbs/training/03_callbacks.ipynb #58521b04
 class History(Callback):
-    "Write losses, metrics and seconds of each epoch to a CSV or JSON file, several fits into one."
+    "Write losses, metrics and seconds per epoch to a CSV or JSON file, also of several fits."
 
     order = 55
 
     def __init__(
         self,
-        path,  # The file, `.csv` or `.json`
-        fit: str = "fit",  # Name of this fit, first column of the file
-        columns: dict = None,  # Name in the file -> name in the table, in the order of the file; all by default. Without `fit` the file holds this fit alone
+        path,  # File, `.csv` or `.json`
+        fit: str = "fit",  # Name of this fit, in the column `fit`
+        columns: dict = None,  # Column of the file -> column of the table; by default all columns
     ):
         self.path = Path(path)
         self.fit_name = fit
         self.columns = columns
         self.seconds = []
-        check_choice(path, "file type", self.path.suffix, _writers)
+        check_choice(path, "file type", self.path.suffix, _WRITERS)
 
     def before_fit(self):
         self.run = in_fit(self.learn)
@@ -102,15 +102,16 @@ class History(Callback):
         self.seconds.append(round(self.elapsed + self.watch.lap(), 2))
         table = self.table()
         if self.path.exists() and "fit" in table:
-            others = _readers[self.path.suffix](self.path)
-            table = pd.concat([others[others.fit.astype(str) != self.fit_name], table])
+            previous = _READERS[self.path.suffix](self.path)
+            others = previous[previous.fit.astype(str) != self.fit_name]
+            table = pd.concat([others, table])
         with atomic_path(self.path) as f:
-            _writers[self.path.suffix](table, f)
+            _WRITERS[self.path.suffix](table, f)
 
 # %% ../../nbs/training/03_callbacks.ipynb #cff85783
 @patch
-def table(self: History) -> pd.DataFrame:  # One row an epoch
-    "Everything recorded so far, in the columns that were asked for."
+def table(self: History) -> pd.DataFrame:  # One row per epoch
+    "Values recorded so far, in the selected columns. Raises `InputError` for an unknown column."
     table = epoch_table(self.learn)
     table.insert(0, "fit", self.fit_name)
     table["seconds"] = pd.Series(self.seconds, dtype=float)
@@ -121,20 +122,20 @@ def table(self: History) -> pd.DataFrame:  # One row an epoch
     return table[list(self.columns.values())].set_axis(list(self.columns), axis=1)
 
 # %% ../../nbs/training/03_callbacks.ipynb #37655036
-def _percent(share):
-    "`99.8%`, and `100%` without a decimal."
-    return f"{100 * share:.1f}".removesuffix(".0") + "%"
+def _percent(fraction):
+    "Format a fraction as `99.8%`, or `100%` without a decimal."
+    return f"{100 * fraction:.1f}".removesuffix(".0") + "%"
 
 # %% ../../nbs/training/03_callbacks.ipynb #0004d677
 class TextLog(Callback):
-    "Write losses, accuracies and unique tokens of each epoch as text."
+    "Write losses, accuracies and unique tokens per epoch as text."
 
     order = 56
 
     def __init__(
         self,
-        path,  # The file
-        accuracies: dict = None,  # Name in the log -> name of the metric, a share; by default every validation metric with `acc` in its name
+        path,  # File
+        accuracies: dict = None,  # Name in the log -> metric; by default all with `acc` in the name
     ):
         self.path = Path(path)
         self.accuracies = accuracies
@@ -151,47 +152,44 @@ class TextLog(Callback):
 @patch
 def entry(
     self: TextLog,
-    row: dict,  # A row of `epoch_table`
+    row: dict,  # Row of `epoch_table`
 ) -> str:  # Two lines, three with unique tokens
-    "What the log says of one epoch."
+    "Log entry of one epoch."
     names = self.accuracies or {
         k.removeprefix("valid_"): k for k in row if "acc" in k and not k.startswith("train_")
     }
     lines = [
-        f"Epoch {row['epoch'] + 1}/{self.n_epoch} | Train Loss: {row['train_loss']:.3f} | Val Loss: {row['valid_loss']:.3f}"
+        f"Epoch {row['epoch'] + 1}/{self.n_epoch}"
+        f" | Train Loss: {row['train_loss']:.3f} | Val Loss: {row['valid_loss']:.3f}"
     ]
     if names:
-        lines.append(
-            "Val Accuracies: " + ", ".join(f"{k}={_percent(row[v])}" for k, v in names.items())
-        )
+        accuracies = ", ".join(f"{k}={_percent(row[v])}" for k, v in names.items())
+        lines.append(f"Val Accuracies: {accuracies}")
     if "unique_tokens" in row:
-        lines.append(
-            f"Unique Tokens: {row['unique_tokens']:.0f}/{row['unique_of']:.0f} ({row['unique_share']:.1%})"
-        )
+        counts = f"{row['unique_tokens']:.0f}/{row['unique_of']:.0f}"
+        lines.append(f"Unique Tokens: {counts} ({row['unique_share']:.1%})")
     return "\n".join(lines)
 
 # %% ../../nbs/training/03_callbacks.ipynb #fd0805bd
 class TrainingMetrics(Callback):
-    "Record the metrics on the training batches too, as `train_…` beside `valid_…`."
+    "Also record the metrics on the training batches, as `train_…` next to `valid_…`."
 
     order = 40
 
     def before_fit(self):
         self.learn.recorder.train_metrics = True
         for i, metric in enumerate(self.learn.metrics):
-            vars(self)[f"metric_{i}"] = metric  # one attribute each, so that a snapshot can fill it
+            vars(self)[f"metric_{i}"] = metric  # separate attributes, for the snapshot
 
     def after_fit(self):
         self.learn.recorder.train_metrics = False
 
 # %% ../../nbs/training/03_callbacks.ipynb #7faafa5b
 def history(
-    learn,  # A `Learner` after a fit
+    learn,  # `Learner` after a fit
     accuracy: str = "accuracy",  # Name of the metric
-) -> (
-    pd.DataFrame
-):  # One row an epoch: `train_loss`, `val_loss`, `val_acc`, and with `TrainingMetrics` `train_acc`
-    "Losses and accuracies of the last fit; the training loss is fastai's, smoothed over some fifty batches."
+) -> pd.DataFrame:  # `train_loss`, `val_loss`, `val_acc`, and with `TrainingMetrics` `train_acc`
+    "Losses and accuracies of the last fit, one row per epoch; fastai smooths the training loss."
     names = {
         "train_loss": "train_loss",
         "valid_loss": "val_loss",
@@ -204,10 +202,10 @@ def history(
 
 # %% ../../nbs/training/03_callbacks.ipynb #587db2d9
 def monitored(
-    learn,  # A `Learner` in a fit
-    monitor: str,  # Column of `epoch_table`; `valid_` may be left out
-) -> np.ndarray:  # Its value in each epoch so far
-    "Values of a loss or metric."
+    learn,  # `Learner` in a fit
+    monitor: str,  # Column of `epoch_table`; the prefix `valid_` is optional
+) -> np.ndarray:  # One value per epoch so far
+    "Values of a loss or metric. Raises `InputError` for an unknown name."
     table = epoch_table(learn)
     name = monitor if monitor in table else f"valid_{monitor}"
     if name not in table:
@@ -216,29 +214,29 @@ def monitored(
 
 # %% ../../nbs/training/03_callbacks.ipynb #34562c9b
 def since_best(
-    values,  # One value an epoch; NaN is never best
-    mode: str = "min",  # Whether `min` or `max` is best
-    min_delta: float = 0.0,  # What counts as better: by more than this
-) -> int:  # 0 if the last epoch is the best; all of them if none is
-    "Epochs since the best one."
-    best, last = -np.inf, -1
-    for i, v in enumerate(np.asarray(values, float) * (1 if mode == "max" else -1)):
-        if v > best + min_delta:
-            best, last = v, i
-    return len(values) - 1 - last
+    values,  # One value per epoch; NaN is never best
+    mode: str = "min",  # `min` or `max`: whether the value is minimised or maximised
+    min_delta: float = 0.0,  # Minimum change that counts as an improvement
+) -> int:  # 0 if the last epoch is best; the number of epochs if all values are NaN
+    "Number of epochs since the best epoch."
+    best, best_epoch = -np.inf, -1
+    for epoch, value in enumerate(np.asarray(values, float) * (1 if mode == "max" else -1)):
+        if value > best + min_delta:
+            best, best_epoch = value, epoch
+    return len(values) - 1 - best_epoch
 
 # %% ../../nbs/training/03_callbacks.ipynb #d824b9f0
 class EarlyStopping(Callback):
-    "Stop when a value has not improved for some epochs."
+    "Stop the fit when the monitored value has not improved for `patience` epochs."
 
     order = 60
 
     def __init__(
         self,
-        monitor: str = "valid_loss",  # Loss or metric
-        patience: int = 10,  # Epochs without improvement; 0 stops after the first
-        min_delta: float = 0.0,  # What counts as improvement: more than this
-        mode: str = "min",  # Whether the `min` or the `max` is best
+        monitor: str = "valid_loss",  # Loss or metric to monitor
+        patience: int = 10,  # Number of epochs without improvement; 0 stops after the first epoch
+        min_delta: float = 0.0,  # Minimum change that counts as an improvement
+        mode: str = "min",  # `min` or `max`: whether the value is minimised or maximised
     ):
         check_choice("EarlyStopping", "mode", mode, ("min", "max"))
         self.monitor = monitor
@@ -249,7 +247,7 @@ class EarlyStopping(Callback):
     def before_fit(self):
         self.run = in_fit(self.learn)
         if self.run:
-            monitored(self.learn, self.monitor)  # a wrong name is found at once
+            monitored(self.learn, self.monitor)  # report an unknown name early
 
     def before_epoch(self):
         values = monitored(self.learn, self.monitor)
@@ -258,11 +256,11 @@ class EarlyStopping(Callback):
 
 # %% ../../nbs/training/03_callbacks.ipynb #4e822003
 def save_checkpoint(
-    path,  # The file, `.safetensors`; a `.json` of the same name is written beside it
-    model,  # Model whose weights are kept
-    **facts,  # JSON-able facts about them: epoch, value, …
+    path,  # File, `.safetensors`; the metadata are also written to a `.json` of the same name
+    model,  # Model
+    **facts,  # JSON-serialisable metadata: epoch, value, …
 ):
-    "Write weights and facts, the weights first."
+    "Save the weights of a model and metadata."
     path = Path(path)
     with atomic_path(path) as f:
         save_model(model, str(f), metadata=dict(checkpoint=json.dumps(facts)))
@@ -270,10 +268,10 @@ def save_checkpoint(
 
 # %% ../../nbs/training/03_callbacks.ipynb #e377a4b5
 def load_checkpoint(
-    model,  # Receives the weights
-    path,  # The file, `.safetensors`
-) -> dict:  # The facts it was saved with
-    "Read weights; nothing is unpickled, and what does not fit is refused."
+    model,  # Model to load the weights into
+    path,  # File, `.safetensors`
+) -> dict:  # Metadata of the checkpoint
+    "Load weights without unpickling. Raises `InputError` if the file does not fit the model."
     try:
         with safe_open(path, "pt") as f:
             facts = json.loads((f.metadata() or {}).get("checkpoint", "{}"))
@@ -289,17 +287,17 @@ def load_checkpoint(
 
 # %% ../../nbs/training/03_callbacks.ipynb #eddc9df4
 class Checkpoints(Callback):
-    "Keep the last, the best and every n-th weights of a fit."
+    "Save checkpoints of the last, the best and every n-th epoch."
 
     order = 65
 
     def __init__(
         self,
-        folder,  # Receives `last`, `best` and `epochs_0010` `.safetensors` and `.json`
-        monitor: str = "valid_loss",  # Loss or metric that decides which is best
-        mode: str = "min",  # Whether the `min` or the `max` is best
-        every: int = 0,  # Also after every so many epochs
-        keep_last: int = 0,  # How many of those to keep; 0 keeps all
+        folder,  # Folder for `last`, `best`, `epochs_0010`, ... (`.safetensors` and `.json`)
+        monitor: str = "valid_loss",  # Loss or metric that determines the best epoch
+        mode: str = "min",  # `min` or `max`: whether the value is minimised or maximised
+        every: int = 0,  # Epochs between regular checkpoints; 0 for none
+        keep_last: int = 0,  # Number of regular checkpoints to keep; 0 keeps all
     ):
         check_choice("Checkpoints", "mode", mode, ("min", "max"))
         self.folder = Path(folder)
@@ -322,31 +320,33 @@ class Checkpoints(Callback):
             value=float(values[-1]) if np.isfinite(values[-1]) else None,
         )
         regular = self.every and done % self.every == 0
-        for name in (
-            ["last"]
-            + ["best"] * (since_best(values, self.mode) == 0)
-            + [f"epochs_{done:04d}"] * bool(regular)
-        ):
+        names = ["last"]
+        if since_best(values, self.mode) == 0:
+            names.append("best")
+        if regular:
+            names.append(f"epochs_{done:04d}")
+        for name in names:
             save_checkpoint(self.folder / f"{name}.safetensors", self.learn.model, **facts)
         if regular and self.keep_last:
-            self._forget(done)
+            self._remove_old(done)
 
 # %% ../../nbs/training/03_callbacks.ipynb #25f4f070
 @patch
-def _forget(self: Checkpoints, done):
-    "Remove what this fit wrote before its newest `keep_last`; by their numbers, so that another fit's files in the folder stay."
+def _remove_old(self: Checkpoints, done):
+    "Remove all but the last `keep_last` regular checkpoints of this fit, by epoch number."
     for n in range(done - self.every * self.keep_last, 0, -self.every):
         for suffix in (".safetensors", ".json"):
             (self.folder / f"epochs_{n:04d}{suffix}").unlink(missing_ok=True)
 
 # %% ../../nbs/training/03_callbacks.ipynb #8116a4d4
 class FiniteLoss(Callback):
-    "Stop with an error as soon as the training loss is NaN or infinite."
+    "Raise `FloatingPointError` as soon as the training loss is NaN or infinite."
 
     order = -5
 
     def after_loss(self):
         if self.training and not self.loss.isfinite().all():
             raise FloatingPointError(
-                f"the loss is {self.loss.item()} in epoch {self.epoch}, batch {self.iter}: lower the learning rate or look at the data"
+                f"the loss is {self.loss.item()} in epoch {self.epoch}, batch {self.iter}: "
+                "reduce the learning rate or check the data"
             )
