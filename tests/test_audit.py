@@ -16,13 +16,13 @@ from gcode_ml.data.split import (
     random_split,
 )
 from gcode_ml.evaluation.audit import (
-    _most_shared,
     affine_copies,
     class_from_missingness,
     class_from_slow_channels,
     duplicate_rows,
     findings_json,
     findings_table,
+    largest_overlap,
     leak_audit,
     lookup_by_time,
     source_table,
@@ -192,7 +192,7 @@ def test_most_shared_rows_by_brute_force(seed):
     stop = start + random.integers(1, [2, 20, 150][seed % 3], 40)
     b = a + random.integers(1, [150, 20, 2][seed % 3], 50)
     by_hand = (np.minimum(stop[:, None], b) - np.maximum(start[:, None], a)).clip(0).max(0)
-    assert np.array_equal(_most_shared(start, stop, a, b), by_hand)
+    assert np.array_equal(largest_overlap(start, stop, a, b), by_hand)
 
 
 def recordings(seed, copied=0, idle=25):

@@ -311,7 +311,7 @@ def test_temporal_law_calms_the_answers(records):
 
 def test_sommerfeld_law_moves_the_severity(tmp_path):
     "The severity head follows the Sommerfeld number, also from a folder; with a severity head and such a column only."
-    from gcode_ml.bearing.recipe import _asked
+    from gcode_ml.bearing.recipe import sommerfeld_severity
 
     write_records(tmp_path, journal())
 
@@ -332,7 +332,9 @@ def test_sommerfeld_law_moves_the_severity(tmp_path):
             said = (
                 (learn.model.eval()(inputs, mask)["diameter"].softmax(-1) * levels).sum(-1).numpy()
             )
-        asked = np.array([_asked(r) for r in learn.windows.records])[learn.windows.record]
+        asked = np.array([sommerfeld_severity(r) for r in learn.windows.records])[
+            learn.windows.record
+        ]
         return np.maximum(abs(said - asked) - 0.1, 0).mean()
 
     assert expected(20.0) < expected(0.0)

@@ -39,7 +39,7 @@ from gcode_ml.fingerprint.data import (
 )
 from gcode_ml.fingerprint.emission import emission_recipe, network_emission
 from gcode_ml.fingerprint.evaluate import selective_curve
-from gcode_ml.fingerprint.placing import (
+from gcode_ml.fingerprint.locate import (
     ScoreCalibration,
     build_locator,
     gaussian_locator,

@@ -31,7 +31,7 @@ from sklearn.svm import SVC
 
 from ..core.errors import InputError, check_choice, require
 from ..data.split import check_disjoint, group_kfold, leave_one_group_out
-from ..evaluation.plots import _axes
+from ..evaluation.plots import axes_or_new
 from ..lab.spaces import Dimension
 
 # %% ../../nbs/bearing/09_search.ipynb #d60a6ff8
@@ -398,7 +398,7 @@ def plot_searches(
     ax=None,  # Matplotlib axes; default: a new figure
 ):  # The axes
     "Best score so far against the number of trials; dots are single trials, the band is the range over seeds."
-    ax = _axes(ax, 2.5)
+    ax = axes_or_new(ax, 2.5)
     table = table if "method" in table else table.assign(method="best")
     for name, t in table.groupby("method", sort=False):
         best = t.pivot_table(index="trial", values="best", aggfunc=["mean", "min", "max"])
@@ -467,7 +467,7 @@ def plot_importance(
     ax=None,  # Matplotlib axes; default: a new figure
 ):  # The axes
     "Bar plot of parameter importances."
-    ax = _axes(ax, 0.6 + 0.3 * len(weight))
+    ax = axes_or_new(ax, 0.6 + 0.3 * len(weight))
     ax.barh(list(weight.index)[::-1], weight.to_numpy()[::-1])
     ax.set(xlabel="relative importance")
     return ax
@@ -497,7 +497,7 @@ def plot_settings(
         .pivot_table(index=down, columns=across, values="score", aggfunc="max")
         .reindex(index=order(down), columns=order(across))
     )
-    ax = _axes(ax, 0.8 + 0.4 * len(cells))
+    ax = axes_or_new(ax, 0.8 + 0.4 * len(cells))
     ax.imshow(cells, aspect="auto", cmap="Blues")
     ax.set_xticks(range(cells.shape[1]), cells.columns)
     ax.set_yticks(range(len(cells)), cells.index)

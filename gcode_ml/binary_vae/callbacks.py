@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path
-from ..training.callbacks import in_fit, monitored, since_best
+from ..training.callbacks import epochs_since_best, in_fit, monitored
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #22aa3b4f
 class BetaWarmup(Callback):
@@ -257,7 +257,7 @@ class BestWeights(Callback):
 
     def after_epoch(self):
         values = self.scores()
-        self.waited = since_best(values, "min", self.min_delta) if len(values) else 0
+        self.waited = epochs_since_best(values, "min", self.min_delta) if len(values) else 0
         if len(values) and self.waited == 0:
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 

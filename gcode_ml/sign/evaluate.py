@@ -677,6 +677,8 @@ def plot_signers(
     ax=None,  # Axes
 ):  # The axes
     "Plot the macro-F1 of each signer, worst on top."
+    import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(5, 0.28 * len(table) + 1))[1]
     ax.barh(table.index, table.macro_f1, color="C0", height=0.6, label="model")
     for i, (name, values) in enumerate((others or {}).items()):
@@ -701,6 +703,8 @@ def plot_reject(
     ax=None,  # Axes
 ):  # The axes
     "Plot accuracy over coverage; the label holds the area under the curve."
+    import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(3.2, 2.2))[1]
     for name, curve in curves.items():
         label = f"{name}, area {curve.accuracy.mean():.3f}"

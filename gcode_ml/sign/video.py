@@ -89,19 +89,19 @@ def extract_clip(
     return clip
 
 # %% ../../nbs/sign/60_video.ipynb #3c66e7d3
-def _why(video, python, predicted):
+def _why(video, python, message):
     "The InputError for the last line that the program printed."
-    if said.startswith("absent"):
+    if message.startswith("absent"):
         return InputError(
             python or sys.executable,
             "environment",
             "mediapipe==0.10.21 with its Holistic",
-            said.removeprefix("absent: ")[:120],
+            message.removeprefix("absent: ")[:120],
             "give the Python of an environment that has it",
         )
-    if predicted == "no frame":
+    if message == "no frame":
         return InputError(video, "content", "a video with frames", "none that could be read")
-    return InputError(video, "extraction", "points", said[:160])
+    return InputError(video, "extraction", "points", message[:160])
 
 # %% ../../nbs/sign/60_video.ipynb #07a4f0d2
 def hand_remarks(

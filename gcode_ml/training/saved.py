@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ..core.errors import InputError, require
 from ..core.files import read_json
+from ..core.renamed import current_arguments, current_class
 
 # %% ../../nbs/training/11_saved.ipynb #dd383bfc
 def _model_class(folder, name):
@@ -60,9 +61,10 @@ def load_saved(
     for k in ("model", "arguments", "preprocessing", "facts"):
         if not isinstance(about, dict) or k not in about:
             raise InputError(folder / "bundle.json", k, "to be there", "no such key")
+    about["model"] = current_class(str(about["model"]))
     cls = _model_class(folder, about["model"])
     try:
-        model = cls(**about["arguments"])
+        model = cls(**current_arguments(about["arguments"], about["model"]))
     except Exception as e:
         raise InputError(
             folder / "bundle.json", "arguments", f"those of {cls.__name__}", _summary(e)
