@@ -122,7 +122,7 @@ def numpy_rk4(x, f, z):
     for i in range(len(x) - 1):
         du = (x[i + 1] - x[i]) * 1000
 
-        def rate(s, u):
+        def rate(s, u, du=du):
             return A @ s + np.array([0, w * w * u + 2 * z * w * du])
 
         m = (x[i] + x[i + 1]) / 2

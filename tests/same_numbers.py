@@ -368,10 +368,6 @@ def table_line(label: str, rows: list) -> str:
 
 def show(old: dict, new: dict, rows: dict, all_pages: bool):
     """Print the table, what is missing, and the pages that ended early."""
-    labels = {}
-    for part, of_part in old.items():
-        for digest, label in of_part["labels"].items():
-            labels.setdefault((group_of(part), digest), f"{part}, {label}")
     print(f"{'part':34}" + "".join(f"{word:>10}" for word in ("hashes", "equal", "missing", "new")))
     for group, row in rows.items():
         if all_pages or not group.startswith("lesson ") or row[2] or row[3]:
@@ -381,10 +377,24 @@ def show(old: dict, new: dict, rows: dict, all_pages: bool):
         if of_kind:
             print(table_line(f"all: {kind}", of_kind))
     print("left out as unstable:", sum(of_part["unstable"] for of_part in old.values()))
+    show_ends(old, new)
+    show_missing(old, rows)
+
+
+def show_ends(old: dict, new: dict):
+    """Print the pages that ended early."""
     for side, found in (("A", old), ("B", new)):
         for part, of_part in found.items():
             if of_part["ended"]:
                 print(f"{side}: {part} ended early: {of_part['ended']}")
+
+
+def show_missing(old: dict, rows: dict):
+    """Print where the missing values come from, twelve per group."""
+    labels = {}
+    for part, of_part in old.items():
+        for digest, label in of_part["labels"].items():
+            labels.setdefault((group_of(part), digest), f"{part}, {label}")
     for group, row in rows.items():
         for digest in list(row[2])[:12]:
             print(f"missing: {labels[group, digest]}")

@@ -141,7 +141,7 @@ def test_simulators(target, place):
 @pytest.mark.parametrize("domain", tiny_runs.RUNS)
 def test_fits(domain, place):
     """Losses and measures of a tiny run."""
-    data = tiny_runs.RUNS[domain]["data"] if "data" in tiny_runs.RUNS[domain] else ""
+    data = tiny_runs.RUNS[domain].get("data", "")
     if data.startswith("data/") and not Path(data).exists():
         simulator_numbers(domain)
     compare(f"run {domain}", run_numbers(domain))

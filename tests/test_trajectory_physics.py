@@ -86,7 +86,7 @@ def loop_mode(u, f, z, slope, substeps=4):
     for i in range(len(u) - 1):
         du = (u[i + 1] - u[i]) * 1000
 
-        def acc(p, v, x):
+        def acc(p, v, x, du=du):
             return w * w * (1 + slope * (p - 110) / 110) * (x - p) + 2 * z * w * (du - v)
 
         for j in range(substeps):

@@ -141,7 +141,7 @@ _sizes = dict(
 
 
 def sommerfeld_severity(
-    record: Record,  # Its facts have the Sommerfeld number `sommerfeld`
+    record,  # A `bearing.data.Record`; its facts have the Sommerfeld number `sommerfeld`
 ) -> float:  # Severity from 0 to 1
     "Severity implied by a record's Sommerfeld number; raises `InputError` if it is missing."
     S = record.facts.get("sommerfeld")

@@ -727,7 +727,7 @@ def _arcs(file, line, start, end, offset, radius, command, plane, tolerance):
             raise fail(
                 ratio > tolerance,
                 "a radius of at least half the chord",
-                lambda i: f"R {abs(radius[i]):g} mm for a chord of {2 * half[i]:g} mm",
+                lambda i, half=half: f"R {abs(radius[i]):g} mm for a chord of {2 * half[i]:g} mm",
             )
         short = ratio > 1 + 1e-3
         if short.any():
