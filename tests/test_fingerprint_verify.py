@@ -33,7 +33,7 @@ from gcode_ml.fingerprint.verify import (
     verification_rows,
     verify,
 )
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 
 PROGRAMS = example_programs()
 

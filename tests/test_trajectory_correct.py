@@ -6,7 +6,7 @@ import pytest
 from gcode_ml.gcode.parts import part_program
 from gcode_ml.gcode.planner import plan, sample
 from gcode_ml.gcode.reader import moves, parse_gcode
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 from gcode_ml.trajectory.correct import (
     Compensation,
     apply_correction,

@@ -9,7 +9,7 @@ import pytest
 from gcode_ml.gcode.parts import part_program
 from gcode_ml.gcode.planner import limit_lines, limits_of_lines, plan, program_blocks
 from gcode_ml.gcode.reader import line_checksum, moves, parse_gcode, read_blocks, read_gcode
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 from gcode_ml.trajectory.correct import correct_file, correct_program
 from gcode_ml.trajectory.data import check, collect
 from gcode_ml.trajectory.simulate import MACHINES, named_machine

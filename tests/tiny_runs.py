@@ -89,9 +89,16 @@ RUNS = {
 # What every run shares.
 SHARED = dict(seed=7, device="cpu", workers=0)
 
-# Where the command line begins; pyproject.toml names it as well.
-ENTRY_MODULE = "gcode_ml.lab.command"
-ENTRY = f"import sys; from {ENTRY_MODULE} import main; sys.exit(main())"
+# Where the command line begins, now and in 0.1.0; pyproject.toml names it as well.
+ENTRY_MODULE = "gcode_ml.lab.cli"
+ENTRY = f"""
+import sys
+try:
+    from {ENTRY_MODULE} import main
+except ImportError:
+    from gcode_ml.lab.command import main
+sys.exit(main())
+"""
 
 
 def options(values: dict) -> list:
