@@ -12,6 +12,9 @@ import papermill
 import pytest
 import tiny_runs
 
+import gcode_ml
+from gcode_ml.core.renamed import RENAMED, expired
+
 ROOT = Path(__file__).resolve().parents[1]
 OLD = Path(__file__).resolve().parent / "fixtures" / "0.1.0"
 EXPECTED = json.loads((OLD / "expected.json").read_text(encoding="utf-8"))
@@ -170,3 +173,15 @@ def test_recorded_commands(command, tmp_path, monkeypatch, data_sets):
 def test_there_are_commands():
     """The record of the write-ups names commands."""
     assert len(recorded_commands()) >= 20
+
+
+def test_old_names_expire():
+    """A row of the table of old names is removed in the version in which it expires."""
+    assert expired(gcode_ml.__version__) == []
+
+
+def test_deprecation_table_is_complete():
+    """The changelog lists every renamed value, parameter, column and argument."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    kinds = ("value", "parameter", "column", "argument")
+    assert [row for row in RENAMED if row.kind in kinds and row.new not in text] == []
