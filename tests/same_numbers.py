@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tiny_runs
@@ -38,8 +39,8 @@ NAMES = {
 
 # Further simulators, each a command; the domains' own are in `tiny_runs`.
 SIMULATORS = {
-    "bearing random": ["simulate", "bearing", "-p", "kind=random", "-p", "count=1"],
-    "bearing journal": ["simulate", "bearing", "-p", "kind=journal", "-p", "count=1"],
+    "bearing random": ["simulate", "bearing", "-p", "kind=random", "-p", "count=2"],
+    "bearing journal": ["simulate", "bearing", "-p", "kind=journal", "-p", "count=3"],
     "fingerprint program": ["simulate", "fingerprint", "-p", "program=part.gcode", "-p", "runs=1"],
     "trajectory file": ["simulate", "part.gcode", "--machine", "bedslinger+worn:1+corexy"],
 }
@@ -120,30 +121,39 @@ def run_values(run: Path):
     yield "history", history.drop(columns="seconds", errors="ignore")
 
 
-def measure_simulators(source: Path, found: dict):
+def measure_simulators(source: Path, found: dict, processes: int):
     """Measure the planner and every simulator."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    commands = dict(SIMULATORS)
+    for target in tiny_runs.DATA:
+        commands[target] = tiny_runs.simulate_words(target)[:2]
+        commands[target] += tiny_runs.options(tiny_runs.DATA[target])
+
+    def simulated(name):
+        folder = Path(place) / name.replace(" ", "_")
+        folder.mkdir()
         (folder / "part.gcode").write_text(GCODE)
-        for target in tiny_runs.DATA:
-            tiny_runs.gcode_ml(tiny_runs.simulate_words(target), folder, source)
-            found[f"simulator {target}"] = counted(folder_values(folder / "data" / target))
-        for name, words in SIMULATORS.items():
-            output = folder / name.replace(" ", "_")
-            tiny_runs.gcode_ml([*words, "-o", str(output)], folder, source)
-            found[f"simulator {name}"] = counted(folder_values(output))
+        tiny_runs.gcode_ml([*commands[name], "-o", "out"], folder, source)
+        return counted(folder_values(folder / "out"))
+
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(processes) as pool:
+        for name, answer in zip(commands, pool.map(simulated, commands)):
+            found[f"simulator {name}"] = answer
     found["planner"] = counted(planner_values().items())
 
 
-def measure_runs(source: Path, found: dict):
+def measure_runs(source: Path, found: dict, processes: int):
     """Measure the tiny run of each domain."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        for domain in tiny_runs.RUNS:
-            tiny_runs.gcode_ml(tiny_runs.simulate_words(domain), folder, source)
-            tiny_runs.gcode_ml(tiny_runs.run_words(domain), folder, source)
-            values = run_values(folder / "runs" / domain / "tiny")
-            found[f"run {domain}"] = counted(values)
+
+    def carried_out(domain):
+        folder = Path(place) / domain
+        folder.mkdir()
+        tiny_runs.gcode_ml(tiny_runs.simulate_words(domain), folder, source)
+        tiny_runs.gcode_ml(tiny_runs.run_words(domain), folder, source)
+        return counted(run_values(folder / "runs" / domain / "tiny"))
+
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(processes) as pool:
+        for domain, answer in zip(tiny_runs.RUNS, pool.map(carried_out, tiny_runs.RUNS)):
+            found[f"run {domain}"] = answer
 
 
 def pages(source: Path, pattern: str) -> list:
@@ -230,22 +240,22 @@ def measure(arguments):
         raise RuntimeError(f"gcode_ml comes from {gcode_ml.__file__}, not from {source}")
     found = {}
     if "runs" in arguments.only:
-        measure_runs(source, found)
+        measure_runs(source, found, arguments.processes)
     if "simulators" in arguments.only:
-        measure_simulators(source, found)
+        measure_simulators(source, found, arguments.processes)
     if "lessons" in arguments.only:
         options = arguments.pages, arguments.seed_cells, arguments.processes
         measure_lessons(source, found, *options)
     Path(arguments.output).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measured(source: Path, arguments) -> dict:
-    """Measure a checkout in a process of its own."""
+def measured(source: Path, arguments, part: str) -> dict:
+    """Measure a part of a checkout in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "found.json"
         words = [sys.executable, str(HERE / "same_numbers.py"), "--measure", str(source)]
         words += ["--output", str(output), "--pages", arguments.pages]
-        words += ["--processes", str(arguments.processes), "--only", *arguments.only]
+        words += ["--processes", str(arguments.processes), "--only", part]
         words += ["--seed-cells"] if arguments.seed_cells else []
         subprocess.run(words, cwd=place, env=tiny_runs.environment(source), check=True)
         return json.loads(output.read_text(encoding="utf-8"))
@@ -287,29 +297,38 @@ def clean_commit(side: str) -> str:
     return git("-C", str(Path(side).resolve()), "rev-parse", "HEAD")
 
 
-def cache_file(side: str, arguments, times: int) -> Path | None:
-    """Return where the measurement of a clean commit is kept."""
+def cache_file(side: str, arguments, part: str, times: int) -> Path | None:
+    """Return where the measurement of a part of a clean commit is kept."""
     commit = clean_commit(side)
     if not commit:
         return None
-    scripts = ("same_numbers", "lesson_numbers", "numeric_form", "tiny_runs")
+    scripts = ["lesson_numbers", "numeric_form"] if part == "lessons" else ["numeric_form"]
+    scripts += [] if part == "lessons" else ["tiny_runs"]
     text = b"".join((HERE / f"{name}.py").read_bytes() for name in scripts)
-    text += repr((sorted(arguments.only), arguments.pages, arguments.seed_cells, times)).encode()
-    name = f"{commit[:12]}-{hashlib.sha256(text).hexdigest()[:12]}.json"
+    text += repr((part, times, SIMULATORS, GCODE)).encode() if part != "lessons" else b""
+    text += repr((times, arguments.pages, arguments.seed_cells)).encode()
+    name = f"{part}-{commit[:12]}-{hashlib.sha256(text).hexdigest()[:12]}.json"
     return Path(tempfile.gettempdir()) / "gcode_ml_same_numbers" / name
 
 
 def side_numbers(side: str, arguments, times: int) -> dict:
     """Measure a side, `times` times, and keep what is in every measurement."""
-    cached = cache_file(side, arguments, times)
-    if cached is not None and cached.exists():
-        return json.loads(cached.read_text(encoding="utf-8"))
+    files = {part: cache_file(side, arguments, part, times) for part in arguments.only}
+    found, absent = {}, []
+    for part, file in files.items():
+        if file is not None and file.exists():
+            found |= json.loads(file.read_text(encoding="utf-8"))
+        else:
+            absent.append(part)
+    if not absent:
+        return found
     with checkout(side) as source:
-        measurements = [measured(source, arguments) for _ in range(times)]
-    found = stable(measurements)
-    if cached is not None:
-        cached.parent.mkdir(exist_ok=True)
-        cached.write_text(json.dumps(found), encoding="utf-8")
+        for part in absent:
+            answer = stable([measured(source, arguments, part) for _ in range(times)])
+            found |= answer
+            if files[part] is not None:
+                files[part].parent.mkdir(exist_ok=True)
+                files[part].write_text(json.dumps(answer), encoding="utf-8")
     return found
 
 
@@ -414,8 +433,6 @@ def main() -> int:
         raise SystemExit("give two revisions or folders")
     old = side_numbers(arguments.sides[0], arguments, times=2)
     new = side_numbers(arguments.sides[1], arguments, times=1)
-    for of_part in new.values():
-        of_part.setdefault("unstable", 0)
     rows = compare(old, new)
     show(old, new, rows, arguments.all)
     return int(any(row[2] for row in rows.values()))
