@@ -39,8 +39,26 @@ NAMES = {
 
 # Further simulators, each a command; the domains' own are in `tiny_runs`.
 SIMULATORS = {
-    "bearing random": ["simulate", "bearing", "-p", "kind=random", "-p", "count=2"],
-    "bearing journal": ["simulate", "bearing", "-p", "kind=journal", "-p", "count=3"],
+    "bearing random": [
+        "simulate",
+        "bearing",
+        "-p",
+        "kind=random",
+        "-p",
+        "count=2",
+        "-p",
+        "seconds=0.5",
+    ],
+    "bearing journal": [
+        "simulate",
+        "bearing",
+        "-p",
+        "kind=journal",
+        "-p",
+        "count=3",
+        "-p",
+        "seconds=0.5",
+    ],
     "fingerprint program": ["simulate", "fingerprint", "-p", "program=part.gcode", "-p", "runs=1"],
     "trajectory file": ["simulate", "part.gcode", "--machine", "bedslinger+worn:1+corexy"],
 }
