@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import importlib
 import json
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tiny_runs
@@ -38,8 +40,26 @@ NAMES = {
 
 # Further simulators, each a command; the domains' own are in `tiny_runs`.
 SIMULATORS = {
-    "bearing random": ["simulate", "bearing", "-p", "kind=random", "-p", "count=1"],
-    "bearing journal": ["simulate", "bearing", "-p", "kind=journal", "-p", "count=1"],
+    "bearing random": [
+        "simulate",
+        "bearing",
+        "-p",
+        "kind=random",
+        "-p",
+        "count=2",
+        "-p",
+        "seconds=0.5",
+    ],
+    "bearing journal": [
+        "simulate",
+        "bearing",
+        "-p",
+        "kind=journal",
+        "-p",
+        "count=3",
+        "-p",
+        "seconds=0.5",
+    ],
     "fingerprint program": ["simulate", "fingerprint", "-p", "program=part.gcode", "-p", "runs=1"],
     "trajectory file": ["simulate", "part.gcode", "--machine", "bedslinger+worn:1+corexy"],
 }
@@ -65,7 +85,7 @@ G1 X53 Y43 E0.1
 G1 X10 Y10 E2
 """
 RESULT_KEYS = ("table", "metrics", "baselines", "audit", "split", "validation", "seed")
-PAGE_SECONDS = 400
+PAGE_SECONDS = 900
 
 
 def named_function(key: str):
@@ -120,30 +140,39 @@ def run_values(run: Path):
     yield "history", history.drop(columns="seconds", errors="ignore")
 
 
-def measure_simulators(source: Path, found: dict):
+def measure_simulators(source: Path, found: dict, processes: int):
     """Measure the planner and every simulator."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    commands = dict(SIMULATORS)
+    for target in tiny_runs.DATA:
+        commands[target] = tiny_runs.simulate_words(target)[:2]
+        commands[target] += tiny_runs.options(tiny_runs.DATA[target])
+
+    def simulated(name):
+        folder = Path(place) / name.replace(" ", "_")
+        folder.mkdir()
         (folder / "part.gcode").write_text(GCODE)
-        for target in tiny_runs.DATA:
-            tiny_runs.gcode_ml(tiny_runs.simulate_words(target), folder, source)
-            found[f"simulator {target}"] = counted(folder_values(folder / "data" / target))
-        for name, words in SIMULATORS.items():
-            output = folder / name.replace(" ", "_")
-            tiny_runs.gcode_ml([*words, "-o", str(output)], folder, source)
-            found[f"simulator {name}"] = counted(folder_values(output))
+        tiny_runs.gcode_ml([*commands[name], "-o", "out"], folder, source)
+        return counted(folder_values(folder / "out"))
+
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(processes) as pool:
+        for name, answer in zip(commands, pool.map(simulated, commands)):
+            found[f"simulator {name}"] = answer
     found["planner"] = counted(planner_values().items())
 
 
-def measure_runs(source: Path, found: dict):
+def measure_runs(source: Path, found: dict, processes: int):
     """Measure the tiny run of each domain."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        for domain in tiny_runs.RUNS:
-            tiny_runs.gcode_ml(tiny_runs.simulate_words(domain), folder, source)
-            tiny_runs.gcode_ml(tiny_runs.run_words(domain), folder, source)
-            values = run_values(folder / "runs" / domain / "tiny")
-            found[f"run {domain}"] = counted(values)
+
+    def carried_out(domain):
+        folder = Path(place) / domain
+        folder.mkdir()
+        tiny_runs.gcode_ml(tiny_runs.simulate_words(domain), folder, source)
+        tiny_runs.gcode_ml(tiny_runs.run_words(domain), folder, source)
+        return counted(run_values(folder / "runs" / domain / "tiny"))
+
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(processes) as pool:
+        for domain, answer in zip(tiny_runs.RUNS, pool.map(carried_out, tiny_runs.RUNS)):
+            found[f"run {domain}"] = answer
 
 
 def pages(source: Path, pattern: str) -> list:
@@ -164,33 +193,58 @@ def page_stem(path: Path) -> str:
     return re.sub(r"^\d+[a-z]?_", "", path.stem)
 
 
-def measure_lessons(source: Path, found: dict, pattern: str, seed_cells: bool, processes: int):
+def measure_lessons(source: Path, found: dict, arguments):
     """Execute every page, each in a forked process that has the large libraries."""
-    warm_up()
-    context = multiprocessing.get_context("fork")
-    waiting = pages(source, pattern)
+    keep = Path(arguments.keep) if arguments.keep else None
+    waiting = pages(source, arguments.pages)
     with tempfile.TemporaryDirectory() as place:
         live = {}
         while waiting or live:
-            while waiting and len(live) < processes:
+            while waiting and len(live) < arguments.processes:
                 path = waiting.pop(0)
-                output = Path(place) / f"{len(waiting)}.json"
-                runs = Path(place) / f"runs-{len(waiting)}"
-                process = context.Process(target=one_page, args=(path, runs, output, seed_cells))
-                process.start()
-                live[path] = process, output, time.time()
-            for path, (process, output, began) in list(live.items()):
-                if process.is_alive() and time.time() - began < PAGE_SECONDS:
-                    continue
+                name = page_name(source, path)
+                if keep is not None and kept_page(keep, name).exists():
+                    found[name] = page_answer(kept_page(keep, name))
+                else:
+                    live[path] = started_page(path, Path(place), len(waiting), arguments)
+            for path in [path for path, page in live.items() if has_ended(*page)]:
+                process, output, began = live.pop(path)
                 process.kill()
                 process.join()
-                del live[path]
-                note = f"page {path.relative_to(source / 'nbs')} {time.time() - began:.0f} s"
-                print(note, file=sys.stderr, flush=True)
-                found[f"lesson {path.relative_to(source / 'nbs')}"] = page_answer(output)
+                name = page_name(source, path)
+                found[name] = page_answer(output)
+                print(f"{name} {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+                if keep is not None and output.exists():
+                    shutil.copy(output, kept_page(keep, name))
             time.sleep(0.05)
 
 
+def page_name(source: Path, path: Path) -> str:
+    """Return the name of a page's part."""
+    return f"lesson {path.relative_to(source / 'nbs')}"
+
+
+def kept_page(keep: Path, name: str) -> Path:
+    """Return where the measurement of a page is kept."""
+    return keep / (name.replace("/", "--") + ".json")
+
+
+def started_page(path: Path, place: Path, number: int, arguments) -> tuple:
+    """Start a process that measures a page: (process, its output, when it began)."""
+    warm_up()
+    output = place / f"{number}.json"
+    words = path, place / f"runs-{number}", output, arguments.seed_cells
+    process = multiprocessing.get_context("fork").Process(target=one_page, args=words)
+    process.start()
+    return process, output, time.time()
+
+
+def has_ended(process, output, began) -> bool:
+    """Tell whether a page's process is done, or has had its time."""
+    return not process.is_alive() or time.time() - began > PAGE_SECONDS
+
+
+@functools.cache
 def warm_up():
     """Import what nearly every page imports, and nothing of the package."""
     import matplotlib
@@ -230,23 +284,23 @@ def measure(arguments):
         raise RuntimeError(f"gcode_ml comes from {gcode_ml.__file__}, not from {source}")
     found = {}
     if "runs" in arguments.only:
-        measure_runs(source, found)
+        measure_runs(source, found, arguments.processes)
     if "simulators" in arguments.only:
-        measure_simulators(source, found)
+        measure_simulators(source, found, arguments.processes)
     if "lessons" in arguments.only:
-        options = arguments.pages, arguments.seed_cells, arguments.processes
-        measure_lessons(source, found, *options)
+        measure_lessons(source, found, arguments)
     Path(arguments.output).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measured(source: Path, arguments) -> dict:
-    """Measure a checkout in a process of its own."""
+def measured(source: Path, arguments, part: str, keep: Path | None = None) -> dict:
+    """Measure a part of a checkout in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "found.json"
         words = [sys.executable, str(HERE / "same_numbers.py"), "--measure", str(source)]
         words += ["--output", str(output), "--pages", arguments.pages]
-        words += ["--processes", str(arguments.processes), "--only", *arguments.only]
+        words += ["--processes", str(arguments.processes), "--only", part]
         words += ["--seed-cells"] if arguments.seed_cells else []
+        words += ["--keep", str(keep)] if keep is not None else []
         subprocess.run(words, cwd=place, env=tiny_runs.environment(source), check=True)
         return json.loads(output.read_text(encoding="utf-8"))
 
@@ -287,29 +341,48 @@ def clean_commit(side: str) -> str:
     return git("-C", str(Path(side).resolve()), "rev-parse", "HEAD")
 
 
-def cache_file(side: str, arguments, times: int) -> Path | None:
-    """Return where the measurement of a clean commit is kept."""
+def cache_path(side: str, arguments, part: str) -> Path | None:
+    """Return where the measurements of a part of a clean commit are kept, without a suffix."""
     commit = clean_commit(side)
     if not commit:
         return None
-    scripts = ("same_numbers", "lesson_numbers", "numeric_form", "tiny_runs")
+    scripts = ["numeric_form", "lesson_numbers" if part == "lessons" else "tiny_runs"]
     text = b"".join((HERE / f"{name}.py").read_bytes() for name in scripts)
-    text += repr((sorted(arguments.only), arguments.pages, arguments.seed_cells, times)).encode()
-    name = f"{commit[:12]}-{hashlib.sha256(text).hexdigest()[:12]}.json"
+    told = arguments.seed_cells if part == "lessons" else (SIMULATORS, GCODE)
+    text += repr(told).encode()
+    name = f"{part}-{commit[:12]}-{hashlib.sha256(text).hexdigest()[:12]}"
     return Path(tempfile.gettempdir()) / "gcode_ml_same_numbers" / name
+
+
+def kept_folder(path: Path | None, number: int) -> Path | None:
+    """Return the folder that keeps the pages of one measurement."""
+    if path is None:
+        return None
+    folder = path.with_name(f"{path.name}-{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def part_numbers(side: str, arguments, part: str, times: int) -> dict:
+    """Measure a part of a side, or take what is kept; lessons are kept page by page."""
+    path = cache_path(side, arguments, part)
+    file = path.with_name(f"{path.name}-{times}.json") if path and part != "lessons" else None
+    if file is not None and file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    folders = [kept_folder(path, number) if part == "lessons" else None for number in range(times)]
+    with checkout(side) as source:
+        answer = stable([measured(source, arguments, part, folder) for folder in folders])
+    if file is not None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(answer), encoding="utf-8")
+    return answer
 
 
 def side_numbers(side: str, arguments, times: int) -> dict:
     """Measure a side, `times` times, and keep what is in every measurement."""
-    cached = cache_file(side, arguments, times)
-    if cached is not None and cached.exists():
-        return json.loads(cached.read_text(encoding="utf-8"))
-    with checkout(side) as source:
-        measurements = [measured(source, arguments) for _ in range(times)]
-    found = stable(measurements)
-    if cached is not None:
-        cached.parent.mkdir(exist_ok=True)
-        cached.write_text(json.dumps(found), encoding="utf-8")
+    found = {}
+    for part in arguments.only:
+        found |= part_numbers(side, arguments, part, times)
     return found
 
 
@@ -411,6 +484,7 @@ def grammar() -> argparse.ArgumentParser:
     top.add_argument("--all", action="store_true", help="also show pages that are equal")
     top.add_argument("--measure", help=argparse.SUPPRESS)
     top.add_argument("--output", help=argparse.SUPPRESS)
+    top.add_argument("--keep", help=argparse.SUPPRESS)
     return top
 
 
@@ -424,8 +498,6 @@ def main() -> int:
         raise SystemExit("give two revisions or folders")
     old = side_numbers(arguments.sides[0], arguments, times=2)
     new = side_numbers(arguments.sides[1], arguments, times=1)
-    for of_part in new.values():
-        of_part.setdefault("unstable", 0)
     rows = compare(old, new)
     show(old, new, rows, arguments.all)
     return int(any(row[2] for row in rows.values()))

@@ -126,16 +126,9 @@ def test_sweep_continues(old, capsys):
     assert (table.state == "complete").all() and len(table) == len(expected)
     for column in ("learning_rate", "valid_loss"):
         numpy.testing.assert_allclose(table[column], expected[column], rtol=1e-2)
-
-
-def test_sweep_is_the_same_sweep(old, capsys, monkeypatch):
-    """The command that began the sweep is taken as its continuation, not as another sweep."""
-    said(capsys, "agent", "small")
-    journal = (old / "runs/sweeps/small/study.journal").stat().st_size
     shared = tiny_runs.options(tiny_runs.SHARED)
     said(capsys, "sweep", "binary_vae", "--space", "space.yaml", "--name", "small", *shared)
-    assert (old / "runs/sweeps/small/study.journal").stat().st_size >= journal
-    assert len(list((old / "runs/binary_vae").glob("small-*"))) == 3
+    assert len(list(runs.glob("small-*"))) == 3  # it is the same sweep, with nothing left to do
 
 
 @pytest.fixture(scope="module")
