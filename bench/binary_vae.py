@@ -40,14 +40,14 @@ def exact_likelihood(quick):
 
     @torch.no_grad()
     def ours():
-        return m.table(x, mask)[0].logsumexp(-1) - 8 * math.log(2)
+        return m.log_likelihood_table(x, mask)[0].logsumexp(-1) - 8 * math.log(2)
 
     @torch.no_grad()
     def loop():
         q = m.code.log_posterior(m.encode(x, mask))
         total = []
         for _ in range(8 if quick else 64):
-            i = m.code.draw(q)
+            i = m.code.sample(q)
             total.append(
                 m.decoder.log_likelihood(x, mask, m.code.codebook[i].flatten(-2))[0]
                 - m.code.log_probability(q, i)[0]
@@ -293,7 +293,7 @@ def writing(quick):
     torch.manual_seed(0)
     writer = SequenceDecoder(26, 32, 128).eval()
     codes = torch.randint(0, 2, (20 if quick else 200, 32)).float()
-    return lambda: writer.write(codes, 40), lambda: [writer.write(c[None], 40) for c in codes]
+    return lambda: writer.generate(codes, 40), lambda: [writer.generate(c[None], 40) for c in codes]
 
 
 @benchmark(

@@ -9,7 +9,7 @@ from scipy import stats
 
 from gcode_ml.binary_vae.codes import (
     CODES,
-    LATENTS,
+    LATENT_SIZES,
     SyndromeDecoder,
     bch,
     channel_logits,
@@ -17,7 +17,7 @@ from gcode_ml.binary_vae.codes import (
     coset_leaders,
     create_code,
     direct_sum,
-    error_law,
+    error_probability,
     golay_23_12,
     golay_24_12,
     hamming_7_4,
@@ -34,7 +34,7 @@ from gcode_ml.binary_vae.codes import (
     repetition,
     simplex,
     soft_word_error,
-    weights,
+    weight_distribution,
 )
 from gcode_ml.binary_vae.models import BlockCode, all_words
 
@@ -58,12 +58,12 @@ def polynomial(coefficients, n, start=0):
 
 def test_weights():
     "Distances and weights that every textbook prints."
-    assert weights(hamming_7_4()) == {3: 7, 4: 7, 7: 1}
-    assert weights(hamming_8_4()) == {4: 14, 8: 1}
-    assert weights(golay_24_12()) == {8: 759, 12: 2576, 16: 759, 24: 1}
-    assert weights(reed_muller(4)) == {8: 30, 16: 1}
-    assert weights(simplex(5)) == {16: 31}
-    assert weights(parity(6)) == {2: 15, 4: 15, 6: 1}
+    assert weight_distribution(hamming_7_4()) == {3: 7, 4: 7, 7: 1}
+    assert weight_distribution(hamming_8_4()) == {4: 14, 8: 1}
+    assert weight_distribution(golay_24_12()) == {8: 759, 12: 2576, 16: 759, 24: 1}
+    assert weight_distribution(reed_muller(4)) == {8: 30, 16: 1}
+    assert weight_distribution(simplex(5)) == {16: 31}
+    assert weight_distribution(parity(6)) == {2: 15, 4: 15, 6: 1}
     for g in (hamming_8_4(), golay_24_12()):
         assert not (g @ g.T % 2).any()
 
@@ -121,7 +121,7 @@ def test_law_by_exhaustion(name):
     k, n = g.shape
     book = BlockCode(g).codebook.numpy()
     words = all_words(k).numpy()
-    law = error_law(g)
+    law = error_probability(g)
     correct = np.zeros(n + 1)
     wrong = np.zeros(n + 1)
     for e in all_words(n).numpy():
@@ -135,33 +135,33 @@ def test_law_by_exhaustion(name):
 
 def test_closed_forms():
     "Laws that are printed somewhere."
-    assert np.allclose(error_law(hamming_7_4()).word_error(P), 1 - Q**7 - 7 * P * Q**6)
+    assert np.allclose(error_probability(hamming_7_4()).word_error(P), 1 - Q**7 - 7 * P * Q**6)
     assert np.allclose(
-        error_law(hamming_7_4()).bit_error(P), polynomial([9, 19, 16, 12, 7, 1], 7, 2)
+        error_probability(hamming_7_4()).bit_error(P), polynomial([9, 19, 16, 12, 7, 1], 7, 2)
     )
     assert np.allclose(
-        error_law(hamming_8_4()).bit_error(P), polynomial([0, 0, 10.5, 28, 35, 28, 17.5, 8, 1], 8)
+        error_probability(hamming_8_4()).bit_error(P), polynomial([0, 0, 10.5, 28, 35, 28, 17.5, 8, 1], 8)
     )
     assert np.allclose(
-        error_law(hamming_8_4()).word_error(P), error_law(hamming_7_4()).word_error(P)
+        error_probability(hamming_8_4()).word_error(P), error_probability(hamming_7_4()).word_error(P)
     )  # a parity bit gains nothing
     for R in (2, 3, 4, 5, 10):  # an even number of copies is as good as one less
         assert np.allclose(
-            error_law(repetition(R)).bit_error(P),
+            error_probability(repetition(R)).bit_error(P),
             stats.binom.sf((R - 1) // 2 if R % 2 else (R - 2) // 2, R - 1 + R % 2, P),
         )
     n = 6
     assert np.allclose(
-        error_law(parity(n)).bit_error(P),
+        error_probability(parity(n)).bit_error(P),
         P + ((1 - (1 - 2 * P) ** n) / 2 - P * (1 + (1 - 2 * P) ** (n - 1))) / n,
     )
-    assert np.allclose(error_law(reed_muller(4)).correct[:7], [1, 16, 120, 560, 875, 448, 28])
-    assert np.allclose(error_law(repetition(2)).word_error(P), P)
+    assert np.allclose(error_probability(reed_muller(4)).correct[:7], [1, 16, 120, 560, 875, 448, 28])
+    assert np.allclose(error_probability(repetition(2)).word_error(P), P)
 
 
 def test_golay():
     "All cosets of the Golay codes."
-    law = error_law(golay_23_12())
+    law = error_probability(golay_23_12())
     assert np.allclose(law.correct[:5], [1, 23, 253, 1771, 0])
     assert np.allclose(
         law.wrong[4:] * 1.0,
@@ -210,7 +210,7 @@ def test_decoder_obeys_its_law(name):
     torch.manual_seed(1)
     n, p = 6000, 0.055
     words = torch.randint(0, 2, (n, code.k)).float()
-    law = error_law(g)
+    law = error_probability(g)
     for logits in (channel_logits(code.encode(words), "bsc", p),):
         wrong = (code.decode(logits) != words).numpy()
         true = law.word_error(p)
@@ -256,7 +256,7 @@ def test_ties():
 
 
 def test_bounds():
-    assert random_coding_bound(12, 24, 0.055) > error_law(golay_24_12()).word_error(0.055)
+    assert random_coding_bound(12, 24, 0.055) > error_probability(golay_24_12()).word_error(0.055)
     assert soft_word_error(repetition(4), P)[0].max() < P.max()
 
 
@@ -269,7 +269,7 @@ def test_bch():
     rng = np.random.default_rng(0)
     for row in sent:
         row[rng.choice(15, 2, replace=False)] ^= 1
-    assert min(weights(g)) == 5
+    assert min(weight_distribution(g)) == 5
     assert (SyndromeDecoder(g)(sent) == words).all()
 
 
@@ -277,7 +277,7 @@ def test_compatibility_table():
     "Which parameter set takes which code."
 
     def fits(name, R=1):
-        return [l % named_generator(name, R).shape[1] == 0 for l in LATENTS]
+        return [l % named_generator(name, R).shape[1] == 0 for l in LATENT_SIZES]
 
     assert fits("repetition", 2) == [True] * 8
     assert fits("repetition", 3) == [False] * 5 + [
@@ -285,7 +285,7 @@ def test_compatibility_table():
         False,
         True,
     ]
-    assert fits("hamming_8_4") == [l % 8 == 0 for l in LATENTS]
+    assert fits("hamming_8_4") == [l % 8 == 0 for l in LATENT_SIZES]
     assert not any(fits("hamming_7_4") + fits("golay_24_12") + fits("reed_muller_4"))
 
 
@@ -300,10 +300,10 @@ def test_refusals(refused, tmp_path):
     )
     assert "one of hamming_8_4" in refused(create_code, "hamming_84", 8)
     assert "an integer of at least 1, found 0" in refused(named_generator, "repetition", 0)
-    assert "rank: expected 3, one for each row, found 2" in refused(
+    assert "rank: expected 3, the number of rows, found 2" in refused(
         check_generator, [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
     )
-    assert "at most 12 information bits a block, found 13" in refused(check_generator, np.eye(13))
+    assert "at most 12 information bits per block, found 13" in refused(check_generator, np.eye(13))
     for text, sentence in {
         "": "rows and columns",
         "1 2\n": "row 1, column 2: expected 0 or 1, found '2'",

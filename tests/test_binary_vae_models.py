@@ -13,12 +13,12 @@ from gcode_ml.binary_vae.codes import channel_logits, hamming_8_4, repetition, s
 from gcode_ml.binary_vae.data import bars_log_likelihood, load_data
 from gcode_ml.binary_vae.evaluate import (
     audit_bounds,
-    broken_bounds,
+    bound_violations,
     exact_bounds,
     importance_bound,
-    latent_use,
+    latent_usage,
     paired_difference,
-    raw_scores,
+    raw_bit_scores,
     snr_db,
 )
 from gcode_ml.binary_vae.models import (
@@ -26,7 +26,7 @@ from gcode_ml.binary_vae.models import (
     BlockCode,
     NegativeELBO,
     all_words,
-    chosen_estimator,
+    resolve_estimator,
 )
 from gcode_ml.binary_vae.recipe import fit, recipe
 
@@ -43,7 +43,7 @@ class Table(torch.nn.Module):
     def log_likelihood(self, x, mask, codes):
         return self.f[(codes @ torch.tensor([4.0, 2.0, 1.0], dtype=codes.dtype)).round().long()]
 
-    def table(self, x, mask, codes):
+    def log_likelihood_table(self, x, mask, codes):
         return self.f[None].expand(len(x), -1)
 
 
@@ -77,9 +77,9 @@ def test_estimators_by_enumeration(name, samples, monkeypatch):
         index = torch.stack([words[i].long() for i in combination])[
             :, None
         ]  # `[S,1,K]`, each bit a block
-        monkeypatch.setattr(BlockCode, "draw", lambda self, q, s=1: index)
+        monkeypatch.setattr(BlockCode, "sample", lambda self, q, s=1: index)
         q = model.code.log_posterior(model.logits)
-        loss = models._FIT[name](model, torch.zeros(1, 1), None, model.logits, q).sum()
+        loss = models.ESTIMATOR_FUNCTIONS[name](model, torch.zeros(1, 1), None, model.logits, q).sum()
         if name == "vimco":
             loss = loss + model.code.kl(q).sum()
         g = torch.autograd.grad(loss, [model.logits, model.decoder.f])
@@ -212,12 +212,12 @@ def test_bounds_stand_in_order(name):
     learn = trained(**ARMS[name])
     items, index = learn.sets.items, learn.test
     table = audit_bounds(learn.model, *items.batch(index)[:2])
-    assert broken_bounds(table) == []
+    assert bound_violations(table) == []
     each = exact_bounds(learn.model, items, index)
     truth = bars_log_likelihood(items.pixels[index])
     assert (each.elbo <= each.log_likelihood + 1e-6).all()
     assert each.log_likelihood.mean() < truth.mean()
-    assert latent_use(learn.model, items, index)["KL"] <= 8 * math.log(2) + 1e-4
+    assert latent_usage(learn.model, items, index)["KL"] <= 8 * math.log(2) + 1e-4
 
 
 def test_independent_copies_fail():
@@ -238,7 +238,7 @@ def test_independent_copies_fail():
         for c in ("independent", "valid")
     }
     broken = {
-        c: broken_bounds(audit_bounds(a.model, *a.sets.items.batch(a.test)[:2]))
+        c: bound_violations(audit_bounds(a.model, *a.sets.items.batch(a.test)[:2]))
         for c, a in arms.items()
     }
     assert broken["valid"] == []
@@ -291,14 +291,14 @@ def test_consistency_gradient():
 
 def test_refusals(refused):
     hamming = BlockCode(hamming_8_4(), blocks=2, name="(8,4)")
-    assert "the bits of (8,4) are dependent given x; take rloo" in refused(
-        chosen_estimator, "disarm", hamming
+    assert "the bits of (8,4) are dependent given x; use rloo" in refused(
+        resolve_estimator, "disarm", hamming
     )
-    assert "at most 12 information bits with exact, found 13; take disarm" in refused(
-        chosen_estimator, "exact", BlockCode(blocks=13)
+    assert "at most 12 information bits with exact, found 13; use disarm" in refused(
+        resolve_estimator, "exact", BlockCode(blocks=13)
     )
-    assert "1 with vimco" in refused(chosen_estimator, "vimco", hamming, "image", 0.5)
-    assert "one of auto" in refused(chosen_estimator, "reinforce", hamming)
+    assert "1 with vimco" in refused(resolve_estimator, "vimco", hamming, "image", 0.5)
+    assert "one of auto" in refused(resolve_estimator, "reinforce", hamming)
     other = BernoulliVAE(generator=hamming_8_4().tolist(), blocks=2)
     wrong = dict(other.state_dict())
     wrong["code.generator"] = 1 - wrong["code.generator"]
@@ -340,7 +340,7 @@ def test_raw_bits_and_code_words():
                     .sum()
                     .item()
                 )
-    found = raw_scores(model, sets.items, index)
+    found = raw_bit_scores(model, sets.items, index)
     assert found["raw words that are code words"] == pytest.approx(np.mean(same))
     assert found["PSNR raw bits"] == pytest.approx(
         -10 * math.log10(error["raw"] / x.numel()), abs=1e-3

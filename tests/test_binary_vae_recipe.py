@@ -183,7 +183,7 @@ BAD = {
     "ecc_R=3, found 100": dict(ecc_type="repetition", ecc_R=3),
     "0 to 7, found 8": dict(parameter_set=8),
     "at most 12 information bits with exact": dict(estimator="exact"),
-    "take rloo": dict(latent=16, ecc_type="hamming_8_4", estimator="disarm"),
+    "use rloo": dict(latent=16, ecc_type="hamming_8_4", estimator="disarm"),
     "one of auto": dict(estimator="reinforced"),
     "ecc_type: expected one of hamming_7_4": dict(ecc_type="hamming74"),
     "subset: expected at least 0": dict(subset=-1),

@@ -21,13 +21,13 @@ from gcode_ml.binary_vae.data import (
 )
 from gcode_ml.binary_vae.evaluate import (
     audit_bounds,
-    broken_bounds,
-    channel_texts,
+    bound_violations,
+    texts_over_channel,
     exact_bounds,
     loop_scores,
-    raw_scores,
+    raw_bit_scores,
     score_model,
-    word_use,
+    word_ablation,
 )
 from gcode_ml.binary_vae.models import BernoulliVAE
 from gcode_ml.binary_vae.ngram import WittenBell
@@ -71,8 +71,8 @@ def test_bounds_of_texts(trained):
     model = trained.model.eval()
     items = trained.sets.items
     x, mask, _ = items.batch(trained.test[:20])
-    assert broken_bounds(audit_bounds(model, x, mask)) == []
-    ll, _ = model.table(x, mask)
+    assert bound_violations(audit_bounds(model, x, mask)) == []
+    ll, _ = model.log_likelihood_table(x, mask)
     code = model.code.joint_codebook()[5]
     logits, _ = model.decoder(code.expand(len(x), -1), torch.nn.functional.pad(x, (1, -1), value=1))
     by_hand = torch.stack(
@@ -95,13 +95,13 @@ def test_blind_decoder_is_a_language_model(sets):
     model.eval()
     x, mask, _ = items.batch(learn.test[:10])
     out = model(x, mask)
-    ll, _ = model.table(x, mask)
+    ll, _ = model.log_likelihood_table(x, mask)
     assert out["kl"].abs().max() < 1e-6
     assert torch.allclose(ll, ll[:, :1].expand_as(ll), atol=1e-4)
     assert learn.validate()[0] < before - 1
     exact = exact_bounds(model, items, learn.test[:10])
     assert np.allclose(exact.elbo, exact.log_likelihood, atol=1e-3)
-    assert set(word_use(model, items, learn.test[:10]).values()) == {0.0}
+    assert set(word_ablation(model, items, learn.test[:10]).values()) == {0.0}
     assert "nats a token" in set(score_model(model, items, learn.test[:10], samples=1).measure)
 
 
@@ -110,10 +110,10 @@ def test_word_and_channel(trained):
     model = trained.model.eval()
     items = trained.sets.items
     index = trained.test
-    t = channel_texts(model, items, index, (0.0, 0.5))
+    t = texts_over_channel(model, items, index, (0.0, 0.5))
     assert t.BER[0] == 0
     assert abs(t.BER[1] - 0.5) < 0.1
-    raw = raw_scores(model, items, index)
+    raw = raw_bit_scores(model, items, index)
     assert raw["raw words that are code words"] == 1
     assert (
         raw["nats a token, raw bits"]
@@ -163,7 +163,7 @@ def test_ngram_by_hand(context):
 def test_ngram_draws_its_probabilities():
     rows = np.array([[3, 4, 2], [3, 3, 2], [4, 3, 2], [3, 4, 2]])
     model = WittenBell(rows, 5, 2)
-    drawn = model.write(20_000, 6, 1)
+    drawn = model.sample(20_000, 6, 1)
     p = model.probability(np.array([[1, 3]] * 3), np.array([2, 3, 4]))
     second = drawn[drawn[:, 0] == 3, 1]
     found = np.bincount(second, minlength=5)[2:] / len(second)
@@ -224,7 +224,7 @@ def test_programs_of_images(architecture):
             )
             assert found["within"], (method, kind, found)
     words = torch.randint(0, 2, (5, 8))
-    assert torch.equal(model.code.whole_codes(words), model.code.encode(words.float()))
+    assert torch.equal(model.code.encode_integers(words), model.code.encode(words.float()))
 
 
 def test_refused_before_a_run(command, tmp_path, monkeypatch):
@@ -376,7 +376,7 @@ def test_real_molecules_are_read():
     if not data_folder("molecules"):
         pytest.skip("no folder molecules")
     s = load_data(f"smiles:{data_folder('molecules')}", "full")
-    assert [len(p) for p in (s.train, s.valid, s.test, s.more["scaffold"])] == [
+    assert [len(p) for p in (s.train, s.valid, s.test, s.extra_tests["scaffold"])] == [
         45_000,
         5_000,
         10_000,
