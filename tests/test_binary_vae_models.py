@@ -79,7 +79,9 @@ def test_estimators_by_enumeration(name, samples, monkeypatch):
         ]  # `[S,1,K]`, each bit a block
         monkeypatch.setattr(BlockCode, "sample", lambda self, q, s=1: index)
         q = model.code.log_posterior(model.logits)
-        loss = models.ESTIMATOR_FUNCTIONS[name](model, torch.zeros(1, 1), None, model.logits, q).sum()
+        loss = models.ESTIMATOR_FUNCTIONS[name](
+            model, torch.zeros(1, 1), None, model.logits, q
+        ).sum()
         if name == "vimco":
             loss = loss + model.code.kl(q).sum()
         g = torch.autograd.grad(loss, [model.logits, model.decoder.f])
