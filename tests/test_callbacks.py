@@ -18,7 +18,7 @@ from fastai.metrics import accuracy
 import gcode_ml
 from gcode_ml.data.batch import dataloaders
 from gcode_ml.lab.runs import Run, RunProgress
-from gcode_ml.lab.snapshot import Snapshot, _pack_attributes
+from gcode_ml.lab.snapshot import Snapshot, pack_attributes
 from gcode_ml.lab.tracking import Tracker, Tracking
 from gcode_ml.signals.augment import Augment
 from gcode_ml.training import speed
@@ -298,7 +298,7 @@ def kept(learn):
     "State of every callback as saved by a snapshot."
     tensors = {}
     state = [
-        (cb.name, _pack_attributes(SimpleNamespace(**uncounted(vars(cb))), tensors))
+        (cb.name, pack_attributes(SimpleNamespace(**uncounted(vars(cb))), tensors))
         for cb in learn.cbs
         if not isinstance(cb, (Snapshot, PowerCut))
     ]

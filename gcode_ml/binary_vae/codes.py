@@ -383,8 +383,12 @@ class ErrorProbability:
     "Error probabilities of hard decoding with fair ties, as polynomials in `p` and `q = 1-p`."
 
     n: int  # Code bits
-    correct: np.ndarray  # Coefficients of `p^w q^(n-w)` in the probability of correct decoding, `[n+1]`
-    wrong: np.ndarray  # Coefficients of `p^w q^(n-w)` in the expected fraction of wrong bits, `[n+1]`
+    correct: (
+        np.ndarray
+    )  # Coefficients of `p^w q^(n-w)` in the probability of correct decoding, `[n+1]`
+    wrong: (
+        np.ndarray
+    )  # Coefficients of `p^w q^(n-w)` in the expected fraction of wrong bits, `[n+1]`
 
     def word_error(self, p, blocks=1):
         "Probability that at least one of `blocks` blocks is decoded wrongly."

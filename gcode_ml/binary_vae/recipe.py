@@ -30,10 +30,10 @@ from gcode_ml.binary_vae.callbacks import (
     FiniteTerms,
     FreeBits,
     LossRecord,
+    LossTerms,
     ProgressLine,
     Sleep,
     TemperatureAnneal,
-    LossTerms,
 )
 from .codes import create_code
 from gcode_ml.binary_vae.data import (

@@ -51,13 +51,13 @@ np.savez(target, X=x.reshape(len(x), 156), mask=s, timestamps_ms=np.round(np.ara
 
 # %% ../../nbs/sign/60_video.ipynb #7ae076a9
 def extract_clip(
-    video,  # File that OpenCV can read
-    python="",  # Python of the environment with mediapipe; this one by default
-    target="",  # `.npz` to be written; none is kept by default
-    visibility: float = 0.5,  # Smallest visibility of a point of the pose that counts as seen
-    seconds: float = 3600.0,  # Longest time that may pass
-) -> Clip:  # Without labels
-    "Extract the keypoints of every frame with MediaPipe Holistic. Raises InputError when that fails."
+    video,  # Video file in a format that OpenCV can read
+    python="",  # Python executable of the environment with mediapipe; default: the current one
+    target="",  # Output `.npz` file; default: not kept
+    visibility: float = 0.5,  # Minimum visibility at which a point of the pose counts as seen
+    seconds: float = 3600.0,  # Timeout of the extraction, in seconds
+) -> Clip:  # Clip without labels
+    "Extract the keypoints of every frame with MediaPipe Holistic. Raises InputError if the extraction fails."
     video = Path(video)
     require(video.is_file(), video, "file", "a video", "nothing there")
     with tempfile.TemporaryDirectory() as folder:
@@ -105,10 +105,10 @@ def _why(video, python, message):
 
 # %% ../../nbs/sign/60_video.ipynb #07a4f0d2
 def hand_remarks(
-    clip: Clip,  # With both hands, `pose78`
-    touching: float = 0.25,  # Distance of the hands in shoulder widths below which they touch
-    small: float = 0.5,  # Size of a hand against its median below which its fingers point at the camera
-) -> dict:  # Share of the frames: `touching`, `pointing`, `turned`, `swapped`
+    clip: Clip,  # Clip with the layout `pose78`
+    touching: float = 0.25,  # Maximum distance of the wrists of touching hands, in shoulder widths
+    small: float = 0.5,  # Maximum size of a hand pointing at the camera, relative to the median size of this hand
+) -> dict:  # Fractions of frames: `touching`, `pointing`, `turned`, `swapped`
     "Fractions of frames in which the estimated hands are likely to be wrong. Raises InputError for another layout."
     if clip_layout(clip) != "pose78":
         raise InputError(clip.file or clip.name, "layout", "pose78", clip_layout(clip))
