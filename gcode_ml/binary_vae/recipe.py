@@ -298,36 +298,49 @@ def recipe(
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #2e2f7d68
 def _callbacks(given, block, items, warmup, options):
-    "The callbacks that the parameters ask for."
-    g, folder = given, options.checkpoint_folder
-    if g.save_every_epoch and not folder:
+    "Callbacks for the given parameters; raises `InputError` for weights of every epoch without a folder."
+    folder = options.checkpoint_folder
+    if given.save_every_epoch and not folder:
         raise InputError("parameter", "save_every_epoch", "a checkpoint_folder", "none")
-    own = [
-        BetaWarmup(g.beta_max, warmup),
+    callbacks = [
+        BetaWarmup(given.beta_max, warmup),
         FiniteTerms(),
         LossTerms(warmup),
-        BestWeights(g.patience, options.min_delta),
+        BestWeights(given.patience, options.min_delta),
         ProgressLine(),
+        *_loss_callbacks(given, block),
+        *_data_callbacks(given, items),
     ]
-    if g.consistency and block.n > block.k:
-        own.append(Consistency(g.consistency))
-    if g.sleep:
-        own.append(Sleep(g.sleep))
-    if g.free_bits:
-        own.append(FreeBits(g.free_bits))
-    if g.verbose:
-        own += [EncoderGradient(), ExactAudit(strict=g.copies == "valid")]
-    if g.relaxation_rate:
-        own.append(TemperatureAnneal(1.0, g.relaxation, g.relaxation_rate))
-    if g.channel != "none":
-        own.append(ChannelNoise(g.channel, g.channel_rate))
-    if g.shift or g.redraw or g.pixel_flips:
-        own.append(ImageAugment(items.shape, g.shift, g.redraw, g.pixel_flips))
-    if g.randomise:
-        own.append(SmilesAugment(items, g.randomise))
     if folder:
-        own.append(LossRecord(Path(folder) / "loss_record_with.txt"))
-    return own + [Checkpoints(folder, "valid_loss", every=1)] * g.save_every_epoch
+        callbacks.append(LossRecord(Path(folder) / "loss_record_with.txt"))
+    if given.save_every_epoch:
+        callbacks.append(Checkpoints(folder, "valid_loss", every=1))
+    return callbacks
+
+
+def _loss_callbacks(g, block):
+    "Optional callbacks that add terms to the loss, audit it or anneal the estimator."
+    if g.consistency and block.n > block.k:
+        yield Consistency(g.consistency)
+    if g.sleep:
+        yield Sleep(g.sleep)
+    if g.free_bits:
+        yield FreeBits(g.free_bits)
+    if g.verbose:
+        yield EncoderGradient()
+        yield ExactAudit(strict=g.copies == "valid")
+    if g.relaxation_rate:
+        yield TemperatureAnneal(1.0, g.relaxation, g.relaxation_rate)
+
+
+def _data_callbacks(g, items):
+    "Optional callbacks that add channel noise or augment the training data."
+    if g.channel != "none":
+        yield ChannelNoise(g.channel, g.channel_rate)
+    if g.shift or g.redraw or g.pixel_flips:
+        yield ImageAugment(items.shape, g.shift, g.redraw, g.pixel_flips)
+    if g.randomise:
+        yield SmilesAugment(items, g.randomise)
 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #9c4423db
 def check_parameters(
