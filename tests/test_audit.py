@@ -103,7 +103,10 @@ def test_holdout_gives_each_class_its_share():
             lambda: group_kfold(["a", "b"], folds=3),
             "folds: expected 2 to 2, the number of sources, found 3",
         ),
-        (lambda: group_kfold(["a", "b"], [0], folds=2), "labels: expected 2, one per item, found 1"),
+        (
+            lambda: group_kfold(["a", "b"], [0], folds=2),
+            "labels: expected 2, one per item, found 1",
+        ),
         (
             lambda: group_kfold(["a", "b", "c"], [0, 1, 2], folds=2),
             "expected a class with at least 2 items, found 1 at most",

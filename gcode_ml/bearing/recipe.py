@@ -1,4 +1,4 @@
-"""The one place that wires records, windows, model and loss of a bearing diagnosis.
+"""Builds the training of a bearing diagnosis from records, windows, model and loss; predicts with and evaluates saved bundles.
 
 Docs: https://example.org/gcode_ml/bearing/recipe.html.md"""
 
@@ -60,14 +60,14 @@ from ..training.saved import load_saved
 
 # %% ../../nbs/bearing/50_recipe.ipynb #63ac6ac5
 def load_records(
-    data="",  # What `read_records` takes; simulated records of one bearing type when empty
-    progress=None,  # For instance `tqdm`
+    data="",  # See `read_records`; empty: simulated records of one bearing type
+    progress=None,  # Progress bar, for example `tqdm`
     seed: int = 0,  # Seed of the simulation
     seconds: float = 4.0,  # Length of a simulated record
     snr: float = -6.0,  # Signal-to-noise ratio of simulated records, dB
     cache="",  # See `read_records`
-) -> tuple:  # Records, and what they are: `kind`, `folder`, `checksum`, `records`
-    "Records of a run."
+) -> tuple:  # Records, and a dict of facts: `kind`, `folder`, `checksum`, `records`, ...
+    "Load or simulate the records of a run."
     if data:
         records = read_records(data, progress=progress, cache=cache)
         files = [f for f, _ in record_files(data)]
@@ -87,13 +87,13 @@ def load_records(
 
 # %% ../../nbs/bearing/50_recipe.ipynb #8acd532c
 class EvidenceWindows:
-    "Windows whose batches hold `evidence` too."
+    "Windows whose batches also contain the input `evidence`."
 
     def __init__(
         self,
         windows,  # `RecordWindows`
         front,  # `OrderSpectrumFrontEnd`
-        chunk: int = 32,  # Windows worked on at a time
+        chunk: int = 32,  # Windows computed together
     ):
         self.windows = windows
         self.front = front
@@ -112,9 +112,9 @@ class EvidenceWindows:
 @torch.no_grad()
 def evidence(
     self: EvidenceWindows,
-    index,  # Which windows, `[B]`
+    index,  # Window numbers, `[B]`
 ) -> torch.Tensor:  # `[B,K,3,P]`
-    "Evidence of windows, computed at their first use and kept with the windows."
+    "Evidence of windows, computed at the first use and cached with the windows."
     front = self.front
     kept = self.windows.__dict__.setdefault("_evidence", {}).setdefault(
         (
@@ -128,7 +128,7 @@ def evidence(
     )
     for c in sorted(
         {int(i) // self.chunk for i in index if int(i) not in kept}
-    ):  # always the same windows together: rounding does not depend on the order of an epoch
+    ):  # fixed groups of windows: rounding does not depend on the order within an epoch
         some = range(c * self.chunk, min((c + 1) * self.chunk, len(self.windows)))
         inputs, mask, _ = self.windows.batch(some)
         kept.update(zip(some, window_evidence(front, inputs, mask)))
@@ -157,13 +157,13 @@ def sommerfeld_severity(
 
 
 def _temporal(prediction, target, inputs, mask):
-    "`temporal_penalty` of a batch in any order."
+    "`temporal_penalty` of a batch, after sorting it by record and start."
     order = (inputs["record"] * 2**32 + inputs["start"]).argsort()
     return temporal_penalty(prediction["fault"][order], inputs["record"][order])
 
 
 def _sommerfeld(sizes):
-    "`sommerfeld_penalty` for the sizes of a data set; sizes without a known severity are evenly spaced."
+    "Build the `sommerfeld_penalty` of a data set; severities of unknown size names are evenly spaced."
     levels = torch.tensor([_sizes.get(k, (i + 1) / len(sizes)) for i, k in enumerate(sizes)])
     return lambda prediction, target, inputs, mask: sommerfeld_penalty(
         prediction["diameter"], inputs["asked"], levels.to(inputs["asked"].device)
@@ -171,13 +171,13 @@ def _sommerfeld(sizes):
 
 # %% ../../nbs/bearing/50_recipe.ipynb #63d7e6c1
 class LawWindows:
-    "Windows whose batches also say what laws ask for: `record`, `start`, and the severity of the Sommerfeld number, `asked`."
+    "Windows whose batches also contain the inputs of the penalties: `record`, `start`, and `asked`, the severity implied by the Sommerfeld number."
 
     def __init__(
         self,
-        items,  # Data set with `batch(index)`
+        items,  # Dataset with `batch(index)`
         windows,  # Its `RecordWindows`
-        sommerfeld: bool = False,  # Whether `asked` is there
+        sommerfeld: bool = False,  # Whether batches contain `asked`
     ):
         self.items, self.lengths = items, items.lengths
         self.about = dict(
@@ -213,21 +213,21 @@ MODEL_DEFAULTS = dict(
     resnet=dict(_net, max_epochs=15, learning_rate=1e-3),
     patch_transformer=dict(_net, learning_rate=1e-3),
     spectrogram=dict(max_epochs=20, learning_rate=3e-3, batch_size=32),
-)  # Shared options of each model
+)  # Default training options of each model
 
 # %% ../../nbs/bearing/50_recipe.ipynb #db6055d8
 def model_options(
     model: str,  # Name in `MODELS`
-    training: dict,  # Shared options as they were given
+    training: dict,  # Training options as given
 ):  # `TrainingOptions`
-    "Shared options with the model's own defaults."
+    "Training options, with the defaults of the model where none are given."
     check_choice("parameter", "model", model, MODELS)
     given = {k: v for k, v in training.items() if k not in DEFAULTS or v != DEFAULTS[k]}
     return training_options(given, **{**DEFAULTS, **MODEL_DEFAULTS[model]})
 
 # %% ../../nbs/bearing/50_recipe.ipynb #3ba433e3
 def _model_arguments(model, windows, severity, representation, options, order):
-    "What the model's class is called with."
+    "Constructor arguments of the model. Raises `InputError` if the model needs a geometry that is missing."
     arguments = dict(classes=len(windows.classes), severities=len(windows.sizes) if severity else 0)
     if model == "order_net":
         arguments |= order
@@ -253,7 +253,7 @@ def _model_arguments(model, windows, severity, representation, options, order):
 
 
 def _set_augmentations(model, options):
-    "Give a model of pictures or patches what works on those, and take it out of the options for signals."
+    "Move augmentations of spectrograms or patches from the signal options into the model."
     if options.spec_augment and not isinstance(model, SpectrogramCNN):
         raise InputError("parameter", "spec_augment", "model=spectrogram", type(model).__name__)
     if options.spec_augment:
@@ -265,35 +265,35 @@ def _set_augmentations(model, options):
 
 # %% ../../nbs/bearing/50_recipe.ipynb #1202f80d
 def recipe(
-    data="",  # What `load_records` takes, or a list of records
+    data="",  # See `load_records`, or a list of records
     split: str = "bearing",  # `bearing` (an unseen bearing), `load`, or `leak` (random windows)
-    fold: int = 0,  # Which fold is the test set
-    inner: int = -1,  # Which group of the training side is the validation set; -1: none, a tenth of the training windows is watched
-    window: int = 12000,  # Samples a window
-    stride: int = 0,  # Samples between windows; 0: as many as a window has
+    fold: int = 0,  # Test fold
+    inner: int = -1,  # Training group used for validation; -1: none, a random tenth of the training windows is monitored
+    window: int = 12000,  # Window length in samples
+    stride: int = 0,  # Step between window starts in samples; 0: `window`
     model: str = "order_net",  # Name in `MODELS`
-    representation: str = "stft",  # Pictures of model=spectrogram, joined by +: stft, cwt, wigner
-    simulated: int = 0,  # Simulated records of each fault, of random bearings, added to the training set
-    severity: float = 0.0,  # Weight of the size of the defect as a second task
-    slow_down: float = 0.0,  # Play training windows more slowly, down to 1 less this
-    physics_weight: float = 0.0,  # Weight of a physical law in the loss
-    physics_control: bool = False,  # The law with the lines of another fault, a control
-    temporal_weight: float = 0.0,  # Weight of like answers for windows of one record
-    sommerfeld_weight: float = 0.0,  # Weight of the severity that the Sommerfeld number asks for; needs `severity`
-    contrastive: float = 0.0,  # Weight of drawing windows of one fault together in the features of a network, `SupervisedContrastive`
+    representation: str = "stft",  # Time-frequency representations of model=spectrogram, joined by +: stft, cwt, wigner
+    simulated: int = 0,  # Simulated records per fault, of random bearings, added to the training set
+    severity: float = 0.0,  # Loss weight of the defect size as a second task
+    slow_down: float = 0.0,  # Largest relative speed reduction of training windows, see `SlowDown`
+    physics_weight: float = 0.0,  # Weight of the lines penalty in the loss
+    physics_control: bool = False,  # Control: use the lines of another fault in the penalty
+    temporal_weight: float = 0.0,  # Weight of the temporal penalty: consistent predictions for windows of one record
+    sommerfeld_weight: float = 0.0,  # Weight of the Sommerfeld penalty; needs `severity`
+    contrastive: float = 0.0,  # Weight of the supervised contrastive loss on the features of a network, see `SupervisedContrastive`
     harmonics: int = 4,
     sidebands: bool = False,
     learn_bands: bool = False,
     judge: str = "monotone",
     jitter: float = 0.6,
     contrast: bool = False,  # See `OrderNet`
-    seed: int = 42,  # Seed of everything
+    seed: int = 42,  # Random seed
     device: str = "auto",  # Device
-    workers="auto",  # Loader processes
-    cbs=(),  # More callbacks
-    **training,  # Shared options of `training.fit`
+    workers="auto",  # Number of loader processes
+    cbs=(),  # Additional callbacks
+    **training,  # Training options, see `training.fit`
 ) -> Learner:  # With `learn.windows`, `learn.arguments`, and window numbers `learn.train`, `learn.valid`, `learn.test`
-    "A diagnosis ready to fit."
+    "Build a Learner for bearing diagnosis, ready to fit."
     options = model_options(model, training)
     records = load_records(data, seed=seed)[0] if isinstance(data, (str, Path)) else data
     set_seed(seed)
@@ -373,7 +373,7 @@ def recipe(
 
 # %% ../../nbs/bearing/50_recipe.ipynb #0839e43c
 def _changes_signal(options):
-    "Whether the training signals are not those of the recordings."
+    "Whether augmentation or mixing changes the training signals."
     return (
         bool(options.augment or options.progressive or options.adversarial)
         or options.mixing != "none"
@@ -381,7 +381,7 @@ def _changes_signal(options):
 
 
 def _loss(options, windows, train, severity, contrastive=0.0):
-    "Loss of the fault, of the size of the defect, and of the features."
+    "Build the loss: fault, and with a weight also defect size and features."
     labels = windows.labels[train]
     classes = len(windows.classes)
     weights = {k: w for k, w in dict(diameter=severity, features=contrastive).items() if w}
@@ -405,7 +405,7 @@ def _loss(options, windows, train, severity, contrastive=0.0):
 
 
 def _laws(weights, control, windows, device):
-    "The laws that have a weight, as one callback."
+    "Penalties with a non-zero weight, as a list of at most one callback."
     classes = list(windows.classes)
     known = dict(
         lines=lambda: (
@@ -437,10 +437,10 @@ def split_records(
     inner: int = -1,  # See `split_windows`
     window: int = 12000,
     stride: int = 0,  # See `RecordWindows`
-    simulated: int = 0,  # Simulated records of each fault, behind the training windows
-    severity: bool = False,  # Targets with the size of the defect
-) -> tuple:  # Windows, and the numbers of those for training, validation and test
-    "Windows of records, split; a fold of simulated bearings is never tested."
+    simulated: int = 0,  # Simulated records per fault, appended to the training windows
+    severity: bool = False,  # Whether targets include the defect size
+) -> tuple:  # Windows, and the window numbers of the training, validation and test sets
+    "Cut records into windows and split them; simulated records are only used for training."
     windows = RecordWindows(records, window, stride, severity=severity)
     sets = split_windows(windows, split, fold, seed, inner)
     if not simulated:
@@ -465,9 +465,9 @@ def split_records(
 # %% ../../nbs/bearing/50_recipe.ipynb #690fa41b
 def preprocessing(
     learn,  # From `recipe`
-    unclear: float = 0.5,  # Answers less probable than this are `type unclear`
-) -> dict:  # JSON-able
-    "State that turns records into inputs."
+    unclear: float = 0.5,  # Predictions below this probability become `type unclear`
+) -> dict:  # JSON-serialisable
+    "Preprocessing parameters stored in a bundle."
     rate = float(np.median([r.rate for r in learn.windows.records]))
     return dict(
         seconds=learn.windows.size / rate,
@@ -480,8 +480,8 @@ def preprocessing(
 def bundle_windows(
     bundle,  # From `lab.bundle.load_bundle`
     records: list,  # Records
-) -> list:  # One `RecordWindows` for each sampling rate
-    "Windows of records as in training; a record that is shorter than a window is one short window."
+) -> list:  # One `RecordWindows` per sampling rate
+    "Cut records into windows as in training; a record shorter than a window becomes one short window."
     state, made = bundle.preprocessing, []
     for rate in sorted({r.rate for r in records}):
         size = int(round(state["seconds"] * rate))
@@ -514,9 +514,9 @@ def bundle_windows(
 def bundle_outcomes(
     bundle,  # From `lab.bundle.load_bundle`
     records: list,  # Records
-    progress=None,  # For instance `tqdm`
-) -> pd.DataFrame:  # A row a window, see `outcome_table`
-    "What a bundle's model says about records."
+    progress=None,  # Progress bar, for example `tqdm`
+) -> pd.DataFrame:  # One row per window, see `outcome_table`, with the start in `seconds`
+    "Predict records with the model of a bundle."
     parts = [
         outcome_table(
             w, range(len(w)), predict_windows(bundle.model, w, range(len(w)), progress=progress)
@@ -528,9 +528,9 @@ def bundle_outcomes(
 # %% ../../nbs/bearing/50_recipe.ipynb #c8c773ab
 def predict_bundle(
     bundle,  # From `lab.bundle.load_bundle`
-    path,  # What `read_records` takes
-) -> pd.DataFrame:  # A row a window: record, seconds, fault or `type unclear`, probabilities
-    "Name the fault of every window of one or more records."
+    path,  # See `read_records`
+) -> pd.DataFrame:  # One row per window: record, seconds, fault or `type unclear`, probabilities
+    "Predict the fault of each window of one or more records."
     table = bundle_outcomes(bundle, read_records(path))
     return pd.DataFrame(
         dict(
@@ -545,10 +545,10 @@ def predict_bundle(
 # %% ../../nbs/bearing/50_recipe.ipynb #01f64a6f
 def evaluate_bundle(
     bundle,  # From `lab.bundle.load_bundle`
-    data,  # What `read_records` takes; every record with a fault
-    progress=None,  # For instance `tqdm`
+    data,  # See `read_records`; each record needs a fault
+    progress=None,  # Progress bar, for example `tqdm`
 ) -> tuple:  # Table of measures, and facts about the data
-    "Score a bundle on records; bearings that it was trained on are scored apart."
+    "Score a bundle on labelled records; bearings of its training set are scored separately."
     records, facts = load_records(data, progress)
     for r in records:
         require(
@@ -579,13 +579,13 @@ def evaluate_bundle(
 
 # %% ../../nbs/bearing/50_recipe.ipynb #fede862d
 def simulate(
-    folder,  # Folder to make
-    kind: str = "rolling",  # `rolling`: 27 records like those of CWRU; `random`: a new bearing each record; `journal`: eleven faults of a journal bearing {rolling, random, journal}
-    count: int = 3,  # Records a class of `random`, or a class and severity of `journal` [1..100000]
-    seconds: float = 0.0,  # Length of a record; 0: 4, 1 or 5 s [0..10000]
-    snr: float = 0.0,  # Signal-to-noise ratio of `rolling` in dB; of `journal`, white noise to that ratio where it is not 0 [-60..60]
-    seed: int = 42,  # Seed [0..]
-    progress=None,  # For instance `tqdm`
+    folder,  # Output folder
+    kind: str = "rolling",  # `rolling`: 27 records like those of CWRU; `random`: a random bearing per record; `journal`: eleven faults of a journal bearing {rolling, random, journal}
+    count: int = 3,  # Records per class for `random`, or per class and severity for `journal` [1..100000]
+    seconds: float = 0.0,  # Length of a record in seconds; 0: 4, 1 or 5 s by kind [0..10000]
+    snr: float = 0.0,  # Signal-to-noise ratio of `rolling` in dB; for `journal`, white noise is added at this ratio unless it is 0 [-60..60]
+    seed: int = 42,  # Random seed [0..]
+    progress=None,  # Progress bar, for example `tqdm`
 ):  # The records
-    "Simulated records with their `labels.csv`."
+    "Simulate records and write them with their `labels.csv`."
     return simulate_records(folder, kind, count, seconds, snr, seed, progress)
