@@ -861,7 +861,7 @@ def test_hands_layout(tmp_path, refused):
     for arrays, says in (
         (dict(rh=good["rh"][:3]), "equal numbers of frames"),
         (dict(rh=with_nan(good["rh"], (2, 4, 0))), "finite"),
-        (dict(video_info=np.zeros(3)), "frames a second"),
+        (dict(video_info=np.zeros(3)), "frames per second"),
         (dict(lh=np.zeros((4, 20, 3))), "array lh: expected shape ['T', 21, 3]"),
     ):
         write([("S1_vowel\\A", "अ", "sign")], **arrays)
