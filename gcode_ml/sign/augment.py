@@ -20,11 +20,11 @@ from gcode_ml.signals.augment import (
     Noise,
     Occlusion,
     TimeMask,
-    _points,
-    _real_steps,
-    _uniform,
+    as_points,
+    real_steps,
     register_augmentation,
     resample,
+    uniform_per_item,
 )
 
 # %% ../../nbs/sign/10_augment.ipynb #671718ae
@@ -47,14 +47,14 @@ class PartAffine(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        points = _points(
+        points = as_points(
             "PartAffine", x, [i for root, g in self.parts.values() for i in [root, *g]]
         )
         out = points.clone()
         for root, g in self.parts.values():
-            angle = _uniform(x, -self.rotation, self.rotation)
-            scale = _uniform(x, 1 - self.scale, 1 + self.scale)
-            shift = _uniform(x, -self.shift, self.shift, 1, 1, 2)
+            angle = uniform_per_item(x, -self.rotation, self.rotation)
+            scale = uniform_per_item(x, 1 - self.scale, 1 + self.scale)
+            shift = uniform_per_item(x, -self.shift, self.shift, 1, 1, 2)
             cos = scale * angle.cos()
             sin = scale * angle.sin()
             matrix = torch.stack([cos, sin, -sin, cos], 1).view(-1, 1, 2, 2).to(x.dtype)
@@ -78,8 +78,8 @@ class FrameEdge(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        points = _points("FrameEdge", x, [])
-        edge = _uniform(x, self.low, self.high, 1, 1).to(x.dtype)
+        points = as_points("FrameEdge", x, [])
+        edge = uniform_per_item(x, self.low, self.high, 1, 1).to(x.dtype)
         return torch.stack([points[..., 0], torch.minimum(points[..., 1], edge)], -1).reshape(
             x.shape
         )
@@ -100,7 +100,7 @@ class SmoothTimeWarp(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        steps, length = _real_steps(mask)
+        steps, length = real_steps(mask)
         share = (steps / (length - 1).clamp_min(1)).clamp_max(1)
         at = share * (self.knots - 1)
         low = at.floor().clamp_max(self.knots - 2)
