@@ -181,7 +181,7 @@ def _moves(text, start, offset, rapid):
     require(moves, "program", "moves", "at least one", "none")
     return moves
 
-
+# %% ../../nbs/fingerprint/06_simulate.ipynb #61f06b19
 def _unit(commands, scale):
     "Millimetres per unit after the commands of a line."
     if 20 in commands:

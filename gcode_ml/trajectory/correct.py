@@ -1090,7 +1090,7 @@ def _attempts(motion, modes, method, machines, machine, firmware, seconds=60.0):
         motion.file, "contour error", "a shaper that lowers it on every machine", "none"
     )
 
-
+# %% ../../nbs/trajectory/55_correct.ipynb #8969e65f
 def _corrected_text(task, compensation, modes, evaluator):
     "Text of the corrected program, the line of the original for each line, and the shaper impulses of the firmware or `None`."
     program, motion = task.program, task.motion
