@@ -73,10 +73,13 @@ def one_product(quick):
 def word_by_word(generator, l):
     "Posterior of each word of each block in plain Python."
     k, n = generator.shape
-    book = [
-        [sum(a * b for a, b in zip(w, column)) % 2 for column in generator.T.tolist()]
-        for w in itertools.product((0, 1), repeat=k)
-    ]
+    columns = generator.T.tolist()
+
+    def code_bit(word, column):
+        return sum(a * b for a, b in zip(word, column)) % 2
+
+    words = itertools.product((0, 1), repeat=k)
+    book = [[code_bit(w, column) for column in columns] for w in words]
     found = []
     for row in l.tolist():
         for b in range(0, len(row), n):

@@ -190,21 +190,15 @@ def test_wigner_ville_is_the_double_loop():
     z = ss.hilbert(x[0])
     L, K, hop = 15, 32, 8
     window = ss.windows.hamming(2 * L + 1)
-    plain = np.array(
-        [
-            [
-                sum(
-                    (
-                        window[L + m] * z[n + m] * z[n - m].conj() * np.exp(-2j * np.pi * k * m / K)
-                    ).real
-                    for m in range(-L, L + 1)
-                    if n - abs(m) >= 0 and n + abs(m) < 96
-                )
-                for n in range(0, 96, hop)
-            ]
-            for k in range(K)
-        ]
-    )
+
+    def term(k, n, m):
+        return window[L + m] * z[n + m] * z[n - m].conj() * np.exp(-2j * np.pi * k * m / K)
+
+    def value(k, n):
+        inside = [m for m in range(-L, L + 1) if n - abs(m) >= 0 and n + abs(m) < 96]
+        return sum(term(k, n, m).real for m in inside)
+
+    plain = np.array([[value(k, n) for n in range(0, 96, hop)] for k in range(K)])
     assert np.abs(sp.wigner_ville(torch.tensor(x), L, hop)[0].numpy() - plain).max() < 1e-10
     assert np.allclose(
         sp.wigner_ville(torch.tensor(x), None, 1)[0].mean(0), np.abs(z) ** 2, atol=1e-10

@@ -324,10 +324,12 @@ def test_raw_bits_and_code_words():
         "image", (8, 8), 64, hidden=16, generator=hamming_8_4().tolist(), blocks=1, logit_scale=3.0
     ).eval()
     x, mask, _ = sets.items.batch(index)
-    book = [
-        [int(sum(a * b for a, b in zip(w, c)) % 2) for c in hamming_8_4().T]
-        for w in itertools.product((0, 1), repeat=4)
-    ]
+
+    def code_bit(word, column):
+        return int(sum(a * b for a, b in zip(word, column)) % 2)
+
+    words = itertools.product((0, 1), repeat=4)
+    book = [[code_bit(w, c) for c in hamming_8_4().T] for w in words]
     same = []
     error = dict(raw=0.0, word=0.0)
     with torch.no_grad():

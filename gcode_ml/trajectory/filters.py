@@ -152,7 +152,11 @@ def fit_filters(
         if {*kinds} & {"fir", "harmonics", "sign"}
         else {}
     )
-    together = [[sum(v[k][j] for v in linear.values()) for j in range(2)] for k in range(2)]
+
+    def total(k, j):
+        return sum(v[k][j] for v in linear.values())
+
+    together = [[total(k, j) for j in range(2)] for k in range(2)]
 
     def fitted(kind):
         if kind == "zero":
