@@ -1,21 +1,21 @@
-# The workspace's commands. Each makes the environment first where it is missing.
+# Commands of the workspace. Each first creates the environment if it is missing.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-newest lab docs papers check bench export figures hooks clean-env help
+.PHONY: demo test test-newest test-random lab docs papers check format bench export figures hooks clean-env help
 
 help:                    ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 
-demo: $(READY)           ## a real run of the fingerprint experiment, with its result table and pictures
+demo: $(READY)           ## a small fingerprint experiment with its result table and figures
 	$(BIN)/gcode_ml run fingerprint --name demo --replace --config nbs/experiments/fingerprint.demo.yaml
 
 test: $(READY)           ## export in sync, notebooks clean, every notebook and every test executed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-newest: ## what needs torchvision and timm, with the newest PyTorch, in an environment of its own (some GB)
+test-newest: ## tests that need torchvision and timm, with the newest PyTorch, in a separate environment (several GB)
 	$(PYTHON) -m venv .venv-newest
 	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-newest/constraints.txt
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check torch torchvision
@@ -28,22 +28,33 @@ lab: $(READY)            ## JupyterLab; notebooks are cleaned when they are save
 docs: $(READY)           ## the site, in _docs
 	$(BIN)/python nbs/_site.py
 
-papers: $(READY)         ## every write-up as HTML and PDF in _papers, its numbers computed from papers/*/results
+papers: $(READY)         ## every paper as HTML and PDF in _papers, its numbers computed from papers/*/results
 	$(BIN)/gcode_ml paper
 
-check: $(READY)          ## only what takes seconds: export, clean notebooks, dependency rule, style
+check: $(READY)          ## quick checks: format and lint, export, clean notebooks, import rules, style
+	$(BIN)/ruff format --check -q .
+	$(BIN)/ruff check -q .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_sync.py tests/test_imports.py tests/test_style.py
 
-bench: $(READY)          ## our ways measured beside others, in bench/results.json; on a quiet machine
+bench: $(READY)          ## benchmarks against alternatives, in bench/results.json; on an idle machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench
 
-export: $(READY)         ## after editing a notebook
+export: $(READY)         ## after editing notebooks: export the package and clean the notebooks
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && for n in papers/*/paper.ipynb; do $(BIN)/nbdev-clean --fname $$n; done
 
-figures: $(READY)        ## run the pages in a kernel and keep their outputs for the site
+figures: $(READY)        ## execute the pages in a kernel and keep their outputs for the site
 	for n in $$(git ls-files 'nbs/*.ipynb' | grep -v /experiments/); do GCODE_ML_DATA= OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace $$n || exit 1; done; $(BIN)/nbdev-clean
 
-hooks: $(READY)          ## nbdev's merge and diff drivers for this clone
+format: $(READY)         ## ruff formats and fixes what it can
+	$(BIN)/ruff check -q --fix .
+	$(BIN)/ruff format .
+
+test-random: $(READY)    ## the whole suite in random order, N times (5)
+	for i in $$(seq $(or $(N),5)); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --random-order || exit 1; done
+
+hooks: $(READY)          ## nbdev's merge and diff drivers, git blame without mechanical commits, ruff before each commit
+	git config --local blame.ignoreRevsFile .git-blame-ignore-revs
+	$(BIN)/pre-commit install
 	git config --local include.path ../.gitconfig
 	git config --local merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 	git config --local diff.jupyternotebook.command $(BIN)/nbdev-diff-driver

@@ -73,18 +73,19 @@ def find(only=""):
     ]
 
 
+def processor_name():
+    "Model name of the processor."
+    if not os.path.exists("/proc/cpuinfo"):
+        return platform.processor()
+    with open("/proc/cpuinfo") as info:
+        names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+    return names[0] if names else ""
+
+
 def machine():
     "What the numbers depend on."
-    cpu = (
-        next(
-            (l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")),
-            "",
-        )
-        if os.path.exists("/proc/cpuinfo")
-        else platform.processor()
-    )
     return dict(
-        cpu=cpu,
+        cpu=processor_name(),
         cpus=os.cpu_count(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,

@@ -9,7 +9,7 @@ import time
 import nbformat
 import psutil
 
-COMMAND = "import sys; from gcode_ml.lab.command import main; sys.exit(main())"
+COMMAND = "import sys; from gcode_ml.lab.cli import main; sys.exit(main())"
 TRIALS = 12
 KILLS = ("worker", "kernel", "driver", "kernel", "worker", "driver", "worker", "kernel", "driver")
 

@@ -43,7 +43,7 @@ def one_window(x, shaft, rate, orders):
         E = np.abs(np.fft.rfft((e - e.mean()) * np.hanning(n), 4 * n))
         F = np.arange(len(E)) * rate / (4 * n)
 
-        def q(order):
+        def q(order, E=E, F=F):
             f0 = order * shaft
             return np.log(
                 E[np.abs(F - f0) < max(0.012 * f0, 0.75 * rate / n)].max()

@@ -1,4 +1,4 @@
-"The fingerprint domain: reading all runs, placing and verifying them, and streams of rows against the time that the machine takes."
+"Fingerprint domain: reading, locating and verifying recordings, and streams of rows against real time."
 
 import functools
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from bench import benchmark
-from gcode_ml.fingerprint.align import ProgramChains, StreamAligner, build_library
+from gcode_ml.fingerprint.align import ProgramHMM, StreamAligner, build_library
 from gcode_ml.fingerprint.clocks import on_sensor_clock
 from gcode_ml.fingerprint.data import (
     CONTROLLER,
@@ -31,7 +31,7 @@ from gcode_ml.lab.settings import data_folder
 
 @functools.cache
 def folder(quick):
-    "Folder of the recorded runs where they are there, else of simulated ones."
+    "Folder of the real recordings if present, else of simulated ones."
     found = data_folder("cnc_fingerprint")
     if found and not quick:
         return Path(found)
@@ -56,11 +56,11 @@ REPORT = (
     "dist",
     "line",
     "feed",
-)  # of the controller's status report that stand in columns too
+)  # fields of the status report that also have columns
 
 
 def original(table):
-    "A recording as the original files have it: the status report as text once more, and numbers with all the digits that a double has; interpolated ones have sixteen, measured ones few."
+    "A recording in the original layout: the status report repeated as text, and interpolated numbers with all digits of a double."
 
     def digits(x):
         short = x.round(5)
@@ -69,7 +69,7 @@ def original(table):
     table = pd.DataFrame(
         {c: digits(v.to_numpy(float)) if v.dtype == "float32" else v for c, v in table.items()}
     )
-    more = dict(
+    constants = dict(
         mpoa=0,
         posa=0,
         home=1,
@@ -92,7 +92,7 @@ def original(table):
         len([c for c in CONTROLLER[:16] if c in table]),
         "raw_json",
         [
-            json.dumps(dict(sr=dict(zip(here, v), **more)), separators=(",", ":"))
+            json.dumps(dict(sr=dict(zip(here, v), **constants)), separators=(",", ":"))
             for v in zip(*(table[c].tolist() for c in here))
         ],
     )
@@ -101,7 +101,7 @@ def original(table):
 
 @functools.cache
 def twins(quick, every=6):
-    "The same runs as parquet and in the original layout, comma-separated text: every sixth of the recorded ones, because the text takes long to write."
+    "The same recordings as parquet and as CSV in the original layout: every sixth of the real ones, because CSV takes long to write."
     home = tempfile.TemporaryDirectory()
     folder.homes.append(home)
     parquet, text = (Path(home.name) / k for k in ("parquet", "csv"))
@@ -114,7 +114,7 @@ def twins(quick, every=6):
 
 
 def seconds(function):
-    "Seconds of one call."
+    "Duration of one call in seconds."
     began = time.perf_counter()
     function()
     return round(time.perf_counter() - began, 3)
@@ -147,7 +147,7 @@ def read_files(quick):
 
 
 def stream_of(quick, lag=8):
-    "A stream over the library of all runs with an untrained network of the default size, and one recording's rows."
+    "A stream over the library of all recordings with an untrained network of the default size, and the rows of one recording."
     recordings = read_recordings(folder(quick))
     library = build_library(recordings)
     features = row_features(recordings)
@@ -166,7 +166,7 @@ def stream_of(quick, lag=8):
         return StreamAligner(
             library,
             emission,
-            ProgramChains(library.lengths),
+            ProgramHMM(library.lengths),
             features.width,
             lag,
             features.statistics,
@@ -176,7 +176,7 @@ def stream_of(quick, lag=8):
 
 
 def held(begin, rows, times, at):
-    "Bytes that are held after so many rows, beyond those before the first."
+    "Bytes allocated after each of the numbers of rows `at`."
     tracemalloc.start()
     stream = begin()
     found = []

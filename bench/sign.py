@@ -13,7 +13,7 @@ from gcode_ml.data.batch import BatchLoader
 from gcode_ml.sign.augment import signer_style
 from gcode_ml.sign.checks import check
 from gcode_ml.sign.data import Clip, ClipData, read_clips
-from gcode_ml.sign.evaluate import dtw_answers, dtw_distances
+from gcode_ml.sign.evaluate import dtw_distances, dtw_nearest_neighbour
 from gcode_ml.sign.models import InceptionV3GRU, SignConv, SignTransformer
 from gcode_ml.sign.simulate import simulate_clips
 from gcode_ml.sign.skeleton import Preparation, prepare_clips
@@ -204,10 +204,14 @@ def warped_neighbours(quick):
     last = np.array([c.signer == "S08" for c in clips])
     train, test = x[~last], x[last][::12]
     number = np.arange(len(train))
-    ours = lambda: dtw_answers(train, number, test)
-    theirs = lambda: np.array(
-        [dtw_distances(q, np.nan_to_num(train), 5).argmin() for q in np.nan_to_num(test)]
-    )
+    filled = np.nan_to_num(train)
+
+    def ours():
+        return dtw_nearest_neighbour(train, number, test)
+
+    def theirs():
+        return np.array([dtw_distances(q, filled, 5).argmin() for q in np.nan_to_num(test)])
+
     return ours, theirs, dict(same_neighbours=bool((ours() == theirs()).all()))
 
 

@@ -20,8 +20,8 @@ from gcode_ml.gcode.reader import moves, parse_gcode
 from gcode_ml.lab.settings import data_folder
 from gcode_ml.trajectory.simulate import (
     Machine,
-    _nonlinear_mode,
     axis_error,
+    nonlinear_mode,
     random_machine,
     simulate_part,
     tracking_error,
@@ -122,7 +122,7 @@ def numpy_rk4(x, f, z):
     for i in range(len(x) - 1):
         du = (x[i + 1] - x[i]) * 1000
 
-        def rate(s, u):
+        def rate(s, u, du=du):
             return A @ s + np.array([0, w * w * u + 2 * z * w * du])
 
         m = (x[i] + x[i + 1]) / 2
@@ -240,7 +240,7 @@ def axes_solve_ivp(quick):
 def lanes(quick):
     x = seconds(20, quick)[0]
     long = np.tile(np.concatenate([x, x[::-1]]), 1 if quick else 25)
-    return lambda: _nonlinear_mode(long, F, Z, 1000, slope=0.1), lambda: scalar_rk4(x, F, Z, 4)
+    return lambda: nonlinear_mode(long, F, Z, 1000, slope=0.1), lambda: scalar_rk4(x, F, Z, 4)
 
 
 def fancy_sample(p, rate):
@@ -449,7 +449,7 @@ def windows(quick):
         torch.cat(
             [w.batch(np.arange(a, min(a + 512, len(w))))[k][n] for a in range(0, len(w), 512)]
         )
-        for k, n in ((0, "features"), (2, "error"), (2, "thermal"), (2, "laid"))
+        for k, n in ((0, "features"), (2, "error"), (2, "thermal"), (2, "thermal_mask"))
     ]
     held = sum(t.nbytes for t in (w.motion, w.errors, w.thermal))
     large = sum(t.nbytes for t in stored)

@@ -165,7 +165,7 @@ def finish(site, cfg):
         up = "../" * (len(f.relative_to(site).parts) - 1) or "./"
         page = re.sub(
             rf'href="{re.escape(code)}([^"#]+)\.py(?:#L(\d+))?"',
-            lambda m: f'href="{up}source/{m[1]}.html{"#L-" + m[2] if m[2] else ""}"',
+            lambda m, up=up: f'href="{up}source/{m[1]}.html{"#L-" + m[2] if m[2] else ""}"',
             f.read_text(encoding="utf-8"),
         )
         page = re.sub(rf'<a href="{re.escape(base)}/([^"#]+)#([^"]+)">(.*?)</a>', symbol, page)

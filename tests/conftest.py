@@ -91,7 +91,7 @@ def recordings(tmp_path_factory):
 @pytest.fixture
 def command(capsys, monkeypatch, tmp_path):
     "Run a command line in this process, with no real data and a runs folder of its own; returns (exit code, output, error output)."
-    from gcode_ml.lab.command import main
+    from gcode_ml.lab.cli import main
 
     monkeypatch.setenv("GCODE_ML_DATA", "")
     monkeypatch.setenv("GCODE_ML_RUNS", str(tmp_path / "runs"))

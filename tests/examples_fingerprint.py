@@ -23,7 +23,7 @@ def sensors():
     return dict(sensors=numbers(STEPS, 6), present=torch.rand(ITEMS, STEPS, 6) < 0.8)
 
 
-MODELS = {  # name in the package -> model and the arguments of its `forward` but for the mask
+MODELS = {  # name in the package -> model, and the arguments of its `forward` except the mask
     "fingerprint.models.MMDTAELSTM": lambda: (
         MMDTAELSTM(MODALITIES, **SMALL),
         dict(inputs=sensors()),
@@ -39,7 +39,7 @@ MODELS = {  # name in the package -> model and the arguments of its `forward` bu
 }
 
 
-def RECIPE(folder):  # arguments of the recipe with which it fits in a second or two
+def RECIPE(folder):  # recipe arguments for a fit of one or two seconds
     return dict(
         data=load_recordings(runs=3, seed=5)[0],
         folds=3,

@@ -16,13 +16,13 @@ from gcode_ml.data.split import (
     random_split,
 )
 from gcode_ml.evaluation.audit import (
-    _most_shared,
     affine_copies,
     class_from_missingness,
     class_from_slow_channels,
     duplicate_rows,
     findings_json,
     findings_table,
+    largest_overlap,
     leak_audit,
     lookup_by_time,
     source_table,
@@ -103,7 +103,10 @@ def test_holdout_gives_each_class_its_share():
             lambda: group_kfold(["a", "b"], folds=3),
             "folds: expected 2 to 2, the number of sources, found 3",
         ),
-        (lambda: group_kfold(["a", "b"], [0], folds=2), "labels: expected 2, one an item, found 1"),
+        (
+            lambda: group_kfold(["a", "b"], [0], folds=2),
+            "labels: expected 2, one per item, found 1",
+        ),
         (
             lambda: group_kfold(["a", "b", "c"], [0, 1, 2], folds=2),
             "expected a class with at least 2 items, found 1 at most",
@@ -192,7 +195,7 @@ def test_most_shared_rows_by_brute_force(seed):
     stop = start + random.integers(1, [2, 20, 150][seed % 3], 40)
     b = a + random.integers(1, [150, 20, 2][seed % 3], 50)
     by_hand = (np.minimum(stop[:, None], b) - np.maximum(start[:, None], a)).clip(0).max(0)
-    assert np.array_equal(_most_shared(start, stop, a, b), by_hand)
+    assert np.array_equal(largest_overlap(start, stop, a, b), by_hand)
 
 
 def recordings(seed, copied=0, idle=25):

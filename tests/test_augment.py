@@ -471,7 +471,7 @@ def test_attack_of_a_mixture():
     learn.mix_up("before_batch")
     mixed, union = learn.xb
     mixed = mixed.clone().requires_grad_()
-    learn.mix_up.mixed(
+    learn.mix_up.mixed_loss(
         pred := learn.model(mixed, union), learn.loss_func(pred, *learn.yb)
     ).backward()
     learn.adversarial_training("before_batch")

@@ -174,7 +174,7 @@ def test_a_source_on_two_sides(refused, recordings):
         refused(check_disjoint, ["a", "b"], [0, 1], []),
         "split: test: expected at least one item, found none",
     )
-    leaky = recipe(read_recordings(recordings), split="windows", **SMALL)
+    leaky = recipe(read_recordings(recordings), split="leaky", **SMALL)
     sentence(
         refused(check_disjoint, leaky.fold.windows.sources, leaky.train, leaky.test),
         "split: sources: expected each on one side",

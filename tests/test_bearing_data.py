@@ -17,9 +17,9 @@ from gcode_ml.bearing.data import (
     check,
     check_record,
     comb_score,
-    doubts,
     fault_name,
     low_pass,
+    plausibility_warnings,
     read_cwru,
     read_labels,
     read_records,
@@ -217,21 +217,26 @@ def shaft_lines(rate, seconds=2.0, seed=0):
 
 @pytest.mark.parametrize("true,declared", [(48000, 12000), (12000, 48000), (24000, 12000)])
 def test_wrong_rate_is_doubted(true, declared):
-    "The comb of the shaft tells a wrong sampling rate, with both scores; the right one raises no doubt."
+    "The comb of the shaft tells a wrong sampling rate, with both scores; the right one raises no warning."
     x = shaft_lines(true)
-    assert doubts(Record("right", x, true, 1740.0)) == []
-    (doubt,) = doubts(Record("wrong", x, declared, 1740.0))
-    assert f"fit {true} Hz better than {declared} Hz" in doubt
-    assert "comb scores" in doubt
+    assert plausibility_warnings(Record("right", x, true, 1740.0)) == []
+    (warning,) = plausibility_warnings(Record("wrong", x, declared, 1740.0))
+    assert f"fit {true} Hz better than {declared} Hz" in warning
+    assert "comb scores" in warning
     assert comb_score(x, true, 1740.0) > comb_score(x, declared, 1740.0) + 1
 
 
-def test_other_doubts():
+def test_plausibility_warnings_name_clipping_speed_in_hz_and_noise():
     x = shaft_lines(12000)
-    assert "clipped" in doubts(Record("x", x.clip(-1, 1), 12000.0, 1740.0))[0]
-    assert "is it Hz" in doubts(Record("x", x, 12000.0, 29.0, orders=BEARINGS["6205"].orders))[0]
+    assert "clipped" in plausibility_warnings(Record("x", x.clip(-1, 1), 12000.0, 1740.0))[0]
     assert (
-        doubts(Record("noise", np.random.default_rng(0).standard_normal(12000), 12000.0, 1740.0))
+        "is it Hz"
+        in plausibility_warnings(Record("x", x, 12000.0, 29.0, orders=BEARINGS["6205"].orders))[0]
+    )
+    assert (
+        plausibility_warnings(
+            Record("noise", np.random.default_rng(0).standard_normal(12000), 12000.0, 1740.0)
+        )
         == []
     )
 
@@ -356,7 +361,7 @@ def test_names(refused):
 
 
 def test_mapped_copy_is_the_records(folder, tmp_path):
-    "What is read from the copy is what the files say, doubts included; a file that changes, or a table, makes it anew."
+    "What is read from the copy is what the files say, plausibility warnings included; a file that changes, or a table, makes it anew."
     import os
 
     cache = tmp_path / "copy"

@@ -513,7 +513,7 @@ def test_rolling_record_has_its_ratio_and_rhythm():
     assert 10 * np.log10(
         (clean.signal**2).mean() / ((noisy.signal - clean.signal) ** 2).mean()
     ) == pytest.approx(3, abs=0.1)
-    times = si._passages(np.random.default_rng(0), 0.01, 20.0, 0.015)
+    times = si._impact_times(np.random.default_rng(0), 0.01, 20.0, 0.015)
     assert np.diff(times).std() / 0.01 == pytest.approx(0.015, rel=0.1)
 
 

@@ -17,13 +17,13 @@ from gcode_ml.bearing.evaluate import (
 )
 from gcode_ml.bearing.models import (
     MODELS,
-    NOTHING,
+    NOISE_EVIDENCE,
     BandPenalty,
     LinePenalty,
-    OrderFront,
     OrderNet,
+    OrderSpectrumFrontEnd,
     SpectrogramCNN,
-    order_places,
+    defect_line_orders,
 )
 from gcode_ml.bearing.recipe import (
     MODEL_DEFAULTS,
@@ -91,7 +91,7 @@ def test_evidence_follows_the_definition():
     e = np.abs(np.fft.ifft(2 * Z)) ** 2
     E = np.abs(np.fft.rfft((e - e.mean()) * np.hanning(n), 4 * n))
     F = np.arange(len(E)) * 12000 / (4 * n)
-    front = OrderFront(bands=((2800.0, 4200.0),), sharpness=200.0)
+    front = OrderSpectrumFrontEnd(bands=((2800.0, 4200.0),), sharpness=200.0)
     q = front(inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"])[0, 0]
     for h in range(3):
         for k in range(1, 4):
@@ -139,8 +139,8 @@ def test_monotone():
     q = torch.randn(40, 5, 3, 4)
     more = q.clone()
     more[:, :, 1] += torch.rand(40, 5, 4)
-    a = model.judged(q)["fault"]
-    b = model.judged(more)["fault"]
+    a = model.score_evidence(q)["fault"]
+    b = model.score_evidence(more)["fault"]
     assert (b[:, 1] >= a[:, 1] - 1e-6).all()
     torch.testing.assert_close(a[:, [0, 2]], b[:, [0, 2]])
 
@@ -148,15 +148,17 @@ def test_monotone():
 def test_bands_and_lines_beyond_the_rate():
     "Of what a signal cannot hold there is no evidence, neither for nor against; nothing folds back."
     inputs, mask, _ = windows_of([rolling_record("inner", rate=6000.0, seed=0)], 6000)
-    q = OrderFront()(inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"])
-    assert (q[:, 2:4] != NOTHING).any()
-    assert (q[:, 3] == NOTHING).all()
-    assert q.isfinite().all()
-    q = OrderFront(harmonics=20)(
+    q = OrderSpectrumFrontEnd()(
         inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"]
     )
-    beyond = order_places(inputs["orders"], 20)[0] * inputs["shaft"][0] > 1000
-    assert (q[0, 0][beyond] == NOTHING).all()
+    assert (q[:, 2:4] != NOISE_EVIDENCE).any()
+    assert (q[:, 3] == NOISE_EVIDENCE).all()
+    assert q.isfinite().all()
+    q = OrderSpectrumFrontEnd(harmonics=20)(
+        inputs["signal"][..., 0], inputs["shaft"], inputs["rate"], inputs["orders"]
+    )
+    beyond = defect_line_orders(inputs["orders"], 20)[0] * inputs["shaft"][0] > 1000
+    assert (q[0, 0][beyond] == NOISE_EVIDENCE).all()
 
 
 def test_learned_bands_get_gradients(records):
@@ -273,7 +275,7 @@ def test_programs_are_the_model(learn):
 def test_decimated_envelopes_are_whole(records):
     "Evidence from few points of the envelope is that of all points."
     x, shaft, rate, orders, _ = RecordWindows(records, 6000).signals([0, 9, 18])
-    front = OrderFront()
+    front = OrderSpectrumFrontEnd()
     quick = front(x, shaft, rate, orders)
     slow = front(
         x, shaft, torch.cat([rate[:2], rate[2:] + 1e-3]), orders
@@ -309,7 +311,7 @@ def test_temporal_law_calms_the_answers(records):
 
 def test_sommerfeld_law_moves_the_severity(tmp_path):
     "The severity head follows the Sommerfeld number, also from a folder; with a severity head and such a column only."
-    from gcode_ml.bearing.recipe import _asked
+    from gcode_ml.bearing.recipe import sommerfeld_severity
 
     write_records(tmp_path, journal())
 
@@ -330,7 +332,9 @@ def test_sommerfeld_law_moves_the_severity(tmp_path):
             said = (
                 (learn.model.eval()(inputs, mask)["diameter"].softmax(-1) * levels).sum(-1).numpy()
             )
-        asked = np.array([_asked(r) for r in learn.windows.records])[learn.windows.record]
+        asked = np.array([sommerfeld_severity(r) for r in learn.windows.records])[
+            learn.windows.record
+        ]
         return np.maximum(abs(said - asked) - 0.1, 0).mean()
 
     assert expected(20.0) < expected(0.0)

@@ -140,10 +140,12 @@ def test_closed_forms():
         error_probability(hamming_7_4()).bit_error(P), polynomial([9, 19, 16, 12, 7, 1], 7, 2)
     )
     assert np.allclose(
-        error_probability(hamming_8_4()).bit_error(P), polynomial([0, 0, 10.5, 28, 35, 28, 17.5, 8, 1], 8)
+        error_probability(hamming_8_4()).bit_error(P),
+        polynomial([0, 0, 10.5, 28, 35, 28, 17.5, 8, 1], 8),
     )
     assert np.allclose(
-        error_probability(hamming_8_4()).word_error(P), error_probability(hamming_7_4()).word_error(P)
+        error_probability(hamming_8_4()).word_error(P),
+        error_probability(hamming_7_4()).word_error(P),
     )  # a parity bit gains nothing
     for R in (2, 3, 4, 5, 10):  # an even number of copies is as good as one less
         assert np.allclose(
@@ -155,7 +157,9 @@ def test_closed_forms():
         error_probability(parity(n)).bit_error(P),
         P + ((1 - (1 - 2 * P) ** n) / 2 - P * (1 + (1 - 2 * P) ** (n - 1))) / n,
     )
-    assert np.allclose(error_probability(reed_muller(4)).correct[:7], [1, 16, 120, 560, 875, 448, 28])
+    assert np.allclose(
+        error_probability(reed_muller(4)).correct[:7], [1, 16, 120, 560, 875, 448, 28]
+    )
     assert np.allclose(error_probability(repetition(2)).word_error(P), P)
 
 

@@ -74,12 +74,13 @@ def test_estimators_by_enumeration(name, samples, monkeypatch):
     expected = torch.zeros((), dtype=torch.float64)
     log_q = model.code.joint_log_posterior(model.logits)[0]
     for combination in itertools.product(range(2**K), repeat=samples):
-        index = torch.stack([words[i].long() for i in combination])[
-            :, None
-        ]  # `[S,1,K]`, each bit a block
-        monkeypatch.setattr(BlockCode, "sample", lambda self, q, s=1: index)
+        # `[S,1,K]`: each bit is a block.
+        index = torch.stack([words[i].long() for i in combination])[:, None]
+        monkeypatch.setattr(BlockCode, "sample", lambda self, q, s=1, index=index: index)
         q = model.code.log_posterior(model.logits)
-        loss = models.ESTIMATOR_FUNCTIONS[name](model, torch.zeros(1, 1), None, model.logits, q).sum()
+        loss = models.ESTIMATOR_FUNCTIONS[name](
+            model, torch.zeros(1, 1), None, model.logits, q
+        ).sum()
         if name == "vimco":
             loss = loss + model.code.kl(q).sum()
         g = torch.autograd.grad(loss, [model.logits, model.decoder.f])

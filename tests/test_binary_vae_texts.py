@@ -22,11 +22,11 @@ from gcode_ml.binary_vae.data import (
 from gcode_ml.binary_vae.evaluate import (
     audit_bounds,
     bound_violations,
-    texts_over_channel,
     exact_bounds,
     loop_scores,
     raw_bit_scores,
     score_model,
+    texts_over_channel,
     word_ablation,
 )
 from gcode_ml.binary_vae.models import BernoulliVAE

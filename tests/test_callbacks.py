@@ -1,4 +1,5 @@
-"What every callback of the shared pages promises: finite losses, the same result from the same seed, validation left alone, and a resumed fit equal to the last bit. Callbacks are found, not listed."
+"""Contract of every callback of the shared pages: finite losses, reproducibility, unchanged
+validation and bit-exact resumption. The callbacks are discovered, not listed."""
 
 import importlib
 import inspect
@@ -17,7 +18,7 @@ from fastai.metrics import accuracy
 import gcode_ml
 from gcode_ml.data.batch import dataloaders
 from gcode_ml.lab.runs import Run, RunProgress
-from gcode_ml.lab.snapshot import Snapshot, _pack_attributes
+from gcode_ml.lab.snapshot import Snapshot, pack_attributes
 from gcode_ml.lab.tracking import Tracker, Tracking
 from gcode_ml.signals.augment import Augment
 from gcode_ml.training import speed
@@ -37,7 +38,7 @@ from gcode_ml.training.distillation import Distill
 from gcode_ml.training.mixing import AdversarialTraining, CutMix, MixUp
 from gcode_ml.training.monitors import GradientMonitor, Timing, UniqueTokens
 from gcode_ml.training.physics import PhysicsLoss
-from gcode_ml.training.schedules import LossParameters, MoreTargets, Schedule, schedule
+from gcode_ml.training.schedules import ExtraTargets, LossParameters, Schedule, schedule
 from gcode_ml.training.speed import (
     Accumulation,
     Compile,
@@ -45,6 +46,7 @@ from gcode_ml.training.speed import (
     GradientCheckpointing,
     MixedPrecision,
     ProgressiveLength,
+    check_mixed_precision,
 )
 from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 
@@ -54,14 +56,14 @@ EPOCHS = 4  # of six batches
 ELSEWHERE = {
     "lab.distributed.SharedFit",
     "lab.distributed.SharedSnapshot",
-}  # live in a group of processes: tests/test_distributed.py fits, kills and resumes them there
+}  # need several processes: tested in tests/test_distributed.py
 
 
 def callbacks():
-    "Every callback class of the shared pages by its name in the package."
+    "Every callback class of the shared pages, keyed by its name in the package."
     pages = [
         f"{p.parent.name}.{p.stem}"
-        for d in ("training", "lab")
+        for d in ("data", "signals", "evaluation", "training", "lab")
         for p in sorted((Path(gcode_ml.__file__).parent / d).glob("[!_]*.py"))
     ]
     return {
@@ -76,8 +78,8 @@ def callbacks():
     }
 
 
-class Warm(torch.nn.Module):
-    "Cross entropy with a temperature that is learnt."
+class LearnedTemperature(torch.nn.Module):
+    "Cross entropy with a learned temperature."
 
     def __init__(self):
         super().__init__()
@@ -98,17 +100,17 @@ def weighted(pred, y):
 
 
 def teacher():
-    "A teacher that is the same each time."
+    "Teacher with weights from a fixed seed."
     torch.manual_seed(9)
     return TinyClassifier(width=8)
 
 
-def likely(pred, y, x, mask):
+def residual(pred, y, x, mask):
     return pred.softmax(-1)[:, 0] - 0.3
 
 
 class Lines(TinySequences):
-    "Lines of four tokens that tell the class, among the inputs as a decoder gets them."
+    "Lines of four tokens that encode the class, also part of the inputs for a decoder."
 
     def batch(self, index):
         x, mask, y = super().batch(index)
@@ -117,7 +119,7 @@ class Lines(TinySequences):
 
 
 class LineWriter(TinyClassifier):
-    "Logits of the next token from the last one and from the sequence."
+    "Logits of the next token from the previous token and the sequence."
 
     def __init__(self):
         super().__init__(classes=6, dropout=0.3)
@@ -141,7 +143,9 @@ def writer(*cbs):
     )
 
 
-EXAMPLES = {  # name in the package -> the callback (and what it is used with), or arguments of `tiny_learner` (and `data`, another data set); written to act within four epochs
+# Name in the package -> callbacks, or arguments of `tiny_learner` (and `data`, another data set).
+# Each example has an effect within four epochs.
+EXAMPLES = {
     "training.callbacks.History": lambda folder: [History(folder / "history.csv")],
     "training.callbacks.TextLog": lambda folder: [
         TextLog(folder / "train_log.txt"),
@@ -171,19 +175,19 @@ EXAMPLES = {  # name in the package -> the callback (and what it is used with), 
     "training.averaging.SWA": lambda folder: [SWA(0.5)],
     "signals.augment.Augment": lambda folder: [Augment({"noise": dict(std=0.1)})],
     "training.schedules.Schedule": lambda folder: [schedule("plateau", 1e-2, patience=1)],
-    "training.schedules.MoreTargets": lambda folder: dict(
-        cbs=[MoreTargets(lengths)], loss_func=weighted
+    "training.schedules.ExtraTargets": lambda folder: dict(
+        cbs=[ExtraTargets(lengths)], loss_func=weighted
     ),
     "training.schedules.LossParameters": lambda folder: dict(
-        cbs=[LossParameters()], loss_func=Warm()
+        cbs=[LossParameters()], loss_func=LearnedTemperature()
     ),
-    "training.mixing.Mixing": lambda folder: [MixUp(1.0)],  # the base of the next two
+    "training.mixing.Mixing": lambda folder: [MixUp(1.0)],  # base class of the next two
     "training.mixing.MixUp": lambda folder: [MixUp(p=0.5)],
     "training.mixing.CutMix": lambda folder: [CutMix()],
     "training.mixing.AdversarialTraining": lambda folder: [AdversarialTraining(0.1)],
     "training.distillation.Distill": lambda folder: [Distill(teacher(), alpha=0.5)],
     "training.physics.PhysicsLoss": lambda folder: [
-        PhysicsLoss(likely, 0.5, delay=0.5, rise=2),
+        PhysicsLoss(residual, 0.5, delay=0.5, rise=2),
         History(folder / "history.csv"),
     ],
     "training.curriculum.Curriculum": lambda folder: [
@@ -197,7 +201,7 @@ EXAMPLES = {  # name in the package -> the callback (and what it is used with), 
     "lab.snapshot.Snapshot": lambda folder: [],
     "lab.runs.RunProgress": lambda folder: [RunProgress(Run(folder / "run"))],
 }
-SILENT = {
+SILENT = {  # leave the weights of a fit alone
     "History",
     "TextLog",
     "TrainingMetrics",
@@ -212,8 +216,10 @@ SILENT = {
     "Snapshot",
     "RunProgress",
     "Tracking",
-}  # leave the weights of a fit alone
-OWN_WEIGHTS = {"EMA"}  # validate with other weights than they train
+}
+if not check_mixed_precision("cpu")["bf16"]:  # then the fit goes on in float32
+    SILENT.add("MixedPrecision")
+OWN_WEIGHTS = {"EMA"}  # validate with weights other than those in training
 MEASURED = {
     "seconds",
     "elapsed",
@@ -225,11 +231,11 @@ MEASURED = {
     "peak_memory",
     "start_epoch",
     "log",
-}  # times and sizes: only how many there are can be equal
+}  # times and sizes: only their number is reproducible
 
 
 class PowerCut(Callback):
-    "Stop the fit where a power cut would."
+    "Interrupt the fit at a given epoch and batch."
 
     order = 2000
 
@@ -242,7 +248,7 @@ class PowerCut(Callback):
 
 
 def fit(folder, example, *cbs, epochs=EPOCHS):
-    "A tiny learner with dropout after a fit."
+    "Fit a tiny learner with dropout."
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     made = example(folder)
@@ -269,7 +275,7 @@ def fit(folder, example, *cbs, epochs=EPOCHS):
 
 
 def resumed(folder, example, where):
-    "The same fit with a power cut, taken up by a new learner."
+    "The same fit, interrupted and resumed by a new learner."
     folder.mkdir(exist_ok=True)
     file = folder / "fit.snapshot"
     with pytest.raises(SystemError):
@@ -278,7 +284,7 @@ def resumed(folder, example, where):
 
 
 def uncounted(value):
-    "`value` without times and sizes."
+    "`value` with times and sizes replaced by their number."
     if isinstance(value, dict):
         return {
             k: len(v) if isinstance(v, list) and k in MEASURED else uncounted(v)
@@ -289,10 +295,10 @@ def uncounted(value):
 
 
 def kept(learn):
-    "What a snapshot keeps of every callback."
+    "State of every callback as saved by a snapshot."
     tensors = {}
     state = [
-        (cb.name, _pack_attributes(SimpleNamespace(**uncounted(vars(cb))), tensors))
+        (cb.name, pack_attributes(SimpleNamespace(**uncounted(vars(cb))), tensors))
         for cb in learn.cbs
         if not isinstance(cb, (Snapshot, PowerCut))
     ]
@@ -302,7 +308,7 @@ def kept(learn):
 
 
 def written(folder):
-    "The files of a fit; of tables what does not measure time."
+    "Contents of the files of a fit, without measured times."
     files = [
         f
         for f in sorted(folder.rglob("*"))
@@ -324,7 +330,7 @@ def same_weights(a, b):
 
 
 def same(a, b, folders=()):
-    "Whether two fits have equal weights, records, callbacks and files."
+    "Whether two fits have equal weights, records, callback states and files."
     return (
         same_weights(a, b)
         and json.dumps(list(map(list, a.recorder.values)))
@@ -343,13 +349,13 @@ def example(name):
 
 
 def test_every_callback_has_an_example():
-    "A new callback cannot be forgotten, nor an example outlive its callback."
+    "Every callback has an example, and every example its callback."
     assert set(NAMES) == set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_seed_same_result(tmp_path, name):
-    "The losses are finite, and a second fit repeats the first; those that only look leave the weights alone."
+def test_same_seed_gives_same_result(tmp_path, name):
+    "Losses are finite, the same seed gives the same fit, and monitors do not change the weights."
     a, b = (fit(tmp_path / f, example(name)) for f in "ab")
     assert torch.tensor([list(v) for v in a.recorder.values]).isfinite().all()
     assert same(a, b, (tmp_path / "a", tmp_path / "b"))
@@ -359,7 +365,7 @@ def test_same_seed_same_result(tmp_path, name):
 
 
 def plain(example):
-    "The same data and model without the callbacks; with the learner's own loss where the callbacks need another."
+    "The same data and model without the callbacks; with the default loss if they need another."
 
     def made(folder):
         made = example(folder)
@@ -376,7 +382,7 @@ def leaves(value):
 
 
 class Spy(Callback):
-    "What the model sees in validation, and whether with the weights that training has left."
+    "Record the validation batches, and whether the weights are those of training."
 
     order = 3000
 
@@ -397,8 +403,8 @@ class Spy(Callback):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_validation_is_left_alone(tmp_path, name):
-    "Validation batches come as the data set has them, and meet the weights of the moment."
+def test_validation_is_unchanged(tmp_path, name):
+    "Validation batches are unchanged and evaluated with the current weights."
     learn = fit(tmp_path / "a", example(name), Spy(), epochs=2)
     for seen, batch in zip(learn.spy.seen, learn.dls.valid, strict=True):
         assert all(map(torch.equal, leaves(seen), leaves(batch)))
@@ -409,7 +415,7 @@ CUTS = {"in an epoch": (1, 2, True), "in validation": (1, 0, False), "between ep
 
 
 def resumes(folder, example):
-    "In which of the `CUTS` a resumed fit equals the unbroken one."
+    "The `CUTS` after which a resumed fit equals the uninterrupted one."
     whole = fit(folder / "whole", example)
     return {
         k
@@ -419,15 +425,15 @@ def resumes(folder, example):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_resume(tmp_path, name):
-    "Stopped anywhere and taken up, a fit has the weights, the records, the callbacks' states and the files of an unbroken one, to the last bit."
+def test_resumed_fit_equals_uninterrupted(tmp_path, name):
+    "A resumed fit equals an uninterrupted one bit for bit, wherever it was interrupted."
     assert resumes(tmp_path, example(name)) == set(CUTS)
     if getattr(callbacks()[name], "resumable", True) is False:
         assert not list(tmp_path.glob("*/fit.snapshot"))
 
 
 class Hidden(Callback):
-    "Remembers how many batches there were where no snapshot looks."
+    "Keep the number of batches where a snapshot does not find it; changes the weights."
 
     def __init__(self):
         self.batches = count()
@@ -439,7 +445,7 @@ class Hidden(Callback):
 
 
 class HiddenSum(Callback):
-    "Only its own record depends on what no snapshot keeps."
+    "Hidden state that affects only an attribute."
 
     def __init__(self):
         self.batches = count()
@@ -450,7 +456,7 @@ class HiddenSum(Callback):
 
 
 class HiddenFile(HiddenSum):
-    "Only a file does."
+    "Hidden state that affects only a file."
 
     def __init__(self, path):
         super().__init__()
@@ -471,26 +477,26 @@ class HiddenFile(HiddenSum):
         lambda folder: [HiddenFile(folder / "count.txt")],
     ],
 )
-def test_hidden_state_is_found(tmp_path, make):
-    "The comparison above sees a callback whose state is lost, be it in the weights, in its records or in a file."
+def test_lost_callback_state_is_detected(tmp_path, make):
+    "`resumes` detects lost state that affects the weights, an attribute or a file."
     assert resumes(tmp_path, make) == set()
 
 
-def test_not_resumable(tmp_path):
-    "A callback that says so is not continued: no snapshot is written, and the fit begins anew with the same end."
+def test_fit_with_unresumable_callback_restarts(tmp_path):
+    "With a callback that is not resumable no snapshot is written, and the fit starts again."
 
-    class Honest(Hidden):
+    class Unresumable(Hidden):
         resumable = False
 
-    assert resumes(tmp_path, lambda folder: [Honest()]) == set(CUTS)
+    assert resumes(tmp_path, lambda folder: [Unresumable()]) == set(CUTS)
     assert not list(tmp_path.glob("*/fit.snapshot"))
 
 
 def test_scaler_resumes(tmp_path, monkeypatch):
-    "The scale of fp16 gradients, which has grown and shrunk on the way, is continued; without its state the fit would differ."
+    "The fp16 gradient scale is restored; a fit without its state differs."
     monkeypatch.setattr(
         speed, "check_mixed_precision", lambda kind: dict(fp16=True)
-    )  # float16 is slow on a processor, but it computes
+    )  # float16 is slow on a CPU, but works
 
     def scaled(folder):
         return [MixedPrecision("fp16", init_scale=2.0**22, growth_interval=4)]
@@ -503,7 +509,7 @@ def test_scaler_resumes(tmp_path, monkeypatch):
 
 
 class Tally(Callback):
-    "Weaken every so many gradients, and count them."
+    "Halve every n-th gradient, and count the steps."
 
     def __init__(self, every):
         self.every, self.seen = every, 0
@@ -515,8 +521,8 @@ class Tally(Callback):
                 p.grad.mul_(0.5)
 
 
-def test_two_of_a_class(tmp_path, monkeypatch):
-    "Several callbacks of one class each get their own state back; under one name they would not."
+def test_callbacks_of_one_class_keep_separate_state(tmp_path, monkeypatch):
+    "Each of several callbacks of one class gets its own state back."
 
     def tallies(folder):
         return [Tally(3), Tally(4), Tally(5)]
@@ -532,7 +538,7 @@ def test_two_of_a_class(tmp_path, monkeypatch):
 
 
 def test_stopped_fit_stops_again(tmp_path):
-    "A fit that stopped early, killed before anybody read its result, is not trained on."
+    "A fit that ended by early stopping is not continued from its snapshot."
 
     def stopping(folder):
         return [EarlyStopping(patience=1, min_delta=10), Checkpoints(folder)]
@@ -542,8 +548,8 @@ def test_stopped_fit_stops_again(tmp_path):
     assert same(first, again)
 
 
-def test_best_of_both_halves(tmp_path):
-    "The best epoch before an interruption is still the one to beat after it."
+def test_best_epoch_survives_an_interruption(tmp_path):
+    "A resumed fit compares with the best epoch before the interruption."
 
     def keep(folder):
         return [Checkpoints(folder / "c", "accuracy", "max")]
@@ -559,7 +565,7 @@ def test_best_of_both_halves(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_silent_outside_a_fit(tmp_path, name):
-    "Looking for a learning rate, and validating, write no file and leave the weights."
+    "`lr_find` and `validate` write no file and do not change the weights."
     made = example(name)(tmp_path / "files")
     kwargs = dict(made) if isinstance(made, dict) else dict(cbs=made)
     data = kwargs.pop("data", None)

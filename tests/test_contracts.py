@@ -1,5 +1,6 @@
-"""What every masked model of the package promises: padding and missing channels change nothing. What every recipe promises: the seed decides, every
-parameter learns, an interruption leaves no trace. Models and recipes are found, not listed; a domain's examples are in `examples_<domain>.py`."""
+"""Contract of every masked model: invariance to padding and missing channels. Contract of every
+recipe: reproducibility, gradients for all parameters, bit-exact resumption. Models and recipes are
+discovered; the examples of a domain are in `examples_<domain>.py`."""
 
 import importlib
 import inspect
@@ -25,7 +26,7 @@ LENGTHS = torch.tensor([7, 4, 1])
 
 
 def masked_models():
-    "Every module class of the models pages and of the shared layers whose `forward` takes a mask, by its name in the package."
+    "Every module of the models pages and shared layers with a mask, keyed by name."
     pages = [
         f"{p.parent.name}.models"
         for p in sorted(Path(gcode_ml.__file__).parent.glob("*/models.py"))
@@ -52,7 +53,7 @@ def examples():
     }
 
 
-EXAMPLES = {  # name in the package -> model and the arguments of its `forward` but for the mask
+EXAMPLES = {  # name in the package -> model and arguments of `forward`, except the mask
     "signals.layers.MaskedLSTM": lambda: (MaskedLSTM(6, 8), dict(x=numbers(STEPS, 6))),
     "training.tiny.TinyClassifier": lambda: (
         TinyClassifier(channels=6, dropout=0.5),
@@ -87,15 +88,17 @@ def in_time(t, mask):
 
 
 def garbage(like, steps):
-    "Large random values of the type of `like`, `steps` of them."
+    "Large random values with the type of `like` and `steps` steps."
     t = 1e3 * torch.randn(len(like), steps, *like.shape[2:])
-    return (
-        t > 0 if like.dtype == torch.bool else t.abs().long() % 6 if like.dtype == torch.long else t
-    )
+    if like.dtype == torch.bool:
+        return t > 0
+    if like.dtype == torch.long:
+        return t.abs().long() % 6
+    return t
 
 
 def padded(value, mask, extra):
-    "Put garbage where `mask` is false and in `extra` more steps."
+    "Fill padded steps and `extra` further steps with garbage."
 
     def change(t):
         if not in_time(t, mask):
@@ -107,13 +110,13 @@ def padded(value, mask, extra):
 
 
 def real(out, mask):
-    "Outputs at the real steps; all of one that has no time axis."
+    "Outputs at the real steps; outputs without a time axis as a whole."
     return [t[mask] if in_time(t, mask) else t for t in leaves(out)]
 
 
 @torch.no_grad()
 def padding_matters(model, inputs):
-    "Largest change of an output when garbage is put behind the real steps, in units of the output."
+    "Largest relative change of an output when padded steps contain garbage."
     mask = length_mask(LENGTHS, STEPS)
     longer = length_mask(LENGTHS, STEPS + EXTRA)
     return difference(model, inputs, mask, longer)
@@ -128,13 +131,13 @@ def difference(model, inputs, mask, longer):
 
 
 def test_every_masked_model_has_an_example():
-    "A new model cannot be forgotten, nor an example outlive its model."
+    "Every masked model has an example, and every example its model."
     assert set(masked_models()) == set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", sorted(masked_models()))
 def test_padding_invariance(name):
-    "In evaluation, what stands behind the real steps, and how much of it, changes no output by more than rounding."
+    "In evaluation mode, content and amount of padding change outputs only by rounding."
     assert name in EXAMPLES, f"add {name} to MODELS in tests/examples_<domain>.py"
     torch.manual_seed(0)
     model, inputs = EXAMPLES[name]()
@@ -143,14 +146,14 @@ def test_padding_invariance(name):
 
 
 class Forgetful(nn.Module):
-    "Does not look at the mask."
+    "Ignores the mask."
 
     def forward(self, x, mask):
         return dict(mean=x.mean(1), steps=x)
 
 
 class Leaky(nn.Module):
-    "Looks at the mask after a convolution over padding."
+    "Applies the mask only after a convolution over padding."
 
     def __init__(self):
         super().__init__()
@@ -161,8 +164,8 @@ class Leaky(nn.Module):
 
 
 @pytest.mark.parametrize("model", [Forgetful, Leaky])
-def test_bad_models_are_found(model):
-    "The measure above sees a model that breaks the promise."
+def test_dependence_on_padding_is_detected(model):
+    "`padding_matters` detects models that depend on padding."
     torch.manual_seed(0)
     assert padding_matters(model(), dict(x=numbers(STEPS, 6))) > 0.1
 
@@ -170,8 +173,8 @@ def test_bad_models_are_found(model):
 @pytest.mark.parametrize(
     "pool", [masked_mean, masked_max, lambda h, mask: reverse_padded(h, mask)[:, 0]]
 )
-def test_pools(pool):
-    "The functions that models are made of."
+def test_pooling_is_invariant_to_padding(pool):
+    "The pooling functions are invariant to padding."
 
     class Pool(nn.Module):
         def forward(self, x, mask):
@@ -185,7 +188,7 @@ def test_pools(pool):
     "name", ["fingerprint.models.MMDTAELSTM", "fingerprint.models.GCodeFingerprinter"]
 )
 def test_missing_channels(name, train):
-    "Values of channels that are not present change nothing, in training too; a modality, or every channel, may be missing."
+    "Values of absent channels have no effect, in training too; all channels may be absent."
     torch.manual_seed(0)
     model, args = EXAMPLES[name]()
     model.train(train)
@@ -203,11 +206,11 @@ def test_missing_channels(name, train):
     for a, b, c in zip(*(leaves(out(x)) for x in (there, absent, there + 1))):
         assert a.isfinite().all()
         assert torch.equal(a, b)
-        assert not torch.equal(a, c)  # what is present does matter
+        assert not torch.equal(a, c)  # present channels do have an effect
 
 
 def test_loss_of_missing_channels():
-    "Neither a padded token nor the value of an absent channel counts in the loss."
+    "Padded tokens and absent channels do not contribute to the loss."
     torch.manual_seed(0)
     model, args = EXAMPLES["fingerprint.models.GCodeFingerprinter"]()
     model.eval()
@@ -237,13 +240,13 @@ WITH_RECIPE = [d for d in domains() if hasattr(examples().get(d), "RECIPE")]
 
 
 def test_every_recipe_has_sizes():
-    "A new recipe cannot be forgotten."
+    "Every domain has a small configuration of its recipe."
     assert domains() == WITH_RECIPE, "give tests/examples_<domain>.py a RECIPE"
 
 
 @pytest.fixture(scope="module", params=WITH_RECIPE)
 def recipe(request, tmp_path_factory):
-    "A domain's recipe with small sizes: `recipe(seed=…, cbs=…)`; `RECIPE` is a dictionary, or a function of a folder that returns one."
+    "Recipe of a domain with small sizes; `RECIPE` is a dictionary or a function of a folder."
     sizes = examples()[request.param].RECIPE
     sizes = sizes(tmp_path_factory.mktemp(request.param)) if callable(sizes) else sizes
 
@@ -271,7 +274,7 @@ def same(a, b):
 
 
 class Reached(Callback):
-    "Which parameters have had a gradient that is not zero."
+    "Record the parameters with a non-zero gradient."
 
     order = 5
 
@@ -297,21 +300,21 @@ def once(recipe):
     return fitted(recipe(cbs=[Reached()]))
 
 
-def test_seed_decides(recipe, once):
-    "The same seed gives the same weights to the last bit, another one others."
+def test_seed_determines_the_weights(recipe, once):
+    "The same seed gives bit-identical weights, another seed different ones."
     assert same(weights(once), weights(fitted(recipe())))
     assert not same(weights(once), weights(fitted(recipe(seed=2))))
 
 
 def test_every_parameter_learns(recipe, once):
-    "A gradient reaches all that can learn."
+    "Every trainable parameter gets a non-zero gradient."
     assert {
         k for k, p in once.model.named_parameters() if p.requires_grad
     } - once.reached.names == set()
 
 
 def test_recipe_resumes(recipe, once, tmp_path):
-    "Cut in the second epoch and taken up by a new learner, a fit ends in the same weights."
+    "A fit interrupted in the second epoch and resumed has the same final weights."
     with pytest.raises(SystemError):
         fitted(recipe(cbs=[Snapshot(tmp_path / "fit.safetensors", batches=1), PowerCut()]))
     assert same(
@@ -321,7 +324,7 @@ def test_recipe_resumes(recipe, once, tmp_path):
 
 
 def test_recipe_respects_the_mask(recipe, once):
-    "Garbage behind the real steps of a batch changes no prediction."
+    "Garbage at padded steps changes no prediction."
     if getattr(examples()[recipe.domain], "FIXED_LENGTH", False):
         pytest.skip("items of one length")
     inputs, mask, _ = once.dls.valid.one_batch()

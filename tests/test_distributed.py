@@ -25,7 +25,7 @@ from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.xdist_group("distributed")
 from gcode_ml.lab import distributed
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 from gcode_ml.lab.distributed import BatchShare, SharedSnapshot, fit_processes
 
 EPOCHS = 4

@@ -15,7 +15,7 @@ import pytest
 
 from gcode_ml.core.files import read_json
 from gcode_ml.lab.bundle import load_bundle
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 from gcode_ml.lab.runs import find_run
 
 GIVEN = dict(
@@ -69,7 +69,7 @@ def driver_and_kernel_killed(runs, *words):
         [
             sys.executable,
             "-c",
-            "import sys; from gcode_ml.lab.command import main; sys.exit(main())",
+            "import sys; from gcode_ml.lab.cli import main; sys.exit(main())",
             *words,
             "--quiet",
         ],

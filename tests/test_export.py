@@ -248,7 +248,7 @@ def test_findings_are_kept(folder):
 WITHOUT = """
 import json, sys
 sys.argv = ['gcode_ml', 'predict', {bundle!r}, {file!r}, *{words!r}]
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 code = main(sys.argv[1:])
 print(json.dumps(sorted(set(sys.modules) & {{'fastai', 'sklearn', 'matplotlib', 'papermill'}})), file=sys.stderr)
 sys.exit(code)

@@ -248,7 +248,7 @@ def fit_from(file):
         dict(model="builtins.exec"),
         dict(model="gcode_ml.training.tiny.tiny_learner"),
         dict(model="gcode_ml.training.tiny.torch"),
-        dict(model="gcode_ml.lab.command.main"),
+        dict(model="gcode_ml.lab.cli.main"),
         dict(model="gcode_ml.no.models.X"),
         dict(model=7),
         dict(arguments=dict(width=8)),

@@ -1,4 +1,4 @@
-"Forward-backward, Viterbi and the stream against enumeration of all paths; the library, the emission, the clocks and the placer against their definitions."
+"Alignment: forward-backward, Viterbi and streaming against enumeration of all paths; library, emission, clocks and locator against their definitions."
 
 import itertools
 import time as clock
@@ -14,7 +14,7 @@ from gcode_ml.core.errors import InputError
 from gcode_ml.fingerprint.align import (
     GaussianEmission,
     NeuralEmission,
-    ProgramChains,
+    ProgramHMM,
     StreamAligner,
     build_library,
     fit_emission,
@@ -39,18 +39,18 @@ from gcode_ml.fingerprint.data import (
 )
 from gcode_ml.fingerprint.emission import emission_recipe, network_emission
 from gcode_ml.fingerprint.evaluate import selective_curve
-from gcode_ml.fingerprint.placing import (
-    Reading,
-    build_placer,
-    gaussian_placer,
+from gcode_ml.fingerprint.locate import (
+    ScoreCalibration,
+    build_locator,
+    gaussian_locator,
     line_shape,
-    none_of_the_library,
-    place_rows,
-    place_windows,
+    locate_rows,
+    locate_windows,
+    open_set_auroc,
     score_windows,
 )
 from gcode_ml.fingerprint.simulate import simulate_recordings
-from gcode_ml.fingerprint.templates import program_templates, whole_pieces
+from gcode_ml.fingerprint.templates import program_templates, split_segments
 from gcode_ml.training.fit import fit
 
 CASES = [
@@ -62,7 +62,7 @@ CASES = [
 
 
 def dense(chains, seconds):
-    "Transition matrix over the inside states of all chains and the state of no program, from the definition."
+    "Transition matrix over the states of all chains and the background, from the definition."
     kernel = chains.kernel(seconds)
     starts = np.cumsum(chains.lengths) - chains.lengths
     n = chains.lengths.sum()
@@ -79,7 +79,7 @@ def dense(chains, seconds):
 
 
 def enumerated(chains, logp, background, time):
-    "Every path with its probability: posterior of each state, likelihood, best path."
+    "Enumerate all paths: posterior of each state, likelihood, best path."
     n = chains.lengths.sum()
     inside = np.broadcast_to(chains.flat, chains.inside.shape)[chains.inside]
     emission = np.exp(np.c_[logp[:, inside], background])
@@ -102,7 +102,7 @@ def enumerated(chains, logp, background, time):
 
 def example(case, rows=4, seed=0):
     random = np.random.default_rng(seed)
-    chains = ProgramChains(step=0.25, **case)
+    chains = ProgramHMM(step=0.25, **case)
     states = sum(case["lengths"])
     return (
         chains,
@@ -114,7 +114,7 @@ def example(case, rows=4, seed=0):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", range(3))
-def test_smoothing_and_viterbi_are_enumeration(case, seed):
+def test_smoothing_and_viterbi_equal_enumeration(case, seed):
     chains, logp, background, time = example(case, seed=seed)
     posterior, likelihood, path, best, inside = enumerated(chains, logp, background, time)
     found = chains.smooth(logp, background, time)
@@ -140,8 +140,8 @@ def test_smoothing_and_viterbi_are_enumeration(case, seed):
     assert np.allclose(found.rates, by_rate, atol=1e-9)
 
 
-class Lib:
-    "As much of a library as the stream needs."
+class TinyLibrary:
+    "The part of a library that the stream needs."
 
     def __init__(self, states):
         self.states = states
@@ -159,19 +159,24 @@ class Replay:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_stream_is_smoothing_of_what_it_has_seen(case, lag):
-    "The answer for row t is the enumerated posterior of row t given rows 0 to t+lag."
+def test_stream_equals_smoothing_of_the_rows_so_far(case, lag):
+    "The result for row t is the posterior of row t given rows 0 to t+lag."
     chains, logp, background, time = example(case, rows=5, seed=5)
     stream = StreamAligner(
-        Lib(logp.shape[1]), Replay(), chains, width=1, lag=lag, features=lambda rows, width: rows
+        TinyLibrary(logp.shape[1]),
+        Replay(),
+        chains,
+        width=1,
+        lag=lag,
+        features=lambda rows, width: rows,
     )
-    answers = [
+    posteriors = [
         a for row, t in zip(np.c_[logp, background], time) if (a := stream.step(row, t)) is not None
     ]
-    assert len(answers) == 5 - lag
-    answers += stream.finish()
-    assert len(answers) == 5
-    for t, (p, none) in enumerate(answers):
+    assert len(posteriors) == 5 - lag
+    posteriors += stream.finish()
+    assert len(posteriors) == 5
+    for t, (p, none) in enumerate(posteriors):
         seen = min(t + lag, 4) + 1
         found = chains.smooth(logp[:seen], background[:seen], time[:seen])
         assert np.allclose(p, found.posterior[t], atol=1e-6)
@@ -179,8 +184,8 @@ def test_stream_is_smoothing_of_what_it_has_seen(case, lag):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.257, 0.51, 40.0])
-def test_kernel_is_a_rounded_normal(seconds):
-    chains = ProgramChains([300, 50], rates=(0.9, 1.0, 1.1))
+def test_kernel_is_a_rounded_normal_distribution(seconds):
+    chains = ProgramHMM([300, 50], rates=(0.9, 1.0, 1.1))
     kernel = chains.kernel(seconds)
     assert np.allclose(kernel.sum(1), 1)
     assert kernel.shape[1] <= 300
@@ -196,8 +201,8 @@ def test_kernel_is_a_rounded_normal(seconds):
             )
 
 
-def test_features_look_back_only():
-    "Against a loop; rows that come later change nothing."
+def test_features_are_causal():
+    "Compared with a loop; later rows change nothing."
     random = np.random.default_rng(0)
     x = random.normal(size=(25, 3))
     x[:, 1] = np.nan
@@ -238,7 +243,7 @@ def fitted():
     return library, emission, rows, states, train, test, of
 
 
-def test_library_says_what_the_runs_show(fitted):
+def test_library_votes_are_fractions_of_the_recordings(fitted):
     library, *_, train, test, of = fitted
     assert (
         len(library) == len(library.seconds) == len(library.program) == library.text_votes.shape[0]
@@ -257,11 +262,11 @@ def test_library_says_what_the_runs_show(fitted):
         )
 
 
-def test_emission_is_the_normal_distribution(fitted):
+def test_emission_equals_the_normal_log_density(fitted):
     library, emission, rows, states, train, *_ = fitted
     x = trailing_features(rows[train[0].name])[50:53]
     logp, background = emission.log_probabilities(x)
-    limit = emission.most * np.sqrt(emission.spread)
+    limit = emission.max_deviation * np.sqrt(emission.spread)
     cut = np.clip(x, emission.middle - limit, emission.middle + limit)
     for state in (0, 77, len(library) - 1):
         by_hand = np.nansum(
@@ -276,7 +281,7 @@ def test_emission_is_the_normal_distribution(fitted):
     assert np.allclose(background, plain / emission.temperature + emission.offset, atol=1e-2)
 
 
-def test_unsmoothed_means_are_the_means(fitted):
+def test_without_smoothing_the_means_are_state_means(fitted):
     library, _, rows, states, train, *_ = fitted
     fs = [trailing_features(rows[r.name]) for r in train]
     ss = [states[r.name] for r in train]
@@ -290,63 +295,64 @@ def test_unsmoothed_means_are_the_means(fitted):
         assert np.allclose(emission.mean[state][~real], emission.middle[~real])
 
 
-def test_simulated_runs_are_found(fitted):
-    "Unknown start, from the middle of a run: every run's program by every row, the place within a second."
+def test_simulated_recordings_are_located(fitted):
+    "Unknown start, from the middle of a recording: program at every row, position within a second."
     library, emission, rows, states, train, test, of = fitted
-    chains = ProgramChains(library.lengths)
+    chains = ProgramHMM(library.lengths)
     for r in test:
         x = rows[r.name][60:]
         time = r.time[60:]
-        true = states[r.name][60:]
         found = chains.smooth(*emission.log_probabilities(trailing_features(x)), time)
-        said = library.describe(found.posterior, found.none)
-        assert (said.program == of[r.operation]).mean() > 0.95
-        assert np.median(abs(said.seconds - time)) < 1
+        predicted = library.describe(found.posterior, found.none)
+        assert (predicted.program == of[r.operation]).mean() > 0.95
+        assert np.median(abs(predicted.seconds - time)) < 1
         assert found.none.mean() < 0.2
-        assert (said.text == r.texts[60:]).mean() > 0.7
+        assert (predicted.text == r.texts[60:]).mean() > 0.7
         path, score = chains.best_path(*emission.log_probabilities(trailing_features(x)), time)
         assert score <= found.log_likelihood + 1e-6
         assert np.median(abs(library.seconds[path] - time)) < 1
 
 
-def test_stream_goes_on_without_boards_and_is_fast(fitted):
-    "Boards fall silent half-way; the program is still found, memory stays, and a row takes a small part of its 0.25 s."
+def test_stream_continues_without_boards_in_real_time(fitted):
+    "Boards drop out half-way: the program is still found, memory is constant, and a row takes a fraction of its 0.25 s."
     library, emission, rows, states, train, test, of = fitted
     r = test[1]
     x = rows[r.name].copy()
     x[len(x) // 2 :, ::2] = np.nan
     x[-20:] = np.nan
-    stream = StreamAligner(library, emission, ProgramChains(library.lengths), lag=8)
+    stream = StreamAligner(library, emission, ProgramHMM(library.lengths), lag=8)
     began = clock.perf_counter()
-    answers = []
+    posteriors = []
     for row, t in zip(x, r.time):
-        answers.append(stream.step(row, t))
+        posteriors.append(stream.step(row, t))
         assert len(stream.steps) <= 9
         assert len(stream.rows) <= 6
     spent = clock.perf_counter() - began
-    answers = [a for a in answers if a is not None] + stream.finish()
-    said = library.describe(np.array([p for p, _ in answers]), np.array([n for _, n in answers]))
-    assert (said.program == of[r.operation])[10:].mean() > 0.9
-    assert np.isfinite(said.program_probability).all()
+    posteriors = [a for a in posteriors if a is not None] + stream.finish()
+    predicted = library.describe(
+        np.array([p for p, _ in posteriors]), np.array([n for _, n in posteriors])
+    )
+    assert (predicted.program == of[r.operation])[10:].mean() > 0.9
+    assert np.isfinite(predicted.program_probability).all()
     assert spent < r.time[-1] / 10
 
 
-def test_two_programs_in_one_recording(fitted):
+def test_two_programs_in_one_recording_are_separated(fitted):
     library, emission, rows, states, train, test, of = fitted
     a, b = (next(r for r in test if r.operation == n) for n in ("pocket", "contour"))
     keep = sorted(set(range(rows[a.name].shape[1])))
     x = np.concatenate([rows[a.name], rows[b.name]])[:, keep]
     time = np.r_[a.time, b.time + a.time[-1] + 0.5]
-    found = ProgramChains(library.lengths, leave=1e-3).smooth(
+    found = ProgramHMM(library.lengths, leave=1e-3).smooth(
         *emission.log_probabilities(trailing_features(x)), time
     )
-    said = library.describe(found.posterior, found.none).program
-    assert (said[: len(a)] == "pocket").mean() > 0.9
-    assert (said[len(a) + 10 :] == "contour").mean() > 0.85
+    predicted = library.describe(found.posterior, found.none).program
+    assert (predicted[: len(a)] == "pocket").mean() > 0.9
+    assert (predicted[len(a) + 10 :] == "contour").mean() > 0.85
 
 
-def test_neural_emission_is_bayes():
-    "Posterior over prior is the likelihood up to a factor that all states share."
+def test_neural_emission_follows_bayes_rule():
+    "Posterior divided by prior is the likelihood up to a common factor."
     random = np.random.default_rng(0)
     likelihood = random.random((6, 4))
     prior = random.dirichlet(np.ones(4))
@@ -358,9 +364,9 @@ def test_neural_emission_is_bayes():
     assert (background == -1).all()
 
 
-def test_bad_input(fitted):
+def test_bad_input_is_refused(fitted):
     library, emission, rows, states, train, test, of = fitted
-    chains = ProgramChains(library.lengths)
+    chains = ProgramHMM(library.lengths)
     stream = StreamAligner(library, emission, chains)
     stream.step(rows[test[0].name][0], 5.0)
     for call in (
@@ -376,11 +382,11 @@ def test_bad_input(fitted):
             call()
 
 
-# ---- pieces, the two clocks, the network and the placer
+# ---- segments, the two clocks, the network and the locator
 
 
 def test_match_is_the_sum_along_the_diagonal(fitted):
-    "Against a loop over rows; ends of programs are held, programs do not mix."
+    "Compared with a loop over rows; programs are held at their ends and do not mix."
     library = fitted[0]
     random = np.random.default_rng(0)
     time = np.cumsum(random.uniform(0.1, 0.6, 9))
@@ -401,10 +407,10 @@ def test_match_is_the_sum_along_the_diagonal(fitted):
     assert np.allclose(np.diff(np.log(p)), np.diff(score) / 3)
 
 
-def test_match_is_the_limit_of_the_chains():
-    "With an advance that is certain, smoothing a piece and matching it are the same."
+def test_match_is_the_limit_of_the_hidden_markov_model():
+    "For a deterministic advance, smoothing a segment equals matching it."
 
-    class Exact(ProgramChains):
+    class Exact(ProgramHMM):
         def kernel(self, seconds):
             k = np.zeros((len(self.lengths), 3))
             k[:, int(np.rint(seconds / self.step))] = 1.0
@@ -426,7 +432,7 @@ def test_match_is_the_limit_of_the_chains():
 
 
 def moved(r, seconds=0.0, rows=0):
-    "A recording whose labels are later by seconds, or whose sensors are later by rows."
+    "A recording with labels delayed by `seconds` or sensors delayed by `rows`."
     return Recording(
         r.name,
         r.operation,
@@ -439,8 +445,8 @@ def moved(r, seconds=0.0, rows=0):
     )
 
 
-def test_lags_of_both_clocks_are_found(fitted):
-    "Shifts that were put in come out; a constant of the whole group does not count."
+def test_lags_of_both_clocks_are_recovered(fitted):
+    "Introduced shifts are recovered, up to a constant of the group."
     *_, train, test, of = fitted
     runs = [r for r in train + test if r.operation == "pocket"]
     assert np.allclose(
@@ -450,7 +456,7 @@ def test_lags_of_both_clocks_are_found(fitted):
     )
     step = np.median(np.diff(runs[0].time))
     lags, agreement = sensor_lags(
-        [moved(r, rows=k) for r, k in zip(runs, (0, 8, 0, 0))], longest=4.0
+        [moved(r, rows=k) for r, k in zip(runs, (0, 8, 0, 0))], max_lag=4.0
     )
     assert np.allclose(lags, [0, 8 * step, 0, 0], atol=0.5)
     assert (agreement > 0).all()
@@ -458,8 +464,8 @@ def test_lags_of_both_clocks_are_found(fitted):
         sensor_lags(runs[:2])
 
 
-def test_training_runs_are_laid_on_the_clock_of_their_sensors(fitted):
-    "Only times change, by the lags; the recipe's states follow them, its table of the clock does not."
+def test_training_recordings_are_moved_to_the_clock_of_their_sensors(fitted):
+    "Only times change, by the lags; the states of the recipe follow them."
     *_, train, test, of = fitted
     pockets = [r for r in train + test if r.operation == "pocket"]
     others = [r for r in train if r.operation == "face"][:2]
@@ -478,7 +484,7 @@ def test_training_runs_are_laid_on_the_clock_of_their_sensors(fitted):
         assert np.allclose(np.diff(p.time), np.diff(r.time))
     assert all(
         (p.time == r.time).all() for p, r in zip(placed[4:], others)
-    )  # two runs have no common clock
+    )  # two recordings are too few for a common clock
     rows = [r for r in train if r.operation != "pocket"] + late
     learn = emission_recipe(rows, max_epochs=1)
     plain = emission_recipe(rows, max_epochs=1, clocks=False)
@@ -494,8 +500,8 @@ def test_training_runs_are_laid_on_the_clock_of_their_sensors(fitted):
     )
 
 
-def test_clock_table_against_its_definition(fitted):
-    "Weights of a normal distribution over the rows of a class; the nearest row where none is near."
+def test_clock_table_equals_its_definition(fitted):
+    "Gaussian weights over the rows of a class; the nearest row if none is near."
     *_, train, test, of = fitted
     table = clock_table(train, 0.05)
     k = table.operations.index("face")
@@ -521,7 +527,7 @@ def test_clock_table_against_its_definition(fitted):
     assert np.allclose(np.asarray(both.sum(1)).ravel(), 1)
 
 
-def test_bound_falls_with_the_disagreement_of_the_clocks(fitted):
+def test_bound_decreases_with_the_disagreement_of_the_clocks(fitted):
     *_, train, test, of = fitted
     a, b = ([r for r in part if r.operation == "pocket"] for part in (train, test))
     exact = [
@@ -539,12 +545,12 @@ def placed(fitted):
     learn = emission_recipe(train, max_epochs=9, batch_size=64, hidden=64, rank=32, silence=0.1)
     with learn.no_bar(), learn.no_logging():
         fit(learn)
-    return build_placer(learn, network_emission(learn)), learn, train, test, of
+    return build_locator(learn, network_emission(learn)), learn, train, test, of
 
 
-def test_network_ignores_what_is_missing_and_learns_no_slow_channel(placed):
-    "Silent boards stay silent in training; the states do not depend on the slow channels."
-    placer, learn, *_ = placed
+def test_network_ignores_missing_features_and_slow_channels(placed):
+    "Dropped features stay zero in training; the state scores do not depend on the slow channels."
+    locator, learn, *_ = placed
     network = learn.model
     x = torch.from_numpy(learn.features(learn.held[0]))
     slow = x.clone()
@@ -552,38 +558,38 @@ def test_network_ignores_what_is_missing_and_learns_no_slow_channel(placed):
     assert torch.equal(network.eval()(x)["states"], network(slow)["states"])
     assert not torch.equal(network(x)["operation"], network(slow)["operation"])
     x[:, 3] = 0.0
-    disturbed = network.disturbed(x)
-    assert (disturbed[:, 3] == 0).all()
+    augmented = network.augmented(x)
+    assert (augmented[:, 3] == 0).all()
     for board in network.boards.unique():
         own = network.boards == board
-        silent = (disturbed[:, own] == 0).all(1).float().mean()
+        silent = (augmented[:, own] == 0).all(1).float().mean()
         assert 0 < silent < 0.5 if (x[:, own] != 0).any() else silent == 1
 
 
-def test_placer_places(placed):
-    "Pieces and rows of test runs; probabilities are probabilities; the stream with a lag agrees with smoothing near the end."
-    placer, learn, train, test, of = placed
+def test_locator_locates_windows_and_rows(placed):
+    "Program and text of test recordings, with valid probabilities."
+    locator, learn, train, test, of = placed
     assert len(learn.inner) + len(learn.held) == len(train)
     assert not {r.name for r in learn.inner} & {r.name for r in learn.held}
     for r in test[:3]:
         start = np.arange(0, len(r) - 64, 32)
-        said = place_windows(placer, r, start, start + 64)
-        assert (said.program_said == of[r.operation]).mean() > 0.8
+        predicted = locate_windows(locator, r, start, start + 64)
+        assert (predicted.program_predicted == of[r.operation]).mean() > 0.8
         for c in ("text", "program", "operation"):
-            assert said[f"{c}_probability"].between(0, 1 + 1e-6).all()
-        rows = place_rows(placer, r)
+            assert predicted[f"{c}_probability"].between(0, 1 + 1e-6).all()
+        rows = locate_rows(locator, r)
         assert len(rows) == len(r)
         assert (rows.known_start_text == r.texts).mean() > 0.7
         assert rows.known_start_text_probability.between(0, 1 + 1e-6).all()
 
 
-def test_normal_distributions_in_the_place_of_the_network(placed):
-    "The same library and table, the emission of the definition, and no word on the operation."
-    placer, learn, train, test, of = placed
-    other = gaussian_placer(learn)
+def test_normal_distributions_can_replace_the_network(placed):
+    "Same library and clock table, the Gaussian emission, and no information on the operation."
+    locator, learn, train, test, of = placed
+    other = gaussian_locator(learn)
     assert other.library is learn.library
-    assert (other.table.texts == placer.table.texts).all()
-    assert other.program_of == placer.program_of
+    assert (other.table.texts == locator.table.texts).all()
+    assert other.program_of == locator.program_of
     x = other.features(test[0])
     logp, background, operation = other.emission.both(x)
     n = 3 * sum(learn.features.motion)
@@ -596,24 +602,24 @@ def test_normal_distributions_in_the_place_of_the_network(placed):
     right = []
     for r in test:
         start = np.arange(0, len(r) - 64, 32)
-        said = place_windows(other, r, start, start + 64)
-        assert said.text_probability.between(0, 1 + 1e-6).all()
-        right += (said.program_said == of[r.operation]).tolist()
+        predicted = locate_windows(other, r, start, start + 64)
+        assert predicted.text_probability.between(0, 1 + 1e-6).all()
+        right += (predicted.program_predicted == of[r.operation]).tolist()
     assert np.mean(right) > 0.6
 
 
-def test_scores_and_shapes():
-    "Hand-made outcomes; an empty answer is wrong; the vote is over windows of a run."
+def test_window_scores_of_a_hand_made_table():
+    "An empty prediction is wrong; the vote is over the windows of a recording."
     o = pd.DataFrame(
         dict(
             source=["a", "a", "a", "b"],
             text=["X1", "X2", "Y1", "G1 X1"],
             operation=["p", "p", "p", "q"],
-            text_said=["X1", "X3", "X1", "G1 X1"],
+            text_predicted=["X1", "X3", "X1", "G1 X1"],
             text_probability=1.0,
-            shape_said=["X", "X", "X", "G1 X"],
-            program_said=["p", "q", "p", "q"],
-            operation_said=["p", "q", "p", "q"],
+            shape_predicted=["X", "X", "X", "G1 X"],
+            program_predicted=["p", "q", "p", "q"],
+            operation_predicted=["p", "q", "p", "q"],
             text_lookup=["X1", "", "Y1", "X1"],
         )
     )
@@ -628,16 +634,16 @@ def test_scores_and_shapes():
     assert line_shape("G53 G0 Z0.") == "G53 G0 Z"
 
 
-def test_none_of_the_library_is_the_area_under_the_curve():
+def test_open_set_auroc_is_the_area_under_the_curve():
     a = pd.DataFrame(dict(source=list("xxyy"), fit=[3.0, 2.0, 5.0, 4.0]))
     b = pd.DataFrame(dict(source=list("zz"), fit=[2.5, 1.0]))
-    found = none_of_the_library(a, b)
+    found = open_set_auroc(a, b)
     assert found["window"] == np.mean([u > v for u in a.fit for v in b.fit])
     assert found["run"] == 1.0
 
 
-def _other_night(r, size=3.0, seed=0):
-    "The same run, every board mounted anew."
+def remounted(r, size=3.0, seed=0):
+    "The same recording with every board remounted: other offsets and gains."
     random = np.random.default_rng(seed)
     n = r.sensors.shape[1]
     spread = np.nanstd(r.sensors, 0)
@@ -650,32 +656,32 @@ def _other_night(r, size=3.0, seed=0):
     )
 
 
-def test_templates_see_neither_level_nor_size(placed):
-    "Another offset and a positive gain change nothing; an inverted sensor is another motion; without motion there is nothing to say."
-    placer, learn, train, test, of = placed
-    t = placer.templates
+def test_templates_ignore_offset_and_gain(placed):
+    "Offset and positive gain change nothing; an inverted sensor scores lower; without motion all scores are zero."
+    locator, learn, train, test, of = placed
+    t = locator.templates
     assert not {r.name for r in learn.held} & {r.name for r in learn.inner}
     for r in test[:3]:
         rows = align_channels(r, t.channels)[40:104]
         time = r.time[40:104]
         score = t.match(rows, time)
-        assert score.shape == (len(placer.library),)
+        assert score.shape == (len(locator.library),)
         assert (score >= 0).all()
         assert np.allclose(t.match(7 * rows - 300, time), score, rtol=2e-2, atol=0.5)
         assert t.match(-rows, time)[score.argmax()] < score.max()
         assert not t.match(np.ones_like(rows), time).any()
         assert not t.match(np.full_like(rows, np.nan), time).any()
     with pytest.raises(InputError, match="at least one channel"):
-        program_templates(placer.library, train, ("nothing",))
+        program_templates(locator.library, train, ("nothing",))
 
 
-def test_whole_recordings_by_their_pieces(placed):
-    "Pieces cover all rows; the margin of the true program alone is positive, also where a sensor drifts."
-    placer, *_, test, of = placed
-    t = placer.templates
-    lib = placer.library
+def test_segments_of_whole_recordings_identify_the_program(placed):
+    "Segments cover all rows; only the margin of the true program is positive, even when sensors drift."
+    locator, *_, test, of = placed
+    t = locator.templates
+    lib = locator.library
     for n in (1, 40, 64, 200, 777):
-        start, stop = whole_pieces(n)
+        start, stop = split_segments(n)
         assert start[0] == 0
         assert stop[-1] == n
         assert (start[1:] == stop[:-1]).all()
@@ -688,8 +694,8 @@ def test_whole_recordings_by_their_pieces(placed):
             assert [of[n] for n, m in zip(lib.names, margin) if m > 0] == [of[r.operation]]
 
 
-def test_the_stream_with_a_known_start_looks_at_nothing_later(placed):
-    placer, *_, test, of = placed
+def test_the_stream_with_a_known_start_is_causal(placed):
+    locator, *_, test, of = placed
     for r in test[:2]:
         n = 3 * len(r) // 4
         part = replace(
@@ -700,25 +706,27 @@ def test_the_stream_with_a_known_start_looks_at_nothing_later(placed):
             sensors=r.sensors[:n],
             controller=None,
         )
-        a = place_rows(placer, r)
-        b = place_rows(placer, part)
-        first = whole_pieces(len(r))[1][0]
+        a = locate_rows(locator, r)
+        b = locate_rows(locator, part)
+        first = split_segments(len(r))[1][0]
         same = 64 * ((n - 32) // 64)
         assert (a.known_start_stream_text[:same] == b.known_start_stream_text[:same]).all()
         assert (a.known_start_stream_text == r.texts)[first:].mean() > 0.9
 
 
-def test_a_foreign_day_is_told_and_left_to_the_filter(placed):
-    placer, learn, train, test, of = placed
+def test_an_unseen_day_is_detected_and_left_to_the_filter(placed):
+    locator, learn, train, test, of = placed
     own = []
     lost = []
     whole = []
     for r in test:
         start = np.arange(0, len(r) - 64, 32)
-        night = place_windows(placer, _other_night(r), start, start + 64, readers=True)
-        own += (night.program_said == of[r.operation]).tolist()
-        lost += (night.operation_network.map(of) == of[r.operation]).tolist()
-        whole.append(of[place_rows(placer, _other_night(r)).operation_said[0]] == of[r.operation])
+        unseen = locate_windows(locator, remounted(r), start, start + 64, each_model=True)
+        own += (unseen.program_predicted == of[r.operation]).tolist()
+        lost += (unseen.operation_network.map(of) == of[r.operation]).tolist()
+        whole.append(
+            of[locate_rows(locator, remounted(r)).operation_predicted[0]] == of[r.operation]
+        )
     assert np.mean(own) > 0.75
     assert np.mean(own) > np.mean(lost)
     assert np.mean(whole) >= 0.8
@@ -726,20 +734,26 @@ def test_a_foreign_day_is_told_and_left_to_the_filter(placed):
 
 def test_readings(placed):
     "Probabilities; an infinite temperature silences a reader; the spread stays within a program."
-    placer, *_ = placed
-    lib = placer.library
+    locator, *_ = placed
+    lib = locator.library
     random = np.random.default_rng(0)
     a, b = random.normal(size=(2, 3, len(lib)))
-    for r in (Reading(4.0, 8.0, 1.0), Reading(4.0), Reading(float("inf"), 2.0, 0.5)):
-        p = r.places(lib, r.score(a, b))
+    for r in (
+        ScoreCalibration(4.0, 8.0, 1.0),
+        ScoreCalibration(4.0),
+        ScoreCalibration(float("inf"), 2.0, 0.5),
+    ):
+        p = r.state_probabilities(lib, r.score(a, b))
         assert np.allclose(p.sum(-1), 1)
         assert p.shape == a.shape
-    assert np.array_equal(Reading(4.0).score(a, b), a / 4)
-    assert np.array_equal(Reading(float("inf"), 2.0).score(a, b), b / 2)
+    assert np.array_equal(ScoreCalibration(4.0).score(a, b), a / 4)
+    assert np.array_equal(ScoreCalibration(float("inf"), 2.0).score(a, b), b / 2)
     one = np.full((1, len(lib)), -1e6)
     one[0, lib.first[1]] = 0.0
-    p = Reading(1.0, spread=2.0).places(lib, one)[0]
+    p = ScoreCalibration(1.0, spread=2.0).state_probabilities(lib, one)[0]
     assert np.isclose(p[lib.program == 1].sum(), 1)
     assert p[lib.first[1]] > p[lib.first[1] + 3] > 0
-    told = placer.operation(np.eye(len(lib.names))[0], random.normal(size=len(placer.operations)))
-    assert np.isclose(told[np.array(placer.program_of) == 0].sum(), 1)
+    combined = locator.operation(
+        np.eye(len(lib.names))[0], random.normal(size=len(locator.operations))
+    )
+    assert np.isclose(combined[np.array(locator.program_of) == 0].sum(), 1)

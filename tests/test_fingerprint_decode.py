@@ -1,4 +1,4 @@
-"Searches against enumeration on toy models, and the grammar against the reader and against real lines."
+"Decoding: searches against enumeration on toy models; the grammar against the parser and real lines."
 
 import itertools
 
@@ -31,7 +31,7 @@ TOKENIZERS = {
 
 
 def toy(size, depth, seed, batch=2):
-    "Scores that depend on the whole prefix: one random table an input and prefix."
+    "Scores that depend on the whole prefix: one random table per input and prefix."
     table = torch.randn(
         batch, *[size] * (depth + 1), generator=torch.Generator().manual_seed(seed)
     ).double()
@@ -69,7 +69,7 @@ def enumerate_lines(scores, size, length, row):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("size,length", [(5, 2), (4, 3), (3, 4)])
 def test_wide_beam_is_exhaustive(size, length, seed):
-    "With as many beams as prefixes (V for two tokens) the beam finds the best lines of all, in order."
+    "With as many beams as prefixes (V for two tokens) beam search finds the best lines in order."
     scores = toy(size, length, seed)
     width = size ** (length - 1)
     tokens, total = beam(scores, 2, length, width=width)
@@ -105,7 +105,7 @@ def test_length_penalty_ranks_by_mean():
 
 
 def test_sampling_has_the_distribution_of_the_filter():
-    "Frequencies of 20000 draws follow `filtered`, and p = 1 is plain sampling, draw by draw."
+    "Frequencies of 20000 samples follow `filtered`, and p = 1 is plain sampling, token by token."
     logits = torch.tensor([0.0, 0.5, -1.0, 1.0, 2.0])
 
     def scores(tokens, rows):
@@ -118,14 +118,14 @@ def test_sampling_has_the_distribution_of_the_filter():
         dict(top_p=0.7),
         dict(temperature=2.0, top_k=4, top_p=0.9),
     ):
-        drawn = sample(scores, 20000, 1, seed=0, **options)[0][:, 0]
-        share = torch.bincount(drawn, minlength=5) / 20000
-        assert (share - filtered(logits.log_softmax(-1), **options).exp()).abs().max() < 0.015
+        sampled = sample(scores, 20000, 1, seed=0, **options)[0][:, 0]
+        frequency = torch.bincount(sampled, minlength=5) / 20000
+        assert (frequency - filtered(logits.log_softmax(-1), **options).exp()).abs().max() < 0.015
     assert (sample(scores, 500, 6, top_p=1.0, seed=4)[0] == sample(scores, 500, 6, seed=4)[0]).all()
 
 
 def test_nucleus_is_the_smallest_set():
-    "Against the definition, on random distributions."
+    "Compared with the definition on random distributions."
     random = np.random.default_rng(0)
     for _ in range(50):
         p = random.dirichlet(np.ones(7) * 0.5)
@@ -139,8 +139,8 @@ def test_nucleus_is_the_smallest_set():
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("length", [3, 4, 6, 9, 20])
-def test_random_legal_lines_are_read_by_the_reader(name, length):
-    "Uniform scores, so that the grammar alone decides: every line ends in time, and the reader has nothing to say."
+def test_random_legal_lines_are_accepted_by_the_parser(name, length):
+    "With uniform scores only the grammar decides: every line ends in time and has no faults."
     tokenizer = TOKENIZERS[name]
     grammar = LineGrammar(tokenizer)
 
@@ -150,7 +150,8 @@ def test_random_legal_lines_are_read_by_the_reader(name, length):
     tokens = sample(scores, 40, length, seed=length, grammar=grammar)[0].numpy()
     assert (tokens == EOS).sum(1).min() == 1
     for text, ids in zip(tokenizer.decode_batch(tokens), tokens.tolist()):
-        assert line_faults(text) == [] and grammar.accepts(ids), text
+        assert line_faults(text) == [], text
+        assert grammar.accepts(ids), text
 
 
 def test_constrained_beam_and_greedy_are_legal_for_any_scores():
@@ -171,7 +172,7 @@ def test_constrained_beam_and_greedy_are_legal_for_any_scores():
 
 
 def test_grammar_is_complete_on_short_lines():
-    "All lines of up to three tokens that the grammar accepts are those that the reader and the rules accept."
+    "For lines of up to three tokens the grammar accepts exactly those that the parser and the rules accept."
     tokenizer = LosslessTokenizer(
         tokens=[
             "PAD",
@@ -207,7 +208,7 @@ def test_grammar_is_complete_on_short_lines():
             assert grammar.accepts([*ids, EOS]) == sane, (text, [names[i] for i in ids])
 
 
-def test_bad_parameters():
+def test_bad_parameters_are_refused():
     grammar = LineGrammar(TOKENIZERS["lossless"])
 
     def scores(tokens, rows):
@@ -224,7 +225,7 @@ def test_bad_parameters():
             call()
 
 
-def test_greedy_is_write_lines_and_heads_have_temperatures():
+def test_greedy_equals_write_lines_and_cold_sampling():
     torch.manual_seed(1)
     tokenizer = TOKENIZERS["lossless"]
     model = GCodeFingerprinter(

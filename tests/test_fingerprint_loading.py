@@ -1,6 +1,4 @@
-"The copy of all recordings in one parquet file against the files themselves, and the clock's texts."
-
-import warnings
+"The copy of all recordings in one parquet file against the separate files; clock texts."
 
 import numpy as np
 import pandas as pd
@@ -25,7 +23,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def folder(source, tmp_path):
-    "Four runs of their own for each test."
+    "A fresh folder with four recordings for each test."
     (tmp_path / "runs").mkdir()
     for f in recording_files(source)[::2][:4]:
         (tmp_path / "runs" / f.name).write_bytes(f.read_bytes())
@@ -33,7 +31,7 @@ def folder(source, tmp_path):
 
 
 def same(a, b, types=True):
-    "All fields of two lists of recordings."
+    "Assert that two lists of recordings are equal in all fields."
     assert [(r.name, r.operation, r.channels, list(r.controller)) for r in a] == [
         (r.name, r.operation, r.channels, list(r.controller)) for r in b
     ]
@@ -41,19 +39,13 @@ def same(a, b, types=True):
         for k in ("time", "lines", "texts", "sensors"):
             u = getattr(x, k)
             v = getattr(y, k)
-            assert u.dtype == v.dtype and u.shape == v.shape and (u == v).all(), (x.name, k)
+            assert u.dtype == v.dtype, (x.name, k)
+            assert u.shape == v.shape, (x.name, k)
+            assert (u == v).all(), (x.name, k)
         pd.testing.assert_frame_equal(x.controller, y.controller, check_dtype=types)
 
 
-def quietly(*args, **kwargs):
-    "Recordings and the warnings."
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        found = read_recordings(*args, **kwargs)
-    return found, [str(w.message) for w in said]
-
-
-def test_copy_is_the_files(folder, tmp_path):
+def test_copy_equals_the_files(folder, tmp_path):
     for _ in range(2):
         same(read_recordings(folder, cache=tmp_path / "copy"), read_recordings(folder))
     assert len(list((tmp_path / "copy").iterdir())) == 1
@@ -101,25 +93,26 @@ def test_missing_boards_and_columns_stay_missing(folder, tmp_path):
     assert "coor" not in short.controller
 
 
-def test_what_was_said_is_said_again_and_a_broken_copy_is_made_anew(folder, tmp_path):
+def test_warnings_are_repeated_and_a_broken_copy_is_rebuilt(folder, tmp_path, warnings_of):
     files = recording_files(folder)
     cache = tmp_path / "copy"
     table = pd.read_parquet(files[0])
     sensors = [c for c in table if "." in c or "_motor" in c or c.startswith("spindle")]
     table[sensors] = table[sensors].iloc[0].to_numpy()
     table.to_parquet(files[0])
-    (found, said), (again, once_more) = (quietly(folder, cache=cache) for _ in range(2))
+    found, messages = warnings_of(read_recordings, folder, cache=cache)
+    again, once_more = warnings_of(read_recordings, folder, cache=cache)
     same(found, again)
     assert len(found) == 3
-    assert said == once_more
-    assert "the same values in all" in said[0]
+    assert messages == once_more
+    assert any("the same values in all" in m for m in messages)
     copy = next(cache.iterdir())
     copy.write_bytes(copy.read_bytes()[:5000])
-    same(quietly(folder, cache=cache)[0], found)
+    same(warnings_of(read_recordings, folder, cache=cache)[0], found)
     assert len(stored_recordings(copy)[0]) == 3
 
 
-def test_cache_beside_the_recordings_only(folder):
+def test_cache_inside_the_recordings_is_refused(folder):
     with pytest.raises(
         InputError, match="expected a folder outside of the recordings, found one inside"
     ):
@@ -129,21 +122,23 @@ def test_cache_beside_the_recordings_only(folder):
 @pytest.mark.parametrize(
     "clock", [["12:00:00.5", "12:00"], ["12:00:00", "x:00:01"], [""], ["nan:00:01"], [None]]
 )
-def test_texts_that_are_no_clock(clock):
+def test_invalid_clock_texts_are_refused(clock):
     with pytest.raises(InputError, match="HH:MM:SS.mmm"):
         elapsed_seconds(clock, "run")
 
 
-def test_clock_by_hand():
+def test_elapsed_seconds_of_random_times():
     random = np.random.default_rng(0)
     seconds = np.cumsum(random.uniform(0, 2000, 200)).round(3)
     texts = [f"{int(s // 3600) % 24:02d}:{int(s // 60) % 60:02d}:{s % 60:06.3f}" for s in seconds]
     np.testing.assert_allclose(elapsed_seconds(texts), seconds - seconds[0], atol=2e-3)
 
 
-@pytest.mark.skipif(data_folder("cnc_fingerprint") is None, reason="no recorded runs here")
-def test_recorded_runs(tmp_path):
-    "A tenth of them, and those with faults: one half without sensors, two frozen."
+@pytest.mark.skipif(
+    data_folder("cnc_fingerprint") is None, reason="no recordings in the data folder"
+)
+def test_copy_of_real_recordings(tmp_path, warnings_of):
+    "A twelfth of them, and those with faults: one partly without sensors, two frozen."
     (tmp_path / "runs").mkdir()
     files = recording_files(data_folder("cnc_fingerprint"))
     for f in {
@@ -151,12 +146,11 @@ def test_recorded_runs(tmp_path):
         *(f for f in files if f.stem in ("face150025_001", "face150025_009", "pocket150025_006")),
     }:
         (tmp_path / "runs" / f.name).symlink_to(f)
-    (plain, said), (_, _), (copy, again) = (
-        quietly(tmp_path / "runs"),
-        quietly(tmp_path / "runs", cache=tmp_path / "copy"),
-        quietly(tmp_path / "runs", cache=tmp_path / "copy"),
-    )
+    runs = tmp_path / "runs"
+    plain, messages = warnings_of(read_recordings, runs)
+    warnings_of(read_recordings, runs, cache=tmp_path / "copy")
+    copy, again = warnings_of(read_recordings, runs, cache=tmp_path / "copy")
     same(plain, copy, types=False)
-    assert said == again
-    assert len(said) == 2
+    assert messages == again
+    assert len(messages) == 2
     assert len(copy) > 8

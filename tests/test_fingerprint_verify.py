@@ -1,4 +1,4 @@
-"Verification of recordings against programs: oracles of its parts, honest answers, bad input, and the stream that goes on."
+"Verification of recordings against programs: parts against oracles, verdicts, bad input, and streaming."
 
 import numpy as np
 import pandas as pd
@@ -22,18 +22,18 @@ from gcode_ml.fingerprint.verify import (
     EDITS,
     FEATURES,
     Verifier,
-    _relative,
     calibrate,
     edit_program,
     fit_response,
     program_signals,
     rebuilt_program,
     self_check,
+    subtract_running_mean,
     trace,
     verification_rows,
     verify,
 )
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 
 PROGRAMS = example_programs()
 
@@ -44,7 +44,7 @@ def rows(program, name="pocket_001", **kwargs):
 
 @pytest.fixture(scope="module")
 def machine():
-    "Signals of two programs, and a response from other ones."
+    "Signals of three programs, and a response fitted on others."
     texts = varied_programs(6, 1)
     healthy = [
         (rows(t, f"{n}_001", day=i % 3, seed=i), program_signals(t, n))
@@ -58,7 +58,7 @@ def machine():
 
 
 def test_planned_motion_takes_the_time_of_its_feeds():
-    "A long straight cut lasts length over feed."
+    "A long straight cut takes length divided by feed."
     m = planned_motion("G21 G90\nG1 X100 F600\nM30\n")
     assert m["time"][-1] == pytest.approx(10, abs=0.2)
     assert m["position"][-1, 0] == pytest.approx(100, abs=0.1)
@@ -72,8 +72,8 @@ def test_fast_sensors_integrate_to_the_motion():
     assert np.cumsum(felt[:, 1]) / 1000 == pytest.approx(m["velocity"][:, 1], abs=1.5)
 
 
-def test_temperature_of_a_constant_current():
-    "The exponential of a first-order lag."
+def test_temperature_under_constant_current_is_exponential():
+    "Step response of a first-order lag."
     t = np.arange(600)
     assert warmth(np.ones((600, 1)), 1.0, tau=100.0, gain=8.0)[:, 0] == pytest.approx(
         8 * (1 - np.exp(-(t + 1) / 100))
@@ -82,23 +82,23 @@ def test_temperature_of_a_constant_current():
 
 @pytest.mark.parametrize("rate", [0, 200])
 def test_any_file_becomes_a_recording(rate):
-    "A program without M30, in millimetres, with a helix."
+    "Also a program without M30, in millimetres, with a helix."
     t = record_program("G21 G90\nG0 X5\nG1 Z-1 F300\nG2 X15 Y0 I5 J0 Z-2\nG1 X0\n", rate=rate)
     r = recording_from_table(t, "helix_001")
     assert {"G2 X15 Y0 I5 J0 Z-2", "M30"} <= set(r.texts)
     assert np.isfinite(r.sensors).all()
 
 
-def test_running_mean_is_causal_and_forgets_offsets():
-    "A constant offset changes nothing, and the future changes nothing."
+def test_running_mean_is_causal_and_removes_offsets():
+    "Neither a constant offset nor later rows change the result."
     x = np.random.default_rng(0).normal(size=(200, 2))
     g = np.full(200, 0.25)
-    assert _relative(x + 7, g) == pytest.approx(_relative(x, g))
-    assert _relative(x[:90], g[:90]) == pytest.approx(_relative(x, g)[:90])
+    assert subtract_running_mean(x + 7, g) == pytest.approx(subtract_running_mean(x, g))
+    assert subtract_running_mean(x[:90], g[:90]) == pytest.approx(subtract_running_mean(x, g)[:90])
 
 
 def test_evidence_is_the_likelihood_ratio_of_normal_distributions(machine):
-    "One row, one lag: the sufficient numbers give what the full densities of all channels give."
+    "For one row and one lag, the sufficient statistics equal the full densities of all channels."
     signals, response, _ = machine
     r = rows(PROGRAMS["pocket"], seed=3)
     v = Verifier(response, signals["pocket"], r.channels, start=0.0)
@@ -116,8 +116,8 @@ def test_evidence_is_the_likelihood_ratio_of_normal_distributions(machine):
     assert ours == pytest.approx(full, rel=1e-6, abs=1e-6)
 
 
-def test_genuine_matches_and_others_do_not(machine):
-    "The three answers, and the area under the curve of a few pairs."
+def test_genuine_recordings_match_and_others_do_not(machine):
+    "Genuine recordings, other programs and scaled feeds are separated by CUSUM and verdict."
     signals, response, limits = machine
     found = {}
     for n in ("pocket", "contour"):
@@ -141,8 +141,8 @@ def test_genuine_matches_and_others_do_not(machine):
     assert all(v.evidence > 0 for v in found["genuine"])
 
 
-def test_stream_goes_on(machine):
-    "Boards that fall silent, a clock that goes back, a row without anything: constant memory, no alarm."
+def test_stream_continues_after_faults(machine):
+    "Dropped boards, a clock that goes back, an empty row: constant memory, no alarm."
     signals, response, limits = machine
     r = rows(PROGRAMS["pocket"], seed=4)
     v = Verifier(response, signals["pocket"], r.channels)
@@ -161,8 +161,8 @@ def test_stream_goes_on(machine):
     assert len(v.parts) == 2
 
 
-def test_offline_is_the_stream(machine):
-    "`trace` gives what the steps give."
+def test_offline_verification_equals_the_stream(machine):
+    "`trace` returns the results of the single steps."
     signals, response, _ = machine
     r = rows(PROGRAMS["pocket"], seed=4)
     v = Verifier(response, signals["pocket"], r.channels)
@@ -171,8 +171,8 @@ def test_offline_is_the_stream(machine):
 
 
 @pytest.mark.parametrize("kind", EDITS)
-def test_edits_are_programs(kind):
-    "Each edit can be planned, changes the motion from its line on, and is the same for the same seed."
+def test_edits_are_valid_programs(kind):
+    "Each edit can be planned, leaves the motion before its line unchanged, and is determined by the seed."
     text, line = edit_program(PROGRAMS["contour"], kind, 3)
     again, _ = edit_program(PROGRAMS["contour"], kind, 3)
     assert text == again
@@ -185,7 +185,7 @@ def test_edits_are_programs(kind):
 
 
 def test_rebuilt_program_moves_as_its_recordings():
-    "From reports alone, within the corners that no report shows."
+    "Reconstructed from reports alone, apart from corners between reports."
     again = rebuilt_program(
         [
             recording_from_table(record_program(PROGRAMS["face"], seed=i), f"face_00{i}")
@@ -197,14 +197,14 @@ def test_rebuilt_program_moves_as_its_recordings():
     )
 
 
-def test_without_healthy_runs_a_wrong_program_is_found(machine):
+def test_without_healthy_recordings_a_wrong_program_is_found(machine):
     signals, *_ = machine
     r = rows(PROGRAMS["pocket"], seed=6)
     assert self_check(r, signals["pocket"])[0] > 4 > self_check(r, signals["contour"])[0]
 
 
 def test_numbers_keep_sign_and_magnitude():
-    "There and back through spreads; the letters that a line lacks are NaN."
+    "Round trip through standardised numbers; absent letters are NaN."
     texts = ["G1 X-0.0151 Y1.575", "X0.157", "F22.", "M30"]
     s = NumberScale.fit(texts)
     assert s.write(texts, np.nan_to_num(s.standardise(texts))) == texts
@@ -212,8 +212,8 @@ def test_numbers_keep_sign_and_magnitude():
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_detectors_score_rows(name):
-    "One finite number a row, larger for a run with broken sensors."
+def test_detectors_score_broken_sensors_higher(name):
+    "One finite score per row, larger for a recording with broken sensors."
     signals = program_signals(PROGRAMS["pocket"], "pocket")
     d = AnomalyDetector(name).fit([(rows(PROGRAMS["pocket"], seed=i), signals) for i in range(3)])
     calm = rows(PROGRAMS["pocket"], seed=9)
@@ -229,8 +229,8 @@ def test_detectors_score_rows(name):
     assert b.mean() > a.mean()
 
 
-def test_files_with_faults_are_named(tmp_path):
-    "Two programs in one file, a clock that jumps: one sentence each."
+def test_faulty_files_are_reported(tmp_path):
+    "Two programs in one file and a clock that jumps give one sentence each."
     t = record_program(PROGRAMS["pocket"], seed=1)
     pd.concat([t, record_program(PROGRAMS["pocket"], seed=2)]).to_parquet(
         tmp_path / "twice_001.parquet"
@@ -240,14 +240,14 @@ def test_files_with_faults_are_named(tmp_path):
     t.to_parquet(tmp_path / "jump_001.parquet")
     with pytest.raises(InputError, match="two programs or more"):
         check_sections(tmp_path / "twice_001.parquet")
-    said = check(tmp_path)
-    assert len(said) == 2
-    assert any("two programs" in s for s in said)
-    assert any("the clock jumps" in s for s in said)
+    faults = check(tmp_path)
+    assert len(faults) == 2
+    assert any("two programs" in f for f in faults)
+    assert any("the clock jumps" in f for f in faults)
 
 
-def test_command(tmp_path, capsys):
-    "Exit codes 0, 1 and 2, one sentence on standard error."
+def test_verify_command_exit_codes(tmp_path, capsys):
+    "Exit codes 0, 1 and 2, with one sentence on standard error."
     file = tmp_path / "pocket.gcode"
     file.write_text(PROGRAMS["pocket"])
     (tmp_path / "healthy").mkdir()
@@ -259,9 +259,15 @@ def test_command(tmp_path, capsys):
     for n, p in (("same", PROGRAMS["pocket"]), ("other", PROGRAMS["face"])):
         record_program(p, seed=30).to_parquet(tmp_path / "runs" / f"{n}_001.parquet")
 
-    def ask(run, *more):
+    def ask(run, *extra):
         return main(
-            ["verify", str(tmp_path / "runs" / f"{run}_001.parquet"), "--program", str(file), *more]
+            [
+                "verify",
+                str(tmp_path / "runs" / f"{run}_001.parquet"),
+                "--program",
+                str(file),
+                *extra,
+            ]
         )
 
     assert [
@@ -305,8 +311,8 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "made" / "runs" / "pocket_001.parquet").exists()
 
 
-def test_healthy_runs_of_another_program_are_refused(tmp_path, capsys):
-    "Else a machine that answers to the wrong program would be learnt, and the wrong claim be a match."
+def test_healthy_recordings_of_another_program_are_refused(tmp_path, capsys):
+    "Otherwise the response would be fitted on the wrong program, and a wrong claim would match."
     run = recording_from_table(record_program(PROGRAMS["pocket"], seed=1), "pocket_001")
     moves = [t for t in run.texts if "X" in t and "Y" in t]
     changed = PROGRAMS["pocket"].replace(moves[20], "G1 X0.7777")
@@ -344,8 +350,8 @@ def test_healthy_runs_of_another_program_are_refused(tmp_path, capsys):
     assert "name a folder of runs of this very program" in capsys.readouterr().err
 
 
-def test_a_library_of_programs(tmp_path, capsys):
-    "The claim is held against the other programs of a folder; an unknown one is refused."
+def test_verify_command_with_a_program_library(tmp_path, capsys):
+    "The claim is compared with the other programs of a folder; an unknown program is refused."
     for n in ("pocket", "face"):
         (tmp_path / f"{n}.gcode").write_text(PROGRAMS[n])
         (tmp_path / "runs").mkdir(exist_ok=True)
@@ -356,7 +362,7 @@ def test_a_library_of_programs(tmp_path, capsys):
     record_program(PROGRAMS["pocket"], 5, seed=30).to_parquet(tmp_path / "night_001.parquet")
     (tmp_path / "contour.gcode").write_text(PROGRAMS["contour"])
 
-    def ask(program, run="night_001", *more):
+    def ask(program, run="night_001", *extra):
         return main(
             [
                 "verify",
@@ -365,7 +371,7 @@ def test_a_library_of_programs(tmp_path, capsys):
                 str(tmp_path / f"{program}.gcode"),
                 "--library",
                 str(tmp_path / "runs"),
-                *more,
+                *extra,
             ]
         )
 
@@ -377,6 +383,6 @@ def test_a_library_of_programs(tmp_path, capsys):
     ] == [0, 1, 0, 1]
     assert "fit pocket best" in capsys.readouterr().out
     assert ask("contour") == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "a program with no run cannot be compared" in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "a program with no run cannot be compared" in error

@@ -132,16 +132,22 @@ def slow_positions(text):
         elif "G92.1" in codes:
             offset["X"] = 0.0
         elif "G92" in codes:
-            for a, v in values.items():
-                offset[a] = place[a] - v
+            offset.update({a: place[a] - v for a, v in values.items()})
         elif "G1" in codes:
-            for a, v in values.items():
-                if a == "X" and "G53" in codes:
-                    place[a] = v
-                else:
-                    place[a] = v + offset[a] if state[a.lower()] else place[a] + v
+            slow_move(place, offset, state, values, "G53" in codes)
             rows.append((place["X"], place["E"]))
     return rows
+
+
+def slow_move(place, offset, state, values, in_machine_coordinates):
+    "Move `place` by the words of one G1 line."
+    for a, v in values.items():
+        if a == "X" and in_machine_coordinates:
+            place[a] = v
+        elif state[a.lower()]:
+            place[a] = v + offset[a]
+        else:
+            place[a] += v
 
 
 @pytest.mark.parametrize("seed", range(40))

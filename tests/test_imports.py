@@ -123,7 +123,7 @@ BROKEN = [
     ("data.batch", "from gcode_ml.alpha import models"),
     ("gcode.planner", "from ..lab import runs"),
     ("gcode.planner", "from ..alpha.data import x"),
-    ("lab.command", "from gcode_ml.alpha.recipe import recipe"),
+    ("lab.cli", "from gcode_ml.alpha.recipe import recipe"),
     ("alpha.data", "from ..beta.data import read"),
     ("alpha.recipe", "import gcode_ml.beta"),
     ("alpha.callbacks", "from ..lab.runs import Run"),
@@ -158,7 +158,7 @@ SOUND = [
     ),
     ("lab.runs", "from ..training.callbacks import in_fit"),
     ("alpha.read.models", "import torch\nfrom ...data.windows import length_mask"),
-    ("lab.command", 'name = "gcode_ml.alpha.recipe"'),
+    ("lab.cli", 'name = "gcode_ml.alpha.recipe"'),
 ]
 
 

@@ -1,4 +1,5 @@
-"What every loss, optimiser and schedule promises: a finite, falling loss, a gradient for every weight, the same result from the same seed, and a resumed fit equal to the last bit. They are found, not listed."
+"""Contract of every loss, optimiser and schedule: a finite, decreasing loss, gradients for all
+weights, reproducibility and bit-exact resumption. They are discovered, not listed."""
 
 import inspect
 
@@ -32,12 +33,12 @@ from gcode_ml.training.schedules import (
     OPTIMIZERS,
     PRESETS,
     SCHEDULES,
+    ExtraTargets,
     LossParameters,
-    MoreTargets,
     create_optimizer,
     schedule,
     schedule_curve,
-    teacher_answers,
+    teacher_logits,
 )
 from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class TwoTargets(TinySequences):
-    "The class, the length, and both once more as the target of one head."
+    "Two targets: class and length."
 
     def batch(self, index):
         x, mask, y = super().batch(index)
@@ -53,7 +54,7 @@ class TwoTargets(TinySequences):
 
 
 class TwoHeads(TinyClassifier):
-    "A class and a length."
+    "Two heads: class and length."
 
     def __init__(self, classes=3, **kwargs):
         super().__init__(classes=classes + 1, **kwargs)
@@ -68,11 +69,11 @@ def teacher():
     return TinyClassifier(width=8)
 
 
-def smooth(prediction, target):
-    return prediction["length"] - target["kind"] / 3  # some law
+def residual(prediction, target):
+    return prediction["length"] - target["kind"] / 3  # an arbitrary law
 
 
-def likely(prediction, target):
+def one_head_residual(prediction, target):
     return prediction.softmax(-1)[:, 0] - 0.3
 
 
@@ -80,13 +81,13 @@ def tasks():
     return dict(kind=Focal(), length=Regression("huber"))
 
 
-EXAMPLES = {  # class in `losses` -> how it is used: loss, whether there are two heads, callbacks
+EXAMPLES = {  # class in `losses` -> loss, whether the model has two heads, callbacks
     "CrossEntropy": lambda: (CrossEntropy([1.0, 2.0, 1.0], label_smoothing=0.1), False, []),
     "Focal": lambda: (Focal(3.0, [1.0, 2.0, 1.0], head="kind"), True, []),
     "SupervisedContrastive": lambda: (SupervisedContrastive(0.5), False, []),
-    "Distillation": lambda: (Distillation(), False, [MoreTargets(teacher_answers(teacher()))]),
+    "Distillation": lambda: (Distillation(), False, [ExtraTargets(teacher_logits(teacher()))]),
     "Regression": lambda: (Regression("absolute", head="length"), True, []),
-    "PhysicsInformed": lambda: (PhysicsInformed(smooth, MultiTask(tasks())), True, []),
+    "PhysicsInformed": lambda: (PhysicsInformed(residual, MultiTask(tasks())), True, []),
     "MultiTask": lambda: (two_tasks(tasks(), 0.7, 0.3), True, []),
     "UncertaintyWeighted": lambda: (
         UncertaintyWeighted(tasks(), regressions=["length"]),
@@ -95,11 +96,11 @@ EXAMPLES = {  # class in `losses` -> how it is used: loss, whether there are two
     ),
 }
 NAMED = {n: (lambda n=n: (create_loss(n), False, [])) for n in LOSSES}
-ONE_HEAD = {"Focal", "Regression"}  # leave the other head alone, as they should
+ONE_HEAD = {"Focal", "Regression"}  # no gradient for the other head
 
 
 def found():
-    "Every loss class of the page that is not a mere base."
+    "Every loss class of the page except base classes."
     return {
         n
         for n, c in vars(losses).items()
@@ -112,12 +113,12 @@ def found():
 
 
 class PowerCut(Callback):
-    "Stop the fit where a power cut would."
+    "Interrupt the fit at given epochs and batches."
 
     order = 2000
 
     def __init__(self, *where):
-        self.where = {where}  # a set, which no snapshot keeps
+        self.where = {where}  # a snapshot does not save a set
 
     def after_batch(self):
         if self.training and (self.epoch, self.iter) in self.where:
@@ -125,7 +126,7 @@ class PowerCut(Callback):
 
 
 def learner(example, *cbs, seed=0, **kwargs):
-    "A tiny learner with dropout on one target or two."
+    "Tiny learner with dropout and one or two targets."
     loss, two, own = example()
     learn = tiny_learner(loss_func=loss, cbs=[*own, *cbs], seed=seed, **kwargs)
     torch.manual_seed(seed)
@@ -160,7 +161,7 @@ def same(a, b):
 
 
 def resumes(folder, make, cuts=((1, 2), (1, 5), (3, 0))):
-    "Whether a fit that is interrupted once at each of `cuts`, taken up by new learners, equals the unbroken one; `make(*callbacks)` fits."
+    "Whether a fit `make(*callbacks)` interrupted at each of `cuts` equals an uninterrupted one."
     whole = make()
     file = folder / "fit.safetensors"
     for cut in cuts:
@@ -171,13 +172,13 @@ def resumes(folder, make, cuts=((1, 2), (1, 5), (3, 0))):
 
 
 def test_every_loss_has_an_example():
-    "A new loss cannot be forgotten, nor an example outlive its loss."
+    "Every loss has an example, and every example its loss."
     assert found() == set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name,example", [*EXAMPLES.items(), *NAMED.items()])
-def test_loss_in_a_fit(name, example):
-    "Finite, smaller after a few epochs, and the same again from the same seed."
+def test_loss_decreases_reproducibly(name, example):
+    "The loss is finite and decreases, and the same seed gives the same fit."
     learn = fitted(example, epochs=6)
     values = np.array([v[:2] for v in learn.recorder.values])
     assert np.isfinite(values).all()
@@ -188,13 +189,13 @@ def test_loss_in_a_fit(name, example):
 
 @pytest.mark.parametrize("name,example", [*EXAMPLES.items(), *NAMED.items()])
 def test_gradient_reaches_everything(name, example):
-    "Every weight of the model gets a gradient, every parameter of the loss too, and `none` gives a value an item with the same mean."
+    "All parameters get a gradient, and `none` gives one value per item with the same mean."
     learn = learner(example)
     loss = learn.loss_func
     learn.model.eval()
     x, mask, y = learn.dls.train.dataset.batch(np.arange(16))
-    for cb in learn.cbs.filter(lambda cb: isinstance(cb, MoreTargets)):
-        y = dict(target=y, **cb.more(x, mask))
+    for cb in learn.cbs.filter(lambda cb: isinstance(cb, ExtraTargets)):
+        y = dict(target=y, **cb.extra(x, mask))
     value = loss(learn.model(x, mask), y)
     value.backward()
     silent = [
@@ -216,12 +217,12 @@ def test_gradient_reaches_everything(name, example):
 
 @pytest.mark.parametrize("name,example", [*EXAMPLES.items()])
 def test_loss_resumes(tmp_path, name, example):
-    "Stopped three times, a fit ends in the same weights, learned ones of the loss included."
+    "A fit interrupted three times has the same final weights, also those of the loss."
     assert resumes(tmp_path, lambda *cbs: fitted(example, *cbs))
 
 
 def test_accumulated_gradients_of_a_loss(tmp_path):
-    "Interrupted while gradients of three batches are gathered, learned weights get all three."
+    "Gradients of the loss parameters survive an interruption during accumulation."
     assert resumes(
         tmp_path,
         lambda *cbs: fitted(EXAMPLES["UncertaintyWeighted"], GradientAccumulation(48), *cbs),
@@ -229,8 +230,8 @@ def test_accumulated_gradients_of_a_loss(tmp_path):
     )
 
 
-def test_lost_state_is_found(tmp_path, monkeypatch):
-    "The comparison above sees learned weights, or averages of an optimiser, that are not put back."
+def test_lost_state_is_detected(tmp_path, monkeypatch):
+    "`resumes` detects loss parameters or optimiser state that are not restored."
 
     def make(*cbs):
         return fitted(EXAMPLES["UncertaintyWeighted"], *cbs)
@@ -244,8 +245,8 @@ def test_lost_state_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("measure", ["squared", "absolute", "huber"])
-def test_odd_batches(measure):
-    "A batch of one, without a target, or of a single class costs a finite amount, with a finite gradient."
+def test_degenerate_batches_have_finite_loss(measure):
+    "Batches of one item, without a target or of one class have a finite loss and gradient."
     out = torch.randn(1, 3, requires_grad=True)
     for loss, target in [
         (CrossEntropy(), torch.tensor([-100])),
@@ -261,8 +262,8 @@ def test_odd_batches(measure):
         assert out.grad.isfinite().all()
 
 
-def test_learned_weights(tmp_path):
-    "They move, without decay, with a clipped gradient as well, and `lr_find` leaves them; `validate` works before any fit."
+def test_learned_task_weights(tmp_path):
+    "Task weights are trained without decay, and restored by `lr_find`."
     example = EXAMPLES["UncertaintyWeighted"]
     learn = fitted(example, GradientClip(1.0), wd=0.5)
     assert (learn.loss_func.log_variances.abs() > 1e-3).all()
@@ -272,23 +273,23 @@ def test_learned_weights(tmp_path):
         assert np.isfinite(fresh.validate()[0])
         fresh.lr_find(num_it=12, show_plot=False)
     assert not fresh.loss_func.log_variances.any()
-    still = fitted(lambda: (*example()[:2], []))  # without the callback nobody trains them
+    still = fitted(lambda: (*example()[:2], []))  # not trained without the callback
     assert not still.loss_func.log_variances.any()
 
 
-def test_metrics_see_the_batch():
-    "What is added for the loss alone is gone when a metric looks; the teacher is never trained."
+def test_metrics_see_the_original_target():
+    "Metrics see the original target, and the teacher is not trained."
     model = teacher()
     before = [p.clone() for p in model.parameters()]
     learn = fitted(
-        lambda: (Distillation(), False, [MoreTargets(teacher_answers(model))]), metrics=accuracy
+        lambda: (Distillation(), False, [ExtraTargets(teacher_logits(model))]), metrics=accuracy
     )
-    *_, valid_loss, share = learn.recorder.values[-1]
-    assert 0 <= share <= 1
+    *_, valid_loss, score = learn.recorder.values[-1]
+    assert 0 <= score <= 1
     assert all(map(torch.equal, before, model.parameters()))
-    losses_ = learn.get_preds(dl=learn.dls.valid, reorder=False, with_loss=True)[2]
-    assert losses_.shape == (48,)
-    assert losses_.mean().item() == pytest.approx(valid_loss, rel=1e-4)
+    item_losses = learn.get_preds(dl=learn.dls.valid, reorder=False, with_loss=True)[2]
+    assert item_losses.shape == (48,)
+    assert item_losses.mean().item() == pytest.approx(valid_loss, rel=1e-4)
 
 
 BAD = [
@@ -304,7 +305,7 @@ BAD = [
     (lambda: Distillation(alpha=2), "alpha"),
     (lambda: CrossEntropy(reduction="sum"), "reduction"),
     (lambda: two_tasks(dict(kind=Focal())), "expected two, found 1"),
-    (lambda: PhysicsInformed(likely, physics_weight=-1), "physics_weight"),
+    (lambda: PhysicsInformed(one_head_residual, physics_weight=-1), "physics_weight"),
     (lambda: MultiTask(tasks(), dict(kind=-1)), "weights"),
     (lambda: class_weights([-1, 0], 2), "found -1 to 0"),
     (lambda: class_weights([], 2), "found none"),
@@ -327,7 +328,8 @@ BAD = [
 
 
 @pytest.mark.parametrize("make,sentence", BAD)
-def test_bad_input(refused, make, sentence):
+def test_bad_input_is_refused(refused, make, sentence):
+    "The error message names the mistake."
     assert sentence in refused(make)
 
 
@@ -344,7 +346,7 @@ ALL_OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_optimizer(tmp_path, name):
-    "A falling loss, the same again, and the same after interruptions; a preset brings its own learning rate."
+    "The loss decreases reproducibly, also after interruptions; a preset sets its learning rate."
     options = ALL_OPTIMIZERS[name]
 
     def make(*cbs):
@@ -357,13 +359,13 @@ def test_optimizer(tmp_path, name):
     assert resumes(tmp_path, make)
 
 
-STARTS = {"plateau": dict(patience=0, min_delta=0.2)}  # falls within four epochs
+STARTS = {"plateau": dict(patience=0, min_delta=0.2)}  # reduces within four epochs
 CASES = [(name, warmup) for name in SCHEDULES for warmup in ({}, dict(warmup=1))]
 
 
 @pytest.mark.parametrize("name,warmup", CASES)
 def test_schedule(tmp_path, name, warmup):
-    "A falling loss, learning rates of the drawn curve and never above the largest, the same after interruptions."
+    "Learning rates follow the curve, the loss decreases, also after interruptions."
     options = {**STARTS.get(name, {}), **warmup}
 
     def make(*cbs):
@@ -395,8 +397,8 @@ def test_schedule(tmp_path, name, warmup):
     assert resumes(tmp_path, make)
 
 
-def test_plateau_forgets_nothing(tmp_path):
-    "Where the learning rate falls does not depend on being interrupted in the very epoch."
+def test_plateau_resumes_at_a_reduction(tmp_path):
+    "An interruption in the epoch of a reduction does not change the learning rates."
 
     def make(*cbs):
         return fitted(
@@ -407,28 +409,30 @@ def test_plateau_forgets_nothing(tmp_path):
         )
 
     lrs = make().recorder.lrs[::6]
-    falls = [i for i in range(1, 8) if lrs[i] < lrs[i - 1]]
-    assert falls
+    reductions = [i for i in range(1, 8) if lrs[i] < lrs[i - 1]]
+    assert reductions
     assert resumes(
-        tmp_path, make, [(i - 1, 5) for i in falls] + [(i, b) for i in falls[-1:] for b in (0, 3)]
+        tmp_path,
+        make,
+        [(i - 1, 5) for i in reductions] + [(i, b) for i in reductions[-1:] for b in (0, 3)],
     )
 
 
-def test_names_of_a_former_page():
-    "The first three schedules are what they were."
-    share = np.linspace(0, 1, 9)
+def test_schedules_equal_those_of_fastai():
+    "Three schedules equal those of fastai."
+    progress = np.linspace(0, 1, 9)
     from fastai.callback.schedule import SchedCos, SchedNo, combined_cos
 
-    for name, old in dict(
+    for name, fastai_curve in dict(
         constant=SchedNo(1e-3, 1e-3),
         cosine=SchedCos(1e-3, 1e-6),
         one_cycle=combined_cos(0.25, 1e-3 / 25, 1e-3, 1e-3 / 1e5),
     ).items():
-        assert [SCHEDULES[name](1e-3)(s) for s in share] == [old(s) for s in share]
+        assert [SCHEDULES[name](1e-3)(p) for p in progress] == [fastai_curve(p) for p in progress]
 
 
 class Group(nn.Module):
-    "Norms and biases at every depth."
+    "Normalisation layers and biases at several depths."
 
     def __init__(self):
         super().__init__()
@@ -443,7 +447,7 @@ class Group(nn.Module):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_decay_on_bias_and_norm(name):
-    "With gradients of zero only weights that multiply move, and stay so after a snapshot's state is read."
+    "With zero gradients only decaying weights change, also after loading the optimiser state."
     model = Group()
     learn = tiny_learner(model=model, opt_func=create_optimizer(name, 0.1, weight_decay=0.5))
     learn.create_opt()
@@ -460,7 +464,7 @@ def test_no_decay_on_bias_and_norm(name):
 
 
 def test_lr_find_is_silent(tmp_path):
-    "Weights, optimiser and an unfinished snapshot are as before, and the schedule does not interfere."
+    "`lr_find` changes neither weights, optimiser nor snapshot, and ignores the schedule."
     learn = fitted(plain, Snapshot(tmp_path / "fit.safetensors"), path=tmp_path, epochs=2)
     learn.add_cb(schedule("plateau", 1e-2))
     before = weights(learn)

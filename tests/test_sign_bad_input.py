@@ -103,11 +103,11 @@ def test_spreadsheets_and_windows(folder, command):
     )
     shutil.move(folder / "npz" / f"{first}.npz", folder / "npz" / "sub" / f"{first}.npz")
     code, out, err = command("check", "sign", folder)
-    said = out + err
+    messages = out + err
     assert code == 0
-    assert "byte-order mark" in said
-    assert "backslashes" in said
-    assert "1 rows, first row 2" in said
+    assert "byte-order mark" in messages
+    assert "backslashes" in messages
+    assert "1 rows, first row 2" in messages
 
 
 def test_five_thousand_frames(folder, command):

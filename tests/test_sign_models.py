@@ -387,7 +387,6 @@ def test_two_views_side_by_side_are_two_nets():
         ).eval()
         own = {}
         for k, v in two.state_dict().items():
-            name = k.rsplit(".", 1)[0]
             size = one.state_dict()[k].shape
             if v.ndim == 3 and "depthwise" not in k and "gate" not in k:
                 own[k] = v[g].T

@@ -13,48 +13,42 @@ from gcode_ml.lab.bundle import load_bundle, save_bundle
 from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.sign.augment import FrameEdge
 from gcode_ml.sign.callbacks import COLUMNS
+from gcode_ml.sign.comparison import baseline_rows, without_gloss
 from gcode_ml.sign.data import ClipData
 from gcode_ml.sign.evaluate import (
     Occluded,
     add_gloss,
     added_sign_scores,
-    answer_rows,
+    baseline_predictions,
     confusion_pairs,
-    dtw_answers,
     dtw_distances,
+    dtw_nearest_neighbour,
+    fine_tune_gloss,
     fit_temperature,
     latency,
     merge_windows,
-    model_answers,
-    nearest_answers,
+    nearest_neighbour,
     no_sign_scores,
+    predict_logits,
+    prediction_rows,
     reject_curve,
     sign_scores,
     signer_table,
-    simple_answers,
     stream_scores,
     threshold_for,
-    tune_gloss,
 )
+from gcode_ml.sign.loading import clip_sets, load_clips
 from gcode_ml.sign.models import SignConv, SignTransformer
-from gcode_ml.sign.recipe import (
-    answer_table,
-    clip_sets,
+from gcode_ml.sign.predict import (
     evaluate_bundle,
-    joined_clips,
-    load_clips,
     predict_bundle,
+    prediction_table,
     preprocessing_state,
-    recipe,
-    simple_rows,
-    smoke_test,
-    stream_signs,
-    stream_windows,
-    style_callbacks,
-    without_gloss,
 )
+from gcode_ml.sign.recipe import recipe, smoke_test, style_callbacks
 from gcode_ml.sign.simulate import simulate_clips
 from gcode_ml.sign.skeleton import Preparation, prepare_clips
+from gcode_ml.sign.streams import concatenate_clips, detect_signs, stream_windows
 from gcode_ml.training.callbacks import load_checkpoint
 from gcode_ml.training.fit import fit
 
@@ -89,7 +83,7 @@ def test_sides_share_no_signer(source):
     clips, _ = source
     signer = np.array([c.signer for c in clips])
     for fold in range(3):
-        for kind in ("none", "signer", "share"):
+        for kind in ("none", "signer", "fraction"):
             train, valid, test, note = clip_sets(clips, fold=fold, validation=kind)
             assert not {*signer[train], *signer[valid]} & {*signer[test]}
             assert note.startswith("signer ")
@@ -101,13 +95,13 @@ def test_sides_share_no_signer(source):
 
 def test_random_split_says_so(source):
     with pytest.warns(UserWarning, match="same signers"):
-        assert "leaky" in recipe(source, split="random", **SMALL).note
+        assert "leaky" in recipe(source, split="leaky", **SMALL).note
 
 
 def test_a_fit_learns_and_repeats(source, fitted):
     "Better than chance on a new signer; the same seed gives the same weights."
-    rows = answer_rows(
-        model_answers(fitted.model, fitted.data, fitted.test),
+    rows = prediction_rows(
+        predict_logits(fitted.model, fitted.data, fitted.test),
         fitted.data,
         fitted.test,
         fitted.names["category_of"],
@@ -243,9 +237,9 @@ def test_two_folders(folder, tmp_path):
         (dict(learning_rate=-1.0), "learning_rate"),
         (dict(model="lstm"), "transformer, iv3_gru"),
         (dict(max_epochs=0), "max_epochs"),
-        (dict(fold=9), "one a signer"),
+        (dict(fold=9), "one per signer"),
         (dict(augmentation="strong"), "signer, none"),
-        (dict(validation="test"), "none, signer, share"),
+        (dict(validation="test"), "none, signer, fraction"),
         (dict(epochs=3), "epochs"),
         (dict(normalise="face"), "normalise"),
         (dict(canonical_hand="left"), "auto, yes, no"),
@@ -306,7 +300,7 @@ def test_bundle_predicts_and_refuses(folder, fitted, tmp_path):
     assert (table.probability1.dropna() >= table.probability2.dropna()).all()
     unsure = replace(fitted.clips[0])
     state = preprocessing_state(fitted, threshold=1.1)
-    assert "not sure enough" in answer_table(fitted.model, state, [unsure]).reason[0]
+    assert "not sure enough" in prediction_table(fitted.model, state, [unsure]).reason[0]
     table, _ = evaluate_bundle(bundle, folder)
     assert set(table.split) == {"new", "trained on"}
     assert {"S", "macro_f1"} & set(table.measure)
@@ -320,7 +314,7 @@ def test_bundle_of_another_layout_is_refused(source, fitted):
     other = replace(clips[0], points=None, seen=None, features=np.zeros((9, 64), "float32"))
     assert (
         "expected pose78, found features"
-        in answer_table(fitted.model, preprocessing_state(fitted), [other]).reason[0]
+        in prediction_table(fitted.model, preprocessing_state(fitted), [other]).reason[0]
     )
 
 
@@ -407,7 +401,7 @@ def test_frames_are_read_by_the_model(tmp_path, monkeypatch):
     before = {k: v.clone() for k, v in learn.model.backbone.state_dict().items()}
     quiet(learn)
     assert all(torch.equal(v, before[k]) for k, v in learn.model.backbone.state_dict().items())
-    assert model_answers(learn.model, learn.data, learn.test)["gloss"].shape == (4, 2)
+    assert predict_logits(learn.model, learn.data, learn.test)["gloss"].shape == (4, 2)
 
 
 def test_a_clip_that_shows_nobody(source):
@@ -421,8 +415,8 @@ def test_a_clip_that_shows_nobody(source):
     assert 0 not in recipe((clips, facts), fold=(who + 1) % 3, empty="skip", **SMALL).train
     learn = recipe((clips, facts), fold=who, **SMALL)
     assert 0 in learn.test
-    assert np.isfinite(model_answers(learn.model, learn.data, learn.test)["gloss"]).all()
-    assert len(simple_rows(learn, ("nearest",))) == len(learn.test)
+    assert np.isfinite(predict_logits(learn.model, learn.data, learn.test)["gloss"]).all()
+    assert len(baseline_rows(learn, ("nearest",))) == len(learn.test)
 
 
 def test_more_classes_than_occur(source):
@@ -431,8 +425,8 @@ def test_more_classes_than_occur(source):
     assert learn.model.gloss.out_features == 9
     assert learn.model.category.out_features == 5
     assert len(learn.names["category_of"]) == 9
-    rows = answer_rows(
-        model_answers(learn.model, learn.data, learn.test),
+    rows = prediction_rows(
+        predict_logits(learn.model, learn.data, learn.test),
         learn.data,
         learn.test,
         learn.names["category_of"],
@@ -447,10 +441,10 @@ def test_scores_by_hand():
     rows = pd.DataFrame(
         dict(
             gloss=[0, 0, 1, 1],
-            said=[0, 1, 1, 1],
+            predicted=[0, 1, 1, 1],
             rank=[0, 1, 0, 0],
             category=0,
-            category_said=[0, 0, 0, 1],
+            category_predicted=[0, 0, 0, 1],
             probability=[0.6, 0.7, 0.8, 0.9],
             true_probability=[0.6, 0.3, 0.8, 0.9],
             square=[0.52, 0.58, 0.68, 0.82],
@@ -470,7 +464,7 @@ def test_scores_by_hand():
 
 def test_absent_gloss_is_left_out_of_the_average():
     rows = pd.DataFrame(
-        dict(gloss=[0, 0], said=[0, 0], rank=0, category=0, category_said=0, signer="A")
+        dict(gloss=[0, 0], predicted=[0, 0], rank=0, category=0, category_predicted=0, signer="A")
     )
     assert sign_scores(rows)["macro_f1"] == 1
     assert sign_scores(rows)["glosses"] == 1
@@ -486,7 +480,7 @@ def test_warped_neighbours_are_the_plain_ones():
     y = np.arange(60) % 5
     width = round(24 / 8)
     plain = [y[:40][np.argmin([_dtw(q, t, width) for t in x[:40]])] for q in x[40:]]
-    assert dtw_answers(x[:40], y[:40], x[40:]).tolist() == plain
+    assert dtw_nearest_neighbour(x[:40], y[:40], x[40:]).tolist() == plain
     assert dtw_distances(x[0], x[1:3], 24) == pytest.approx(
         [_dtw(x[0], t, 24) for t in x[1:3]], rel=1e-4
     )
@@ -509,8 +503,8 @@ def test_missing_values_of_neighbours():
     z = x.copy()
     z[:, :, 3] = np.nan
     assert (
-        nearest_answers(z[:20], y[:20], z[20:])
-        == nearest_answers(x[:20, :, :3], y[:20], x[20:, :, :3])
+        nearest_neighbour(z[:20], y[:20], z[20:])
+        == nearest_neighbour(x[:20, :, :3], y[:20], x[20:, :, :3])
     ).all()
 
 
@@ -522,7 +516,7 @@ def test_minirocket_is_named_where_it_is_absent():
     except ImportError:
         pass
     with pytest.raises(InputError, match="not installed"):
-        simple_answers(
+        baseline_predictions(
             "minirocket", np.zeros((4, 10, 2)), np.array([0, 1, 0, 1]), np.zeros((1, 10, 2))
         )
 
@@ -565,7 +559,7 @@ def test_a_new_sign(source):
     more = add_gloss(model, states[30:35], states[:30])
     assert torch.equal(more.gloss.weight[:3], model.gloss.weight)
     assert model.gloss.out_features == 3
-    tuned = tune_gloss(more, torch.cat([states[:35]]), gloss[:35])
+    tuned = fine_tune_gloss(more, torch.cat([states[:35]]), gloss[:35])
     assert (tuned.gloss(states).argmax(1) == gloss).float().mean() > 0.95
     with pytest.raises(InputError, match="hidden layer"):
         add_gloss(SignTransformer(12, 3, 2, 16, 2, 1, 16), states[:5])
@@ -581,13 +575,13 @@ def test_windows_become_signs():
 def test_stream_finds_nobody_in_an_empty_room(fitted):
     clip = fitted.clips[0]
     empty = replace(clip, seen=np.zeros_like(clip.seen))
-    assert not len(stream_signs(fitted.model, preprocessing_state(fitted), empty, threshold=0.1))
+    assert not len(detect_signs(fitted.model, preprocessing_state(fitted), empty, threshold=0.1))
 
 
 def test_a_stream_of_known_signs(source, fitted):
     "Windows cover the stream in equal steps; a clip in the stream is prepared as it is alone; a wrong word, a word between two signs and a word said twice count as they should."
     clips = [source[0][i] for i in fitted.test[:4]]
-    long, truth = joined_clips(clips)
+    long, truth = concatenate_clips(clips)
     assert len(long) == sum(map(len, clips)) == truth.stop.iloc[-1]
     assert (np.diff(long.timestamps_ms) > 0).all()
     assert truth.gloss.tolist() == [c.gloss for c in clips]
@@ -610,11 +604,11 @@ def test_a_stream_of_known_signs(source, fitted):
     assert starts[-1] + size <= len(long)
     assert all(len(a) == 40 for a in arrays if a is not None)
     truth = pd.DataFrame(dict(start=[0, 50, 100], stop=[40, 90, 140], gloss=[1, 2, 1]))
-    said = pd.DataFrame(
+    predicted = pd.DataFrame(
         dict(start=[0, 20, 40, 60, 100], stop=[20, 40, 50, 80, 130], gloss=[1, 1, 1, 1, 1])
     )
-    assert stream_scores(said, truth) == dict(signs=3, said=5, found=2 / 3, right=0.6)
-    assert stream_scores(said[:0], truth)["found"] == 0
+    assert stream_scores(predicted, truth) == dict(signs=3, predicted=5, found=2 / 3, right=0.6)
+    assert stream_scores(predicted[:0], truth)["found"] == 0
 
 
 def test_the_mirror_image_is_looked_at_where_there_is_one(source):
@@ -664,7 +658,7 @@ def test_several_new_glosses_are_asked_one_by_one(source):
         ).set_index("way")
         assert list(t.index) == ["before", "prototype", "fine-tuned", "fine-tuned, varied"]
         assert t.new_sign["before"] == 0
-        right = model_answers(
+        right = predict_logits(
             learn.model, whole, np.flatnonzero(~here & np.isin(whole.gloss, [1, 3]))
         )["gloss"].argmax(1) == np.searchsorted(
             [1, 3], whole.gloss[~here & np.isin(whole.gloss, [1, 3])]

@@ -4,7 +4,7 @@ import ast
 import json
 import re
 import subprocess
-from statistics import median
+import sys
 
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -56,23 +56,57 @@ def only_imports(source):
     )
 
 
-def oversize(pages):
-    "What is wrong with the sizes of the exported cells of `pages`: half have at most 10 lines, nine of ten at most 25, none more than 60."
-    size = {
-        (p, i): len(lines(s))
+def statements(node):
+    "Number of statements in `node`, without `node` itself."
+    return sum(isinstance(n, ast.stmt) for n in ast.walk(node)) - isinstance(node, ast.stmt)
+
+
+def functions(tree):
+    return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def oversize_cells(pages):
+    "Exported cells of more than 45 statements: a cell holds one idea."
+    sizes = {
+        f"{p}, code cell {i}": statements(ast.parse(s))
         for p, nb in pages.items()
         for i, s in enumerate(code(nb))
         if exported(s)
     }
-    bad = [f"{p}, code cell {i}: {n} lines" for (p, i), n in size.items() if n > 60]
-    if size and median(size.values()) > 10:
-        bad.append(f"median {median(size.values())}")
-    if size and sum(n <= 25 for n in size.values()) < 0.9 * len(size):
-        bad.append(
-            "more than a tenth over 25 lines: "
-            + ", ".join(f"{p} {i} ({n})" for (p, i), n in size.items() if n > 25)
-        )
-    return bad
+    return {where: n for where, n in sizes.items() if n > 45}
+
+
+def oversize_functions(sources):
+    "Functions of more than 40 statements, and all over 20 where those are more than a tenth."
+    sizes = [
+        (f"{where}: {f.name}", statements(f))
+        for where, source in sources.items()
+        for f in functions(ast.parse(source))
+    ]
+    large = [(where, n) for where, n in sizes if n > 20]
+    if len(large) > len(sizes) / 10:
+        return large
+    return [(where, n) for where, n in large if n > 40]
+
+
+def private_names_used(sources):
+    "Private names that a module imports from another module, or reads from an imported module."
+    found = []
+    for where, source in sources.items():
+        tree = ast.parse(source)
+        imported = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        names = [a.name for n in imported for a in n.names]
+        found += [f"{where}: {name}" for name in names if re.match("_[^_]", name)]
+        modules = {a.asname or a.name for n in imported if n.level for a in n.names}
+        found += [
+            f"{where}: {n.value.id}.{n.attr}"
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Attribute)
+            and isinstance(n.value, ast.Name)
+            and n.value.id in modules
+            and re.match("_[^_]", n.attr)
+        ]
+    return found
 
 
 def unshown(pages):
@@ -92,9 +126,36 @@ def unshown(pages):
     return len(bad) / max(all_, 1), bad
 
 
+SOURCES = {
+    f.relative_to(ROOT).as_posix(): f.read_text(encoding="utf-8")
+    for folder in (CFG.lib_path, ROOT / "tests", ROOT / "bench")
+    for f in sorted(folder.rglob("*.py"))
+    if f.name != "_modidx.py"
+}
+
+
 def test_cells_are_small():
-    "The cell sizes of the whole workspace."
-    assert oversize(PAGES) == []
+    "No exported cell holds more than one idea."
+    assert oversize_cells(PAGES) == {}
+
+
+def test_functions_are_small():
+    "Nine of ten functions have at most 20 statements, none has more than 40."
+    assert oversize_functions(SOURCES) == []
+
+
+def test_no_private_name_crosses_a_page():
+    "What two pages need is public and documented."
+    assert private_names_used(SOURCES) == []
+
+
+def test_ruff_is_clean():
+    "`ruff format` would change nothing and `ruff check` finds nothing."
+    for command in (["format", "--check", "-q"], ["check", "-q"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_definitions_are_shown():
@@ -107,24 +168,39 @@ def page(*sources):
     return dict(cells=[dict(cell_type="code", source=[s]) for s in sources])
 
 
-def test_bad_pages_are_found():
-    "The two measures see a long cell, a long median, and definitions without lessons."
+def export(n):
+    "An exported cell with `n` statements."
+    return "#| export\ndef f():\n" + "    x = 1\n" * (n - 1)
 
-    def export(n):
-        return "#| export\ndef f():\n" + "    x = 1\n" * (n - 1)
 
-    assert oversize(dict(a=page(export(10), "f()"))) == []
-    assert oversize(dict(a=page(export(11)))) == ["median 11"]
-    assert len(oversize(dict(a=page(*[export(3)] * 20, export(61))))) == 1
-    assert len(oversize(dict(a=page(*[export(3)] * 8, export(26))))) == 1
-    assert unshown(dict(a=page(export(3), "import os", "f()", "#| export\nimport os")))[0] == 0
-    assert unshown(dict(a=page(export(3), export(3), "#| hide\nf()", export(3), "f()")))[0] == 2 / 3
-    assert (
-        unshown(
-            dict(a=page(export(3), "#| export\n@patch(as_prop=True)\ndef g(self:C): pass", "f()"))
-        )[0]
-        == 0
-    )
+def test_long_cell_is_found():
+    "The measure sees a cell of 46 statements."
+    assert oversize_cells(dict(a=page(export(45), "f()"))) == {}
+    assert oversize_cells(dict(a=page(export(46)))) == {"a, code cell 0": 46}
+
+
+def test_long_function_is_found():
+    "One function over 40 statements is found, and any over 20 where they are more than a tenth."
+    few = "\n".join([export(4)] * 20)
+    assert oversize_functions(dict(a=few + "\n" + export(30))) == []
+    assert oversize_functions(dict(a=few + "\n" + export(42))) == [("a: f", 41)]
+    assert oversize_functions(dict(a=export(30))) == [("a: f", 29)]
+
+
+def test_private_name_is_found():
+    "Both ways of reading a private name of another module are seen; a dunder and a public name are not."
+    source = "from .a import _b\nfrom . import c\nc._d\nfrom .e import f, __version__\nf.g"
+    assert private_names_used(dict(m=source)) == ["m: _b", "m: c._d"]
+
+
+def test_missing_lesson_is_found():
+    "A definition without a lesson is found; imports and `@patch` cells are passed over."
+    shown = page(export(3), "import os", "f()", "#| export\nimport os")
+    assert unshown(dict(a=shown))[0] == 0
+    two_of_three = page(export(3), export(3), "#| hide\nf()", export(3), "f()")
+    assert unshown(dict(a=two_of_three))[0] == 2 / 3
+    patched = page(export(3), "#| export\n@patch(as_prop=True)\ndef g(self:C): pass", "f()")
+    assert unshown(dict(a=patched))[0] == 0
 
 
 FORBIDDEN = [f"/{folder}/" for folder in ("work", "root", "home", "Users")]

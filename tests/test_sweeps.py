@@ -236,8 +236,8 @@ SPACES = sorted((Path(__file__).parent.parent / "nbs" / "experiments").glob("*.s
 def test_shipped_spaces(file):
     "Every space file names parameters of its experiment, with values that it takes."
     from gcode_ml.lab.spaces import read_space
-    from gcode_ml.lab.sweeps import _parameters
+    from gcode_ml.lab.sweeps import sweep_parameters
 
     space = read_space(file)
-    space.check(_parameters(file.name.split(".")[0]), file)
+    space.check(sweep_parameters(file.name.split(".")[0]), file)
     assert len(space.dimensions) >= 2

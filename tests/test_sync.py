@@ -157,3 +157,17 @@ def test_parameters_tag_survives_cleaning():
     assert clean(nb)["cells"][0]["metadata"] == dict(tags=["parameters"])
     clean_nb(nb)  # what nbdev does without the setting
     assert nb["cells"][0]["metadata"] == {}
+
+
+def parameter_lines(nb):
+    "Lines of the cell that papermill reads."
+    cells = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    return "".join("".join(c["source"]) for c in cells).splitlines()
+
+
+def test_every_parameter_has_its_help():
+    "A default that the formatter wraps in parentheses would lose its help and its limits."
+    lines = {p: parameter_lines(read(NBS / p)) for p in EXPORTED}
+    assert {
+        p: bad for p, found in lines.items() if (bad := [l for l in found if "# " not in l])
+    } == {}

@@ -1,4 +1,4 @@
-"Teachers, laws, easy items first, and a decoder's own tokens: each against what it says it computes."
+"Distillation, physical laws, curricula and scheduled sampling, each compared with its definition."
 
 import json
 
@@ -33,7 +33,7 @@ from gcode_ml.training.distillation import (
 from gcode_ml.training.losses import CrossEntropy, Distillation, PhysicsInformed
 from gcode_ml.training.mixing import MixUp
 from gcode_ml.training.physics import PhysicsLoss, ramp
-from gcode_ml.training.schedules import MoreTargets, teacher_answers
+from gcode_ml.training.schedules import ExtraTargets, teacher_logits
 from gcode_ml.training.tiny import TinyClassifier, TinySequences, tiny_learner
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -66,7 +66,7 @@ def weights(learn):
 
 
 class FirstGradients(Callback):
-    "Stop the gradient of the first training batch for inspection."
+    "Record the gradients of the first training batch."
 
     order, run_valid = 900, False
 
@@ -79,15 +79,15 @@ def gradients(*cbs, **kwargs):
     return fit(*cbs, FirstGradients(), epochs=1, **kwargs).first_gradients.gradients
 
 
-# -- teachers
+# -- distillation
 
 
 @pytest.mark.parametrize("alpha,temperature", [(0.7, 4.0), (0.0, 2.0), (1.0, 1.0)])
-def test_distill_is_the_loss(alpha, temperature):
-    "With cross entropy the callback has the gradient of the loss of the paper; validation keeps the learner's loss."
+def test_distill_callback_equals_the_loss(alpha, temperature):
+    "With cross entropy the callback equals the loss; the validation loss is unchanged."
     teacher = model(9, width=8)
     a = gradients(Distill(teacher, temperature, alpha))
-    b = gradients(MoreTargets(teacher_answers(teacher)), loss_func=Distillation(temperature, alpha))
+    b = gradients(ExtraTargets(teacher_logits(teacher)), loss_func=Distillation(temperature, alpha))
     for p, q in zip(a, b):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
     learn = fit(Distill(teacher, temperature, alpha))
@@ -97,7 +97,7 @@ def test_distill_is_the_loss(alpha, temperature):
 
 
 class Steps(TinySequences):
-    "The class at every step, -100 behind the end, as one of two targets."
+    "Class at every step, -100 at padded steps, as one of two targets."
 
     def batch(self, index):
         x, mask, y = super().batch(index)
@@ -114,7 +114,7 @@ class StepHead(TinyClassifier):
 
 
 def test_distill_heads_and_padding():
-    "A named head; steps without a label count neither for the labels nor for the teacher."
+    "With a named head, ignored labels are excluded from both terms."
     torch.manual_seed(3)
     teacher = StepHead(width=8)
     student = StepHead()
@@ -136,8 +136,8 @@ def test_distill_heads_and_padding():
         torch.testing.assert_close(p, q.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_distill_leaves_the_teacher(tmp_path):
-    "The teacher is frozen, never trained, in evaluation mode, and not kept in a snapshot."
+def test_teacher_is_frozen(tmp_path):
+    "The teacher is frozen, in evaluation mode, and not part of a snapshot."
     teacher = model(9, width=64, dropout=0.5)
     before = [p.clone() for p in teacher.parameters()]
     fit(Distill(teacher), Snapshot(tmp_path / "a.safetensors"))
@@ -150,8 +150,8 @@ def test_distill_leaves_the_teacher(tmp_path):
     ).stat().st_size + 2000
 
 
-def test_distill_on_mixtures():
-    "A mixture is shown to the teacher as well: with its answers alone the labels, mixed or not, do not matter."
+def test_teacher_gets_mixed_inputs():
+    "Teacher and student get the same mixed inputs; with alpha=1 labels have no effect."
 
     class Shuffled(TinySequences):
         def batch(self, index):
@@ -168,14 +168,14 @@ def test_distill_on_mixtures():
 
 
 BAD = [
-    (lambda: fit(Distill(model(classes=4))), "of the classes of the student, found [16, 4]"),
+    (lambda: fit(Distill(model(classes=4))), "for the classes of the student, found [16, 4]"),
     (
         lambda: check_classes("abc", "acb"),
-        "Distill: class 1: expected c as in the student, found b in the teacher",
+        "Distill: class 1: expected c, as for the student, found b for the teacher",
     ),
     (
         lambda: Distill(model(), classes=["a", "b", "c"], teacher_classes=["a", "b"]),
-        "expected 3, as the student has, found 2 of the teacher",
+        "expected 3, as for the student, found 2 for the teacher",
     ),
     (lambda: Distill(model(), temperature=0), "temperature"),
     (lambda: Distill(model(), alpha=2), "alpha"),
@@ -185,7 +185,7 @@ BAD = [
     ),
     (
         lambda: compare(dict(a=model(), b=model(classes=2)), TinySequences(8)),
-        "found 3 of a, 2 of b",
+        "found 3 for a, 2 for b",
     ),
     (lambda: PhysicsLoss(law, -1), "weight"),
     (lambda: PhysicsLoss(law, rise=float("nan")), "rise"),
@@ -200,7 +200,7 @@ BAD = [
     (lambda: Curriculum("size"), "difficulty: expected one of length, found 'size'"),
     (
         lambda: fit(Curriculum(np.zeros(3))),
-        "difficulty: expected 96 values, one a training item, found 3",
+        "difficulty: expected 96 values, one per training item, found 3",
     ),
     (lambda: fit(Curriculum(groups=np.zeros(3))), "groups: expected 96 values"),
     (lambda: fit(Curriculum(np.full(96, np.inf))), "difficulty: expected finite numbers"),
@@ -216,21 +216,22 @@ BAD = [
 
 
 @pytest.mark.parametrize("make,sentence", BAD)
-def test_bad_input(refused, make, sentence):
+def test_bad_input_is_refused(refused, make, sentence):
+    "The error message names the mistake."
     assert sentence in refused(make)
 
 
 def test_student_is_not_its_teacher(refused):
-    "Neither given to the learner nor to the fit."
+    "Refused whether the callback is given to the learner or to the fit."
     same = model()
-    assert "another model than the student" in refused(fit, Distill(same), model=same)
+    assert "a model other than the student" in refused(fit, Distill(same), model=same)
     learn = fit()
     cb = Distill(learn.model)
-    assert "another model than the student" in refused(learn.fit, 1, cbs=cb)
+    assert "a model other than the student" in refused(learn.fit, 1, cbs=cb)
 
 
 def test_compare():
-    "Sizes, accuracy and times of what was given; modes and threads are left as they were."
+    "Sizes, accuracies and times are correct; modes and threads are restored."
     a = model(width=4)
     b = fit(epochs=6).model.train()
     data = TinySequences(60, seed=7)
@@ -241,8 +242,8 @@ def test_compare():
     assert torch.get_num_threads() == before
     assert table.parameters.tolist() == [sum(p.numel() for p in m.parameters()) for m in (a, b)]
     x, mask, y = data.batch(np.arange(60))
-    for share, m in zip(table.accuracy, (a, b)):
-        assert share == (m.eval()(x, mask).argmax(-1) == y).float().mean()
+    for fraction, m in zip(table.accuracy, (a, b)):
+        assert fraction == (m.eval()(x, mask).argmax(-1) == y).float().mean()
     assert (table.latency_ms > 0).all()
     assert (table.latency_ms <= table.latency_p95_ms).all()
     assert (table.latency_p95_ms <= table.latency_p99_ms).all()
@@ -250,14 +251,14 @@ def test_compare():
 
 
 def test_compare_counts_labels():
-    "Padded steps are no labels."
+    "Padded steps do not count as labels."
     torch.manual_seed(0)
     data = Steps(10)
     assert compare(dict(m=StepHead()), data, head="kind").labels[0] == data.lengths.sum()
 
 
 def test_latencies_are_of_the_model():
-    "A model that waits is slower by as much."
+    "A model that sleeps has a correspondingly larger latency."
 
     class Slow(TinyClassifier):
         def forward(self, x, mask):
@@ -274,15 +275,15 @@ def test_latencies_are_of_the_model():
     assert times.fast.median() < times.slow.median()
 
 
-# -- laws
+# -- physical laws
 
 
 def law(prediction, target, inputs, mask):
     return prediction.softmax(-1)[:, 0] - 0.3
 
 
-def test_physics_is_the_loss():
-    "The gradient of the loss on data and the squared residual; validation has the data alone."
+def test_physics_callback_equals_the_loss():
+    "The callback equals the physics-informed loss; the validation loss excludes the penalty."
     both = PhysicsInformed(lambda p, t: law(p, t, None, None), CrossEntropy(), 1.0, 0.5)
     for p, q in zip(gradients(PhysicsLoss(law, 0.5)), gradients(loss_func=both)):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-7)
@@ -295,7 +296,7 @@ def test_physics_is_the_loss():
 
 
 def test_physics_rows():
-    "The history tells the weight of each epoch and what the law took."
+    "The history records weight, penalty and its fraction of the loss."
     table = epoch_table(fit(PhysicsLoss(law, 0.5, delay=1, rise=2), epochs=4))
     assert table.physics_weight.tolist() == pytest.approx(
         [
@@ -304,7 +305,7 @@ def test_physics_rows():
             np.mean([0.5 * (6 + i) / 12 for i in range(6)]),
             0.5,
         ]
-    )  # a batch without weight is left out
+    )  # batches with weight 0 are excluded
     assert np.isnan(table.physics_loss[0])
     assert (table.physics_loss[1:] > 0).all()
     assert table.physics_share[0] == 0
@@ -313,7 +314,7 @@ def test_physics_rows():
 
 
 def test_physics_counts_real_steps():
-    "A residual at every step is averaged over real steps; what it says of padding has no effect."
+    "A residual per step is averaged over real steps; padded steps have no effect."
 
     def at_steps(padding):
         return lambda prediction, target, inputs, mask: torch.where(
@@ -333,8 +334,8 @@ def test_physics_counts_real_steps():
         torch.testing.assert_close(p, q.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_penalty_that_is_none_yet():
-    "Without the square, a penalty counts as it is."
+def test_penalty_without_square():
+    "With `square=False` the residual itself is the penalty."
     a = gradients(PhysicsLoss(lambda p, *_: law(p, *_) ** 2, 0.5, square=False))
     assert all(torch.allclose(p, q) for p, q in zip(a, gradients(PhysicsLoss(law, 0.5))))
 
@@ -343,7 +344,7 @@ def test_penalty_that_is_none_yet():
 
 
 class Seen(Callback):
-    "Which lengths and labels were trained on."
+    "Record lengths and labels of the training items of each epoch."
 
     run_valid = False
 
@@ -361,27 +362,27 @@ class Seen(Callback):
 
 @pytest.mark.parametrize("pacing", PACINGS)
 def test_curriculum_grows(pacing):
-    "The easiest items, as many as the pacing says; then all; then the loader is as it was."
+    "The easiest items enter according to the pacing; after the fit the loader is restored."
     learn = fit(Curriculum("length", pacing, 0.25, 3), Seen(), epochs=5)
     lengths = sorted(learn.dls.train.dataset.lengths)
-    wanted = [max(1, round(96 * PACINGS[pacing](min(1, e / 3), 0.25))) for e in range(5)]
+    expected = [max(1, round(96 * PACINGS[pacing](min(1, e / 3), 0.25))) for e in range(5)]
     assert (
         [len(s) for s in learn.seen.lengths]
-        == wanted
+        == expected
         == epoch_table(learn).curriculum_items.tolist()
     )
-    for seen, n in zip(learn.seen.lengths, wanted):
+    for seen, n in zip(learn.seen.lengths, expected):
         assert sorted(seen) == lengths[:n]
-    assert wanted == sorted(wanted)
-    assert wanted[0] == 24
-    assert wanted[3:] == [96, 96]
+    assert expected == sorted(expected)
+    assert expected[0] == 24
+    assert expected[3:] == [96, 96]
     assert learn.dls.train.among is None
     assert len(learn.dls.train) == 6
     assert learn.dls.train.n == 96
 
 
 def test_curriculum_options():
-    "Groups enter at one rate; the opposite order; an order within the epoch; a function as difficulty; a share of the fit."
+    "Groups, reverse order, order within an epoch, difficulty by function, `until` as a fraction."
     y = TinySequences(96).targets.numpy()
     counts = np.bincount(fit(Curriculum(y, start=0.5, until=2, groups=y), Seen()).seen.labels[0])
     assert counts.tolist() == [16] * 3
@@ -400,7 +401,7 @@ def test_curriculum_options():
 
 
 def test_curriculum_after_a_stop():
-    "A fit that was stopped leaves nothing behind for the next."
+    "An interrupted curriculum does not restrict the next fit."
 
     class Stop(Callback):
         def after_train(self):
@@ -415,7 +416,7 @@ def test_curriculum_after_a_stop():
 
 
 def test_restricted_buckets():
-    "Buckets are made of the items that take part."
+    "Buckets are formed from the items in use."
     data = TinySequences(200)
     dl = BatchLoader(data, 8, shuffle=True, bucket=4)
     easy = difficulty_order(data.lengths)[:60]
@@ -429,7 +430,7 @@ def test_restricted_buckets():
 
 
 def test_item_losses():
-    "One value an item, with a mean of the loss; dropout is off, and the model and the loss stay as they are."
+    "One loss per item, without dropout; model and loss are not changed."
     net = model(dropout=0.5)
     data = TinySequences(40)
     loss = CrossEntropy()
@@ -444,22 +445,24 @@ def test_item_losses():
     assert item_losses(model().train(), data, loss).shape == (40,)
 
 
-# -- own tokens
+# -- scheduled sampling
 
 
 class Lines(TinySequences):
-    "Lines of up to five tokens that tell the class, ended by 2 and padded by 0."
+    "Lines of up to five tokens that encode the class, with end token 2 and padding 0."
 
     def batch(self, index):
         x, mask, y = super().batch(index)
-        place = torch.arange(6)[None]
+        position = torch.arange(6)[None]
         n = 3 + y[:, None]
-        line = torch.where(place < n, 3 + (y[:, None] + place) % 3, torch.where(place == n, 2, 0))
+        line = torch.where(
+            position < n, 3 + (y[:, None] + position) % 3, torch.where(position == n, 2, 0)
+        )
         return dict(x=x, tokens=F.pad(line[:, :-1], (1, 0), value=1)), mask, line
 
 
 class Writer(TinyClassifier):
-    "Logits of the next token from the last one and from the sequence."
+    "Logits of the next token from the previous token and the sequence."
 
     def __init__(self, dropout=0.3):
         super().__init__(classes=6, dropout=dropout)
@@ -474,7 +477,7 @@ def line_loss(out, line):
 
 
 class Fed(Callback):
-    "What the model is fed, and what it would have written on the right line."
+    "Record the input tokens, the true tokens and the tokens predicted from these."
 
     order, run_valid = 13, False
 
@@ -500,8 +503,8 @@ def write(*cbs, seed=0, **kwargs):
     )
 
 
-def test_own_tokens():
-    "Without right tokens each place has the model's own, but for the first, special ones, and places where it would write a special one."
+def test_all_tokens_are_replaced_at_probability_zero():
+    "At probability 0 all tokens are predicted, except the first, special and predicted special ones."
     learn = write(ScheduledSampling("linear", start=-100.0), Fed())
     for fed, right, own in learn.fed.batches:
         keep = (right < 3) | (own < 3)
@@ -512,32 +515,32 @@ def test_own_tokens():
     assert torch.equal(x, Lines(96).batch(np.arange(96))[0]["tokens"])
 
 
-def test_share_of_own_tokens():
-    "The share of places that may change falls as the curve says."
+def test_fraction_of_true_tokens_follows_the_curve():
+    "The fraction of true tokens follows the decay curve."
 
-    class Mirror(Writer):  # always writes another token than the right one
+    class Mirror(Writer):  # always predicts a wrong token
         def forward(self, inputs, mask):
             return super().forward(inputs, mask) * 0 + 9 * F.one_hot(
                 torch.where(inputs["tokens"] < 3, 3, 3 + (inputs["tokens"] - 1) % 3), 6
             )
 
     learn = write(ScheduledSampling("linear", k=4.0), Fed(), model=Mirror(), epochs=8)
-    shares = [
+    fractions = [
         (fed != right)[(right > 2) & (own > 2) & (right != own)].float().mean().item()
         for fed, right, own in learn.fed.batches
     ]
-    wanted = [1 - teacher_forcing(i / 6, "linear", 4.0) for i in range(48)]
-    assert shares[0] == 0
-    assert shares[24:] == [1.0] * 24
-    assert np.abs(np.array(shares) - wanted).max() < 0.35
-    assert abs(np.mean(shares) - np.mean(wanted)) < 0.05
+    expected = [1 - teacher_forcing(i / 6, "linear", 4.0) for i in range(48)]
+    assert fractions[0] == 0
+    assert fractions[24:] == [1.0] * 24
+    assert np.abs(np.array(fractions) - expected).max() < 0.35
+    assert abs(np.mean(fractions) - np.mean(expected)) < 0.05
     assert epoch_table(learn).teacher_forcing.tolist() == pytest.approx(
         [max(0, 1 - (e + 5 / 6) / 4) for e in range(8)]
     )
 
 
-def test_first_pass_is_silent():
-    "As long as all tokens are right, nothing differs from a fit without; the same seed repeats, another does not."
+def test_no_effect_with_true_tokens():
+    "At probability 1 the callback has no effect; the same seed gives the same fit."
     assert torch.equal(weights(write(ScheduledSampling(start=99.0))), weights(write()))
     a, b, c = (weights(write(ScheduledSampling(k=2.0, greedy=False), seed=s)) for s in (0, 0, 1))
     assert torch.equal(a, b)
@@ -546,7 +549,7 @@ def test_first_pass_is_silent():
 
 
 def test_gradient_under_autocast():
-    "What the first pass casts without a gradient does not keep the second from having one."
+    "Weights cast in the first pass without a gradient are not reused by the second."
 
     class Cast(Callback):
         order = 11
@@ -565,8 +568,8 @@ def test_gradient_under_autocast():
     assert all(g.any() for g in found)
 
 
-def test_fingerprinter_reads_its_own_tokens():
-    "The four heads of the line decoder, through `token_scores`; targets stay."
+def test_scheduled_sampling_of_the_fingerprinter():
+    "Scheduled sampling works with the four heads of the line decoder through `token_scores`."
     parts = [[0, 0, 0, i] for i in range(3)] + [[1, 1, 0, 0], [2, 0, 1, 0], [3, 0, 0, 2]]
 
     class Windows(Lines):
@@ -588,10 +591,10 @@ def test_fingerprinter_reads_its_own_tokens():
         order, run_valid = 13, False
 
         def before_fit(self):
-            self.share = []
+            self.fractions = []
 
         def before_batch(self):
-            self.share.append(
+            self.fractions.append(
                 (self.xb[0]["tokens"][:, 1:] != self.yb[0]["tokens"][:, :-1]).float().mean().item()
             )
 
@@ -603,8 +606,8 @@ def test_fingerprinter_reads_its_own_tokens():
         loss_func=LineLoss(torch.tensor(parts)),
         metrics=None,
     )
-    assert learn.changed.share[0] == 0
-    assert max(learn.changed.share[6:]) > 0.1
+    assert learn.changed.fractions[0] == 0
+    assert max(learn.changed.fractions[6:]) > 0.1
     assert np.isfinite(learn.recorder.values[-1]).all()
 
 
@@ -612,14 +615,14 @@ def test_fingerprinter_reads_its_own_tokens():
     "decay,k", [("linear", 4.0), ("exponential", 0.9), ("inverse_sigmoid", 3.0)]
 )
 def test_decays(decay, k):
-    "Falling, between 0 and 1, never below the least; the curves of the paper."
+    "The curves of the paper: decreasing, between the lower bound and 1."
     at = np.linspace(0, 30, 61)
-    shares = [teacher_forcing(e, decay, k, 0.1) for e in at]
-    assert all(a >= b for a, b in zip(shares, shares[1:]))
-    assert max(shares) <= 1
-    assert min(shares) >= 0.1
+    fractions = [teacher_forcing(e, decay, k, 0.1) for e in at]
+    assert all(a >= b for a, b in zip(fractions, fractions[1:]))
+    assert max(fractions) <= 1
+    assert min(fractions) >= 0.1
     assert set(DECAYS) == {"linear", "exponential", "inverse_sigmoid"}
-    wanted = dict(linear=1 - at / k, exponential=k**at, inverse_sigmoid=k / (k + np.exp(at / k)))[
+    expected = dict(linear=1 - at / k, exponential=k**at, inverse_sigmoid=k / (k + np.exp(at / k)))[
         decay
     ]
-    np.testing.assert_allclose(shares, wanted.clip(0.1, 1))
+    np.testing.assert_allclose(fractions, expected.clip(0.1, 1))

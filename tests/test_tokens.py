@@ -1,4 +1,4 @@
-"Exact tests of the two tokenizers."
+"The two tokenizers: exact properties, vocabulary files, bad input."
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from gcode_ml.fingerprint.tokens import (
 
 
 def random_lines(n, seed=0):
-    "Lines of random words, numbers in every spelling that G-code knows."
+    "Lines of random words, with numbers in every spelling of G-code."
     rng = np.random.default_rng(seed)
 
     def number():
@@ -92,7 +92,7 @@ def all_tokenizers(lines):
         ("X", -3.4725, None, "-3472"),
     ],
 )
-def test_bucket_by_hand(letter, value, digits, leading):
+def test_bucket_of_worked_examples(letter, value, digits, leading):
     assert BucketTokenizer(digits=digits).bucket(letter, value) == leading
 
 
@@ -113,12 +113,12 @@ def test_bucket_by_hand(letter, value, digits, leading):
         ("X+1", "X+1"),
     ],
 )
-def test_canonical(text, canon):
+def test_canonical_form_of_a_line(text, canon):
     assert canonical(text) == canon
     assert canonical(canon) == canon
 
 
-def test_lossless_round_trip(lines):
+def test_lossless_round_trip_is_exact(lines):
     for tok in (LosslessTokenizer(), LosslessTokenizer(lines)):
         ids = tok.encode_batch(lines)
         assert not (ids == UNK).any()
@@ -127,7 +127,7 @@ def test_lossless_round_trip(lines):
 
 
 def test_lossless_is_injective():
-    "No two sequences of tokens have the same text, sensible or not, so a wrong sequence never reads as a right line."
+    "Any two token sequences, valid or not, have different texts, so a wrong sequence is never counted as correct."
     tok = LosslessTokenizer()
     few = [tok.vocab[t] for t in ("G1", "G3", "G17", "M3", "X", "Y", "1", "7", ".", "-")] + [UNK]
     texts = [tok.decode(ids) for n in range(5) for ids in itertools.product(few, repeat=n)]
@@ -135,7 +135,7 @@ def test_lossless_is_injective():
 
 
 def test_bucket_is_idempotent(lines):
-    "The decoded number lies in the bucket that it stands for."
+    "The decoded number is in the bucket that it represents."
     for digits in (1, 2, 3, 4, None):
         tok = BucketTokenizer(lines, digits=digits)
         ids = tok.encode_batch(lines)
@@ -149,7 +149,7 @@ def test_bucket_is_idempotent(lines):
         )
 
 
-def test_bucket_tokens():
+def test_bucket_tokens_of_lines():
     tok = BucketTokenizer(["G1 X1.575 Z0.", "F22.", "X1.5 Y-0.1996", "T2"])
 
     def named(text):
@@ -218,7 +218,7 @@ def test_all_combinations_compose_to_a_token_or_unknown():
     assert known.sum() == len(tok) - 1
 
 
-def test_batches():
+def test_batches_are_padded_and_checked():
     tok = LosslessTokenizer()
     texts = ["X1", "G1 X12.5", "", "X1"]
     ids = tok.encode_batch(texts)
@@ -243,7 +243,7 @@ def test_batches():
         tok.decode([0.5])
 
 
-def test_what_is_no_word_is_unknown():
+def test_invalid_words_become_unknown():
     for tok in (LosslessTokenizer(), BucketTokenizer(["X1"])):
         for text in (
             "5",
@@ -257,7 +257,7 @@ def test_what_is_no_word_is_unknown():
             assert UNK in tok.encode(text), text
 
 
-def test_vocabulary_json(lines):
+def test_vocabulary_survives_json(lines):
     for tok in all_tokenizers(lines):
         again = tokenizer_from_json(json.loads(json.dumps(tok.to_json())))
         again.check_vocabulary(tok)
@@ -271,8 +271,8 @@ def test_vocabulary_json(lines):
         np.testing.assert_array_equal(flat.encode_batch(lines), ids)
 
 
-def test_older_vocabulary_file():
-    "A file with the settings of the older tokenizer, no word about trailing dots."
+def test_older_vocabulary_files_are_read():
+    "A file with the settings of the older tokenizer, without the one for trailing dots."
     vocab = {
         t: i
         for i, t in enumerate(
@@ -344,13 +344,13 @@ special = {t: i for i, t in enumerate(special_tokens)}
         ),
     ],
 )
-def test_broken_vocabulary_file(value, sentence):
+def test_broken_vocabulary_files_are_refused(value, sentence):
     with pytest.raises(InputError, match="v.json: ") as e:
         tokenizer_from_json(value, "v.json")
     assert sentence in str(e.value)
 
 
-def test_mismatch_sentence():
+def test_vocabulary_mismatch_names_the_first_difference():
     tok = LosslessTokenizer(["G0", "G1"])
     tok.check_vocabulary(LosslessTokenizer(["G1 X1.", "G0"]))
     with pytest.raises(
@@ -370,7 +370,7 @@ def test_mismatch_sentence():
         tok.check_vocabulary(BucketTokenizer(["G0"]))
 
 
-def test_by_name():
+def test_tokenizers_are_built_by_name():
     assert isinstance(tokenizer("lossless"), LosslessTokenizer)
     assert isinstance(tokenizer("bucket", ["X1"], digits=1), BucketTokenizer)
     assert all(isinstance(tokenizer(n, ["X1"]), Tokenizer) for n in ("lossless", "bucket"))
@@ -378,7 +378,7 @@ def test_by_name():
         tokenizer("bpe", [])
 
 
-def test_every_text_of_the_recordings():
+def test_every_text_of_the_recordings_is_encoded():
     import pandas as pd
 
     from gcode_ml.lab.settings import data_folder

@@ -1,4 +1,5 @@
-"Every shared option of a fit does something, says what it may be, and is the same in the notebooks and in the recipes. Options are found, not listed."
+"""Every training option has an effect, is validated, and is the same in notebooks and recipes. The
+options are discovered, not listed."""
 
 import warnings
 
@@ -25,7 +26,7 @@ DEFAULTS = dict(max_epochs=2, learning_rate=1e-2, batch_size=16)
 
 
 class Witness(Callback):
-    "Note the learning rates, the items of each epoch, and whether algorithms are deterministic."
+    "Record learning rate, batch shape and determinism of each training batch."
 
     order = 100
 
@@ -44,12 +45,12 @@ class Witness(Callback):
 
 
 def learner(cbs=(), **training):
-    "A recipe in the way of the domains."
+    "A recipe like those of the domains."
     options = training_options(training, **DEFAULTS)
     base = tiny_learner(batch_size=options.batch_size, model=TinyClassifier(dropout=0.1))
     data = base.dls.train.dataset
     labels = data.targets
-    loss = options.loss(labels.clamp_max(1), 3)  # so that the classes are not alike in number
+    loss = options.loss(labels.clamp_max(1), 3)  # unbalanced classes
     if options.oversample > 1:
         base.dls.train.restrict(options.oversampled((labels != 0).long()[:60], range(60)))
     return options.learner(
@@ -58,8 +59,8 @@ def learner(cbs=(), **training):
 
 
 def observed(**training):
-    "What a fit does: weights, learning rates and batches, columns of the history, epochs, warnings, files, type of the optimiser's step."
-    with warnings.catch_warnings(record=True) as said:
+    "Weights, batches, columns of the history, number of epochs, losses and warnings of a fit."
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         torch.manual_seed(0)
         learn = learner([Witness()], **training)
@@ -72,11 +73,11 @@ def observed(**training):
         columns=list(table),
         epochs=len(table),
         losses=table[["train_loss", "valid_loss"]].values.tolist(),
-        warnings=sorted({str(w.message)[:40] for w in said if w.category is UserWarning}),
+        warnings=sorted({str(w.message)[:40] for w in recorded if w.category is UserWarning}),
     )
 
 
-CHANGES = {  # option -> what must change, another value, and the options that it needs
+CHANGES = {  # option -> result that must change, another value, further options needed
     "max_epochs": ("epochs", 3, {}),
     "batch_size": ("batches", 8, {}),
     "optimizer": ("weights", "rmsprop", {}),
@@ -136,12 +137,12 @@ CHANGES = {  # option -> what must change, another value, and the options that i
 ELSEWHERE = {
     "processes",
     "scheduled_sampling",
-}  # tests/test_experiment.py: they need a run, and a decoder
+}  # need a run and a decoder: tested in tests/test_experiment.py
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    "A bundle of a tiny model."
+    "Bundle of a tiny model."
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(1)
     model = TinyClassifier(width=8)
@@ -167,23 +168,23 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(set(TRAINING) - ELSEWHERE))
 def test_option_changes_something(name, tmp_path, teacher, monkeypatch):
-    "The same fit with and without another value differs where it should."
+    "A fit with another value of an option differs in the expected result."
     assert name in CHANGES, f"add {name} to CHANGES"
     monkeypatch.setattr(
         speed, "has_compiler", lambda kind: False
-    )  # compiling takes a minute; without a compiler it says so
+    )  # avoids a slow compilation; a warning is issued instead
     where, value, needs = CHANGES[name]
 
     def fill(v):
         return teacher if v == "TEACHER" else v
 
     results = []
-    for i, more in enumerate(({}, {name: value})):
+    for i, changed in enumerate(({}, {name: value})):
         folder = tmp_path / str(i)
         calls = counted(monkeypatch) if where == "forwards" else []
         given = {
             "checkpoint_folder": str(folder / "a"),
-            **{k: fill(v) for k, v in {**needs, **more}.items()},
+            **{k: fill(v) for k, v in {**needs, **changed}.items()},
         }
         if given["checkpoint_folder"] == "OTHER":
             given["checkpoint_folder"] = str(folder / "b")
@@ -197,19 +198,19 @@ def test_option_changes_something(name, tmp_path, teacher, monkeypatch):
     assert results[0][where] != results[1][where]
 
 
-def test_the_same_is_the_same():
-    "Without another value nothing differs: the comparison above means something."
+def test_same_options_give_the_same_fit():
+    "Two fits with the same options are equal."
     assert observed(augment="noise", mixing="mixup") == observed(augment="noise", mixing="mixup")
 
 
 def test_every_option_is_named():
-    "No option of the lists above is unknown."
+    "The lists above cover all options."
     assert set(CHANGES) | ELSEWHERE == set(TRAINING)
 
 
 @pytest.mark.parametrize("name", sorted(TRAINING))
 def test_bad_value_is_one_sentence(name):
-    "A value of the wrong type, outside of the choices or the range is refused with the option's name."
+    "A value of the wrong type, or outside choices or range, is refused with the option's name."
     p = TRAINING[name]
     bad = (
         [[1, 2]]
@@ -242,13 +243,13 @@ def test_bad_value_is_one_sentence(name):
         (dict(progressive="0:3"), "progressive: expected lengths"),
         (dict(warmup=99.0, schedule="plateau"), ""),
         (dict(monitor="colour", early_stop=1), "monitor: expected one of"),
-        (dict(mixing="mixup", teacher="x"), "mixing: expected none beside a teacher"),
+        (dict(mixing="mixup", teacher="x"), "mixing: expected none with a teacher"),
         (dict(teacher="x"), "x: bundle.json: expected a bundle"),
         (dict(save_best="valid_loss"), "checkpoint_folder: expected a folder"),
     ],
 )
 def test_bad_combinations(given, part):
-    "What does not fit together is said in a sentence, at the latest when the fit begins."
+    "Options that exclude each other are refused in one sentence, before the fit at the latest."
     with pytest.raises(InputError) as error:
         learn = learner(**given)
         with learn.no_bar(), learn.no_logging():
@@ -258,7 +259,7 @@ def test_bad_combinations(given, part):
 
 
 def test_defaults_are_checked():
-    "A domain's own defaults are held to the same rules."
+    "Defaults of a domain are validated too."
     for bad in (dict(colour=1), dict(clip=-1.0), dict(schedule="slow")):
         with pytest.raises(InputError, match="^default: "):
             training_options({}, **bad)
@@ -266,38 +267,38 @@ def test_defaults_are_checked():
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_presets(preset):
-    "A preset decides what is left at its default, and nothing else."
-    says = PRESETS[preset]
+    "A preset changes only options left at their defaults."
+    expected = PRESETS[preset]
     options = training_options(dict(preset=preset), learning_rate=0.5, weight_decay=0.3)
     assert (options.optimizer, options.learning_rate, options.weight_decay) == (
-        says["name"],
-        says["learning_rate"],
-        says["weight_decay"],
+        expected["name"],
+        expected["learning_rate"],
+        expected["weight_decay"],
     )
     made = options.opt_func()
-    assert made.func is OPTIMIZERS[says["name"]]
-    assert made.keywords.get("nesterov", False) == says.get("nesterov", False)
+    assert made.func is OPTIMIZERS[expected["name"]]
+    assert made.keywords.get("nesterov", False) == expected.get("nesterov", False)
     mine = training_options(
         dict(preset=preset, learning_rate=0.07, optimizer="rmsprop"), learning_rate=0.5
     )
     assert (mine.optimizer, mine.learning_rate, mine.weight_decay) == (
         "rmsprop",
         0.07,
-        says["weight_decay"],
+        expected["weight_decay"],
     )
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_schedules(name):
-    "The learning rates of a fit are those of the schedule; plateau stays where nothing has got worse."
+    "The learning rates of a fit are those of its schedule."
     rates = [lr for lr, *_ in observed(schedule=name, max_epochs=3)["batches"]]
     curve = schedule_curve(name, 1e-2, 3)
     expected = [float(curve(i / len(rates))) for i in range(len(rates))]
     assert rates == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_decays():
-    "Without a gradient a parameter shrinks if it decays; norms of every kind and all biases do not, whatever they are called."
+def test_norms_and_biases_do_not_decay():
+    "With zero gradients only decaying parameters shrink: no normalisation layer and no bias."
 
     class Net(nn.Module):
         def __init__(self):
@@ -348,7 +349,7 @@ def test_what_decays():
 
 
 def test_teacher_of_two_heads(teacher):
-    "Each head of a dictionary learns from the head of the same name, and labels count with the rest."
+    "Each head learns from the head of the teacher with the same name."
     options = training_options(dict(teacher=teacher, alpha=0.6, temperature=2.0))
     loss = MultiTask({"a": options.loss(head="a"), "b": options.loss(head="b")}, {"b": 0.5})
     out = {"a": torch.randn(5, 3), "b": torch.randn(5, 2)}
@@ -375,7 +376,7 @@ def test_teacher_of_two_heads(teacher):
 
 
 def test_class_weights_count(refused):
-    "Weights come from the labels of the training set; without labels they are refused."
+    "Class weights come from the training labels; without labels they are refused."
     loss = training_options(dict(class_weights=True)).loss([0, 0, 0, 1], 2)
     assert loss.weight.tolist() == pytest.approx([2 / 3, 2])
     assert "class_weights: expected a recipe with class labels" in refused(
@@ -427,8 +428,8 @@ class PowerCut(Callback):
     ],
 )
 @pytest.mark.parametrize("where", [(1, 3, True), (2, 1, False)])
-def test_resumed_to_the_last_bit(tmp_path, given, where):
-    "Many options at once, cut by a power failure and taken up by a new learner: the same weights and history."
+def test_many_options_resume_bit_exactly(tmp_path, given, where):
+    "With many options at once, an interrupted fit has the same weights and history."
 
     def run(folder, *cbs):
         torch.manual_seed(0)
@@ -455,7 +456,7 @@ def test_resumed_to_the_last_bit(tmp_path, given, where):
 
 
 def test_values_of_a_notebook(refused):
-    "What a notebook has under these names is collected, and what is no value is refused."
+    "Options defined in a notebook are collected; objects that are no values are refused."
     assert training_values(dict(clip=1.0, loss="focal", np=torch, x=3)) == dict(
         clip=1.0, loss="focal"
     )
@@ -465,7 +466,7 @@ def test_values_of_a_notebook(refused):
 
 
 def with_experiment():
-    "Domains whose recipe has defaults and whose notebook is there."
+    "Domains with an experiment notebook."
     found = []
     for domain in domains():
         try:
@@ -478,7 +479,7 @@ def with_experiment():
 
 @pytest.mark.parametrize("domain", with_experiment())
 def test_notebook_has_the_defaults_of_the_recipe(domain):
-    "The parameters cell lists every default that is the domain's own, with its value; other shared options only as they are everywhere."
+    "The parameters cell lists the defaults of the domain, and other options with the shared default."
     defaults = domain_recipe(domain).DEFAULTS
     cell = read_parameters(experiment_notebook(domain), shared=False)
     training_options({}, **defaults)  # they pass their own check

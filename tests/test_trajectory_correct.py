@@ -6,25 +6,25 @@ import pytest
 from gcode_ml.gcode.parts import part_program
 from gcode_ml.gcode.planner import plan, sample
 from gcode_ml.gcode.reader import moves, parse_gcode
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 from gcode_ml.trajectory.correct import (
-    Remedy,
-    advise,
+    Compensation,
     apply_correction,
-    calibration_print,
-    choose_remedies,
-    commands,
     compare_methods,
+    compensate,
     correct_program,
+    evaluate_corrected,
     firmware_lines,
-    identified_machine,
+    identify_machine,
     inverse_command,
-    judge,
-    rejudged,
-    remedied,
+    machine_prior_samples,
+    motor_command,
+    perturbed_machines,
+    print_evaluator,
     resampled_program,
-    uncertain_machines,
-    unknown_machines,
+    select_compensation,
+    select_shaper,
+    simulate_calibration_print,
 )
 from gcode_ml.trajectory.simulate import (
     MACHINES,
@@ -57,11 +57,11 @@ def test_inverse_is_below_zv_on_the_machine_it_knows(made):
 
 def test_mistuned_inverse_is_not_worse_than_mistuned_mzv(text):
     "10 % off either way."
-    box = judge(plan(parse_gcode(text)))
+    evaluator = print_evaluator(plan(parse_gcode(text)))
     for off in (0.9, 1.1):
         modes = [(f * off, z) for f, z in MODES]
         table = (
-            compare_methods(box, modes, [MACHINES["bedslinger"]], ("none", "MZV", "inverse"))
+            compare_methods(evaluator, modes, [MACHINES["bedslinger"]], ("none", "MZV", "inverse"))
             .set_index("method")
             .contour
         )
@@ -70,11 +70,12 @@ def test_mistuned_inverse_is_not_worse_than_mistuned_mzv(text):
 
 def test_subtracting_the_error_makes_it_worse(text):
     "The obvious correction is the negative control."
-    box = judge(plan(parse_gcode(text)))
+    evaluator = print_evaluator(plan(parse_gcode(text)))
     m = MACHINES["bedslinger"]
-    exact = np.column_stack([axis_error(v, f, z) for v, (f, z) in zip(box.position.T, MODES)])
+    exact = np.column_stack([axis_error(v, f, z) for v, (f, z) in zip(evaluator.position.T, MODES)])
     assert (
-        box.judged(box.position - exact, m)["contour"] > 2 * box.judged(box.position, m)["contour"]
+        evaluator.evaluate(evaluator.position - exact, m)["contour"]
+        > 2 * evaluator.evaluate(evaluator.position, m)["contour"]
     )
 
 
@@ -139,17 +140,19 @@ def test_never_worse_on_machines_it_does_not_know(text):
 
 def test_a_program_judged_twice_is_the_same(text):
     p = plan(parse_gcode(text))
-    box = judge(p)
+    evaluator = print_evaluator(p)
     same = np.arange(len(text.splitlines()) + 1)
-    assert rejudged(p, box, p, same, MACHINES["hard"])["contour"] == pytest.approx(
-        box.judged(box.position, MACHINES["hard"])["contour"], rel=1e-3
+    assert evaluate_corrected(p, evaluator, p, same, MACHINES["hard"])["contour"] == pytest.approx(
+        evaluator.evaluate(evaluator.position, MACHINES["hard"])["contour"], rel=1e-3
     )
 
 
 def test_advice(text):
-    box = judge(plan(parse_gcode(text)))
-    table = compare_methods(box, MODES, uncertain_machines(MODES), ("none", "ZV", "MZV", "EI"))
-    best = advise(table)
+    evaluator = print_evaluator(plan(parse_gcode(text)))
+    table = compare_methods(
+        evaluator, MODES, perturbed_machines(MODES), ("none", "ZV", "MZV", "EI")
+    )
+    best = select_shaper(table)
     worst = table.groupby("method").contour.max()
     assert worst[best] == worst[["ZV", "MZV", "EI"]].min()
     assert firmware_lines("3HUMP", MODES)[0].startswith(
@@ -282,20 +285,22 @@ def test_extrusion_before_a_retraction():
 
 def test_commands_one_after_the_other(text):
     "Printed in one series, each is worth what it is alone."
-    box = judge(plan(parse_gcode(text)))
+    evaluator = print_evaluator(plan(parse_gcode(text)))
     made = [
-        box.position,
-        commands(box.position, "ZV", MODES),
-        commands(box.position, "inverse", MODES),
+        evaluator.position,
+        motor_command(evaluator.position, "ZV", MODES),
+        motor_command(evaluator.position, "inverse", MODES),
     ]
     for machine in (MACHINES["bedslinger"], MACHINES["hard"].without("belt")):
-        for one, c in zip(box.judged_all(made, machine), made):
-            assert one["contour"] == pytest.approx(box.judged(c, machine)["contour"], rel=0.02)
+        for one, c in zip(evaluator.evaluate_all(made, machine), made):
+            assert one["contour"] == pytest.approx(
+                evaluator.evaluate(c, machine)["contour"], rel=0.02
+            )
 
 
 @pytest.fixture(scope="module")
 def hard():
-    return identified_machine(*calibration_print(MACHINES["hard"]))
+    return identify_machine(*simulate_calibration_print(MACHINES["hard"]))
 
 
 def test_machine_is_identified_from_a_record(hard):
@@ -316,7 +321,7 @@ def test_machine_is_identified_from_a_record(hard):
         backlash=0.02,
         ripple=((0.002, 0.8, 1.0),),
     )
-    found = identified_machine(*calibration_print(made))
+    found = identify_machine(*simulate_calibration_print(made))
     np.testing.assert_allclose(
         [*found.frequency, found.backlash], [*made.frequency, made.backlash], rtol=0.03
     )
@@ -324,13 +329,13 @@ def test_machine_is_identified_from_a_record(hard):
 
 def test_identified_machine_is_below_zv(hard):
     "On a machine with a second mode, play and ripple; with frequencies 10 % off not above MZV."
-    box = judge(plan(parse_gcode(part_program("label", 2, layers=1))))
+    evaluator = print_evaluator(plan(parse_gcode(part_program("label", 2, layers=1))))
     modes = list(zip(hard.frequency, hard.damping))
 
     def of(name, k=1.0):
-        return box.judged(
-            commands(
-                box.position,
+        return evaluator.evaluate(
+            motor_command(
+                evaluator.position,
                 name,
                 [(f * k, z) for f, z in modes],
                 machine=Machine(**{**vars(hard), "frequency": [f * k for f in hard.frequency]}),
@@ -344,36 +349,43 @@ def test_identified_machine_is_below_zv(hard):
 
 def test_safe_choice_is_better_on_the_whole_family():
     "And on machines that are not in it; the full inverse is not."
-    box = judge(plan(parse_gcode(part_program("label", 2, layers=1))), most=3000)
-    machines = unknown_machines(MODES)
-    chosen, ratio = choose_remedies(box, MODES, machines)
+    evaluator = print_evaluator(
+        plan(parse_gcode(part_program("label", 2, layers=1))), max_samples=3000
+    )
+    machines = machine_prior_samples(MODES)
+    chosen, ratio = select_compensation(evaluator, MODES, machines)
     assert (ratio[str(chosen[0])] < 1).all()
     assert ratio["inverse"].max() > 1
     assert len({m.name for m in machines}) == len(machines)
-    c = remedied(box.position, chosen[0], MODES)
+    c = compensate(evaluator.position, chosen[0], MODES)
     for machine in (
         MACHINES["soft"],
         MACHINES["bedslinger"],
         named_machine("bedslinger:3"),
         Machine("other", "cartesian", (75.0, 52.0), (0.1, 0.05), backlash=0.01),
     ):
-        assert box.judged(c, machine)["contour"] < box.judged(box.position, machine)["contour"]
-    known, _ = choose_remedies(box, MODES, uncertain_machines(MODES))
-    assert known[0].share == 1
+        assert (
+            evaluator.evaluate(c, machine)["contour"]
+            < evaluator.evaluate(evaluator.position, machine)["contour"]
+        )
+    known, _ = select_compensation(evaluator, MODES, perturbed_machines(MODES))
+    assert known[0].fraction == 1
     assert (
-        box.judged(remedied(box.position, known[0], MODES), MACHINES["bedslinger"])["contour"]
-        < 0.5 * box.judged(c, MACHINES["bedslinger"])["contour"]
+        evaluator.evaluate(compensate(evaluator.position, known[0], MODES), MACHINES["bedslinger"])[
+            "contour"
+        ]
+        < 0.5 * evaluator.evaluate(c, MACHINES["bedslinger"])["contour"]
     )
 
 
 def test_shares_and_refusals(text, refused):
-    box = judge(plan(parse_gcode(text)))
+    evaluator = print_evaluator(plan(parse_gcode(text)))
     np.testing.assert_allclose(
-        remedied(box.position, Remedy("ZV", 1.0, 0.5), MODES),
-        (box.position + commands(box.position, "ZV", MODES)) / 2,
+        compensate(evaluator.position, Compensation("ZV", 1.0, 0.5), MODES),
+        (evaluator.position + motor_command(evaluator.position, "ZV", MODES)) / 2,
     )
-    assert "an identified machine" in refused(commands, box.position, "full", MODES)
-    assert "one of" in refused(correct_program, parse_gcode(text), MODES, Remedy("magic"))
+    assert "an identified machine" in refused(motor_command, evaluator.position, "full", MODES)
+    assert "one of" in refused(correct_program, parse_gcode(text), MODES, Compensation("magic"))
 
 
 def test_record_of_a_machine(tmp_path, capsys, refused):
@@ -381,7 +393,7 @@ def test_record_of_a_machine(tmp_path, capsys, refused):
 
     from gcode_ml.trajectory.commands import read_record
 
-    x, e = calibration_print(MACHINES["hard"])
+    x, e = simulate_calibration_print(MACHINES["hard"])
     table = pd.DataFrame(
         np.column_stack([np.arange(len(x)) / 1000, x, e]),
         columns=["t", "x", "y", "error_x", "error_y"],

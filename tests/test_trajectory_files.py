@@ -9,7 +9,7 @@ import pytest
 from gcode_ml.gcode.parts import part_program
 from gcode_ml.gcode.planner import limit_lines, limits_of_lines, plan, program_blocks
 from gcode_ml.gcode.reader import line_checksum, moves, parse_gcode, read_blocks, read_gcode
-from gcode_ml.lab.command import main
+from gcode_ml.lab.cli import main
 from gcode_ml.trajectory.correct import correct_file, correct_program
 from gcode_ml.trajectory.data import check, collect
 from gcode_ml.trajectory.simulate import MACHINES, named_machine
@@ -234,14 +234,14 @@ def test_relative_moves_keep_their_limits():
 
 def test_machine_at_hand_is_identified_and_helped():
     "On a machine that is identified the robust command is below ZV; ten percent off it is not above MZV."
-    from gcode_ml.trajectory.correct import compare_methods, identified_modes, judge
+    from gcode_ml.trajectory.correct import compare_methods, identify_modes, print_evaluator
 
-    box = judge(plan(parse_gcode(part_program("label", 2, layers=1))))
+    evaluator = print_evaluator(plan(parse_gcode(part_program("label", 2, layers=1))))
     for machine in (MACHINES["soft"], named_machine("bedslinger:4")):
-        modes = identified_modes(machine)
+        modes = identify_modes(machine)
         np.testing.assert_allclose([f for f, _ in modes], machine.frequency, rtol=0.01)
         t = (
-            compare_methods(box, modes, [machine], ("none", "ZV", "inverse", "robust"))
+            compare_methods(evaluator, modes, [machine], ("none", "ZV", "inverse", "robust"))
             .set_index("method")
             .contour
         )
@@ -249,7 +249,10 @@ def test_machine_at_hand_is_identified_and_helped():
         for off in (0.9, 1.1):
             t = (
                 compare_methods(
-                    box, [(f * off, z) for f, z in modes], [machine], ("none", "MZV", "robust")
+                    evaluator,
+                    [(f * off, z) for f, z in modes],
+                    [machine],
+                    ("none", "MZV", "robust"),
                 )
                 .set_index("method")
                 .contour
@@ -271,7 +274,7 @@ def test_odd_files(tmp_path, refused, monkeypatch):
     assert "line" in refused(read_gcode, file) or len(plan(file)) > 10
     import gcode_ml.trajectory.data as data
 
-    monkeypatch.setattr(data, "LARGEST", 0)
+    monkeypatch.setattr(data, "MAX_MEGABYTES", 0)
     assert "at most 0 MB" in refused(collect, file, tmp_path / "set")
 
 

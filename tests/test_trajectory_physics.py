@@ -16,11 +16,11 @@ from gcode_ml.gcode.reader import parse_gcode
 from gcode_ml.trajectory.data import (
     FEATURES,
     SampleFiles,
-    Scale,
+    Standardizer,
     TrajectoryWindows,
     check,
     collect,
-    fit_scale,
+    fit_standardizer,
     part_file,
     prepare_trajectory_features,
     read_collection,
@@ -35,19 +35,19 @@ from gcode_ml.trajectory.simulate import (
     SHAPERS,
     Machine,
     Thermal,
+    apply_input_shaper,
     axis_error,
+    backlash,
     error_filter,
     exact_error,
     layer_temperatures,
     motor_positions,
-    play,
     random_machine,
     random_process,
     residual_vibration,
-    shape,
-    shaper,
+    shaper_impulses,
+    shaper_smoothing,
     simulate_part,
-    smoothing,
     tracking_error,
 )
 
@@ -86,7 +86,7 @@ def loop_mode(u, f, z, slope, substeps=4):
     for i in range(len(u) - 1):
         du = (u[i + 1] - u[i]) * 1000
 
-        def acc(p, v, x):
+        def acc(p, v, x, du=du):
             return w * w * (1 + slope * (p - 110) / 110) * (x - p) + 2 * z * w * (du - v)
 
         for j in range(substeps):
@@ -114,11 +114,11 @@ def path(seconds=12, seed=0):
 
 def test_lanes_are_one_long_loop():
     "Side by side or one after the other: the same positions."
-    from gcode_ml.trajectory.simulate import _nonlinear_mode
+    from gcode_ml.trajectory.simulate import nonlinear_mode
 
     x = path(3)[0]
     assert (
-        np.abs(_nonlinear_mode(x, 55, 0.08, 1000, slope=0.15) - loop_mode(x, 55, 0.08, 0.15)).max()
+        np.abs(nonlinear_mode(x, 55, 0.08, 1000, slope=0.15) - loop_mode(x, 55, 0.08, 0.15)).max()
         < 1e-9
     )
     long = np.tile(np.concatenate([x, x[::-1]]), 3)
@@ -127,8 +127,8 @@ def test_lanes_are_one_long_loop():
         dict(friction=0.015),
         dict(growth=np.linspace(1, 1.05, len(long))),
     ):
-        whole = _nonlinear_mode(long, 40, 0.05, 1000, **options)
-        parts = _nonlinear_mode(
+        whole = nonlinear_mode(long, 40, 0.05, 1000, **options)
+        parts = nonlinear_mode(
             long[:9000],
             40,
             0.05,
@@ -146,7 +146,7 @@ def test_play_is_the_loop():
         for v in x:
             y = min(max(y, v - 0.005), v + 0.005)
             slow.append(y)
-        assert np.array_equal(play(x, 0.01), slow)
+        assert np.array_equal(backlash(x, 0.01), slow)
 
 
 def test_friction_holds_an_axis():
@@ -196,11 +196,12 @@ def test_every_effect_switches():
         nozzle_lag=0.05,
     )
     linear = np.stack([axis_error(x, 55, 0.08), axis_error(y, 40, 0.08)])
-    assert np.array_equal(np.stack(tracking_error(x, y, full.only(), fed=e)), linear)
+    assert np.array_equal(np.stack(tracking_error(x, y, full.only(), filament=e)), linear)
     assert full.only() == full.without(*EFFECTS)
     for name in ("second_mode", "belt", "ripple", "steps", "friction", "backlash", "mass"):
         assert (
-            np.abs(np.stack(tracking_error(x, y, full.only(name), fed=e)) - linear).max() > 1e-7
+            np.abs(np.stack(tracking_error(x, y, full.only(name), filament=e)) - linear).max()
+            > 1e-7
         ), name
     assert (
         np.std(tracking_error(x, y, Machine("c", "corexy", belt_ratio=1.3))[1] - linear[1]) > 1e-5
@@ -259,7 +260,7 @@ def test_random_machines_are_sound():
 @pytest.mark.parametrize("z", [0.02, 0.1])
 def test_shapers(kind, z):
     "Amplitudes sum to one, the mean time is zero, the vibration at the design frequency is what the shaper promises."
-    a, t = shaper(kind, 45, z)
+    a, t = shaper_impulses(kind, 45, z)
     left = residual_vibration((a, t), 45, z)
     assert np.isclose(a.sum(), 1)
     assert np.isclose((a * t).sum(), 0)
@@ -275,13 +276,13 @@ def test_shaper_bands_and_smoothing():
     }
     for k, (low, high) in bands.items():
         f = 50 * np.linspace(0.4, 1.7, 1301)
-        bad = f[residual_vibration(shaper(k, 50), f) > 0.051]
+        bad = f[residual_vibration(shaper_impulses(k, 50), f) > 0.051]
         assert (
             abs(bad[bad < 50].max() / 50 - 1 - low) < 0.012
             and abs(bad[bad > 50].min() / 50 - 1 - high) < 0.012
         ), k
     assert np.allclose(
-        [smoothing(shaper(k, 50)) for k in SHAPERS],
+        [shaper_smoothing(shaper_impulses(k, 50)) for k in SHAPERS],
         [0.062, 0.081, 0.123, 0.129, 0.216, 0.328],
         atol=1.5e-3,
     )
@@ -292,17 +293,19 @@ def test_residual_vibration_is_what_is_left():
     x = np.where(T < 0.7, 60 * T, 42.0)
     for k, f in (("ZV", 50), ("MZV", 50), ("EI", 44)):
         rings = [
-            np.abs(shape(x, i) + axis_error(shape(x, i), 40, 0.05) - x)[800:].max()
-            for i in (shaper(k, f, 0.05), ([1.0], [0.0]))
+            np.abs(apply_input_shaper(x, i) + axis_error(apply_input_shaper(x, i), 40, 0.05) - x)[
+                800:
+            ].max()
+            for i in (shaper_impulses(k, f, 0.05), ([1.0], [0.0]))
         ]
-        i = shaper(k, f, 0.05)
+        i = shaper_impulses(k, f, 0.05)
         late = np.exp(0.05 * 2 * np.pi * 40 * i[1][-1])
         assert abs(rings[0] / rings[1] - residual_vibration(i, 40, 0.05) * late) < 0.06
 
 
 def test_shaping_keeps_a_steady_speed_and_the_ends():
     for k in SHAPERS:
-        y = shape(30 * T, shaper(k, 50))
+        y = apply_input_shaper(30 * T, shaper_impulses(k, 50))
         assert np.allclose(y[200:-200], 30 * T[200:-200], atol=1e-9)
         assert len(y) == len(T)
 
@@ -316,7 +319,7 @@ def test_a_shaper_helps_on_a_part():
         return np.hypot(r["error_x"], r["error_y"]).std()
 
     z = simulate_part(
-        p, "soft", shapers=[shaper("ZV", f, d) for f, d in zip(m.frequency, m.damping)]
+        p, "soft", shapers=[shaper_impulses("ZV", f, d) for f, d in zip(m.frequency, m.damping)]
     )
     assert e(z) < 0.4 * e(r)
     subtracted = np.stack([r["x"] - r["error_x"], r["y"] - r["error_y"]])
@@ -458,7 +461,7 @@ def test_windows_are_the_series(windows):
         assert torch.equal(inputs["features"][k], item["input_features"])
         assert np.array_equal(targets["error"][k], s.errors[at : at + 128])
         assert item["metadata"]["machine"] == json.dumps(s.machine)
-        assert np.array_equal(targets["laid"][k], s.part.features[at : at + 128, 13] > 0)
+        assert np.array_equal(targets["thermal_mask"][k], s.part.features[at : at + 128, 13] > 0)
     assert (np.diff(windows.start)[(np.diff(windows.recording) == 0)] <= 4).all()
 
 
@@ -498,12 +501,12 @@ def test_scale_comes_from_training_windows_only(collection):
     series = read_collection(collection)
     w = TrajectoryWindows(series)
     train, _, test = split_windows(w, "family", "tube")
-    before = asdict(fit_scale(w, train))
+    before = asdict(fit_standardizer(w, train))
     for s in series:
         if s.part.family == "tube":
             s.part.features, s.errors = s.part.features * 3, s.errors + 1
     again = TrajectoryWindows(series)
-    assert asdict(fit_scale(again, train)) == before
+    assert asdict(fit_standardizer(again, train)) == before
     x = w.batch(train[::9])[0]["features"]
     assert torch.isfinite(x).all()
     assert x.std((0, 1))[:6].max() < 3
@@ -514,14 +517,14 @@ def test_constant_feature_warns(collection):
     series[0].part.features = series[0].part.features * (np.arange(15) != 9)
     w = TrajectoryWindows(series)
     with pytest.warns(UserWarning, match="curvature"):
-        s = fit_scale(w, np.arange(len(w)))
+        s = fit_standardizer(w, np.arange(len(w)))
     assert s.std[9] == 1e-6
     assert torch.isfinite(w.batch([0])[0]["features"]).all()
 
 
 def test_loader_and_travel_windows(windows):
     train, valid, _ = split_windows(windows, "family", "tube")
-    fit_scale(windows, train)
+    fit_standardizer(windows, train)
     xb, mask, yb = next(
         iter(dataloaders(Subset(windows, train[:64]), Subset(windows, valid[:8]), 16).train)
     )
@@ -529,19 +532,19 @@ def test_loader_and_travel_windows(windows):
     assert xb["static"].shape == (16, 2)
     assert yb["thermal"].shape == (16, 128, 3)
     assert torch.isfinite(yb["thermal"]).all()
-    assert not yb["thermal"][~yb["laid"]].any()
+    assert not yb["thermal"][~yb["thermal_mask"]].any()
     windows.scale = None
 
 
 def test_sample_files_round_trip(windows, tmp_path, refused):
     train, valid, test = split_windows(windows, "family", "tube")
     assert "scale" in refused(write_samples, windows, tmp_path, dict(train=train))
-    fit_scale(windows, train)
+    fit_standardizer(windows, train)
     write_samples(windows, tmp_path, dict(train=train[:9], val=valid[:3], test=test[:3]))
     files = SampleFiles(tmp_path / "val")
     a = files.batch([0, 1, 2])
     b = windows.batch(valid[:3])
-    assert files.scale == Scale.read(tmp_path / "stats.json") == windows.scale
+    assert files.scale == Standardizer.read(tmp_path / "stats.json") == windows.scale
     assert all(torch.allclose(a[0][k], b[0][k], atol=1e-5) for k in b[0])
     assert all(torch.allclose(a[2][k].float(), b[2][k].float(), atol=1e-5) for k in b[2])
     windows.scale = None

@@ -12,7 +12,8 @@ from gcode_ml.lab.spaces import read_space
 from gcode_ml.training.fit import fit
 from gcode_ml.trajectory.data import TrajectoryWindows
 from gcode_ml.trajectory.evaluate import (
-    beaten_filters,
+    TrajectoryLoss,
+    compare_with_filters,
     contour_error,
     covered_rows,
     error_scores,
@@ -20,7 +21,7 @@ from gcode_ml.trajectory.evaluate import (
     predict_rows,
 )
 from gcode_ml.trajectory.filters import ErrorFilter, filter_columns, fit_filter, oscillator_error
-from gcode_ml.trajectory.models import MODELS, TrajectoryErrorTransformer, TrajectoryLoss
+from gcode_ml.trajectory.models import MODELS, TrajectoryErrorTransformer
 from gcode_ml.trajectory.recipe import (
     evaluate_bundle,
     load_series,
@@ -289,7 +290,7 @@ def test_travel_only_window_has_no_thermal_loss():
     target = dict(
         error=torch.zeros(1, 4, 2),
         thermal=torch.zeros(1, 4, 3),
-        laid=torch.zeros(1, 4, dtype=torch.bool),
+        thermal_mask=torch.zeros(1, 4, dtype=torch.bool),
     )
     loss = TrajectoryLoss()(said, target)
     loss.backward()
@@ -392,8 +393,8 @@ def test_one_seed_meets_no_target():
         [dict(row, name="tcn", seed=s, **{"R²": 0.9 + 0.001 * s}) for s in range(3)]
         + [dict(row, name="fir", seed=0, **{"R²": 0.5})]
     )
-    assert beaten_filters(table, "tcn", ["fir"]).met.all()
-    assert not beaten_filters(table[table.seed == 0], "tcn", ["fir"]).met.any()
+    assert compare_with_filters(table, "tcn", ["fir"]).met.all()
+    assert not compare_with_filters(table[table.seed == 0], "tcn", ["fir"]).met.any()
 
 
 def test_sweep_space():

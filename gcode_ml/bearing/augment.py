@@ -1,4 +1,4 @@
-"""The one change of a vibration that its labels do not survive alone: another speed.
+"""Speed augmentation: time-stretches the signal and adjusts the shaft speed in the batch accordingly.
 
 Docs: https://example.org/gcode_ml/bearing/augment.html.md"""
 
@@ -16,17 +16,19 @@ from ..signals.augment import resample
 
 # %% ../../nbs/bearing/10_augment.ipynb #e9021beb
 class SlowDown(Callback):
-    "Play training windows more slowly, and say so in `shaft`."
+    "Time-stretch training windows and scale `shaft` accordingly. Raises `InputError` unless 0 <= limit < 1."
 
-    order, run_valid = 4, False  # before augmentations of the signal alone
+    order = 4  # before augmentations of the signal alone
+    run_valid = False
 
     def __init__(
         self,
-        limit: float = 0.2,  # The slowest plays at 1-limit
-        p: float = 1.0,  # Share of the samples
+        limit: float = 0.2,  # Largest relative reduction of the speed
+        p: float = 1.0,  # Probability of augmenting a sample
     ):
-        require(0 <= limit < 1, "SlowDown", "limit", "a share from 0 to below 1", repr(limit))
-        self.limit, self.p = limit, p
+        require(0 <= limit < 1, "SlowDown", "limit", "a fraction from 0 to below 1", repr(limit))
+        self.limit = limit
+        self.p = p
 
     def before_batch(self):
         inputs, mask = self.xb
@@ -34,12 +36,12 @@ class SlowDown(Callback):
 
 # %% ../../nbs/bearing/10_augment.ipynb #08c43891
 def slowed(
-    inputs: dict,  # `signal` `[B,T,1]`, `shaft` `[B]`, and what else a batch has
+    inputs: dict,  # `signal` `[B,T,1]`, `shaft` `[B]` and further entries of the batch
     mask: torch.Tensor,  # `[B,T]`
-    limit: float = 0.2,  # The slowest plays at 1-limit
-    p: float = 1.0,  # Share of the samples
-) -> dict:  # The same with another `signal` and `shaft`
-    "Inputs at lower speeds, each by a draw of its own."
+    limit: float = 0.2,  # Largest relative reduction of the speed
+    p: float = 1.0,  # Probability of augmenting a sample
+) -> dict:  # Copy with new `signal` and `shaft`, without precomputed `evidence`
+    "Time-stretch each signal by a random factor of its own."
     x = inputs["signal"]
     draw = torch.rand(3, len(x), 1, device=x.device)
     speed = torch.where(draw[0] < p, 1 - limit * draw[1], 1.0)

@@ -1,4 +1,4 @@
-"""Vibration records with the speed and the geometry that belong to them, and windows of them without copies.
+"""Read vibration records with their shaft speed and bearing geometry, and cut them into windows without copying.
 
 Docs: https://example.org/gcode_ml/bearing/data.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://example.org/gcode_ml/bearing/data.html.md"""
 
 # %% auto #0
 __all__ = ['ORDERS', 'BEARINGS', 'FAULTS', 'JOURNAL_FAULTS', 'SPLITS', 'Geometry', 'fault_name', 'Record', 'check_record',
-           'comb_score', 'doubts', 'read_matlab', 'read_cwru', 'read_signal', 'whosmat_', 'read_labels',
+           'comb_score', 'plausibility_warnings', 'read_matlab', 'read_cwru', 'read_signal', 'whosmat_', 'read_labels',
            'write_records', 'record_files', 'read_records', 'low_pass', 'RecordWindows', 'class_names', 'held_groups',
            'split_folds', 'split_windows', 'check']
 
@@ -35,18 +35,18 @@ ORDERS = (
     "inner",
     "ball",
     "cage",
-)  # BPFO, BPFI, twice the ball's spin, cage: multiples of the shaft speed
+)  # BPFO, BPFI, 2 x BSF, FTF: multiples of the shaft speed
 
 # %% ../../nbs/bearing/00_data.ipynb #b513c8b5
 @dataclass(frozen=True)
 class Geometry:
-    "A rolling element bearing; only the ratio of the two diameters counts."
+    "Geometry of a rolling element bearing; the orders depend only on the ratio of the two diameters."
 
     balls: int  # Number of rolling elements
-    ball: float  # Diameter of one
-    pitch: float  # Diameter of the circle through their centres, in the same unit
+    ball: float  # Diameter of a rolling element
+    pitch: float  # Pitch diameter, in the same unit
     angle: float = 0.0  # Contact angle in degrees
-    name: str = ""  # Type
+    name: str = ""  # Bearing type
 
     def __post_init__(self):
         if not (self.balls >= 3 and 0 < self.ball < self.pitch and abs(self.angle) < 90):
@@ -76,7 +76,7 @@ BEARINGS = {
 }  # Drive end and fan end of the CWRU rig, in inches
 
 # %% ../../nbs/bearing/00_data.ipynb #a3570b5c
-FAULTS = ("outer", "inner", "ball")  # In the order of `ORDERS`
+FAULTS = ("outer", "inner", "ball")  # Same order as `ORDERS`
 
 # %% ../../nbs/bearing/00_data.ipynb #6d7c6344
 JOURNAL_FAULTS = (
@@ -91,7 +91,7 @@ JOURNAL_FAULTS = (
     "misalignment_imbalance",
     "wear_lubrication",
     "cavitation_clearance",
-)  # Of the simulated journal bearing
+)  # Faults of the simulated journal bearing
 
 # %% ../../nbs/bearing/00_data.ipynb #d3e26403
 _ALIASES = dict(
@@ -116,30 +116,32 @@ _ALIASES["or"] = "outer"
 
 
 def fault_name(
-    text: str,  # A name as it is written in a table, in any case
-    file="labels",  # File, for the message
+    text: str,  # Fault name or abbreviation, case-insensitive
+    file="labels",  # File name for error messages
 ) -> str:  # One of `FAULTS` or `JOURNAL_FAULTS`
-    "The name of a fault that a usual abbreviation stands for."
+    "Return the canonical name for a fault name or a common abbreviation."
     name = str(text).strip().lower().replace(" ", "_").replace("-", "_")
     return check_choice(file, "fault", _ALIASES.get(name, name), (*FAULTS, *JOURNAL_FAULTS))
 
 # %% ../../nbs/bearing/00_data.ipynb #9f89bff8
 @dataclass
 class Record:
-    "One measurement at one speed."
+    "One vibration measurement at constant speed."
 
-    name: str  # Unique among the records
+    name: str  # Unique name
     signal: np.ndarray  # Acceleration, `[T]` float32
-    rate: float  # Samples a second
-    rpm: float  # Turns of the shaft a minute
-    fault: str = ""  # Class; empty where it is not known
-    diameter: str = ""  # Size of the defect, as text
+    rate: float  # Sampling rate, Hz
+    rpm: float  # Shaft speed, revolutions per minute
+    fault: str = ""  # Class; empty if unknown
+    diameter: str = ""  # Defect size, as text
     load: str = ""  # Load, as text
-    bearing: str = ""  # Which physical bearing: records of one bearing never stand on two sides
-    orders: np.ndarray | None = (
-        None  # `[4]`, see `ORDERS`; none for a machine without rolling elements
+    bearing: str = (
+        ""  # Identifier of the physical bearing: all its records are on the same side of a split
     )
-    facts: dict = field(default_factory=dict, repr=False)  # Anything else
+    orders: np.ndarray | None = (
+        None  # `[4]`, see `ORDERS`; None for a machine without rolling elements
+    )
+    facts: dict = field(default_factory=dict, repr=False)  # Other metadata
 
     def __post_init__(self):
         self.signal = np.ascontiguousarray(self.signal, "float32")
@@ -156,8 +158,8 @@ class Record:
 # %% ../../nbs/bearing/00_data.ipynb #951c5581
 def check_record(
     record: Record,  # A record
-) -> Record:  # The same
-    "Raise `InputError` for what cannot be used."
+) -> Record:  # The record, unchanged
+    "Validate a record. Raises `InputError` if the rate, the speed or the signal is unusable."
     for k, v in dict(fs=record.rate, rpm=record.rpm).items():
         require(
             (np.isfinite(v) and v > 0),
@@ -187,11 +189,11 @@ def check_record(
 # %% ../../nbs/bearing/00_data.ipynb #31f392d8
 def comb_score(
     signal: np.ndarray,  # `[T]`
-    rate: float,  # Samples a second
-    rpm: float,  # Turns a minute
-    harmonics: int = 6,  # How many multiples of the shaft speed
-) -> float:  # Near 0: no line of the shaft where one should be
-    "How well the lines of the shaft fit a sampling rate."
+    rate: float,  # Sampling rate, Hz
+    rpm: float,  # Shaft speed, revolutions per minute
+    harmonics: int = 6,  # Number of shaft harmonics
+) -> float:  # Mean log ratio; near 0 if there are no shaft harmonics at the expected frequencies
+    "Measure how well the shaft harmonics agree with the sampling rate."
     spectrum = np.abs(np.fft.rfft((signal - signal.mean()) * np.hanning(len(signal))))
     at = (
         (np.arange(1, harmonics + 1)[:, None] + [0, 0.25, 0.5, 0.75])
@@ -212,10 +214,10 @@ def comb_score(
     return float(peaks[:, 0].mean() - peaks[:, 1:].mean())
 
 # %% ../../nbs/bearing/00_data.ipynb #8e12aee5
-def doubts(
+def plausibility_warnings(
     record: Record,  # A record
-) -> list:  # One sentence each
-    "What looks wrong with a record and need not be."
+) -> list:  # Warning messages, empty if there are none
+    "Check a record for suspicious values: clipping, a speed in Hz, a wrong sampling rate."
     found = []
     top = np.abs(record.signal).max()
     clipped = (np.abs(record.signal) >= 0.999 * top).mean()
@@ -244,9 +246,9 @@ _NOMINAL = {"0": 1797.0, "1": 1772.0, "2": 1750.0, "3": 1730.0}
 
 def read_matlab(
     path,  # A `.mat` file
-    names,  # Variables to read, those that are there
+    names,  # Variables to read; missing ones are skipped
 ) -> dict:  # Name -> array
-    "Named variables of a MATLAB file up to version 7; nothing else is decompressed."
+    "Read named variables of a MATLAB file up to version 7; other variables are not decompressed."
     path = Path(path)
     require(path.is_file(), path, "file", "a MATLAB file", "nothing there")
     try:
@@ -270,7 +272,7 @@ def read_matlab(
 
 # %% ../../nbs/bearing/00_data.ipynb #be70e52a
 def _cwru_signal(path, about):
-    "Signal and speed of one file; a table of published samples has no speed."
+    "Signal and speed of one file; the speed is None for a `.csv` file."
     number = int(about["number"])
     if path.suffix == ".csv":
         return pd.read_csv(path)["DE"].to_numpy("float32"), None
@@ -290,8 +292,8 @@ def _cwru_signal(path, about):
 
 def read_cwru(
     path,  # One file of the Case Western Reserve University bearing data
-) -> Record:  # Drive end, at 12 kHz
-    "Read one record of CWRU."
+) -> Record:  # Drive-end accelerometer, 12 kHz
+    "Read one CWRU record."
     path = Path(path)
     about = _CWRU.fullmatch(path.stem)
     require(about, path, "file name", "<fault><diameter>_<load>_<record number>", path.stem)
@@ -327,7 +329,7 @@ _SUFFIXES = (".csv", ".npy", ".npz", ".parquet", ".mat")
 
 
 def _row_orders(row, file):
-    "Orders of a row of the table; none where it says nothing about geometry."
+    "Orders from the geometry columns of a row; None if there are none."
     given = {k: v for k, v in row.items() if pd.notna(v) and v != ""}
     if name := str(given.get("geometry", "")).removesuffix(".0"):
         return BEARINGS[check_choice(file, "geometry", name, BEARINGS)].orders
@@ -345,16 +347,16 @@ def _row_orders(row, file):
 
 # %% ../../nbs/bearing/00_data.ipynb #c94ef658
 def _clock(v):
-    "Whether a column rises evenly, as time does."
+    "Whether a column increases in equal steps, as a time column does."
     step = (v[-1] - v[0]) / max(len(v) - 1, 1)
     return len(v) > 2 and step > 0 and bool(np.allclose(np.diff(v), step, rtol=0.01, atol=0))
 
 # %% ../../nbs/bearing/00_data.ipynb #d684fa18
 def read_signal(
     path,  # `.csv`, `.npy`, `.npz`, `.parquet` or `.mat`
-    channel: str = "",  # Column or variable; the only one, or the first of numbers that is not the time
+    channel: str = "",  # Column or variable; by default the first numeric one that is not a time column
 ) -> np.ndarray:  # `[T]`
-    "One channel of a file."
+    "Read one channel of a file."
     path = Path(path)
     check_choice(path, "file type", path.suffix.lower(), _SUFFIXES)
     require(path.is_file(), path, "file", "a record", "nothing there")
@@ -392,7 +394,7 @@ def read_signal(
 
 
 def whosmat_(path):
-    "Names, shapes and types of a MATLAB file's variables."
+    "Names, shapes and types of the variables of a MATLAB file."
     try:
         return whosmat(path)
     except NotImplementedError:
@@ -404,7 +406,7 @@ def whosmat_(path):
 
 # %% ../../nbs/bearing/00_data.ipynb #ebc9420d
 def _labelled(folder, row):
-    "The record of one row."
+    "Read the record of one row of `labels.csv`."
     file = folder / "labels.csv"
     name = str(row["file"])
 
@@ -452,8 +454,8 @@ def _labelled(folder, row):
 # %% ../../nbs/bearing/00_data.ipynb #20c348a1
 def read_labels(
     folder,  # A folder with `labels.csv`
-) -> list:  # One dict a row
-    "Rows of the table, its columns and names checked."
+) -> list:  # One dict per row
+    "Read `labels.csv`. Raises `InputError` for missing columns, no rows or duplicate files."
     file = Path(folder) / "labels.csv"
     try:
         table = pd.read_csv(
@@ -481,10 +483,10 @@ def read_labels(
 
 # %% ../../nbs/bearing/00_data.ipynb #5d0dd5c9
 def write_records(
-    folder,  # Folder to make
-    records: list,  # `Record`s; of what is in `facts` only a Sommerfeld number is written
+    folder,  # Output folder
+    records: list,  # `Record`s; of `facts` only `sommerfeld` is written
 ):
-    "Write records as one `.npy` each and their table last."
+    "Write each record as `.npy`, then `labels.csv`."
     folder = Path(folder)
     rows = []
     for r in records:
@@ -511,7 +513,7 @@ def write_records(
 def record_files(
     path,  # A folder of CWRU files, a folder with `labels.csv`, or one file
 ) -> list:  # Pairs (file, function that reads it)
-    "Which records there are, before any is read."
+    "List the records of a folder without reading them."
     path = Path(path)
     require(
         path.exists(),
@@ -533,7 +535,7 @@ def record_files(
 
 
 def _one(path):
-    "A single file: a row of the table beside it, or a file of CWRU."
+    "Read a single file: with its row of `labels.csv` in the same folder, or as a CWRU file."
     if (path.parent / "labels.csv").exists():
         for r in read_labels(path.parent):
             if Path(r["file"]).name == path.name:
@@ -545,11 +547,11 @@ def _one(path):
 # %% ../../nbs/bearing/00_data.ipynb #2f9d61b0
 def read_records(
     path,  # See `record_files`
-    healthy: bool = False,  # Also the healthy records of CWRU; then everything is cut at 5 kHz
-    progress=None,  # For instance `tqdm`
-    cache=None,  # Folder of a copy that is mapped into memory: made at the first use, and anew when a file has changed
+    healthy: bool = False,  # Include the healthy CWRU records; all records are then low-pass filtered at 5 kHz
+    progress=None,  # Progress bar, for example `tqdm`
+    cache=None,  # Folder of a memory-mapped copy, created at the first use and rebuilt when a file changes
 ) -> list:  # `Record`s
-    "Read records and warn of what looks wrong."
+    "Read records; warn of suspicious values, see `plausibility_warnings`."
     if cache:
         return _cached(path, healthy, progress, Path(cache))
     files = record_files(path)
@@ -559,16 +561,16 @@ def read_records(
     records = [read() for _, read in (progress(files) if progress else files)]
     if healthy and not labelled:
         records = [low_pass(r, 5000.0) for r in records]
-    for d in (d for r in records for d in doubts(r)):
+    for d in (d for r in records for d in plausibility_warnings(r)):
         warnings.warn(d, stacklevel=2)
     return records
 
 
 def low_pass(
     record: Record,  # A record
-    limit: float,  # Hz
-) -> Record:  # The record without what is above
-    "Cut a record's spectrum off."
+    limit: float,  # Cut-off frequency, Hz
+) -> Record:  # Filtered record
+    "Low-pass filter: set all frequencies above the cut-off to zero."
     spectrum = np.fft.rfft(record.signal)
     spectrum[np.fft.rfftfreq(len(record), 1 / record.rate) > limit] = 0
     return Record(**{**vars(record), "signal": np.fft.irfft(spectrum, len(record))})
@@ -578,7 +580,7 @@ _ABOUT = ("name", "rate", "rpm", "fault", "diameter", "load", "bearing", "facts"
 
 
 def _state(path, healthy):
-    "What a copy has to agree with: names, sizes and times of the files."
+    "State that invalidates the cache: names, sizes and modification times of the files."
     files = {f for f, _ in record_files(path)} | {
         f for f in (Path(path) / "labels.csv",) if f.exists()
     }
@@ -591,7 +593,7 @@ def _state(path, healthy):
 
 
 def _cached(path, healthy, progress, cache):
-    "Records whose signals are parts of one mapped file."
+    "Records whose signals are slices of one memory-mapped file."
     listing = cache / "records.json"
     state = _state(path, healthy)
     if not listing.exists() or read_json(listing)["state"] != state:
@@ -611,7 +613,7 @@ def _cached(path, healthy, progress, cache):
 
 
 def _write_cache(path, healthy, progress, cache, state):
-    "Samples first, the list last."
+    "Write the samples first and the list of records last."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         records = read_records(path, healthy, progress)
@@ -637,16 +639,16 @@ def _write_cache(path, healthy, progress, cache, state):
 
 # %% ../../nbs/bearing/00_data.ipynb #df6e07b7
 class RecordWindows:
-    "Windows of records; a batch holds what a model needs to know about speed, rate and geometry."
+    "Windows of records; a batch includes shaft speed, sampling rate and orders."
 
     def __init__(
         self,
         records: list,  # `Record`s
-        size: int = 12000,  # Samples a window
-        stride: int = 0,  # Samples between starts; `size` if 0
-        classes=None,  # Names of the classes; `FAULTS` or those that are found
-        severity: bool = False,  # Targets are a dict with `diameter` as well
-        partial: bool = False,  # Keep a record that is shorter than a window as one short window
+        size: int = 12000,  # Window length in samples
+        stride: int = 0,  # Step between window starts in samples; `size` if 0
+        classes=None,  # Class names; by default see `class_names`
+        severity: bool = False,  # Targets are a dict of `fault` and `diameter`
+        partial: bool = False,  # Keep a record shorter than a window as one short window
     ):
         for r in records:
             if len(r) < size and not partial:
@@ -663,7 +665,7 @@ class RecordWindows:
         self.severity = severity
         table = RowTable([r.signal[:, None] for r in records], [r.name for r in records])
         number, start, stop = window_starts(table.lengths, size, self.stride, partial=True)
-        on_grid = start % self.stride == 0  # no last window that overlaps its neighbour
+        on_grid = start % self.stride == 0  # drop a last window that overlaps the one before
         self.windows = Windows(table, number[on_grid], start[on_grid], stop[on_grid])
         self.record = self.windows.recording
         self.start = self.windows.start
@@ -678,9 +680,9 @@ class RecordWindows:
 
 
 def class_names(
-    faults,  # Faults of records
-) -> list:  # `FAULTS` where all are among them, else those of `JOURNAL_FAULTS` that occur
-    "Names of the classes, in a fixed order."
+    faults,  # Fault names of records
+) -> list:  # `FAULTS` if it contains all faults, otherwise the faults that occur
+    "Class names in a fixed order."
     found = {f for f in faults if f}
     return (
         list(FAULTS)
@@ -691,7 +693,7 @@ def class_names(
 # %% ../../nbs/bearing/00_data.ipynb #85b2a1ad
 @patch
 def _columns(self: RecordWindows):
-    "What a window has from its record."
+    "Set the per-window metadata and targets from the records."
 
     def column(f, kind=None):
         return np.array([f(r) for r in self.records], kind)[self.record]
@@ -719,9 +721,9 @@ def _columns(self: RecordWindows):
 @patch
 def signals(
     self: RecordWindows,
-    index,  # Which windows, `[B]`
+    index,  # Window numbers, `[B]`
 ) -> tuple:  # Signal `[B,T]`, shaft `[B]` Hz, rate `[B]` Hz, orders `[B,4]`, mask `[B,T]`
-    "Standardised windows; a window that does not move is an `InputError`."
+    "Standardised windows. Raises `InputError` for a constant window."
     index = torch.as_tensor(np.asarray(index))
     x, mask = self.windows.batch(index)
     x = x[..., 0]
@@ -743,9 +745,9 @@ def signals(
 @patch
 def batch(
     self: RecordWindows,
-    index,  # Which windows, `[B]`
+    index,  # Window numbers, `[B]`
 ) -> tuple:  # `(inputs, mask, targets)`
-    "A batch: `signal` `[B,T,1]`, `shaft`, `rate`, `orders`; mask; class of each window."
+    "A batch: inputs `signal` `[B,T,1]`, `shaft`, `rate` and `orders`; mask; targets."
     x, shaft, rate, orders, mask = self.signals(index)
     labels, sizes = (t[torch.as_tensor(np.asarray(index))] for t in self._targets)
     return (
@@ -760,8 +762,8 @@ SPLITS = ("bearing", "load", "leak")
 # %% ../../nbs/bearing/00_data.ipynb #05023889
 def held_groups(
     windows,  # `RecordWindows`
-) -> np.ndarray:  # Group of each window: defect size, or bearing where sizes are not known
-    "What is left out as a whole by the split `bearing`."
+) -> np.ndarray:  # Group of each window: defect size, or bearing if sizes are unknown
+    "Groups that the split `bearing` holds out."
     sizes = set(windows.diameters)
     return windows.diameters if "" not in sizes and len(sizes) > 1 else windows.bearings
 
@@ -769,8 +771,8 @@ def held_groups(
 def split_folds(
     windows,  # `RecordWindows`
     split: str = "bearing",  # One of `SPLITS`
-) -> int:  # Number of its folds
-    "How many folds a split has."
+) -> int:  # Number of folds
+    "Number of folds of a split."
     return (
         len(set(held_groups(windows)))
         if check_choice("split", "name", split, SPLITS) == "bearing"
@@ -781,11 +783,11 @@ def split_folds(
 def split_windows(
     windows,  # `RecordWindows`
     split: str = "bearing",  # One of `SPLITS`
-    fold: int = 0,  # Which fold
-    seed: int = 0,  # Seed of random parts
-    inner: int = -1,  # Hold this training group out for validation; -1 holds out nothing, and a random tenth is only watched
+    fold: int = 0,  # Fold number
+    seed: int = 0,  # Random seed
+    inner: int = -1,  # Training group to hold out for validation; -1: none, a random tenth of the training windows is monitored
 ) -> tuple:  # Training, validation and test windows
-    "Window numbers of the three sets."
+    "Window numbers of the training, validation and test sets."
     folds = split_folds(windows, split)
     if not 0 <= fold < folds:
         raise InputError("fold", "number", f"0 to {folds - 1}", str(fold))
@@ -805,7 +807,7 @@ def split_windows(
 
 # %% ../../nbs/bearing/00_data.ipynb #ea673a85
 def _outer_split(windows, split, fold, seed):
-    "Training and test windows."
+    "Window numbers of the training and test sets."
     if split == "leak":
         return random_split(len(windows), 0.3, seed)
     if split == "load":
@@ -828,7 +830,7 @@ def _outer_split(windows, split, fold, seed):
 
 
 def _complete(windows, train, what):
-    "Refuse a training side with fewer than two classes."
+    "Return `train`. Raises `InputError` for fewer than two classes."
     classes = {windows.classes[i] for i in windows.labels[train] if i >= 0}
     if len(classes) < 2:
         raise InputError(
@@ -841,10 +843,10 @@ def _complete(windows, train, what):
 
 # %% ../../nbs/bearing/00_data.ipynb #0d0000b4
 def check(
-    path,  # What `read_records` takes
-    progress=None,  # For instance `tqdm`
-) -> list:  # One sentence a fault
-    "Faults of a folder of records; an empty list where there is none."
+    path,  # See `read_records`
+    progress=None,  # Progress bar, for example `tqdm`
+) -> list:  # One message per problem
+    "Check a folder of records; returns an empty list if there are no problems."
     found, records = [], []
     try:
         files = record_files(path)
@@ -855,14 +857,16 @@ def check(
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 records.append(read())
-            found += [f"{str(w.message).rstrip('.')}." for w in said] + doubts(records[-1])
+            found += [f"{str(w.message).rstrip('.')}." for w in said] + plausibility_warnings(
+                records[-1]
+            )
         except InputError as e:
             found.append(str(e))
     return found + _alone(records)
 
 
 def _alone(records):
-    "Classes that only one bearing has."
+    "Messages about classes with a single bearing."
     bearings = {}
     for r in records:
         if r.fault:

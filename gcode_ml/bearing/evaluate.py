@@ -1,4 +1,4 @@
-"""What a model says about windows, records and bearings, how sure it may be, and what it says when it may abstain.
+"""Scores by window, record, class and bearing; calibration; and selective classification with a confidence threshold.
 
 Docs: https://example.org/gcode_ml/bearing/evaluate.html.md"""
 
@@ -27,14 +27,14 @@ from ..evaluation.plots import plot_confusion
 # %% ../../nbs/bearing/40_evaluate.ipynb #9ba02dbe
 @torch.no_grad()
 def predict_windows(
-    model,  # Model of the `models` page
+    model,  # Model from the page `models`
     windows,  # `RecordWindows`
-    index,  # Which windows
+    index,  # Window numbers
     device="cpu",  # Device of the model
-    batch_size: int = 64,  # Windows at a time
-    progress=None,  # For instance `tqdm`
+    batch_size: int = 64,  # Windows per batch
+    progress=None,  # Progress bar, for example `tqdm`
 ) -> np.ndarray:  # Probabilities, `[N,C]`
-    "Probabilities of the faults."
+    "Predict the class probabilities of windows."
     model.eval()
     dl = BatchLoader(Subset(windows, index), batch_size)
     parts = []
@@ -46,11 +46,11 @@ def predict_windows(
 # %% ../../nbs/bearing/40_evaluate.ipynb #85b622f1
 def outcome_table(
     windows,  # `RecordWindows`
-    index,  # Which windows
+    index,  # Window numbers
     probabilities: np.ndarray,  # `[N,C]`
-    **columns,  # What they belong to: `name`, `split`, `fold`, `seed`
-) -> pd.DataFrame:  # A row a window
-    "What is true of windows, and what was said."
+    **columns,  # Extra columns: `name`, `split`, `fold`, `seed`
+) -> pd.DataFrame:  # One row per window; `fault` is the label, `said` the prediction
+    "Table of labels and predictions."
     index = np.asarray(index)
     names = np.array(windows.classes)
     table = pd.DataFrame(
@@ -73,8 +73,8 @@ KEYS = ["name", "split", "fold", "seed"]
 
 def record_votes(
     outcomes: pd.DataFrame,  # Windows
-) -> pd.DataFrame:  # A row a record: `said` by mean probability, `majority`, `confidence`
-    "One answer a record."
+) -> pd.DataFrame:  # One row per record: `said` by mean probability, `majority`, `confidence`
+    "One prediction per record."
     columns = [c for c in outcomes if c.startswith("p_")]
     keys = [k for k in KEYS if k in outcomes]
     grouped = outcomes.groupby([*keys, "record"], sort=False)
@@ -93,7 +93,7 @@ def record_votes(
 def fold_scores(
     outcomes: pd.DataFrame,  # Windows of one model, split, fold and seed
 ) -> dict:  # Measure -> value
-    "All measures of one test set."
+    "Compute all measures of one test set."
     votes = record_votes(outcomes)
     names = [c[2:] for c in outcomes if c.startswith("p_")]
     precision, recall, f1, _ = precision_recall_fscore_support(
@@ -117,8 +117,8 @@ def fold_scores(
 # %% ../../nbs/bearing/40_evaluate.ipynb #9abc53bf
 def seed_scores(
     outcomes: pd.DataFrame,  # Windows
-) -> pd.DataFrame:  # `name`, `split`, `seed`, and a column a measure
-    "Measures of each seed, the mean over its folds."
+) -> pd.DataFrame:  # `name`, `split`, `seed`, and one column per measure
+    "Measures of each seed, averaged over its folds."
     rows = [
         dict(zip(KEYS, key), **fold_scores(part))
         for key, part in outcomes.groupby(KEYS, sort=False)
@@ -135,7 +135,7 @@ def seed_scores(
 def score_table(
     outcomes: pd.DataFrame,  # Windows of all models and splits
 ) -> pd.DataFrame:  # `name`, `measure`, `split`, `value`, `low`, `high`, `seeds`
-    "Mean over seeds, and one standard deviation to each side."
+    "Mean over seeds, with `low` and `high` one standard deviation below and above."
     long = seed_scores(outcomes).melt(["name", "split", "seed"], var_name="measure")
     table = (
         long.groupby(["name", "measure", "split"], sort=False)
@@ -158,12 +158,12 @@ def score_table(
 # %% ../../nbs/bearing/40_evaluate.ipynb #35216ee3
 def paired_test(
     outcomes: pd.DataFrame,  # Windows
-    name: str,  # One model
-    other: str,  # Another, with the same folds; a model of one seed is compared with every seed
+    name: str,  # First model
+    other: str,  # Second model, with the same folds; if it has a single seed, this is paired with every seed
     split: str = "bearing",  # Split
-    measure: str = "windows",  # Of `fold_scores`
-) -> dict:  # Mean difference, Wilcoxon's p, number of pairs
-    "Paired Wilcoxon test over seeds and folds."
+    measure: str = "windows",  # Measure of `fold_scores`
+) -> dict:  # Mean `difference`, p-value `p`, number of `pairs`
+    "Wilcoxon signed-rank test, paired over seeds and folds."
 
     def of(n):
         return {
@@ -191,7 +191,7 @@ def paired_test(
 # %% ../../nbs/bearing/40_evaluate.ipynb #48567edc
 def class_table(
     outcomes: pd.DataFrame,  # Windows
-) -> pd.DataFrame:  # Precision, recall, F1 and recall by record of each class
+) -> pd.DataFrame:  # Precision, recall, F1 and record recall of each class
     "Scores of each class, pooled over folds and seeds."
     rows = []
     votes = record_votes(outcomes)
@@ -219,8 +219,8 @@ def class_table(
 # %% ../../nbs/bearing/40_evaluate.ipynb #b6c0719d
 def bearing_table(
     outcomes: pd.DataFrame,  # Windows
-) -> pd.DataFrame:  # A row a bearing: share of windows and of records that are right
-    "Scores of each physical bearing, pooled over seeds."
+) -> pd.DataFrame:  # One row per bearing: accuracy of windows and of records
+    "Accuracy for each physical bearing, pooled over seeds."
     votes = record_votes(outcomes)
     by = ["name", "split", "fault", "bearing"]
     windows = (
@@ -232,8 +232,8 @@ def bearing_table(
 # %% ../../nbs/bearing/40_evaluate.ipynb #1a9d9e49
 def coverage_curve(
     outcomes: pd.DataFrame,  # Windows or records of one model: `fault`, `said`, `confidence`
-) -> pd.DataFrame:  # `coverage`, `accuracy`, `threshold`, from the surest answer on
-    "Accuracy of the surest answers."
+) -> pd.DataFrame:  # `coverage`, `accuracy`, `threshold`, by decreasing confidence
+    "Accuracy of the most confident predictions as a function of coverage."
     o = outcomes.sort_values("confidence", ascending=False, kind="stable")
     n = np.arange(1, len(o) + 1)
     table = pd.DataFrame(
@@ -245,24 +245,24 @@ def coverage_curve(
     )
     return table[np.append(np.diff(table.threshold) != 0, True)].reset_index(
         drop=True
-    )  # equal confidence: together or not at all
+    )  # predictions of equal confidence are accepted together
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #617c7c94
 def answers(
     outcomes: pd.DataFrame,  # Windows or records
-    threshold: float = 0.5,  # Least probability of an answer
-) -> np.ndarray:  # Fault, or `type unclear`
-    "What is said when an answer needs a probability."
+    threshold: float = 0.5,  # Minimum confidence of an accepted prediction
+) -> np.ndarray:  # Predicted fault, or `type unclear`
+    "Predictions, with `type unclear` where the confidence is below the threshold."
     return np.where(outcomes.confidence >= threshold, outcomes.said, "type unclear")
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #ccf7a758
 def plot_splits(
     scores: pd.DataFrame,  # From `score_table`
-    measure: str = "windows",  # Measure
-    order=("leak", "load", "bearing"),  # Splits, as columns
+    measure: str = "windows",  # Measure of `fold_scores`
+    order=("leak", "load", "bearing"),  # Splits, in the order of the x axis
     ax=None,  # Axes
 ):  # The axes
-    "Every model under every split: what looks best on random windows is rarely best on a new bearing."
+    "Plot the score of each model under each split."
     part = scores[scores.measure == measure]
     order = [s for s in order if s in set(part.split)]
     ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
@@ -289,11 +289,11 @@ def plot_splits(
 
 # %% ../../nbs/bearing/40_evaluate.ipynb #8f711806
 def plot_coverage(
-    outcomes: pd.DataFrame,  # Windows, of several models
-    names=None,  # Models to draw; all by default
+    outcomes: pd.DataFrame,  # Windows of several models
+    names=None,  # Models to plot; all by default
     ax=None,  # Axes
 ):  # The axes
-    "Coverage against accuracy, windows solid and records dashed."
+    "Plot accuracy against coverage, windows solid and records dashed."
     ax = ax or plt.subplots(figsize=(5, 2.5), layout="constrained")[1]
     votes = record_votes(outcomes)
     for i, name in enumerate(names or outcomes.name.unique()):
@@ -319,7 +319,7 @@ def plot_faults(
     outcomes: pd.DataFrame,  # Windows of one model and split
     ax=None,  # Axes
 ):  # The axes
-    "Confusion of the faults, by window."
+    "Plot the confusion matrix of the windows."
     return plot_confusion(
         outcomes.fault, outcomes.said, [c[2:] for c in outcomes if c.startswith("p_")], ax=ax
     )
@@ -329,7 +329,7 @@ def plot_bearings(
     outcomes: pd.DataFrame,  # Windows of one split
     ax=None,  # Axes
 ):  # The axes
-    "Share of right windows of each bearing, a row a model."
+    "Plot the window accuracy for each model (rows) and bearing (columns)."
     table = (
         bearing_table(outcomes)
         .pivot(index="name", columns="bearing", values="windows")

@@ -1,4 +1,4 @@
-"""Numbers with a meaning for every window: how far the lines of each bearing part stand out, a rule that needs no training, and the classical models on top.
+"""Interpretable features per window: evidence of the defect lines in the envelope spectrum, a training-free rule, and the classical baselines.
 
 Docs: https://example.org/gcode_ml/bearing/features.html.md"""
 
@@ -26,11 +26,11 @@ from ..evaluation.baselines import baseline
 from ..signals.spectra import band_envelope, envelope_spectrum, prewhiten
 
 # %% ../../nbs/bearing/08_features.ipynb #81cfcf8d
-PARTS = ("outer", "inner", "ball")  # the classes of the rule, in the order of the geometry's orders
+PARTS = ("outer", "inner", "ball")  # Classes of the rule, in the order of `Geometry.orders`
 
 # %% ../../nbs/bearing/08_features.ipynb #113486f2
-def _stretch(step, bins, f, half):
-    "Bins strictly between f-half and f+half."
+def _bins_within(step, bins, f, half):
+    "Slice of the bins strictly between f-half and f+half; `step` is the bin width in Hz."
     return slice(
         max(int(np.floor((f - half) / step)) + 1, 0),
         max(min(int(np.ceil((f + half) / step)), bins), 0),
@@ -38,14 +38,12 @@ def _stretch(step, bins, f, half):
 
 # %% ../../nbs/bearing/08_features.ipynb #fc6a2e73
 def _line_scores(spectra, step, frequency, resolution):
-    "Scores `[n,K,P]` of lines at `frequency [P]` in spectra `[n,K,F]`; `resolution` is one over the window's seconds."
+    "Scores `[n,K,P]` of lines at `frequency [P]` in spectra `[n,K,F]` with bin width `step`; `resolution` is the reciprocal of the window's duration, in Hz."
     bins = spectra.shape[-1]
     q = np.zeros((*spectra.shape[:2], len(frequency)))
     for p, f in enumerate(frequency):
-        near, far = (
-            _stretch(step, bins, f, h)
-            for h in (max(0.012 * f, 0.75 * resolution), max(25.0, 8 * resolution))
-        )
+        near = _bins_within(step, bins, f, max(0.012 * f, 0.75 * resolution))
+        far = _bins_within(step, bins, f, max(25.0, 8 * resolution))
         if f >= (bins - 1) * step or near.start >= near.stop:
             continue
         peak = spectra[..., near].max(-1)
@@ -55,8 +53,8 @@ def _line_scores(spectra, step, frequency, resolution):
     return q
 
 # %% ../../nbs/bearing/08_features.ipynb #0a0c42b1
-def _eleven(q, present):
-    "The eleven columns `[n,K,11]` of line scores `[n,K,20]`; means over lines that the spectrum has."
+def _band_columns(q, present):
+    "Eleven columns per band, `[n,K,11]`, from line scores `[n,K,20]`; means are over the lines within the spectrum."
 
     def mean(lines):
         return q[..., lines].sum(-1) / max(present[lines].sum(), 1)
@@ -91,37 +89,30 @@ FEATURE_NAMES = [
 
 # %% ../../nbs/bearing/08_features.ipynb #c9345c5a
 def _spectra(x, rate, bands, whiten, points, bins):
-    "First bins of the envelope spectra of windows of one rate, `[n,K,bins]`."
+    "First `bins` bins of the envelope spectra of windows with equal sampling rate, `[n,K,bins]`."
     x = torch.as_tensor(np.asarray(x), dtype=torch.float64)
     with torch.no_grad():
-        return envelope_spectrum(
-            band_envelope(
-                prewhiten(x) if whiten else x - x.mean(-1, keepdim=True), rate, bands, points
-            ),
-            bins=bins,
-        ).numpy()
+        x = prewhiten(x) if whiten else x - x.mean(-1, keepdim=True)
+        envelope = band_envelope(x, rate, bands, points)
+        return envelope_spectrum(envelope, bins=bins).numpy()
 
 # %% ../../nbs/bearing/08_features.ipynb #a9474400
-def _features(x, shaft, rate, orders, bands, whiten, points, chunk=2):
-    "Columns `[n,K,11]` of windows that share speed, rate and orders."
+def _order_columns(x, shaft, rate, orders, bands, whiten, points, chunk=2):
+    "Columns `[n,K,11]` of windows with equal shaft speed, sampling rate and orders."
     n = x.shape[-1]
     lines = bearing_lines(orders) * shaft
     half = (points or n) / n * rate / 2
     last = lines[lines < half].max(initial=0)
-    bins = (
-        int((last + max(25, 8 * rate / n, 0.012 * last)) * 4 * n / rate) + 3
-    )  # nothing beyond is looked at
-    spectra = np.concatenate(
-        [
-            _spectra(x[i : i + chunk], rate, bands, whiten, points, bins)
-            for i in range(0, len(x), chunk)
-        ]
-    )  # small chunks stay in the cache
-    return _eleven(_line_scores(spectra, rate / n / 4, lines, rate / n), lines < half)
+    # Higher bins are not evaluated
+    bins = int((last + max(25, 8 * rate / n, 0.012 * last)) * 4 * n / rate) + 3
+    # Small chunks stay in the CPU cache
+    chunks = [x[i : i + chunk] for i in range(0, len(x), chunk)]
+    spectra = np.concatenate([_spectra(c, rate, bands, whiten, points, bins) for c in chunks])
+    return _band_columns(_line_scores(spectra, rate / n / 4, lines, rate / n), lines < half)
 
 # %% ../../nbs/bearing/08_features.ipynb #a941bd70
 def _check_windows(x, shaft, rate, orders):
-    "Everything as arrays, finite, with a geometry and a speed."
+    "Broadcast the arguments to arrays; raises `InputError` unless windows are finite and speeds, rates and orders positive."
     x = np.asarray(x)
     x = x[None] if x.ndim == 1 else x
     shaft, rate, orders = (
@@ -136,7 +127,7 @@ def _check_windows(x, shaft, rate, orders):
     ).items():
         want = dict(
             signal="finite numbers that are not all the same",
-            shaft="turns per second above 0",
+            shaft="revolutions per second above 0",
             rate="samples per second above 0",
             orders="four numbers above 0 (outer, inner, ball, cage)",
         )[name]
@@ -145,21 +136,21 @@ def _check_windows(x, shaft, rate, orders):
                 "windows",
                 f"{name} of window {bad.argmax()}",
                 want,
-                f"others in {bad.sum()} of {len(x)} windows",
+                f"other values in {bad.sum()} of {len(x)} windows",
             )
     return x, shaft, rate, orders
 
 # %% ../../nbs/bearing/08_features.ipynb #c13ec4e1
 def order_features(
     x,  # Windows, `[B,N]`
-    shaft,  # Turns per second: a number, or one a window, `[B]`
-    rate,  # Samples per second: a number, or one a window, `[B]`
+    shaft,  # Shaft speed in Hz: a number, or one per window, `[B]`
+    rate,  # Sampling rate in Hz: a number, or one per window, `[B]`
     orders,  # Orders of outer race, inner race, ball and cage, `[4]` or `[B,4]`
-    bands=BANDS,  # Edges in Hz, `[K,2]`
-    whiten: bool = True,  # Cepstrum prewhitening first
-    points: int = None,  # Points of the envelopes; N by default
-) -> np.ndarray:  # `[B,17*K]`: six columns a band less their mean, then eleven a band
-    "How far the lines of each bearing part stand out, in every band."
+    bands=BANDS,  # Band edges in Hz, `[K,2]`
+    whiten: bool = True,  # Apply cepstrum prewhitening
+    points: int = None,  # Points of the decimated envelopes; default N
+) -> np.ndarray:  # `[B,17*K]`: six columns per band minus their mean, then eleven per band
+    "Envelope order features: evidence of the defect lines of each bearing part, per band."
     x, shaft, rate, orders = _check_windows(x, shaft, rate, orders)
     kinds, kind = np.unique(np.column_stack([shaft, rate, orders]), axis=0, return_inverse=True)
     kind = kind.ravel()
@@ -167,26 +158,27 @@ def order_features(
     for k, (turns, hz, *o) in enumerate(kinds):
         if max(b[1] for b in bands) > hz / 2:
             warnings.warn(
-                f"bands above {hz / 2:g} Hz, half the sampling rate, are cut; their columns are zero where nothing is left",
+                f"bands are clipped at {hz / 2:g} Hz, half the sampling rate; "
+                "columns of bands entirely above it are zero",
                 stacklevel=2,
             )
-        columns[kind == k] = _features(x[kind == k], turns, hz, o, bands, whiten, points)
+        columns[kind == k] = _order_columns(x[kind == k], turns, hz, o, bands, whiten, points)
     relative = columns[..., :6] - columns[..., :6].mean(-1, keepdims=True)
     return np.concatenate([relative.reshape(len(x), -1), columns.reshape(len(x), -1)], 1)
 
 # %% ../../nbs/bearing/08_features.ipynb #4614f533
 def rule_scores(
-    features,  # Of `order_features`, `[B,17*K]`
+    features,  # From `order_features`, `[B,17*K]`
 ) -> np.ndarray:  # Largest mean harmonic score over the bands, `[B,3]`: outer, inner, ball
-    "How much each part stands out."
+    "Score of each part: its mean harmonic score, maximised over the bands."
     columns = features[:, 6 * (features.shape[1] // 17) :].reshape(len(features), -1, 11)
     return columns[..., 3:6].max(1)
 
 # %% ../../nbs/bearing/08_features.ipynb #b96d606c
 def fault_rule(
-    features,  # Of `order_features`, `[B,17*K]`
+    features,  # From `order_features`, `[B,17*K]`
 ) -> np.ndarray:  # 0 outer, 1 inner, 2 ball, `[B]`
-    "Number of the part that stands out most."
+    "Index of the part with the largest score."
     return rule_scores(features).argmax(1)
 
 # %% ../../nbs/bearing/08_features.ipynb #2e87adde
@@ -205,7 +197,7 @@ _DB4 = np.array(
 
 # %% ../../nbs/bearing/08_features.ipynb #c44abd09
 def _dwt(x):
-    "One level: approximation and detail `[B,(N+7)//2]`."
+    "One level of the discrete wavelet transform: approximation and detail coefficients, each `[B,(N+7)//2]`."
     n = x.shape[-1]
     x = np.pad(x, ((0, 0), (7, 7)), "symmetric")
     low = _DB4[::-1]
@@ -215,7 +207,7 @@ def _dwt(x):
 
 # %% ../../nbs/bearing/08_features.ipynb #35cf5773
 def _details(x, levels=5):
-    "Details of five levels, the finest first, and the last approximation."
+    "Detail coefficients of five levels, finest first, and the last approximation."
     details = []
     for _ in range(levels):
         x, d = _dwt(x)
@@ -275,6 +267,7 @@ def _kurtosis(x):
 
 # %% ../../nbs/bearing/08_features.ipynb #4d8696e0
 def _waveform(x):
+    "Seven statistics of waveforms `[B,N]`: RMS, kurtosis, skewness, crest, shape, impulse and clearance factor."
     size = np.abs(x)
     c = x - x.mean(-1, keepdims=True)
     s = c * c
@@ -294,7 +287,7 @@ def _waveform(x):
 
 # %% ../../nbs/bearing/08_features.ipynb #61ba6561
 def _spectrum(P, f):
-    "Twelve numbers of power spectra `P [B,F]`."
+    "Twelve statistics of power spectra `P [B,F]` at frequencies `f [F]`."
     total = P.sum(-1)
     rows = np.arange(len(P))
     top = P[:, 1:].argmax(-1) + 1
@@ -319,7 +312,7 @@ def _spectrum(P, f):
 
 # %% ../../nbs/bearing/08_features.ipynb #3a12cb52
 def _envelope(X, n, rate):
-    "Four numbers of the Hilbert envelope, from the spectrum."
+    "Four statistics of the Hilbert envelope, from the one-sided spectrum `X`, which is overwritten."
     Z = 2 * X
     Z[:, 0] /= 2
     if n % 2 == 0:
@@ -340,7 +333,7 @@ def _rfft(x):
 
 # %% ../../nbs/bearing/08_features.ipynb #ab888966
 def _wavelet_cepstrum(x, X):
-    "Seven numbers of the wavelet's details and the cepstrum."
+    "Seven statistics of the wavelet details and the real cepstrum."
     details, rest = _details(x)
     E = np.array([np.einsum("bn,bn->b", d, d) for d in details])
     c = np.abs(torch.fft.irfft(torch.log(torch.from_numpy(np.abs(X)) + 1e-12)).numpy())
@@ -358,7 +351,7 @@ def _wavelet_cepstrum(x, X):
 
 # %% ../../nbs/bearing/08_features.ipynb #561c3d27
 def _bispectrum(x, size=512):
-    "Six numbers of the diagonal X(k)^2 X*(2k), averaged over stretches of 512 samples."
+    "Six statistics of the bispectrum's diagonal X(k)^2 X*(2k), averaged over segments of 512 samples."
     s = x[:, : x.shape[1] // size * size].reshape(len(x), -1, size)
     X = _rfft((s - s.mean(-1, keepdims=True)) * np.hanning(size))
     k = np.arange(1, size // 4)
@@ -377,16 +370,16 @@ def _bispectrum(x, size=512):
 # %% ../../nbs/bearing/08_features.ipynb #272f2d62
 def tabular_features(
     x,  # Windows, `[B,N]`, at least 512 samples
-    rate: float,  # Samples per second
-    chunk: int = 64,  # Windows worked on at a time
+    rate: float,  # Sampling rate in Hz
+    chunk: int = 64,  # Windows per chunk
 ) -> np.ndarray:  # `[B,36]`, see `TABULAR_NAMES`
-    "Thirty-six statistics of each window."
+    "Thirty-six statistics per window. Raises `InputError` for windows below 512 samples."
     x = np.atleast_2d(np.asarray(x))
     f = np.fft.rfftfreq(x.shape[1], 1 / rate)
     if x.shape[1] < 512:
         raise InputError("tabular_features", "window", "at least 512 samples", str(x.shape[1]))
 
-    def some(x):
+    def chunk_features(x):
         x = np.ascontiguousarray(x, dtype=float)
         X = _rfft(x)
         return np.stack(
@@ -400,16 +393,16 @@ def tabular_features(
             -1,
         )
 
-    return np.concatenate([some(x[i : i + chunk]) for i in range(0, len(x), chunk)])
+    return np.concatenate([chunk_features(x[i : i + chunk]) for i in range(0, len(x), chunk)])
 
 # %% ../../nbs/bearing/08_features.ipynb #4faf82ed
 def shape_features(
     x,  # Windows, `[B,N]`
-    shaft,  # Turns per second, `[B]`
-    rate,  # Samples per second, `[B]`
-    orders,  # `[B,4]`
+    shaft,  # Shaft speeds in Hz, `[B]`
+    rate,  # Sampling rates in Hz, `[B]`
+    orders,  # Orders of outer race, inner race, ball and cage, `[B,4]`
 ) -> np.ndarray:  # `[B,16+12*5]`
-    "Impulsiveness, power in 12 bands up to half the rate, and the lines of the envelope without prewhitening."
+    "Impulsiveness, power in 12 bands up to half the sampling rate, and line scores of the envelope spectrum without prewhitening."
     x = np.asarray(x, float)
     s = np.abs(x)
     P = np.abs(_rfft(x)) ** 2
@@ -451,12 +444,12 @@ CLASSICAL = (
 def window_features(
     windows,  # `RecordWindows`
     kind: str = "order",  # 'order', 'tabular' or 'shape'
-    chunk: int = 256,  # Windows gathered at a time
-) -> np.ndarray:  # A row a window
-    "Features of all windows."
-    kept = windows.__dict__.setdefault("_features", {})
-    if check_choice("window_features", "kind", kind, ("order", "tabular", "shape")) in kept:
-        return kept[kind]
+    chunk: int = 256,  # Windows per chunk
+) -> np.ndarray:  # One row per window
+    "Features of all windows, cached on `windows`."
+    cache = windows.__dict__.setdefault("_features", {})
+    if check_choice("window_features", "kind", kind, ("order", "tabular", "shape")) in cache:
+        return cache[kind]
     parts = []
     for i in range(0, len(windows), chunk):
         x, shaft, rate, orders = (
@@ -468,12 +461,12 @@ def window_features(
             parts.append(
                 (order_features if kind == "order" else shape_features)(x, shaft, rate, orders)
             )
-    kept[kind] = np.concatenate(parts)
-    return kept[kind]
+    cache[kind] = np.concatenate(parts)
+    return cache[kind]
 
 # %% ../../nbs/bearing/08_features.ipynb #6400d39f
 def _model(name, seed):
-    "Unfitted classifier and the features it reads."
+    "Unfitted classifier and the kind of features it uses."
     if name == "constant":
         return DummyClassifier(strategy="most_frequent"), "order"
     if name in ("lines_lr", "physics_lr"):
@@ -502,24 +495,24 @@ def _rule_probabilities(windows, test):
 
 # %% ../../nbs/bearing/08_features.ipynb #54cb01f3
 def _rocket_probabilities(windows, train, test, seed):
-    "MiniRocket and a ridge on its features; 0 or 1, because a ridge has no probabilities."
+    "MiniRocket with a ridge classifier; probabilities are 0 or 1, because a ridge classifier provides none."
     model = baseline("minirocket_ridge", seed, 1, alphas=np.logspace(-3, 3, 7))
 
-    def read(i):
+    def signals(i):
         return windows.signals(i)[0].numpy()[..., None]
 
-    p = model.fit(read(train), windows.labels[train]).predict(read(test))
-    return np.eye(len(windows.classes))[p]
+    predicted = model.fit(signals(train), windows.labels[train]).predict(signals(test))
+    return np.eye(len(windows.classes))[predicted]
 
 # %% ../../nbs/bearing/08_features.ipynb #4b713623
 def baseline_probabilities(
     name: str,  # One of `CLASSICAL`
     windows,  # `RecordWindows`
-    train,  # Training windows
-    test,  # Windows to judge
-    seed: int = 0,  # Seed
+    train,  # Indices of the training windows
+    test,  # Indices of the windows to predict
+    seed: int = 0,  # Random seed of the classifier
 ) -> np.ndarray:  # `[len(test),classes]`
-    "What a simple model says about windows."
+    "Fit a baseline and predict class probabilities. Raises `InputError` unless training windows have two classes or more."
     check_choice("baseline", "name", name, CLASSICAL)
     if name == "rule":
         return _rule_probabilities(windows, test)

@@ -1,4 +1,4 @@
-"""Settings of a model chosen by grid, at random or by Bayesian search, always judged on bearings that the model has not seen.
+"""Hyperparameter search by grid, random or Bayesian search, with cross-validation folds that keep bearings whole.
 
 Docs: https://example.org/gcode_ml/bearing/search.html.md"""
 
@@ -31,12 +31,12 @@ from sklearn.svm import SVC
 
 from ..core.errors import InputError, check_choice, require
 from ..data.split import check_disjoint, group_kfold, leave_one_group_out
-from ..evaluation.plots import _axes
+from ..evaluation.plots import axes_or_new
 from ..lab.spaces import Dimension
 
 # %% ../../nbs/bearing/09_search.ipynb #d60a6ff8
 def _dimension(name, entry):
-    "One parameter of a space."
+    "`Dimension` from one entry of a search space. Raises `InputError` for other forms."
     if isinstance(entry, Dimension):
         return entry
     if isinstance(entry, list) and entry:
@@ -55,8 +55,8 @@ def _dimension(name, entry):
     )
 
 # %% ../../nbs/bearing/09_search.ipynb #4067726e
-def _draw(dimension, random):
-    "A random value."
+def _sample(dimension, random):
+    "Random value of a dimension."
     if dimension.values is not None:
         return dimension.values[random.integers(len(dimension.values))]
     low = dimension.low
@@ -74,30 +74,32 @@ METHODS = ("grid", "random", "bayes", "gp")
 # %% ../../nbs/bearing/09_search.ipynb #1405b889
 @dataclass
 class Search:
-    "What a search found."
+    "Result of a search."
 
     history: (
         pd.DataFrame
-    )  # A row a trial: `trial`, `score`, `best` so far, `seconds`, `pruned`, and the parameters
+    )  # One row per trial: `trial`, `score`, `best` so far, `seconds`, `pruned` and the parameters
     parameters: list  # Names of the parameters
     method: str  # One of `METHODS`
-    leak: bool = False  # Whether the folds shared groups: then the scores mean nothing
+    leak: bool = False  # Whether groups are on both sides of a fold, which invalidates the scores
 
     @property
     def best(self):
+        "Parameters of the best trial."
         return {k: self.settings[self.history.score.argmax()][k] for k in self.parameters}
 
     @property
     def score(self):
+        "Best score."
         return float(self.history.score.max())
 
     settings: list = field(
         default_factory=list, repr=False
-    )  # Parameters of each trial as they were given
+    )  # Parameters of each trial, as passed to the objective
 
 # %% ../../nbs/bearing/09_search.ipynb #3545f511
 class Pruned(RuntimeError):
-    "Raised by `report` when a trial is not worth going on with."
+    "Raised by `report` when the pruner stops a trial."
 
 # %% ../../nbs/bearing/09_search.ipynb #1b79d764
 def _optuna():
@@ -111,23 +113,21 @@ def _optuna():
     return optuna
 
 # %% ../../nbs/bearing/09_search.ipynb #5be90858
-def _given(space, method, trials, seed):
-    "The settings of a grid or of random search, all drawn beforehand."
+def _fixed_settings(space, method, trials, seed):
+    "All settings of a grid or random search."
     random = np.random.default_rng(seed)
     if method == "random":
-        return [{d.name: _draw(d, random) for d in space} for _ in range(trials)]
+        return [{d.name: _sample(d, random) for d in space} for _ in range(trials)]
     points = [
         dict(zip([d.name for d in space], v)) for v in itertools.product(*(d.grid() for d in space))
     ]
-    return (
-        [points[i] for i in random.permutation(len(points))[:trials]]
-        if trials < len(points)
-        else points
-    )
+    if trials >= len(points):
+        return points
+    return [points[i] for i in random.permutation(len(points))[:trials]]
 
 # %% ../../nbs/bearing/09_search.ipynb #86273e2f
-def _asked(space, method, trials, seed, prune):
-    "Settings one after another from Optuna, each with a function that takes its score and one that reports a step."
+def _optuna_settings(space, method, trials, seed, prune):
+    "Yield settings suggested by Optuna, each with the functions `report(step, value)` and `tell(score)`."
     from gcode_ml.lab.sweeps import create_pruner, create_sampler
 
     optuna = _optuna()
@@ -139,29 +139,30 @@ def _asked(space, method, trials, seed, prune):
     for _ in range(trials):
         trial = study.ask()
 
-        def report(step, value):
+        def report(step, value, trial=trial):
             trial.report(value, step)
             if trial.should_prune():
                 raise Pruned(f"step {step}")
 
-        def tell(score):
-            study.tell(trial, score) if score is not None else study.tell(
-                trial, state=optuna.trial.TrialState.PRUNED
-            )
+        def tell(score, trial=trial):
+            if score is None:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            else:
+                study.tell(trial, score)
 
         yield {d.name: d.suggest(trial) for d in space}, report, tell
 
 # %% ../../nbs/bearing/09_search.ipynb #5862b93b
 def search(
-    objective,  # Called with a dict of parameters, and with `report(step, value)` when `prune` is given; the score, larger is better
+    objective,  # Called with a dict of parameters, and `report(step, value)` if `prune` is given; returns the score, larger is better
     space: dict,  # Name -> list of values, or (low, high), or (low, high, 'log')
     method: str = "bayes",  # One of `METHODS`
-    trials: int = 20,  # How many settings; of a grid at most
-    seed: int = 0,  # Seed of what is drawn
+    trials: int = 20,  # Number of settings; of a grid the maximum
+    seed: int = 0,  # Random seed of the settings
     prune: str = "",  # 'median' or 'hyperband' stops poor trials early; Bayesian search only
-    progress=None,  # For instance `tqdm`
+    progress=None,  # Progress bar, such as `tqdm`
 ) -> Search:  # History and best setting
-    "Look for the setting with the best score."
+    "Search for the setting with the best score. Raises `InputError` for an empty space or a score that is not finite."
     check_choice("search", "method", method, METHODS)
     dimensions = [_dimension(*e) for e in space.items()]
     if not dimensions or trials < 1:
@@ -174,11 +175,12 @@ def search(
     if prune and method in METHODS[:2]:
         raise InputError("search", "prune", "Bayesian search", method)
     settings = (
-        _asked(dimensions, method, trials, seed, prune)
+        _optuna_settings(dimensions, method, trials, seed, prune)
         if method in METHODS[2:]
-        else ((p, None, None) for p in _given(dimensions, method, trials, seed))
+        else ((p, None, None) for p in _fixed_settings(dimensions, method, trials, seed))
     )
-    rows, kept = [], []
+    rows = []
+    kept = []
     for number, (p, report, tell) in enumerate(progress(settings) if progress else settings):
         start = time.perf_counter()
         try:
@@ -210,11 +212,11 @@ def search(
 def grouped_folds(
     groups,  # Bearing (or size, or record) of each item, `[N]`
     labels,  # Class of each item, `[N]`
-    cv=None,  # Splitter of scikit-learn, or number of plain folds; by default each group is left out, or five parts of many groups
-    allow_leak: bool = False,  # Let groups stand on both sides
-    seed: int = 0,  # Seed of the parts
-) -> tuple:  # List of (train, test), and whether groups stand on both sides
-    "Folds of a search; plain folds of grouped data are refused."
+    cv=None,  # scikit-learn splitter, or number of plain folds; default: leave one group out, or 5 grouped folds above 10 groups
+    allow_leak: bool = False,  # Allow groups on both sides of a fold
+    seed: int = 0,  # Random seed of the folds
+) -> tuple:  # List of (train, test) indices, and whether groups are on both sides
+    "Cross-validation folds. Raises `InputError` for folds that split a group, or with a single training class."
     groups = np.asarray(groups)
     labels = np.asarray(labels)
     leak = False
@@ -237,7 +239,7 @@ def grouped_folds(
                     "cv",
                     "folds that keep every group whole",
                     f"{type(cv).__name__}, {e.found}",
-                    "leave cv out, or say allow_leak=True and the result is labelled leak",
+                    "omit cv, or pass allow_leak=True: the result is then labelled leak",
                 ) from None
             leak = True
         if len(np.unique(labels[train])) < 2:
@@ -260,11 +262,11 @@ SPACES = dict(
 
 # %% ../../nbs/bearing/09_search.ipynb #4bec0401
 def classifier(
-    kind,  # One of `SPACES`, or a class of scikit-learn's kind
-    seed: int = 0,  # Seed, where it takes one
-    **parameters,  # Its parameters
+    kind,  # One of `SPACES`, or a scikit-learn classifier class
+    seed: int = 0,  # `random_state`, if the class has it
+    **parameters,  # Hyperparameters
 ):  # Unfitted
-    "A classical model; the support vector machine with standardised features."
+    "Unfitted scikit-learn classifier; features of the support vector machine are standardised."
     if isinstance(kind, str):
         check_choice("classifier", "kind", kind, SPACES)
     if kind == "svm":
@@ -294,7 +296,7 @@ def classifier_objective(
     seed: int = 0,  # Seed of folds and model
     allow_leak: bool = False,  # See `grouped_folds`
 ):  # An objective for `search`
-    "Mean score over folds that keep bearings whole."
+    "Objective: mean cross-validation score over grouped folds."
     folds, leak = grouped_folds(groups, labels, cv, allow_leak, seed)
 
     def objective(parameters):
@@ -312,7 +314,7 @@ def classifier_objective(
 
 # %% ../../nbs/bearing/09_search.ipynb #b94d0db0
 def _monitored(learn, monitor, larger):
-    "Values of a recorded number, larger better."
+    "Values of a recorded metric per epoch, negated unless larger is better."
     names = list(learn.recorder.metric_names[1:])
     names = names[:-1] if names[-1] == "time" else names
     values = np.array(
@@ -326,14 +328,14 @@ def _monitored(learn, monitor, larger):
 
 # %% ../../nbs/bearing/09_search.ipynb #521a28b8
 class Pruning(Callback):
-    "Reports a validation score after each epoch; the search may stop the fit there."
+    "Report a validation score after each epoch; the pruner may stop the fit."
 
     order = 70  # after the recorder
 
     def __init__(
         self,
         report,  # `report(step, value)` of a search
-        monitor: str = "valid_loss",  # Name of a recorded number
+        monitor: str = "valid_loss",  # Name of a recorded metric
         larger: bool = False,  # Whether larger is better
     ):
         self.report = report
@@ -348,10 +350,10 @@ class Pruning(Callback):
 def learner_objective(
     make,  # Called with the parameters as keywords, gives a `Learner`
     fit,  # Called with the learner
-    monitor: str = "valid_loss",  # Name of a recorded number
+    monitor: str = "valid_loss",  # Name of a recorded metric
     larger: bool = False,  # Whether larger is better
 ):  # An objective for `search`, with or without `prune`
-    "Best validation score of a fit; give `make` a split whose validation side is other bearings of the training side."
+    "Objective: best validation score of a fit. The split in `make` should be by bearing."
 
     def objective(parameters, report=None):
         learn = make(**parameters)
@@ -366,12 +368,12 @@ def learner_objective(
 def compare_searches(
     objective,  # See `search`
     space: dict,  # See `search`
-    trials: int = 16,  # The same for every method
-    seeds=(0, 1, 2),  # A search for each
-    methods=METHODS[:3],  # Which
-    progress=None,  # For instance `tqdm`
+    trials: int = 16,  # Trials per search
+    seeds=(0, 1, 2),  # Random seeds, one search per seed and method
+    methods=METHODS[:3],  # Search methods
+    progress=None,  # Progress bar, such as `tqdm`
 ) -> pd.DataFrame:  # `method`, `seed`, `trial`, `score`, `best`, `seconds`
-    "Several ways of searching at equal budget; a setting that comes again is looked up, not fitted again."
+    "Compare search methods at equal budget; repeated settings are cached, not fitted again."
     known = {}
 
     def remembered(p):
@@ -393,10 +395,10 @@ def compare_searches(
 # %% ../../nbs/bearing/09_search.ipynb #6e762530
 def plot_searches(
     table: pd.DataFrame,  # Of `compare_searches`, or the history of one search
-    ax=None,  # Axes to draw into
+    ax=None,  # Matplotlib axes; default: a new figure
 ):  # The axes
-    "Best score so far against the number of trials; single trials as dots, a band over seeds."
-    ax = _axes(ax, 2.5)
+    "Best score so far against the number of trials; dots are single trials, the band is the range over seeds."
+    ax = axes_or_new(ax, 2.5)
     table = table if "method" in table else table.assign(method="best")
     for name, t in table.groupby("method", sort=False):
         best = t.pivot_table(index="trial", values="best", aggfunc=["mean", "min", "max"])
@@ -417,7 +419,7 @@ def plot_searches(
 
 # %% ../../nbs/bearing/09_search.ipynb #12b9a8a5
 def _encoded(history, parameters):
-    "Settings as numbers; names, `None` and missing ones by their place in the list."
+    "Settings as numbers; strings, `None` and missing values as ordinal codes."
 
     def code(c):
         return (
@@ -442,8 +444,8 @@ def _text(v):
 def parameter_importance(
     found: Search,  # A search of some ten trials or more
     seed: int = 0,  # Of the forest
-) -> pd.Series:  # Shares that add up to one, the largest first
-    "How much each parameter decides the score."
+) -> pd.Series:  # Fractions that sum to one, in descending order
+    "Permutation importance of each parameter. Raises `InputError` for fewer than 4 scored trials."
     rows = found.history.dropna(subset=["score"])
     if len(rows) < 4:
         raise InputError("importance", "trials", "at least 4 with a score", str(len(rows)))
@@ -462,12 +464,12 @@ def parameter_importance(
 # %% ../../nbs/bearing/09_search.ipynb #719078c2
 def plot_importance(
     weight: pd.Series,  # Of `parameter_importance`
-    ax=None,  # Axes to draw into
+    ax=None,  # Matplotlib axes; default: a new figure
 ):  # The axes
-    "Shares of the parameters as bars."
-    ax = _axes(ax, 0.6 + 0.3 * len(weight))
+    "Bar plot of parameter importances."
+    ax = axes_or_new(ax, 0.6 + 0.3 * len(weight))
     ax.barh(list(weight.index)[::-1], weight.to_numpy()[::-1])
-    ax.set(xlabel="share of the score it decides")
+    ax.set(xlabel="relative importance")
     return ax
 
 # %% ../../nbs/bearing/09_search.ipynb #25eb695e
@@ -475,9 +477,9 @@ def plot_settings(
     found: Search,  # A search
     across: str,  # Parameter on the horizontal axis
     down: str,  # Parameter on the vertical axis
-    ax=None,  # Axes to draw into
+    ax=None,  # Matplotlib axes; default: a new figure
 ):  # The axes
-    "Best score for each pair of values; `None` is a value like any other."
+    "Heat map of the best score per pair of values; `None` is a value like any other."
     for k in (across, down):
         check_choice("plot_settings", "parameter", k, found.parameters)
 
@@ -495,7 +497,7 @@ def plot_settings(
         .pivot_table(index=down, columns=across, values="score", aggfunc="max")
         .reindex(index=order(down), columns=order(across))
     )
-    ax = _axes(ax, 0.8 + 0.4 * len(cells))
+    ax = axes_or_new(ax, 0.8 + 0.4 * len(cells))
     ax.imshow(cells, aspect="auto", cmap="Blues")
     ax.set_xticks(range(cells.shape[1]), cells.columns)
     ax.set_yticks(range(len(cells)), cells.index)

@@ -1,4 +1,4 @@
-"""Two simulated machines: a rolling element bearing whose lines are where geometry puts them, and a journal bearing with eleven conditions.
+"""Two signal generators: a rolling element bearing with defect lines at the orders of its geometry, and a journal bearing machine with eleven conditions.
 
 Docs: https://example.org/gcode_ml/bearing/simulate.html.md"""
 
@@ -22,40 +22,38 @@ from ..core.errors import InputError, check_choice, require
 from ..core.files import atomic_path
 
 # %% ../../nbs/bearing/05_simulate.ipynb #98f9de29
-def _ringing(places, strengths, n, rate, resonance, damping):
-    "Sum of damped oscillations that start at `places` in seconds: a train of impulses through a resonator of two poles."
+def _impulse_response_train(times, amplitudes, n, rate, resonance, damping):
+    "Sum of damped oscillations starting at `times` (s): impulses filtered by a two-pole resonator; `n` samples."
     impulses = np.zeros(n)
-    np.add.at(impulses, np.minimum((places * rate).astype(int), n - 1), strengths)
+    np.add.at(impulses, np.minimum((times * rate).astype(int), n - 1), amplitudes)
     theta = 2 * np.pi * resonance / rate
     r = np.exp(-damping * theta)
     return lfilter([0, r * np.sin(theta)], [1, -2 * r * np.cos(theta), r * r], impulses)
 
 # %% ../../nbs/bearing/05_simulate.ipynb #44ece9fc
-def _passages(random, period, seconds, jitter):
-    "Times at which the defect is struck."
+def _impact_times(random, period, seconds, jitter):
+    "Impact times in seconds; each period has a relative standard deviation of `jitter`."
     count = int(seconds / period * 1.2) + 8
-    times = (
-        random.uniform(0, period)
-        + np.cumsum(period * (1 + jitter * random.standard_normal(count)))
-        - period
-    )
+    first = random.uniform(0, period)
+    periods = period * (1 + jitter * random.standard_normal(count))
+    times = first + np.cumsum(periods) - period
     return times[(times >= 0) & (times < seconds)]
 
 # %% ../../nbs/bearing/05_simulate.ipynb #7524d5c4
 def rolling_record(
     fault: str,  # 'outer', 'inner' or 'ball'
     geometry=BEARINGS["6205"],  # A `Geometry`, or the four orders
-    shaft: float = 29.0,  # Turns per second
-    rate: float = 12000.0,  # Samples per second
-    seconds: float = 1.0,  # Length
-    snr: float = 0.0,  # Signal-to-noise ratio in dB; infinity for none
-    resonance: float = None,  # Hz; uniform over 2 to 4 kHz by default
-    damping: float = None,  # Of the resonance; uniform over 0.02 to 0.05 by default
-    jitter: float = 0.015,  # Standard deviation of the period, in periods
-    seed: int = 0,  # Seed of everything random
+    shaft: float = 29.0,  # Shaft speed in Hz
+    rate: float = 12000.0,  # Sampling rate in Hz
+    seconds: float = 1.0,  # Duration in s
+    snr: float = 0.0,  # Signal-to-noise ratio in dB; infinity: no noise
+    resonance: float = None,  # Resonance frequency in Hz; default: uniform over 2 to 4 kHz
+    damping: float = None,  # Damping ratio of the resonance; default: uniform over 0.02 to 0.05
+    jitter: float = 0.015,  # Relative standard deviation of the period between impacts
+    seed: int = 0,  # Random seed
     **about,  # Other fields of the record: `name`, `diameter`, `load`, `bearing`
-) -> Record:  # With the truth in `facts`
-    "One record of a bearing with a defect."
+) -> Record:  # `facts` holds the simulated resonance, damping ratio, noise and seed
+    "Simulate one record of a rolling element bearing with a defect. Raises `InputError` for a resonance above half the sampling rate."
     check_choice("rolling_record", "fault", fault, FAULTS)
     random = np.random.default_rng(seed)
     n = round(seconds * rate)
@@ -69,16 +67,11 @@ def rolling_record(
             f"below {rate / 2:g} Hz, half the sampling rate",
             f"{resonance:g}",
         )
-    times = _passages(random, 1 / (orders[FAULTS.index(fault)] * shaft), seconds, jitter)
-    turns = dict(outer=0, inner=shaft, ball=orders[3] * shaft)[fault]
-    x = _ringing(
-        times,
-        1 + 0.8 * np.cos(2 * np.pi * (turns * times + random.random())) * (fault != "outer"),
-        n,
-        rate,
-        resonance,
-        damping,
-    )
+    times = _impact_times(random, 1 / (orders[FAULTS.index(fault)] * shaft), seconds, jitter)
+    modulation = dict(outer=0, inner=shaft, ball=orders[3] * shaft)[fault]  # Hz
+    phase = 2 * np.pi * (modulation * times + random.random())
+    amplitudes = 1 + 0.8 * np.cos(phase) * (fault != "outer")
+    x = _impulse_response_train(times, amplitudes, n, rate, resonance, damping)
     x = x + random.standard_normal(n) * np.sqrt((x**2).mean() / 10 ** (snr / 10))
     return Record(
         **dict(name=f"{fault}_{seed}") | about,
@@ -93,27 +86,30 @@ def rolling_record(
 # %% ../../nbs/bearing/05_simulate.ipynb #b306f4c7
 def random_geometry(
     random,  # NumPy generator
-) -> Geometry:  # 7 to 15 balls that fit on their circle
-    "A ball bearing that could be built."
+) -> Geometry:  # 7 to 15 balls that fit on the pitch circle
+    "Sample a physically possible ball bearing geometry."
     balls = int(random.integers(7, 16))
-    widest = np.sin(np.pi / balls)
+    max_diameter = np.sin(np.pi / balls)  # balls touch, in units of the pitch diameter
     return Geometry(
-        balls, float(random.uniform(0.55, 0.92) * widest), 1.0, float(random.choice([0, 0, 0, 15]))
+        balls,
+        float(random.uniform(0.55, 0.92) * max_diameter),
+        1.0,
+        float(random.choice([0, 0, 0, 15])),
     )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #fbf971df
 def rolling_records(
-    count: int = 10,  # Records a class
-    seed: int = 0,  # Seed
-    shaft: tuple = (15, 60),  # Range of turns per second
+    count: int = 10,  # Records per class
+    seed: int = 0,  # Random seed
+    shaft: tuple = (15, 60),  # Range of the shaft speed in Hz
     snr: tuple = (-8, 12),  # Range of the signal-to-noise ratio in dB
-    rate: float = 12000.0,  # Samples per second
-    seconds: float = 1.0,  # Length
+    rate: float = 12000.0,  # Sampling rate in Hz
+    seconds: float = 1.0,  # Duration in s
 ) -> list:  # `3*count` records
-    "Records of random bearings at random speeds, classes in turn."
+    "Simulate records of random bearings at random speeds; the classes alternate."
     random = np.random.default_rng(seed)
     records = []
-    for _i in range(count):
+    for _ in range(count):
         for fault in FAULTS:
             number = len(records)
             records.append(
@@ -133,13 +129,13 @@ def rolling_records(
 
 # %% ../../nbs/bearing/05_simulate.ipynb #0b553160
 def rolling_set(
-    geometry=BEARINGS["6205"],  # A `Geometry`, or four orders
-    seconds: float = 4.0,  # Length of a record
-    rate: float = 12000.0,  # Samples per second
-    snr: float = 0.0,  # Signal-to-noise ratio in dB of the middle size; 5 dB less and more for the others
-    seed: int = 42,  # Seed
+    geometry=BEARINGS["6205"],  # A `Geometry`, or the four orders
+    seconds: float = 4.0,  # Duration of a record in s
+    rate: float = 12000.0,  # Sampling rate in Hz
+    snr: float = 0.0,  # Signal-to-noise ratio in dB of the middle size; 5 dB lower and higher for the others
+    seed: int = 42,  # Random seed
 ) -> list:  # 27 records
-    "Three faults by three sizes by three loads."
+    "Simulate three faults at three defect sizes and three loads."
     random = np.random.default_rng(seed)
     records = []
     for fault in FAULTS:
@@ -173,7 +169,7 @@ SEVERITIES = dict(
 
 # %% ../../nbs/bearing/05_simulate.ipynb #6f1c19e2
 def _operation(random):
-    "Speed, load, temperature and what follows from them."
+    "Sample speed, load and temperature, and derive the factors of the fault formulae."
     u = random.random
     d = 1 + 0.10 * (2 * u() - 1)
     load = 30 + 70 * u()
@@ -198,40 +194,38 @@ def _operation(random):
 
 # %% ../../nbs/bearing/05_simulate.ipynb #81f11c0a
 def _severity(random, range_, n):
-    "Severity over the record: a number, or a rising array; and whether it rises."
+    "Severity over the record (a number, or an array `[n]` if it rises), and whether it rises."
     s = random.uniform(*range_)
     rises = random.random() < 0.30
     return (np.linspace(s, min(1, s + 0.3), n) if rises else s), rises
 
 # %% ../../nbs/bearing/05_simulate.ipynb #a0163f90
 def _transient(random, n):
-    "Factor over the record and its name."
+    "Amplitude factor over the record (a number or an array `[n]`) and the kind of transient."
     if random.random() >= 0.25:
         return 1.0, "none"
     kind = ("speed_ramp", "load_step", "thermal")[random.integers(3)]
     k = np.arange(n) / n
     if kind == "speed_ramp":
         return np.where((k >= 0.2) & (k < 0.6), 0.85 + 0.3 * (k - 0.2) / 0.4, 1), kind
-    return (
-        (np.where(k < 0.4, 0.7, 1), kind)
-        if kind == "load_step"
-        else (0.9 + 0.2 * (1 - np.exp(-k / 0.3)), kind)
-    )
+    if kind == "load_step":
+        return np.where(k < 0.4, 0.7, 1), kind
+    return 0.9 + 0.2 * (1 - np.exp(-k / 0.3)), kind
 
 # %% ../../nbs/bearing/05_simulate.ipynb #a7da821d
 def _bursts(random, x, rate, count, strength):
-    "Add bursts to `x`; their first and last samples, `[count,2]`."
+    "Add bursts to `x` in place; returns their first sample and the one after their last, `[count,2]`."
     n = int(0.008 * rate)
     t = np.arange(n) / rate
-    shape = strength * np.exp(-100 * t) * np.hanning(n)
+    envelope = strength * np.exp(-100 * t) * np.hanning(n)
     starts = random.integers(0, len(x) - n, count)
     for a in starts:
-        x[a : a + n] += shape * np.sin(2 * np.pi * (1500 + 1000 * random.random()) * t)
+        x[a : a + n] += envelope * np.sin(2 * np.pi * (1500 + 1000 * random.random()) * t)
     return np.column_stack([starts, starts + n])
 
 # %% ../../nbs/bearing/05_simulate.ipynb #6015c190
 def _contacts(random, x, count, length, strength, decay):
-    "Add contacts of `length` samples of decaying noise to `x`."
+    "Add `count` contacts, each `length` samples of decaying noise, to `x` in place."
     at = random.integers(0, len(x) - length, count)[:, None] + np.arange(length)
     np.add.at(
         x, at, strength * np.exp(-decay * np.arange(length)) * random.standard_normal(at.shape)
@@ -304,18 +298,18 @@ def _wear_lubrication(r, k, t, x):
 
 # %% ../../nbs/bearing/05_simulate.ipynb #993cc059
 def _cavitation_clearance(r, k, t, x):
-    places = _bursts(r.random, x, k.rate, int(3 + 4 * k.m), 0.5 * k.m)
+    burst_positions = _bursts(r.random, x, k.rate, int(3 + 4 * k.m), 0.5 * k.m)
     return k.g * k.m * (
         0.22 * k.TF * np.sin(2 * np.pi * (0.43 + 0.05 * r.u()) * k.turns * t)
         + 0.15 * np.sin(k.w * t)
-    ), places
+    ), burst_positions
 
 # %% ../../nbs/bearing/05_simulate.ipynb #35bad1ea
 _signals = {fault: globals()[f"_{fault}"] for fault in JOURNAL_FAULTS}
 
 # %% ../../nbs/bearing/05_simulate.ipynb #5db2c4a7
-class _Draws:
-    "Random numbers as the formulae use them."
+class _Random:
+    "Random generator with the notation of the formulae: `u()` uniform on [0, 1), `phase()` uniform on [0, 2 pi)."
 
     def __init__(self, seed):
         self.random = np.random.default_rng(seed)
@@ -340,14 +334,14 @@ def _quantise(x):
 
 # %% ../../nbs/bearing/05_simulate.ipynb #53bd78e2
 def _noise(r, k, t, n, quantise_last):
-    "Floor and noise layers; the name of what was drawn for the alias tone."
+    "Sum of noise floor and noise layers, `[n]`, and whether it contains an alias tone."
     z = r.random.standard_normal((2, n))
     x = 0.05 * k.A * z[0] + 0.03 * z[1]  # floor, measurement
     x += 0.01 * (1 + 0.5 * r.u()) * np.sin(2 * np.pi * (50 + 10 * r.u()) * t + r.phase())  # mains
     x += 0.02 * _walk(r.random, n) + 0.015 * np.sin(2 * np.pi * t / 1.5)  # random walk, drift
     if not quantise_last:
         x = _quantise(x)
-    x += 0.001 * t / (n / k.rate)  # drift of the sensor
+    x += 0.001 * t / (n / k.rate)  # sensor drift
     alias = r.u() < 0.10
     if alias:
         x += 0.005 * np.sin(2 * np.pi * (k.rate / 2 + 100 + 200 * r.u()) * t)
@@ -362,16 +356,16 @@ EFFECTS = ("amplitude_modulation", "critical_speed", "cross_coupling", "thermal_
 
 # %% ../../nbs/bearing/05_simulate.ipynb #4e928c55
 def _slow_noise(random, n, rate, limit=5.0):
-    "Noise below `limit` Hz with standard deviation one."
+    "Low-pass noise below `limit` Hz with unit standard deviation."
     X = np.fft.rfft(random.standard_normal(n))
     X[np.fft.rfftfreq(n, 1 / rate) > limit] = 0
     X[0] = 0
     x = np.fft.irfft(X, n)
-    return x / x.std() if x.any() else x  # a record shorter than 0.2 s has nothing so slow
+    return x / x.std() if x.any() else x  # all zero for records shorter than 0.2 s
 
 # %% ../../nbs/bearing/05_simulate.ipynb #4a58e8c0
 def _apply_effects(s, effects, r, k, t):
-    "The fault signal with the effects that are on."
+    "Apply the selected effects to the fault signal `s`."
     n = len(t)
     if "amplitude_modulation" in effects:
         s = s * (1 + 0.03 * _slow_noise(r.random, n, k.rate))
@@ -385,27 +379,28 @@ def _apply_effects(s, effects, r, k, t):
     return s + 0.3 * hilbert(s).imag if "cross_coupling" in effects else s
 
 # %% ../../nbs/bearing/05_simulate.ipynb #0e0e3078
-class _Known:
-    "What the formulae know about a record."
+class _Quantities:
+    "Quantities of a record in the notation of the formulae."
 
     def __init__(self, facts, rate, severity, transient):
         self.__dict__.update(facts)
-        self.rate, self.w = rate, 2 * np.pi * self.turns
+        self.rate = rate
+        self.w = 2 * np.pi * self.turns
         self.m = float(np.mean(severity))
         self.g = severity * transient
 
 # %% ../../nbs/bearing/05_simulate.ipynb #63c328eb
 def journal_record(
     fault: str,  # One of `JOURNAL_FAULTS`
-    severity="moderate",  # One of `SEVERITIES`, or a range of numbers
-    seed: int = 0,  # Seed of everything random
-    rate: float = 20480.0,  # Samples per second
-    seconds: float = 5.0,  # Length
-    effects=(),  # Any of `EFFECTS`
+    severity="moderate",  # One of `SEVERITIES`, or a range (low, high)
+    seed: int = 0,  # Random seed
+    rate: float = 20480.0,  # Sampling rate in Hz
+    seconds: float = 5.0,  # Duration in s
+    effects=(),  # Optional effects, from `EFFECTS`
     quantise_last: bool = False,  # Quantise the finished signal instead of the noise
     name: str = "",  # Name of the record
-) -> Record:  # With operation, severity, transient and bursts in `facts`
-    "One record of the journal bearing machine."
+) -> Record:  # `facts` holds operating point, severity, transient and burst positions
+    "Simulate one record of the journal bearing machine. Raises `InputError` for fewer than 200 samples."
     check_choice("journal_record", "fault", fault, JOURNAL_FAULTS)
     n = round(rate * seconds)
     for e in effects:
@@ -417,7 +412,7 @@ def journal_record(
     )
     if n < 200:
         raise InputError("journal_record", "length", "at least 200 samples", str(n))
-    r = _Draws(seed)
+    r = _Random(seed)
     t = _time(n, rate)
     facts = dict(
         _operation(r.random),
@@ -428,7 +423,7 @@ def journal_record(
     M, transient = _transient(r.random, n)
     if fault == "healthy":
         sev, rises = 1.0, False
-    k = _Known(facts, rate, sev, M)
+    k = _Quantities(facts, rate, sev, M)
     x, alias = _noise(r, k, t, n, quantise_last)
     events = np.zeros(n)
     s, bursts = _signals[fault](r, k, t, events)
@@ -458,22 +453,22 @@ def journal_record(
 # %% ../../nbs/bearing/05_simulate.ipynb #17825dbb
 def burst_in_window(
     record: Record,  # A journal record
-    size: int = 20480,  # Samples a window
-    stride: int = 0,  # Samples between starts; `size` if 0
-) -> np.ndarray:  # Bool, one a window
-    "Does a window overlap a burst?"
+    size: int = 20480,  # Samples per window
+    stride: int = 0,  # Samples between window starts; 0: `size`
+) -> np.ndarray:  # Boolean, one per window
+    "Whether each window overlaps a burst."
     starts = np.arange(0, len(record) - size + 1, stride or size)[:, None]
     bursts = record.facts["bursts"]
     return ((bursts[:, 0] < starts + size) & (bursts[:, 1] > starts)).any(1)
 
 # %% ../../nbs/bearing/05_simulate.ipynb #7b594e2b
 def journal_plan(
-    count: int = 80,  # Records a class and severity
-    seed: int = 42,  # Seed of the first record; the next has the next
-    shares=(0.7, 0.15, 0.15),  # Of training, validation and test
-    faults=JOURNAL_FAULTS,  # Which conditions
-) -> pd.DataFrame:  # `name`, `fault`, `severity`, `seed`, `split`, a row a record
-    "What the set consists of, before anything is computed."
+    count: int = 80,  # Records per class and severity
+    seed: int = 42,  # Seed of the first record; incremented per record
+    shares=(0.7, 0.15, 0.15),  # Fractions of training, validation and test set
+    faults=JOURNAL_FAULTS,  # Conditions, from `JOURNAL_FAULTS`
+) -> pd.DataFrame:  # `name`, `fault`, `severity`, `seed` and `split`, one row per record
+    "Plan of the data set, without signals. Raises `InputError` unless each part gets a record per class and severity."
     plan = pd.DataFrame(
         [(f, s, i) for f in faults for s in SEVERITIES for i in range(count)],
         columns=["fault", "severity", "number"],
@@ -489,14 +484,14 @@ def journal_plan(
             f"{count} and {tuple(shares)}",
         )
     order = np.random.default_rng(seed)
-    place = np.concatenate([order.permutation(count) for _ in range(len(plan) // count)])
-    plan["split"] = np.array(["train", "valid", "test"])[np.searchsorted(ends, place, side="right")]
+    rank = np.concatenate([order.permutation(count) for _ in range(len(plan) // count)])
+    plan["split"] = np.array(["train", "valid", "test"])[np.searchsorted(ends, rank, side="right")]
     return plan
 
 # %% ../../nbs/bearing/05_simulate.ipynb #2334d812
 def check_set(
-    plan: pd.DataFrame,  # Of `journal_plan`
-    records,  # The records of the plan, in its order
+    plan: pd.DataFrame,  # From `journal_plan`
+    records,  # Records of the plan, in the same order
 ):
     "Raise `InputError` unless classes are balanced in every part and no signal occurs twice."
     counts = plan.groupby(["split", "fault", "severity"]).size().unstack("split", fill_value=0)
@@ -504,25 +499,28 @@ def check_set(
         not (counts.nunique() > 1).any(),
         "journal set",
         "balance",
-        "as many records of each class and severity",
+        "equally many records per class and severity",
         str(counts.drop_duplicates().values.tolist()),
     )
     sums = [hashlib.sha1(r.signal.tobytes()).hexdigest() for r in records]
     if len(set(sums)) < len(plan):
         raise InputError(
-            "journal set", "records", "each signal once", f"{len(plan) - len(set(sums))} again"
+            "journal set",
+            "records",
+            "each signal once",
+            f"{len(plan) - len(set(sums))} duplicates",
         )
 
 # %% ../../nbs/bearing/05_simulate.ipynb #b50d496e
 def journal_set(
-    count: int = 80,  # Records a class and severity
+    count: int = 80,  # Records per class and severity
     seed: int = 42,  # Seed of the first record
-    shares=(0.7, 0.15, 0.15),  # Of training, validation and test
-    faults=JOURNAL_FAULTS,  # Which conditions
-    progress=None,  # For instance `tqdm`
-    **options,  # Of `journal_record`
+    shares=(0.7, 0.15, 0.15),  # Fractions of training, validation and test set
+    faults=JOURNAL_FAULTS,  # Conditions, from `JOURNAL_FAULTS`
+    progress=None,  # Progress bar, such as `tqdm`
+    **options,  # Passed to `journal_record`
 ) -> list:  # Records with `split` in their `facts`
-    "The set in memory: 1.4 GB for the 3,520 records of the default."
+    "Simulate the data set in memory: 1.4 GB for the 3,520 records of the default."
     plan = journal_plan(count, seed, shares, faults)
     rows = list(plan.itertuples())
     records = []
@@ -534,19 +532,16 @@ def journal_set(
 
 # %% ../../nbs/bearing/05_simulate.ipynb #2ef5af12
 def add_noise(
-    record: Record,  # A record
-    snr: float,  # Decibels over the noise
-    seed: int = 0,  # Seed
-) -> Record:  # The same with white noise
-    "Add white noise to a record."
+    record: Record,  # Record to copy
+    snr: float,  # Signal-to-noise ratio in dB, relative to the record's RMS
+    seed: int = 0,  # Random seed
+) -> Record:  # Copy with noise; `facts["added_noise"]` is `snr`
+    "Add white Gaussian noise to a record."
     rms = np.sqrt(np.mean(np.square(record.signal, dtype=float)))
-    noise = np.random.default_rng(
-        [
-            seed,
-            len(record),
-            int(record.facts.get("seed", 0)) if np.isscalar(record.facts.get("seed", 0)) else 0,
-        ]
-    ).standard_normal(len(record))
+    record_seed = record.facts.get("seed", 0)
+    record_seed = int(record_seed) if np.isscalar(record_seed) else 0
+    random = np.random.default_rng([seed, len(record), record_seed])
+    noise = random.standard_normal(len(record))
     return Record(
         **{
             **vars(record),
@@ -557,15 +552,15 @@ def add_noise(
 
 # %% ../../nbs/bearing/05_simulate.ipynb #b4b2c9d0
 def simulate_records(
-    folder,  # Folder to make
-    kind: str = "rolling",  # 'rolling' (like CWRU), 'random' (a new bearing each record) or 'journal'
-    count: int = 3,  # Records a class and severity of 'journal', or a class of 'random'
-    seconds: float = 0.0,  # Length; 4 s, 1 s or 5 s by default
-    snr: float = 0.0,  # Signal-to-noise ratio in dB of 'rolling'; of 'journal', added noise where it is not 0
-    seed: int = 42,  # Seed
-    progress=None,  # For instance `tqdm`
+    folder,  # Output folder
+    kind: str = "rolling",  # 'rolling' (like CWRU), 'random' (a new bearing per record) or 'journal'
+    count: int = 3,  # Records per class and severity ('journal'), or per class ('random')
+    seconds: float = 0.0,  # Duration in s; 0: 4 (rolling), 1 (random) or 5 (journal)
+    snr: float = 0.0,  # Signal-to-noise ratio in dB ('rolling'); 'journal': noise added unless 0
+    seed: int = 42,  # Random seed
+    progress=None,  # Progress bar, such as `tqdm`
 ) -> list:  # The records
-    "Simulate a machine and write its records."
+    "Simulate a machine and write its records with `labels.csv` and `facts.csv`."
     check_choice("simulate", "kind", kind, ("rolling", "random", "journal"))
     if kind == "rolling":
         records = rolling_set(seconds=seconds or 4.0, snr=snr, seed=seed)

@@ -1,4 +1,4 @@
-"""From a waveform, a speed and a geometry to the lines of each bearing part; and time-frequency images side by side.
+"""Scores of the defect lines of each bearing part from signal, shaft speed and geometry; comparison of time-frequency images.
 
 Docs: https://example.org/gcode_ml/bearing/transforms.html.md"""
 
@@ -40,7 +40,7 @@ LINES = [
 def bearing_lines(
     orders,  # Orders of outer race, inner race, ball and cage, `[...,4]`, array or tensor
 ):  # `[...,20]`, in the order of `LINES`
-    "Orders at which the parts of a bearing show."
+    "Orders of the defect lines of a bearing."
     table = np.array([weights for _, weights in LINES], dtype=float)
     if torch.is_tensor(orders):
         table = torch.from_numpy(table).to(orders)
@@ -49,16 +49,22 @@ def bearing_lines(
     return orders @ table[:, :4].T + table[:, 4]
 
 # %% ../../nbs/bearing/06_transforms.ipynb #ec4f5b65
-BANDS = ((500, 1500), (1500, 2800), (2800, 4200), (4200, 5700), (500, 5700))  # Hz
+BANDS = (
+    (500, 1500),
+    (1500, 2800),
+    (2800, 4200),
+    (4200, 5700),
+    (500, 5700),
+)  # Demodulation bands, Hz
 
 # %% ../../nbs/bearing/06_transforms.ipynb #de92f75f
 class BearingLines(nn.Module):
-    "How far each of `LINES` stands out, in every band."
+    "Score of each of `LINES` per band: log ratio of peak to local median of the envelope spectrum."
 
     def __init__(
         self,
-        bands=BANDS,  # Edges in Hz, `[K,2]`
-        **kwargs,  # Of `Envelopes`: `whiten`, `points`, `learn`, `edge`
+        bands=BANDS,  # Band edges in Hz, `[K,2]`
+        **kwargs,  # Passed to `Envelopes`: `whiten`, `points`, `learn`, `edge`
     ):
         super().__init__()
         self.scores = LineScores(bands, **kwargs)
@@ -66,17 +72,15 @@ class BearingLines(nn.Module):
     def forward(
         self,
         inputs: dict,  # `signal` `[B,T,1]`, `shaft` `[B]`, `rate` `[B]`, `orders` `[B,4]`
-        mask: Tensor = None,  # `True` where real, `[B,T]`
+        mask: Tensor = None,  # `True` at valid samples, `[B,T]`
     ) -> Tensor:  # `[B,K,20]`
         x = inputs["signal"][..., 0]
         rate = inputs["rate"]
         shaft = inputs["shaft"]
         orders = bearing_lines(inputs["orders"])
-        return (
-            self.scores(x, rate, shaft, orders)
-            if mask is None
-            else by_length(self.scores, mask, x, rate, shaft, orders)
-        )
+        if mask is None:
+            return self.scores(x, rate, shaft, orders)
+        return by_length(self.scores, mask, x, rate, shaft, orders)
 
 # %% ../../nbs/bearing/06_transforms.ipynb #4592099d
 class PartSpectra(nn.Module):
@@ -84,10 +88,10 @@ class PartSpectra(nn.Module):
 
     def __init__(
         self,
-        bands=BANDS,  # Edges in Hz, `[K,2]`
-        top: float = 5.0,  # Last multiple of a part's order
-        step: float = 0.02,  # From one point to the next, in units of the part's order
-        **kwargs,  # Of `OrderSpectrum`
+        bands=BANDS,  # Band edges in Hz, `[K,2]`
+        top: float = 5.0,  # End of the axis, in multiples of the part's order
+        step: float = 0.02,  # Spacing of the axis, in multiples of the part's order
+        **kwargs,  # Passed to `OrderSpectrum`
     ):
         super().__init__()
         self.spectrum = OrderSpectrum(bands, top, step, **kwargs)
@@ -95,12 +99,12 @@ class PartSpectra(nn.Module):
     def forward(
         self,
         inputs: dict,  # `signal` `[B,T,1]`, `shaft` `[B]`, `rate` `[B]`, `orders` `[B,4]`
-        mask: Tensor = None,  # `True` where real, `[B,T]`
+        mask: Tensor = None,  # `True` at valid samples, `[B,T]`
     ) -> Tensor:  # `[B,3,K,P]`: outer race, inner race, ball
-        x, rate, shaft, orders = (
-            inputs["signal"][..., 0],
-            *(inputs[k] for k in ("rate", "shaft", "orders")),
-        )
+        x = inputs["signal"][..., 0]
+        rate = inputs["rate"]
+        shaft = inputs["shaft"]
+        orders = inputs["orders"]
         require(
             (orders > 0).all(),
             "inputs",
@@ -110,23 +114,21 @@ class PartSpectra(nn.Module):
             "a machine without rolling elements has no lines of parts",
         )
 
-        def one(x, rate, shaft, orders):
+        def part_spectra(x, rate, shaft, orders):
             return torch.stack([self.spectrum(x, rate, shaft, orders[:, p]) for p in range(3)], 1)
 
-        return (
-            one(x, rate, shaft, orders)
-            if mask is None
-            else by_length(one, mask, x, rate, shaft, orders)
-        )
+        if mask is None:
+            return part_spectra(x, rate, shaft, orders)
+        return by_length(part_spectra, mask, x, rate, shaft, orders)
 
 # %% ../../nbs/bearing/06_transforms.ipynb #7856740e
 def compare_transforms(
-    make,  # Called with a list of transform names, gives an unfitted fastai `Learner`
+    make,  # Called with a list of transform names; returns an unfitted fastai `Learner`
     fit,  # Called with the learner
-    names=IMAGES,  # Which transforms
-    together: bool = True,  # Also all of them as channels
+    names=IMAGES,  # Transforms to compare
+    together: bool = True,  # Also fit all of them stacked as channels
 ) -> pd.DataFrame:  # `transforms`, `accuracy`, `macro_f1`, `parameters`, `seconds`
-    "A row a transform, and one for the stack."
+    "Fit and evaluate one network per transform, and one on the stack; one row each."
     rows = []
     for chosen in [[n] for n in names] + ([list(names)] if together and len(names) > 1 else []):
         learn = make(chosen)

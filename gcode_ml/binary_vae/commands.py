@@ -147,7 +147,7 @@ def write_classic(
 EXPORTS = dict(classic=write_classic)
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #58ae5bf4
-def _found_data(data):
+def _resolve_place(data):
     "The data as the recipe takes it; refused where its folder is absent."
     from gcode_ml.binary_vae.data import FOLDERS, data_name
     from gcode_ml.lab.settings import data_folder
@@ -176,7 +176,7 @@ def check_run(
     from gcode_ml.training.fit import TRAINING
 
     known = {*inspect.signature(recipe).parameters, *TRAINING} - {"checkpoint_folder"}
-    check_parameters(_found_data(data), **{k: v for k, v in parameters.items() if k in known})
+    check_parameters(_resolve_place(data), **{k: v for k, v in parameters.items() if k in known})
 
 # %% ../../nbs/binary_vae/60_commands.ipynb #c9c35e36
 def check_comparison(
@@ -190,7 +190,7 @@ def check_comparison(
     "Refuse a run of `compare_ecc` that cannot be, one sentence."
     from gcode_ml.binary_vae.codes import create_code, named_generator
 
-    _found_data(data)
+    _resolve_place(data)
     k, n = named_generator(ecc_type, ecc_R, generator).shape
     if information_bits % k:
         raise InputError(

@@ -78,7 +78,7 @@ def probability(
 
 # %% ../../nbs/binary_vae/35_ngram.ipynb #ee108ace
 @patch
-def nats_a_token(
+def nats_per_token(
     self: WittenBell,
     tokens,  # Texts `[N,T]`
 ) -> float:  # Mean over tokens, ends included
@@ -87,7 +87,7 @@ def nats_a_token(
 
 # %% ../../nbs/binary_vae/35_ngram.ipynb #b539174d
 @patch
-def write(
+def sample(
     self: WittenBell,
     n: int = 1000,  # How many texts
     length: int = 64,  # Most tokens

@@ -1,4 +1,4 @@
-"""Bad input is said in one sentence.
+"""`InputError`: bad input is reported in one sentence.
 
 Docs: https://example.org/gcode_ml/core/errors.html.md"""
 
@@ -12,13 +12,13 @@ import numpy as np
 
 # %% ../../nbs/core/00_errors.ipynb #3cfa9ebe
 class InputError(ValueError):
-    "A user's mistake or a broken file, told in one sentence."
+    "A user's mistake or a broken file, described in one sentence."
 
     def __init__(
         self,
         file,  # File, folder or parameter at fault
         field: str,  # Column, key or property of it
-        expected: str,  # What would have been right
+        expected: str,  # What would be right
         found: str,  # What is there
         hint: str = "",  # What to do next
     ):
@@ -33,7 +33,8 @@ class InputError(ValueError):
         super().__init__(self.sentence)
 
     def __str__(self):
-        return self.sentence  # fastai puts words of its own into `args` of what a callback raises
+        # Not `args`: fastai prepends its own text to the `args` of an error in a callback.
+        return self.sentence
 
 # %% ../../nbs/core/00_errors.ipynb #cfa412a7
 def require(
@@ -55,7 +56,7 @@ def check_finite(
     x: np.ndarray,  # Numbers of any shape
     rows: str = "row",  # Name of the first axis, for the sentence
 ) -> np.ndarray:  # `x` itself
-    "Raise `InputError` naming the first entry of `x` that is NaN or infinite."
+    "Return `x`; raise `InputError` naming its first entry that is NaN or infinite."
     bad = ~np.isfinite(x)
     if bad.any():
         first = np.argwhere(bad)[0]
@@ -71,9 +72,9 @@ def check_finite(
 def check_choice(
     file,  # File or parameter that holds the value
     field: str,  # Name of the value
-    value,  # The value
-    choices,  # What it may be
-):
+    value,  # Value to check
+    choices,  # Allowed values
+):  # `value` itself
     "Return `value`, or raise `InputError` when it is not one of `choices`."
     if value not in choices:
         raise InputError(file, field, f"one of {', '.join(map(str, choices))}", repr(value))
@@ -81,9 +82,9 @@ def check_choice(
 
 # %% ../../nbs/core/00_errors.ipynb #81f8410d
 def fault_sentences(
-    readers,  # Functions without arguments, one a file
-) -> list:  # One sentence a reader that fails
-    "Sentences of the `InputError`s that readers raise."
+    readers,  # Functions without arguments, one per file
+) -> list:  # One sentence per failing reader
+    "Call each reader and collect the sentences of the `InputError`s."
     faults = []
     for read in readers:
         try:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and loaders that run nobody's code.
+"""Atomic writing, and array readers that never unpickle.
 
 Docs: https://example.org/gcode_ml/core/files.html.md"""
 
@@ -25,14 +25,14 @@ from .errors import InputError, require
 
 # %% ../../nbs/core/01_files.ipynb #c5ed7f7e
 def _umask():
-    "The process's file mode mask; `mkstemp` ignores it and makes private files."
+    "Return the process's file mode mask, which `mkstemp` ignores."
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 # %% ../../nbs/core/01_files.ipynb #1b9c2dd6
 def _mark():
-    "Machine and process, as temporary names have them."
+    "Hash of the machine's name and process number, as they stand in temporary file names."
     return f"{zlib.crc32(platform.node().encode()):08x}-{os.getpid()}"
 
 # %% ../../nbs/core/01_files.ipynb #622c262e
@@ -40,7 +40,7 @@ def _mark():
 def atomic_path(
     path,  # Final name of the file
 ):
-    "Yield a temporary path; rename it to `path` when the block ends well, remove it when it does not."
+    "Yield a temporary path; rename it to `path` when the block succeeds, delete it when it raises."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
@@ -58,7 +58,7 @@ def atomic_path(
 
 # %% ../../nbs/core/01_files.ipynb #c63f390b
 def _plain(o):
-    "NumPy values and paths as plain Python."
+    "Convert NumPy values and paths to plain Python for `json`."
     if isinstance(o, np.generic):
         return o.item()
     if isinstance(o, np.ndarray):
@@ -70,7 +70,7 @@ def _plain(o):
 # %% ../../nbs/core/01_files.ipynb #28e9856c
 def write_json(
     path,  # File to write
-    value,  # Anything `json` knows, and NumPy scalars and arrays
+    value,  # JSON types, NumPy scalars and arrays, paths
 ):
     "Write `value` as JSON, atomically."
     with atomic_path(path) as f:
@@ -81,8 +81,8 @@ def write_json(
 # %% ../../nbs/core/01_files.ipynb #4b37cb53
 def read_json(
     path,  # File to read
-):  # The value in it
-    "Read JSON; a broken file is an `InputError` naming the place."
+):  # The parsed value
+    "Read JSON; raises `InputError` with the line, or the byte, of a syntax error."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
@@ -92,7 +92,7 @@ def read_json(
 
 # %% ../../nbs/core/01_files.ipynb #6413d899
 def _alive(process):
-    "Whether a process of this machine lives; where the system cannot be asked, it may."
+    "True if a process of this machine exists, or where the operating system cannot be asked."
     if os.name != "posix":
         return True
     try:
@@ -104,8 +104,8 @@ def _alive(process):
     return True
 
 
-def _left(path, age):
-    "Whether a temporary file is of a dead process of this machine, or old."
+def _is_stale(path, age):
+    "True if a temporary file belongs to a dead process of this machine, or is older than `age` seconds."
     machine, _, process = _mark().partition("-")
     mark = re.search(rf"\.{machine}-(\d+)\.[^.]+\.tmp$", path.name)
     try:
@@ -115,24 +115,24 @@ def _left(path, age):
 
 # %% ../../nbs/core/01_files.ipynb #203e2aa0
 def sweep_temporary(
-    folder,  # Folder, with all that is in it; links are not followed
-    age: float = 86400.0,  # Seconds after which a temporary file goes, whosever it is
-) -> list:  # Files that were removed
-    "Remove temporary files that a killed process has left."
+    folder,  # Folder, searched recursively; links are not followed
+    age: float = 86400.0,  # Age in seconds from which any temporary file is deleted
+) -> list:  # Deleted files
+    "Delete temporary files left behind by killed processes."
     found = [
         Path(d) / n
         for d, _, names in os.walk(folder)
         for n in names
         if n.startswith(".") and n.endswith(".tmp")
     ]
-    left = [f for f in found if _left(f, age)]
+    left = [f for f in found if _is_stale(f, age)]
     for f in left:
         f.unlink(missing_ok=True)
     return left
 
 # %% ../../nbs/core/01_files.ipynb #2c801a84
 def _npy_dtype(z, key):
-    "Type of array `key` of an open `.npz` from its header alone."
+    "Data type of array `key` of an open `.npz`, read from its header."
     with z.zip.open(key if key in z.zip.namelist() else f"{key}.npy") as f:
         version = np.lib.format.read_magic(f)
         read = (
@@ -216,7 +216,7 @@ def read_arrays(
 def checksum(
     files,  # Paths of files
 ) -> str:  # 16 hexadecimal digits of SHA-256
-    "One checksum over the names and bytes of `files`."
+    "Compute one checksum over the names and bytes of `files`."
     total = hashlib.sha256()
     for f in sorted(map(Path, files)):
         with open(f, "rb") as h:

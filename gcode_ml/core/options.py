@@ -1,4 +1,4 @@
-"""A value that somebody may choose: its type, its choices, its range, and one sentence for a value that does not fit.
+"""Parameters with type, choices, range and help, and the check of a value against them.
 
 Docs: https://example.org/gcode_ml/core/options.html.md"""
 
@@ -20,14 +20,14 @@ from .errors import InputError, require
 # %% ../../nbs/core/02_options.ipynb #d75a8bcc
 @dataclass
 class Parameter:
-    "A name, a default whose type is the parameter's type, and what is allowed."
+    "Name, default (which sets the type), choices and range of a parameter."
 
-    name: str  # Its name
-    default: object  # Its default value
-    help: str = ""  # What it means
-    choices: tuple = ()  # What it may be, if that is a list
-    low: float = None  # Smallest value, if there is one
-    high: float = None  # Largest value
+    name: str  # Name
+    default: object  # Default; its type is the parameter's type
+    help: str = ""  # Meaning and unit
+    choices: tuple = ()  # Allowed values, if they are a fixed set
+    low: float = None  # Minimum, if there is one
+    high: float = None  # Maximum, if there is one
 
     @property
     def type(self):
@@ -38,19 +38,18 @@ class Parameter:
         "Choices or range as text."
         if self.choices:
             return f"{{{', '.join(self.choices)}}}"
-        return (
-            ""
-            if self.low is None
-            else f"[{self.low:g}..{'' if self.high is None else f'{self.high:g}'}]"
-        )
+        if self.low is None:
+            return ""
+        high = "" if self.high is None else f"{self.high:g}"
+        return f"[{self.low:g}..{high}]"
 
 # %% ../../nbs/core/02_options.ipynb #48615d36
 def described(
     name: str,  # Name
     default,  # Default value
-    comment: str,  # What it means, then `{one, two}` or `[least..most]`; the most may be left out
+    comment: str,  # Meaning, then `{one, two}` or `[low..high]`; `high` may be omitted
 ) -> Parameter:  # The parameter
-    "A parameter from a comment."
+    "Parse a parameter's description from a comment."
     choices = re.search(r"\{([^{}]+)\}$", comment)
     between = re.search(r"\[(\S+)\.\.(\S*)\]$", comment)
     return Parameter(
@@ -67,13 +66,10 @@ _bools = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 def _typed(p, value):
-    "`value`, possibly text from the command line, as the parameter's type; `ValueError` if it is not one."
+    "Convert `value`, possibly text from the command line, to the parameter's type; raises `ValueError`."
     if isinstance(value, str) and p.type is not str:
-        value = (
-            _bools[value.lower()]
-            if p.type is bool and value.lower() in _bools
-            else ast.literal_eval(value)
-        )
+        is_bool = p.type is bool and value.lower() in _bools
+        value = _bools[value.lower()] if is_bool else ast.literal_eval(value)
     if p.type is float and type(value) is int:
         value = float(value)
     if p.default is not None and type(value) is not p.type:
@@ -84,9 +80,9 @@ def _typed(p, value):
 def check_value(
     p: Parameter,  # The parameter
     value,  # A value, or its text
-    where: str = "parameter",  # For the message
-):  # The value in the parameter's type
-    "Check type, choice and range of one value."
+    where: str = "parameter",  # Origin of the value, for the message
+):  # The value converted to the parameter's type
+    "Check type, choices and range of one value; raises `InputError`."
     try:
         typed = _typed(p, value)
     except (ValueError, SyntaxError, TypeError):
@@ -95,21 +91,16 @@ def check_value(
         ) from None
     if p.choices and str(typed) not in p.choices:
         raise InputError(where, p.name, f"one of {', '.join(p.choices)}", repr(typed))
-    fits = (p.low is None or typed >= p.low) and (
-        p.high is None or typed <= p.high
-    )  # NaN fits nowhere
-    if not fits:
-        raise InputError(
-            where,
-            p.name,
-            f"{p.low:g} to {p.high:g}" if p.high is not None else f"at least {p.low:g}",
-            repr(typed),
-        )
+    above = p.low is None or typed >= p.low  # NaN is neither above nor below
+    below = p.high is None or typed <= p.high
+    if not (above and below):
+        expected = f"{p.low:g} to {p.high:g}" if p.high is not None else f"at least {p.low:g}"
+        raise InputError(where, p.name, expected, repr(typed))
     return typed
 
 # %% ../../nbs/core/02_options.ipynb #91068045
 def _unknown(where, name, names, of):
-    "The sentence about a name that does not exist; of many names it tells the first, and those that are spelled alike."
+    "Error for an unknown name: lists the first twelve known names and those with a similar spelling."
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     alike = " or ".join(get_close_matches(name, names, 3))
     return InputError(
@@ -124,10 +115,10 @@ def _unknown(where, name, names, of):
 def check_parameters(
     parameters: dict,  # Name -> `Parameter`
     values: dict,  # Name -> value
-    where: str = "parameter",  # For the message
-    of: str = "experiment",  # Whose parameters they are, for the message
+    where: str = "parameter",  # Origin of the values, for the message
+    of: str = "experiment",  # Owner of the parameters, for the message
 ) -> dict:  # Every parameter with its value
-    "Check all values; the rest take their defaults."
+    "Check all values and fill in defaults; raises `InputError`."
     for name in values:
         if name not in parameters:
             raise _unknown(where, name, list(parameters), of)
@@ -138,7 +129,7 @@ def check_parameters(
 
 # %% ../../nbs/core/02_options.ipynb #531037e2
 def _numbers(value):
-    "`value` with words that are numbers turned into them."
+    "Convert strings that are numbers, at any depth."
     if isinstance(value, dict):
         return {k: _numbers(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -150,11 +141,11 @@ def _numbers(value):
 
 # %% ../../nbs/core/02_options.ipynb #2d0e08e8
 def flow_mapping(
-    text: str,  # For instance `{noise: {std: 0.02}, time_warp: {}}`; the braces may be left out
+    text: str,  # Such as `{noise: {std: 0.02}, time_warp: {}}`; the outer braces are optional
     name: str,  # Name of the parameter, for the message
-    where: str = "parameter",  # For the message
+    where: str = "parameter",  # Origin of the text, for the message
 ) -> dict:  # Names and values; empty for an empty text
-    "Read a mapping from one line of text."
+    "Parse a mapping from one line of YAML; raises `InputError`."
     try:
         found = yaml.safe_load(text if text.strip()[:1] == "{" else f"{{{text}}}")
     except yaml.YAMLError:

@@ -28,7 +28,10 @@ class Renamed:
     expires: str = "0.3.0"  # First version without the old name
 
 # %% ../../nbs/core/03_renamed.ipynb #1d9cef3e
-RENAMED = (Renamed("module", "gcode_ml.core.tiny", "gcode_ml.training.tiny"),)
+RENAMED = (
+    Renamed("module", "gcode_ml.core.tiny", "gcode_ml.training.tiny"),
+    Renamed("value", "share", "fraction", "sign.validation"),
+)
 
 # %% ../../nbs/core/03_renamed.ipynb #a295ffef
 def current_name(

@@ -1,4 +1,4 @@
-"""Inputs, mask and targets under their names; loaders that fill batches with sequences of like length.
+"""Batches of named inputs, mask and targets; loaders with length bucketing.
 
 Docs: https://example.org/gcode_ml/data/batch.html.md"""
 
@@ -20,18 +20,18 @@ from ..core.errors import InputError
 
 # %% ../../nbs/data/00_batch.ipynb #6b92fdea
 class BatchLoader(DataLoader):
-    "fastai's `DataLoader` over a data set that gathers whole batches."
+    "fastai's `DataLoader` over a dataset that gathers whole batches."
 
     def __init__(
         self,
         dataset,  # Has `len`, `lengths` `[N]` and `batch(index)`
-        batch_size: int = 32,  # Items a batch
-        shuffle: bool = False,  # New order each epoch
-        bucket: int = 0,  # Batches that are sorted by length together; 0 does not look at lengths
+        batch_size: int = 32,  # Items per batch
+        shuffle: bool = False,  # New order in each epoch
+        bucket: int = 0,  # Number of batches sorted by length together; 0: no bucketing
         seed: int = 0,  # Seed of the order
         bs: int = None,  # fastai's name of `batch_size`, for its `DataLoader.new`
-        indexed: bool = True,  # Always so
-        **kwargs,  # For fastai's `DataLoader`: `num_workers`, `pin_memory`, `device`, …
+        indexed: bool = True,  # Ignored: a dataset here is always indexed
+        **kwargs,  # Passed to fastai's `DataLoader`: `num_workers`, `pin_memory`, `device`, …
     ):
         super().__init__(dataset, bs=bs or batch_size, shuffle=shuffle, indexed=True, **kwargs)
         self.bucket = bucket
@@ -50,12 +50,12 @@ class BatchLoader(DataLoader):
 
 # %% ../../nbs/data/00_batch.ipynb #90cb2e66
 class Subset:
-    "Some items of a data set, without a copy."
+    "Selected items of a dataset, without a copy."
 
     def __init__(
         self,
         dataset,  # Has `batch`, `lengths`
-        index,  # Which items, in which order
+        index,  # Indices of the items, in order
     ):
         self.dataset = dataset
         self.index = np.asarray(index)
@@ -69,41 +69,38 @@ class Subset:
 
 # %% ../../nbs/data/00_batch.ipynb #aa75904e
 def _by_length(order, lengths, batch_size, bucket, rng):
-    "Shuffled `order` with neighbours of like length, `bucket` batches at a time."
+    "Sort `order` by length within groups of `bucket` batches, then shuffle the batches."
     size = batch_size * bucket
     groups = [
         sorted(order[i : i + size], key=lambda j: lengths[j]) for i in range(0, len(order), size)
     ]
     batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
-    short = [
-        b for b in batches if len(b) < batch_size
-    ]  # fastai cuts the list into batches itself: the short one stays last
+    # fastai cuts the list into batches again, so the incomplete batch must stay last.
+    short = [b for b in batches if len(b) < batch_size]
     full = [b for b in batches if len(b) == batch_size]
     rng.shuffle(full)
     return [j for b in full + short for j in b]
 
 # %% ../../nbs/data/00_batch.ipynb #174d369c
 @patch
-def get_idxs(self: BatchLoader) -> list:  # Indices in the order in which they are batched
+def get_idxs(self: BatchLoader) -> list:  # Indices in batch order
     "Order of the items for one epoch."
     order = list(range(self.n)) if self.among is None else list(self.among)
     if not self.shuffle or self.ordered:
         return order
     order = self.shuffle_fn(order)
-    return (
-        _by_length(order, self.dataset.lengths, self.bs, self.bucket, self.rng)
-        if self.bucket
-        else order
-    )
+    if not self.bucket:
+        return order
+    return _by_length(order, self.dataset.lengths, self.bs, self.bucket, self.rng)
 
 # %% ../../nbs/data/00_batch.ipynb #19ffe574
 @patch
 def restrict(
     self: BatchLoader,
-    index=None,  # Items that take part from the next epoch on; all by default
-    ordered: bool = False,  # In just this order, without shuffling
+    index=None,  # Items used from the next epoch on; all by default
+    ordered: bool = False,  # Keep this order instead of shuffling
 ):
-    "Draw from some of the items."
+    "Restrict the loader to some of the items; raises `InputError` for none."
     if index is not None and not len(index):
         raise InputError("BatchLoader", "items", "at least one that takes part", "none")
     self.among = None if index is None else np.asarray(index).tolist()
@@ -113,21 +110,21 @@ def restrict(
 # %% ../../nbs/data/00_batch.ipynb #796c3bf6
 def loader_workers(
     workers="auto",  # `auto` or a number of processes
-) -> int:  # Processes that gather batches
-    "`auto` is 0: gathering a batch is one indexing operation, and a process to do it in costs more than it saves."
+) -> int:  # Number of loader processes
+    "Number of loader processes; `auto` is 0, because gathering a batch is a single indexing operation."
     return 0 if workers == "auto" else int(workers)
 
 # %% ../../nbs/data/00_batch.ipynb #519cea46
 def dataloaders(
-    train,  # Training data set
-    valid,  # Validation data set
-    batch_size: int = 32,  # Items a training batch
+    train,  # Training dataset
+    valid,  # Validation dataset
+    batch_size: int = 32,  # Items per training batch
     bucket: int = 0,  # See `BatchLoader`
     seed: int = 0,  # Seed of the training order
     workers="auto",  # Loader processes
     device="cpu",  # Device of the batches
 ) -> DataLoaders:  # With `n_inp=2`
-    "Loaders of a fit: the training set shuffled, the validation set in its own order with batches twice as large."
+    "Loaders of a fit: training set shuffled, validation set in its own order with batches twice as large."
     kwargs = dict(
         num_workers=loader_workers(workers),
         device=torch.device(device),

@@ -1,4 +1,4 @@
-"""Training and test sides that share no source.
+"""Splits into training and test sets that share no source, and the leaky random split for comparison.
 
 Docs: https://example.org/gcode_ml/data/split.html.md"""
 
@@ -20,13 +20,13 @@ from ..core.errors import InputError, require
 
 # %% ../../nbs/data/02_split.ipynb #24227cb8
 def _as_sources(sources, field="sources"):
-    "Names as a one-dimensional array without gaps."
+    "Convert names to a one-dimensional array; raises `InputError` for missing names."
     sources = np.asarray(sources)
     require(
         sources.ndim == 1 and len(sources) != 0,
         "split",
         field,
-        "one name an item",
+        "one name per item",
         f"an array of shape {sources.shape}",
     )
     missing = pd.isna(sources)
@@ -41,14 +41,14 @@ def _as_sources(sources, field="sources"):
 
 
 def _check_labels(labels, sources, folds=1):
-    "Labels as numbers; all zero when there are none."
+    "Encode labels as integers; zeros if there are none."
     if labels is None:
         return np.zeros(len(sources), int)
     require(
         len(labels) == len(sources),
         "split",
         "labels",
-        f"{len(sources)}, one an item",
+        f"{len(sources)}, one per item",
         str(len(labels)),
     )
     labels = np.unique(_as_sources(labels, "labels"), return_inverse=True)[1]
@@ -66,11 +66,11 @@ def _check_labels(labels, sources, folds=1):
 # %% ../../nbs/data/02_split.ipynb #f9900842
 def check_disjoint(
     sources,  # Source of each item, `[N]`
-    train,  # Items to learn from
-    test,  # Items to measure on
-    file="split",  # Where the split comes from, for the message
+    train,  # Indices of training items
+    test,  # Indices of test items
+    file="split",  # Origin of the split, for the message
 ):
-    "Raise `InputError` when a source stands on both sides, or a side is empty."
+    "Raise `InputError` if a source is on both sides, or a side is empty."
     sources = _as_sources(sources)
     for side, items in dict(train=train, test=test).items():
         require(len(items) != 0, file, side, "at least one item", "none")
@@ -83,11 +83,11 @@ def check_disjoint(
 # %% ../../nbs/data/02_split.ipynb #afde2e6c
 def group_kfold(
     sources,  # Source of each item, `[N]`
-    labels=None,  # Class of each item, `[N]`, to be spread over the folds
+    labels=None,  # Class of each item, `[N]`, for stratification
     folds: int = 5,  # Number of folds, at most the number of sources
-    seed: int = 0,  # Which shuffle
-) -> list:  # A pair (train, test) of item numbers for each fold
-    "Folds that keep every source whole."
+    seed: int = 0,  # Seed of the shuffle
+) -> list:  # One pair (train, test) of item indices per fold
+    "K folds by source; raises `InputError`."
     sources = _as_sources(sources)
     labels = _check_labels(labels, sources, folds)
     n = len(np.unique(sources))
@@ -99,7 +99,7 @@ def group_kfold(
 
 # %% ../../nbs/data/02_split.ipynb #e8c91d73
 def _even_positions(label, seed):
-    "Positions in 0..1, evenly spaced within each label, in random order and with a random start."
+    "Positions in [0, 1), evenly spaced within each label, in random order with a random offset."
     random = np.random.default_rng(seed)
     position = np.empty(len(label))
     for c in np.unique(label):
@@ -110,11 +110,11 @@ def _even_positions(label, seed):
 # %% ../../nbs/data/02_split.ipynb #53df502c
 def group_holdout(
     sources,  # Source of each item, `[N]`
-    labels=None,  # Class of each item, `[N]`; a source counts by its most frequent one
-    share: float = 0.2,  # Share of the sources on the test side
-    seed: int = 0,  # Which shuffle
-) -> tuple:  # (train, test) item numbers
-    "One split that keeps every source whole."
+    labels=None,  # Class of each item, `[N]`; a source has its most frequent one
+    share: float = 0.2,  # Fraction of the sources in the test set
+    seed: int = 0,  # Seed of the shuffle
+) -> tuple:  # (train, test) item indices
+    "One split by source; raises `InputError`."
     sources = _as_sources(sources)
     labels = _check_labels(labels, sources)
     names, number = np.unique(sources, return_inverse=True)
@@ -136,7 +136,7 @@ def group_holdout(
 def leave_one_group_out(
     sources,  # Source of each item, `[N]`
 ) -> list:  # (name, train, test) for each source, in the order of names
-    "One split a source, which is the whole test side."
+    "One split per source, which forms the test set; raises `InputError` for fewer than two."
     sources = _as_sources(sources)
     names = np.unique(sources)
     if len(names) < 2:
@@ -149,10 +149,10 @@ def leave_one_group_out(
 # %% ../../nbs/data/02_split.ipynb #b6c84d7b
 def random_split(
     n: int,  # Number of items
-    share: float = 0.2,  # Share of the items on the test side
-    seed: int = 0,  # Which shuffle
-) -> tuple:  # (train, test) item numbers
-    "The leaky split: it ignores sources, so its score is no evidence. Only for showing the size of the leak."
+    share: float = 0.2,  # Fraction of the items in the test set
+    seed: int = 0,  # Seed of the shuffle
+) -> tuple:  # (train, test) item indices
+    "Random split that ignores sources: only for measuring the size of the leak."
     if n < 2 or not 0 < share < 1:
         raise InputError(
             "split",
@@ -167,9 +167,9 @@ def random_split(
 # %% ../../nbs/data/02_split.ipynb #406553a8
 def join_sources(
     sources,  # Source of each item, `[N]`
-    pairs,  # (source, source, …) that belong together; what follows the two names is ignored
-) -> np.ndarray:  # Group of each item, `[N]`: the first name of those joined
-    "Give sources that share rows one common name."
+    pairs,  # (source, source, …) that share rows; further entries are ignored
+) -> np.ndarray:  # Group of each item, `[N]`: the first name of the joined sources
+    "Give sources that share rows a common name; raises `InputError` for an unknown source."
     names, number = np.unique(_as_sources(sources), return_inverse=True)
     position = {name: i for i, name in enumerate(names.tolist())}
     for name in (name for pair in pairs for name in pair[:2]):

@@ -1,4 +1,4 @@
-"""Sequences and windows that are views of one table, cut when a batch asks for them.
+"""Sequences and sliding windows as views of one table, gathered per batch; padding masks.
 
 Docs: https://example.org/gcode_ml/data/windows.html.md"""
 
@@ -18,18 +18,18 @@ from ..core.errors import InputError, require
 def length_mask(
     lengths: torch.Tensor,  # Length of each item, `[B]`
     size: int = None,  # Padded length; the longest by default
-) -> torch.Tensor:  # `True` where real, `[B,size]`
-    "Mask of the first `lengths` steps."
+) -> torch.Tensor:  # `True` at real steps, `[B,size]`
+    "Mask that is `True` at the first `lengths` steps of each item."
     return torch.arange(size or int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
 
 # %% ../../nbs/data/01_windows.ipynb #bbbdf1b4
 class RowTable:
-    "Recordings of different lengths in one tensor `[rows,C]`."
+    "Recordings of different lengths, concatenated in one tensor `[rows,C]`."
 
     def __init__(
         self,
-        arrays: list,  # One float array `[T,C]` a recording; NaN where a channel is missing
-        names: list = None,  # One name a recording, for messages
+        arrays: list,  # One float array `[T,C]` per recording; NaN where a channel is missing
+        names: list = None,  # One name per recording, for messages
     ):
         self.names = list(names) if names is not None else [str(i) for i in range(len(arrays))]
         for name, a in zip(self.names, arrays):
@@ -54,11 +54,11 @@ class RowTable:
 # %% ../../nbs/data/01_windows.ipynb #c82e7f92
 def window_starts(
     lengths,  # Rows of each recording
-    size: int,  # Rows a window
-    stride: int,  # Rows from one start to the next
+    size: int,  # Rows per window
+    stride: int,  # Rows between consecutive starts
     partial: bool = False,  # Keep one short window of a recording that has fewer than `size` rows
 ) -> tuple:  # (recording, start, stop) of each window, integer arrays
-    "Windows of `size` rows at every `stride`; the last one ends with the recording."
+    "Positions of windows of `size` rows at every `stride` rows; the last one ends with the recording."
     parts = []
     for i, n in enumerate(lengths):
         if n < size and not partial:
@@ -78,12 +78,12 @@ def window_starts(
 
 # %% ../../nbs/data/01_windows.ipynb #37e7424c
 class Windows:
-    "Windows over a `RowTable`, gathered by the batch."
+    "Windows over a `RowTable`, gathered one batch at a time."
 
     def __init__(
         self,
-        table: RowTable,  # The rows
-        recording,  # Recording of each window, `[N]`
+        table: RowTable,  # Rows of all recordings
+        recording,  # Index of each window's recording, `[N]`
         start,  # First row, `[N]`
         stop,  # Row after the last, `[N]`
     ):
@@ -105,7 +105,7 @@ class Windows:
 @patch
 def batch(
     self: Windows,
-    index,  # Which windows, `[B]`
+    index,  # Indices of the windows, `[B]`
 ) -> tuple:  # Values `[B,T,C]`, zero where padded, and mask `[B,T]`
     "Gather windows into one padded tensor."
     index = torch.as_tensor(index)
@@ -113,7 +113,6 @@ def batch(
     rows = (self._first[index][:, None] + torch.arange(mask.shape[1])[None]).clamp_max(
         len(self.table.values) - 1
     )
-    values = self.table.values.index_select(0, rows.flatten()).view(
-        *rows.shape, -1
-    )  # a third of the time of an index with two axes
+    # `index_select` takes a third of the time of indexing with two axes.
+    values = self.table.values.index_select(0, rows.flatten()).view(*rows.shape, -1)
     return (values if mask.all() else torch.where(mask[..., None], values, 0.0)), mask

@@ -1,4 +1,4 @@
-"""What a simple method reaches, measured on the same rows as the model.
+"""Simple classifiers and the time lookup, scored on the same rows as the model.
 
 Docs: https://example.org/gcode_ml/evaluation/baselines.html.md"""
 
@@ -29,7 +29,7 @@ from .metrics import classification_scores
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #288f8c03
 def _same_length(**arrays):
-    "Raise when arrays that describe the same rows differ in length, or have none."
+    "Raise `InputError` if arrays that describe the same rows differ in length or are empty."
     (first, n), *rest = [(k, len(v)) for k, v in arrays.items()]
     require(n != 0, first, "rows", "at least one", "0")
     for k, m in rest:
@@ -37,7 +37,7 @@ def _same_length(**arrays):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #73ec66e5
 def _first_seen(answers):
-    "Distinct answers in the order of their first row, and the number of each row's answer."
+    "Distinct labels in order of first occurrence, and the index of each row's label."
     _, first, inverse = np.unique(
         answers, return_index=True, return_inverse=True, axis=0 if answers.ndim > 1 else None
     )
@@ -46,7 +46,7 @@ def _first_seen(answers):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #7ae389ae
 def _by_source(time, codes, sources):
-    "Sorted (times, answer numbers) of every source; of rows at one time, the first stays."
+    "Sorted (times, label indices) of every source; of rows with equal times the first is kept."
     _, s = np.unique(sources, return_inverse=True)
     order = np.argsort(s, kind="stable")
     parts = np.split(order, np.bincount(s).cumsum()[:-1])
@@ -55,15 +55,16 @@ def _by_source(time, codes, sources):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #aa5ad3fe
 class TimeLookup(BaseEstimator):
-    "The majority, over training sources, of the answer at the nearest time."
+    "Majority vote of the training sources' labels at the nearest time; uses no sensor."
 
     def fit(
         self,
         time,  # Seconds since the start of its source, `[N]`
-        answers,  # Answer of each row, `[N]`, or a row of tokens each, `[N,L]`
+        answers,  # Label of each row, `[N]`, or its row of tokens, `[N,L]`
         sources,  # Source of each row, `[N]`
-        classes=None,  # Class of each row, `[N]`, when it may be used
+        classes=None,  # Class of each row, `[N]`, if it may be used
     ):
+        "Store the labels over time of every source."
         time = np.asarray(time, float)
         answers = np.asarray(answers)
         sources = np.asarray(sources)
@@ -83,7 +84,7 @@ class TimeLookup(BaseEstimator):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #789a42b4
 def _vote_at(time, groups):
-    "Most frequent answer number among the nearest rows of `groups`; the smallest number on a tie."
+    "Most frequent label index among the nearest rows of `groups`; the smallest index on a tie."
     votes = np.empty((len(time), len(groups)), int)
     for k, (t, codes) in enumerate(groups):
         right = np.searchsorted(t, time).clip(0, len(t) - 1)
@@ -92,9 +93,9 @@ def _vote_at(time, groups):
             np.where(np.abs(time - t[left]) <= np.abs(t[right] - time), left, right)
         ]
     votes.sort(1)
-    place = np.arange(votes.shape[1])
+    position = np.arange(votes.shape[1])
     starts = np.diff(votes, axis=1, prepend=-1) != 0
-    repeats = place - np.maximum.accumulate(np.where(starts, place, 0), 1)
+    repeats = position - np.maximum.accumulate(np.where(starts, position, 0), 1)
     return votes[np.arange(len(votes)), repeats.argmax(1)]
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #b2b0d553
@@ -103,8 +104,8 @@ def predict(
     self: TimeLookup,
     time,  # Seconds since the start of its source, `[M]`
     classes=None,  # Class of each query, `[M]`
-) -> np.ndarray:  # An answer for each query, `[M]` or `[M,L]`
-    "Look up the answers at `time`."
+) -> np.ndarray:  # Label of each query, `[M]` or `[M,L]`
+    "Predict the labels at `time`."
     time = np.atleast_1d(check_finite("time lookup", "time", np.asarray(time, float)))
     if classes is None:
         return self.answers_[_vote_at(time, self.sources_)]
@@ -122,7 +123,7 @@ STATISTICS = ("mean", "deviation", "minimum", "maximum", "change")
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #4729a94c
 def _chunk(windows, start, stop):
-    "Windows `start` to `stop` as one float array, short ones ended with NaN."
+    "Windows `start` to `stop` as one float array, short ones padded with NaN; raises `InputError`."
     items = [np.asarray(windows[i], dtype="float32") for i in range(start, stop)]
     for i, w in enumerate(items):
         if w.ndim != 2 or len(w) == 0 or w.shape[1] != items[0].shape[1]:
@@ -141,7 +142,7 @@ def _chunk(windows, start, stop):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #5548eab0
 def _statistics(x, statistics):
-    "`[n,C*K]` of `x [n,T,C]`."
+    "Statistics `[n,C*K]` of `x [n,T,C]`."
     real = ~np.isnan(x)
     count = real.sum(1)
     none = count == 0
@@ -165,10 +166,10 @@ def _statistics(x, statistics):
 # %% ../../nbs/evaluation/01_baselines.ipynb #c5597caa
 def window_statistics(
     windows,  # `[N,T,C]`, or any sequence of `[T,C]`; T may differ, NaN where missing
-    statistics=STATISTICS,  # Which, in order; `change` is last less first value, `deviation` divides by the count
-    chunk: int = 256,  # Windows worked on at a time
+    statistics=STATISTICS,  # In order; `change` is last minus first value, `deviation` divides by the count
+    chunk: int = 256,  # Windows processed at a time
 ) -> np.ndarray:  # float32 `[N,C*K]`, the K statistics of the first channel first
-    "Statistics of each channel of each window."
+    "Statistics of each channel of each window; raises `InputError`."
     for k in statistics:
         check_choice("window statistics", "statistics", k, STATISTICS)
     require(len(windows) != 0, "windows", "items", "at least one", "0")
@@ -244,7 +245,7 @@ _baselines = {k: globals()[f"_{k}"] for k in BASELINES}
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #212d5cbd
 class _FillEmpty(TransformerMixin, BaseEstimator):
-    "Zero for columns that no training row has a value in; scikit-learn's binning fails on them."
+    "Set columns without any training value to zero, because scikit-learn's binning fails on them."
 
     def fit(self, x, y=None):
         self.empty_ = np.isnan(np.asarray(x)).all(0)
@@ -255,7 +256,7 @@ class _FillEmpty(TransformerMixin, BaseEstimator):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #2b2b6a9f
 class _ChannelsFirst(TransformerMixin, BaseEstimator):
-    "Windows `[N,T,C]` to the order of aeon, `[N,C,T]`, NaN filled with the channel's training mean."
+    "Convert windows `[N,T,C]` to aeon's order `[N,C,T]`, NaN replaced by the channel's training mean."
 
     def fit(self, x, y=None):
         x = self._check(x)
@@ -281,11 +282,11 @@ class _ChannelsFirst(TransformerMixin, BaseEstimator):
 # %% ../../nbs/evaluation/01_baselines.ipynb #5744e610
 def baseline(
     name: str,  # One of `BASELINES`
-    seed: int = 0,  # Seed of what is random in it
+    seed: int = 0,  # Random seed
     n_jobs: int = None,  # Threads of neighbours, trees and MiniRocket; all cores by default. Boosting follows `OMP_NUM_THREADS`
-    **overrides,  # Parameters of the classifier, the last step
-) -> Pipeline:  # Has `fit(x, y)`, `predict(x)` and scikit-learn's other methods
-    "An unfitted simple method."
+    **overrides,  # Parameters of the classifier, the last step of the pipeline
+) -> Pipeline:  # Unfitted scikit-learn pipeline
+    "Create a baseline by name; raises `InputError`."
     check_choice("baseline", "name", name, BASELINES)
     model = _baselines[name](seed, n_jobs or os.cpu_count())
     known = model[-1].get_params()
@@ -296,7 +297,7 @@ def baseline(
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #01345925
 def _rows(n, **parts):
-    "Training and test rows as indices, neither empty, none in common."
+    "Convert training and test rows to indices; raises `InputError` if empty, out of range or overlapping."
     for k, v in parts.items():
         v = np.asarray(v)
         parts[k] = v = np.flatnonzero(v) if v.dtype == bool else v
@@ -309,11 +310,9 @@ def _rows(n, **parts):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #75402464
 def _score(name, features, target, train, test, groups, seed, n_jobs):
-    "One row of the table."
+    "Fit and score one baseline: one row of the table."
     start = clock.perf_counter()
-    with threadpool_limits(
-        n_jobs or 1, user_api="openmp"
-    ):  # boosting's threads wait for each other
+    with threadpool_limits(n_jobs or 1, user_api="openmp"):
         predicted = (
             baseline(name, seed, n_jobs).fit(features[train], target[train]).predict(features[test])
         )
@@ -327,16 +326,16 @@ def _score(name, features, target, train, test, groups, seed, n_jobs):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #4425f318
 def score_baselines(
-    features,  # A row an item, `[N,F]`; windows `[N,T,C]` for `minirocket_ridge`
+    features,  # One row per item, `[N,F]`; windows `[N,T,C]` for `minirocket_ridge`
     target,  # True label, `[N]`
     train,  # Training rows: indices, or a mask `[N]`
-    test,  # Test rows, likewise
+    test,  # Test rows: indices, or a mask `[N]`
     sources=None,  # Source of each row, `[N]`, for the interval
-    names=BASELINES[:-1],  # Which baselines
+    names=BASELINES[:-1],  # Names of the baselines
     seed: int = 0,  # Seed of the baselines and of the interval
-    n_jobs: int = None,  # As for `baseline`; boosting takes one thread unless told
-) -> pd.DataFrame:  # A row a baseline: `name`, `accuracy`, `low`, `high`, `macro_f1`, `seconds`
-    "Fit and score simple methods on one split."
+    n_jobs: int = None,  # As for `baseline`; one thread for boosting by default
+) -> pd.DataFrame:  # One row per baseline: `name`, `accuracy`, `low`, `high`, `macro_f1`, `seconds`
+    "Fit and score baselines on one split."
     features = np.asarray(features)
     target = np.asarray(target)
     _same_length(

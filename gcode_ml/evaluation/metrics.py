@@ -1,4 +1,4 @@
-"""Numbers with the interval that the number of sources allows.
+"""Scores with confidence intervals over sources: classification, token sequences, calibration.
 
 Docs: https://example.org/gcode_ml/evaluation/metrics.html.md"""
 
@@ -19,9 +19,9 @@ from ..core.errors import InputError, check_finite, require
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #807a0330
 class Interval(NamedTuple):
-    "A number and the interval around it; bounds are NaN where one source says nothing about spread."
+    "A value with a confidence interval; the bounds are NaN for a single source, which has no spread."
 
-    value: float  # The number itself
+    value: float  # Point estimate
     low: float  # Lower bound
     high: float  # Upper bound
 
@@ -39,7 +39,7 @@ class Interval(NamedTuple):
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #46121a9b
 def _source_numbers(sources, n):
-    "Number each item's source from zero."
+    "Encode sources as integers from zero; raises `InputError` for none or a wrong count."
     require(n != 0, "values", "items", "at least one", "0")
     if sources is None:
         return np.arange(n)
@@ -48,7 +48,7 @@ def _source_numbers(sources, n):
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #846a5f5b
 def _mean_draws(values, s, n, statistic, resamples, rng):
-    "Mean of each draw from the sums and counts of sources, some million picks at a time."
+    "Means of all resamples from the sums and counts of sources, computed in chunks of four million."
     sums = np.bincount(s, values)
     counts = np.bincount(s)
     steps = np.diff([*range(0, resamples, max(1, 4_000_000 // n)), resamples])
@@ -57,21 +57,21 @@ def _mean_draws(values, s, n, statistic, resamples, rng):
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #4aee2335
 def _any_draws(values, s, n, statistic, resamples, rng):
-    "`statistic` of the items of each draw."
+    "`statistic` of the items of each resample."
     rows = np.split(np.argsort(s, kind="stable"), np.bincount(s).cumsum()[:-1])
     picks = rng.integers(0, n, (resamples, n))
     return np.array([statistic(values[np.concatenate([rows[i] for i in p])]) for p in picks])
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #c45eb6a0
 def bootstrap_interval(
-    values,  # One value an item, `[N]`, or several, `[N,K]`
-    sources=None,  # Source of each item, `[N]`; each item is a source of its own by default
-    statistic=np.mean,  # Function of the drawn `values` to a number
-    resamples: int = 1000,  # Number of draws
-    level: float = 0.95,  # Share of the draws between the bounds
-    seed: int = 0,  # Seed of the draws
-) -> Interval:  # The statistic of all items, and its bounds
-    "Cluster bootstrap: draw sources, not items."
+    values,  # One value per item, `[N]`, or several, `[N,K]`
+    sources=None,  # Source of each item, `[N]`; by default each item is its own source
+    statistic=np.mean,  # Function from the resampled `values` to a number
+    resamples: int = 1000,  # Number of bootstrap resamples
+    level: float = 0.95,  # Confidence level
+    seed: int = 0,  # Seed of the resampling
+) -> Interval:  # Statistic of all items, with its bounds
+    "Confidence interval by the cluster bootstrap, which resamples sources instead of items."
     values = np.asarray(values)
     s = _source_numbers(sources, len(values))
     value = float(statistic(values))
@@ -87,8 +87,8 @@ def bootstrap_interval(
 def vote(
     predicted,  # Label of each item, `[N]`
     sources,  # Source of each item, `[N]`
-) -> tuple:  # Sorted names of the sources, and the most frequent label of each
-    "Majority label of every source."
+) -> tuple:  # Sorted names of the sources, and the majority label of each
+    "Majority vote within each source."
     (names, s), (labels, l) = (
         np.unique(np.asarray(v), return_inverse=True) for v in (sources, predicted)
     )
@@ -101,9 +101,9 @@ def classification_scores(
     predicted,  # Label of each item, `[N]`
     target,  # True label of each item, `[N]`
     sources=None,  # Source of each item, `[N]`
-    **kwargs,  # For `bootstrap_interval`
-) -> dict:  # `accuracy`, `macro_f1`; with sources also `low`, `high`, `sources` and, if it exists, `vote_accuracy`
-    "Scores of single-label predictions."
+    **kwargs,  # Passed to `bootstrap_interval`
+) -> dict:  # `accuracy`, `macro_f1`; with sources also `low`, `high`, `sources` and, if defined, `vote_accuracy`
+    "Accuracy and macro F1 of single-label predictions, with an interval over sources."
     predicted = np.asarray(predicted)
     target = np.asarray(target)
     require(
@@ -114,29 +114,29 @@ def classification_scores(
         str(predicted.shape),
     )
     _source_numbers(sources, len(target))
-    right = predicted == target
+    correct = predicted == target
     scores = dict(
-        accuracy=float(right.mean()),
+        accuracy=float(correct.mean()),
         macro_f1=float(f1_score(target, predicted, average="macro", zero_division=0)),
     )
     if sources is None:
         return scores
     names, voted = vote(predicted, sources)
     _, true = vote(target, sources)
-    interval = bootstrap_interval(right, sources, **kwargs)
+    interval = bootstrap_interval(correct, sources, **kwargs)
     scores.update(low=interval.low, high=interval.high, sources=len(names))
     one_target = (true[np.searchsorted(names, np.asarray(sources))] == target).all()
     return {**scores, "vote_accuracy": float((voted == true).mean())} if one_target else scores
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #57f7ee5b
 def _to_width(x, width, fill):
-    "Rows cut or padded at the end to `width` columns."
+    "Cut or pad the rows at the end to `width` columns."
     x = np.asarray(x)[:, :width]
     return np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #f838ba63
 def _same_rows(predicted, target):
-    "Both as arrays `[N,·]`, or an `InputError`."
+    "Convert both to arrays `[N,·]`; raises `InputError` if their numbers of rows differ."
     p = np.asarray(predicted)
     t = np.asarray(target)
     require(
@@ -153,9 +153,9 @@ def token_accuracy(
     predicted,  # Tokens, `[N,L]` of any L
     target,  # Tokens, `[N,L]`
     ignore: int = 0,  # Padding token
-    per_item: bool = False,  # Return each row's own share, to be bootstrapped
-):  # Share of all target positions that are right, or `[N]` shares, NaN for an empty row
-    "Accuracy over the positions of the target that are not padding."
+    per_item: bool = False,  # Return the accuracy of each row, for a bootstrap
+):  # Fraction of target positions predicted correctly, or `[N]` fractions, NaN for an empty row
+    "Accuracy over the target positions that are not padding."
     predicted, target = _same_rows(predicted, target)
     real = target != ignore
     right = (_to_width(predicted, target.shape[1], ignore) == target) & real
@@ -169,8 +169,8 @@ def exact_lines(
     target,  # Tokens, `[N,L]`
     ignore: int = 0,  # Padding token
     per_item: bool = False,  # Return `True` or `False` for each row
-):  # Share of rows, or `[N]`
-    "Share of rows that equal the target in every token and in length."
+):  # Fraction of rows, or `[N]`
+    "Fraction of rows equal to the target in every token and in length."
     predicted, target = _same_rows(predicted, target)
     width = max(predicted.shape[1], target.shape[1])
     equal = (_to_width(predicted, width, ignore) == _to_width(target, width, ignore)).all(1)
@@ -178,16 +178,16 @@ def exact_lines(
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cd0c1af8
 def _levenshtein(a, a_lengths, b, b_lengths):
-    "Edits between the rows of `a` and `b`, `[N]`; one step of the loop is a row of all N tables."
+    "Numbers of edits between the rows of `a` and `b`, `[N]`; each iteration fills one row of all N tables."
     n = len(a)
-    place = np.arange(b.shape[1] + 1)
-    d = np.broadcast_to(place, (n, len(place))).copy()
+    position = np.arange(b.shape[1] + 1)
+    d = np.broadcast_to(position, (n, len(position))).copy()
     result = np.where(a_lengths == 0, b_lengths, 0)
     for i in range(a.shape[1]):
         c = np.concatenate(
             [d[:, :1] + 1, np.minimum(d[:, 1:] + 1, d[:, :-1] + (a[:, i : i + 1] != b))], 1
         )
-        d = np.minimum.accumulate(c - place, 1) + place
+        d = np.minimum.accumulate(c - position, 1) + position
         done = a_lengths == i + 1
         result[done] = d[done, b_lengths[done]]
     return result
@@ -198,7 +198,7 @@ def edit_distances(
     target,  # Tokens, `[N,L]`
     ignore: int = 0,  # Padding token, dropped from the end of a row
 ) -> np.ndarray:  # Normalised distance of each row, `[N]`, from 0 to 1
-    "Edit distance of every row of token tables."
+    "Normalised edit distance of every row of two token tables."
     predicted, target = _same_rows(predicted, target)
     lengths = [
         np.where(x != ignore, np.arange(1, x.shape[1] + 1), 0).max(1, initial=0)
@@ -210,10 +210,10 @@ def edit_distances(
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #ef806810
 def edit_distance(
-    a,  # Sequence of anything hashable: text, tokens, words
-    b,  # Another
-) -> float:  # From 0, equal, to 1
-    "Edit distance of two sequences, over the longer length."
+    a,  # Sequence of hashable items: text, tokens, words
+    b,  # Another sequence
+) -> float:  # From 0 for equal sequences to 1
+    "Edit distance of two sequences, divided by the longer length."
     numbers = {}
     a, b = (
         np.array([[numbers.setdefault(v, len(numbers) + 1) for v in x]], dtype=int)
@@ -224,12 +224,12 @@ def edit_distance(
 # %% ../../nbs/evaluation/00_metrics.ipynb #2c881afa
 def reliability_table(
     confidence,  # Probability of the predicted label, `[N]`, 0 to 1
-    correct,  # Whether it was right, `[N]`
-    bins: int = 15,  # Bins of equal width
+    correct,  # True where the prediction is correct, `[N]`
+    bins: int = 15,  # Number of bins of equal width
 ) -> (
     pd.DataFrame
-):  # A row a bin: `low`, `high`, `count`, mean `confidence` and `accuracy`, NaN where empty
-    "Confidence against accuracy."
+):  # One row per bin: `low`, `high`, `count`, mean `confidence`, `accuracy`; NaN if empty
+    "Mean confidence and accuracy per confidence bin; raises `InputError`."
     confidence = check_finite("calibration", "confidence", np.asarray(confidence, float))
     correct = np.asarray(correct, float)
     if ((confidence < 0) | (confidence > 1)).any():
@@ -247,11 +247,11 @@ def reliability_table(
         str(correct.shape),
     )
     edges = np.linspace(0, 1, bins + 1)
-    place = np.digitize(confidence, edges[1:-1], right=True)
-    count = np.bincount(place, minlength=bins)
-    share = np.where(count == 0, np.nan, count)
+    position = np.digitize(confidence, edges[1:-1], right=True)
+    count = np.bincount(position, minlength=bins)
+    items = np.where(count == 0, np.nan, count)
     means = {
-        k: np.bincount(place, v, bins) / share
+        k: np.bincount(position, v, bins) / items
         for k, v in dict(confidence=confidence, accuracy=correct).items()
     }
     return pd.DataFrame(dict(low=edges[:-1], high=edges[1:], count=count, **means))
@@ -259,20 +259,20 @@ def reliability_table(
 # %% ../../nbs/evaluation/00_metrics.ipynb #12df8dd6
 def expected_calibration_error(
     confidence,  # Probability of the predicted label, `[N]`, 0 to 1
-    correct,  # Whether it was right, `[N]`
-    bins: int = 15,  # Bins of equal width
+    correct,  # True where the prediction is correct, `[N]`
+    bins: int = 15,  # Number of bins of equal width
 ) -> float:  # From 0, calibrated, to 1
-    "Mean gap between confidence and accuracy."
+    "Mean gap between confidence and accuracy, weighted by the items of each bin."
     t = reliability_table(confidence, correct, bins).dropna()
     return float(((t.confidence - t.accuracy).abs() * t["count"]).sum() / max(t["count"].sum(), 1))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #ec54b471
 def unique_tokens(
     predicted,  # Tokens of any shape
-    vocabulary_size: int,  # Tokens that exist, numbered from 0
-    ignore=(),  # Tokens that do not count: padding, start, end
-) -> tuple:  # Number of different tokens used, and their share of those that count
-    "How much of the vocabulary is in use."
+    vocabulary_size: int,  # Number of tokens, numbered from 0
+    ignore=(),  # Tokens to exclude: padding, start, end
+) -> tuple:  # Number of distinct tokens used, and their fraction of the vocabulary
+    "Number and fraction of vocabulary tokens in use; raises `InputError`."
     predicted = np.asarray(predicted)
     if predicted.size and (predicted.min() < 0 or predicted.max() >= vocabulary_size):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Which known program a machine runs and where in it, row by row, from sensors alone.
+"""Align a recording with a library of known programs: which program the machine runs and the position in it, row by row, from sensors alone.
 
 Docs: https://example.org/gcode_ml/fingerprint/align.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://example.org/gcode_ml/fingerprint/align.html.md"""
 
 # %% auto #0
 __all__ = ['ProgramLibrary', 'build_library', 'trailing_features', 'GaussianEmission', 'fit_emission', 'NeuralEmission',
-           'ProgramChains', 'Alignment', 'posterior', 'StreamAligner']
+           'ProgramHMM', 'Alignment', 'posterior', 'StreamAligner']
 
 # %% ../../nbs/fingerprint/35_align.ipynb #f6aa0614
 from collections import deque
@@ -25,34 +25,37 @@ from .data import Recording, programs
 # %% ../../nbs/fingerprint/35_align.ipynb #9d750578
 @dataclass
 class ProgramLibrary:
-    "Programs as states of equal duration; the states of all programs stand in one row, `[N]`."
+    """Programs as sequences of states of equal duration, concatenated to `N` states."""
 
-    names: list  # Programs, `[P]`
-    step: float  # Seconds a state
-    lengths: np.ndarray  # States of each program, `[P]`
-    lines: np.ndarray  # Line numbers that occur, `[L]`
-    line_votes: csr_matrix = field(repr=False)  # Share of the runs that are on a line, `[N,L]`
-    texts: np.ndarray  # Texts that occur, `[M]`
-    text_votes: csr_matrix = field(repr=False)  # The same for texts, `[N,M]`
+    names: list  # Program names, `[P]`
+    step: float  # Seconds per state
+    lengths: np.ndarray  # Number of states of each program, `[P]`
+    lines: np.ndarray  # Distinct line numbers, `[L]`
+    line_votes: csr_matrix = field(repr=False)  # Fraction of recordings on each line, `[N,L]`
+    texts: np.ndarray  # Distinct texts, `[M]`
+    text_votes: csr_matrix = field(repr=False)  # Fraction of recordings on each text, `[N,M]`
 
     def __len__(self):
         return int(self.lengths.sum())
 
     @property
     def first(self):
+        "First state of each program, `[P]`."
         return np.cumsum(self.lengths) - self.lengths
 
     @property
     def program(self):
+        "Program index of each state, `[N]`."
         return np.repeat(np.arange(len(self.names)), self.lengths)
 
     @property
     def seconds(self):
+        "Time of each state since the start of its program, `[N]`."
         return self.step * (np.arange(len(self)) - np.repeat(self.first, self.lengths))
 
 # %% ../../nbs/fingerprint/35_align.ipynb #57d6ccbc
 def _nearest(time, at):
-    "Nearest row of the sorted `time` for each of `at`."
+    "Index of the nearest row of the sorted `time` for each of `at`."
     right = np.searchsorted(time, at).clip(1, max(len(time) - 1, 1))
     left = right - 1
     return np.where(at - time[left] <= time[right.clip(max=len(time) - 1)] - at, left, right).clip(
@@ -61,28 +64,28 @@ def _nearest(time, at):
 
 
 def _votes(found, states):
-    "Distinct answers, and the share of the votes each of them gets in each state; `found` are (states, answers) of each run."
-    answers, code = np.unique(
-        np.concatenate([a for _, a in found]).astype(str), return_inverse=True
-    )
+    "Distinct values, and the fraction of votes of each value in each state; `found` holds (states, values) of each recording."
+    values, code = np.unique(np.concatenate([a for _, a in found]).astype(str), return_inverse=True)
     state = np.concatenate([s for s, _ in found])
-    votes = csr_matrix((np.ones(len(state)), (state, code)), shape=(states, len(answers)))
-    return answers, csr_matrix(votes.multiply(1 / votes.sum(1)))
+    votes = csr_matrix((np.ones(len(state)), (state, code)), shape=(states, len(values)))
+    return values, csr_matrix(votes.multiply(1 / votes.sum(1)))
 
 # %% ../../nbs/fingerprint/35_align.ipynb #c9dc5ebd
 def build_library(
-    recordings: list,  # Training runs
-    step: float = 0.25,  # Seconds a state
-) -> ProgramLibrary:  # One program each set of operations that run the same lines
-    "The programs of the training runs, with the median duration of their runs."
+    recordings: list,  # Training recordings
+    step: float = 0.25,  # Seconds per state
+) -> ProgramLibrary:  # Operations that run the same lines form one program
+    """Build the library from training recordings; each program has the median duration of its recordings."""
     require(recordings, "library", "recordings", "at least one run", "0")
     of = programs(recordings)
     names = sorted(set(of.values()))
-    runs = {n: [r for r in recordings if of[r.operation] == n] for n in names}
-    lengths = np.array([int(np.median([r.time[-1] for r in runs[n]]) / step) + 1 for n in names])
+    by_program = {n: [r for r in recordings if of[r.operation] == n] for n in names}
+    lengths = np.array(
+        [int(np.median([r.time[-1] for r in by_program[n]]) / step) + 1 for n in names]
+    )
     found = []
     for n, first, length in zip(names, np.cumsum(lengths) - lengths, lengths):
-        for r in runs[n]:
+        for r in by_program[n]:
             row = _nearest(r.time, step * np.arange(length))
             found.append((first + np.arange(length), r.lines[row], r.texts[row]))
     lines, line_votes = _votes([f[:2] for f in found], lengths.sum())
@@ -93,10 +96,10 @@ def build_library(
 @patch
 def states(
     self: ProgramLibrary,
-    recording: Recording,  # A run of one of the programs
-    program: str,  # Its name
+    recording: Recording,  # Recording of one of the programs
+    program: str,  # Name of the program
 ) -> np.ndarray:  # State of each row, `[T]`
-    "State of every row by its elapsed time."
+    """Return the state of each row by its elapsed time. Raises `InputError` for an unknown program."""
     require(
         program in self.names,
         recording.name,
@@ -113,44 +116,44 @@ def states(
 # %% ../../nbs/fingerprint/35_align.ipynb #0ea243e9
 def trailing_features(
     sensors: np.ndarray,  # Standardised rows, `[T,C]`, NaN where missing
-    width: int = 6,  # Rows looked back at, this one included
+    width: int = 6,  # Rows per trailing window, the current one included
 ) -> (
     np.ndarray
 ):  # `[T,3C]` float32: mean, standard deviation, change from the older to the newer half
-    "Statistics of the last rows."
-    there = np.isfinite(sensors)
-    x = np.where(there, sensors, 0.0).astype(float)
+    """Return trailing statistics of each channel."""
+    present = np.isfinite(sensors)
+    x = np.where(present, sensors, 0.0).astype(float)
 
-    def window(v, size):
+    def trailing_sum(v, size):
         total = np.cumsum(np.r_["0", np.zeros((1, v.shape[1])), v], axis=0)
         t = np.arange(1, len(v) + 1)
         return total[t] - total[(t - size).clip(0)]
 
-    n = window(there, width)
+    n = trailing_sum(present, width)
     half = max(width // 2, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = window(x, width) / n
-        spread = np.sqrt((window(x * x, width) / n - mean**2).clip(0))
-        new = window(x, half) / window(there, half)
-        old = (window(x, width) - window(x, half)) / (n - window(there, half))
-    change = np.where(there, np.where(np.isfinite(old), new - old, 0.0), np.nan)
+        mean = trailing_sum(x, width) / n
+        spread = np.sqrt((trailing_sum(x * x, width) / n - mean**2).clip(0))
+        new = trailing_sum(x, half) / trailing_sum(present, half)
+        old = (trailing_sum(x, width) - trailing_sum(x, half)) / (n - trailing_sum(present, half))
+    change = np.where(present, np.where(np.isfinite(old), new - old, 0.0), np.nan)
     return np.concatenate([mean, spread, change], 1).astype("float32")
 
 # %% ../../nbs/fingerprint/35_align.ipynb #a09e8b83
 class GaussianEmission:
-    "Normal distribution of every feature in every state."
+    """Emission model: an independent normal distribution per feature and state."""
 
     def __init__(
         self,
-        library: ProgramLibrary,  # The states
-        smooth: float = 1.5,  # Width of the smoothing of means, states
-        prior: float = 30.0,  # Rows that the spread of all states counts for in the spread of one
-        most: float = 3.0,  # A feature more than this many spreads away tells no more
+        library: ProgramLibrary,  # Programs as states
+        smooth: float = 1.5,  # Standard deviation of the smoothing over states
+        prior: float = 30.0,  # Prior weight of the pooled variance, in rows
+        max_deviation: float = 3.0,  # Features are clipped at this many standard deviations
     ):
         self.library = library
         self.smooth = smooth
         self.prior = prior
-        self.most = most
+        self.max_deviation = max_deviation
         self.temperature = 1.0
         self.offset = 0.0
 
@@ -158,28 +161,23 @@ class GaussianEmission:
 @patch
 def fit(
     self: GaussianEmission,
-    features: list,  # `[T,F]` of each training run
+    features: list,  # `[T,F]` of each training recording
     states: list,  # State of each row, `[T]` each
-):  # Itself
-    "Means and variances of the states."
+):  # `self`
+    """Estimate means and variances of all states."""
     x = np.concatenate(features).astype(float)
     s = np.concatenate(states)
-    there = np.isfinite(x)
-    x = np.where(there, x, 0.0)
-    sums = [self._smoothed(self._by_state(v, s)) for v in (there, x, x * x)]
-    count = there.sum(0).clip(1)
-    middle = x.sum(0) / there.sum(0).clip(1)
-    spread = None
-    spread = ((x * x).sum(0) / count - middle**2).clip(1e-4)
-    n = sums[0]
+    present = np.isfinite(x)
+    x = np.where(present, x, 0.0)
+    n, first, second = [self._smoothed(self._by_state(v, s)) for v in (present, x, x * x)]
+    count = present.sum(0).clip(1)
+    middle = x.sum(0) / present.sum(0).clip(1)  # mean over all rows
+    spread = ((x * x).sum(0) / count - middle**2).clip(1e-4)  # variance over all rows
     known = n > 1e-3
-    mean = np.where(known, sums[1] / n.clip(1e-9), middle)
-    inside = (there * (x - mean[s]) ** 2).sum(0) / count
-    variance = (
-        ((sums[2] - n * mean**2).clip(0) + self.prior * inside)
-        / (n + self.prior)
-        * (1 + 1 / n.clip(1))
-    )  # the mean is uncertain too
+    mean = np.where(known, first / n.clip(1e-9), middle)
+    inside = (present * (x - mean[s]) ** 2).sum(0) / count  # pooled variance within states
+    variance = ((second - n * mean**2).clip(0) + self.prior * inside) / (n + self.prior)
+    variance = variance * (1 + 1 / n.clip(1))  # uncertainty of the estimated mean
     self.mean = mean.astype("float32")
     self.variance = np.where(known, variance, spread).clip(1e-4).astype("float32")
     self.middle = middle.astype("float32")
@@ -189,7 +187,7 @@ def fit(
 # %% ../../nbs/fingerprint/35_align.ipynb #56de6678
 @patch
 def _by_state(self: GaussianEmission, values, states):
-    "Sums of rows by state, `[N,F]`."
+    "Sum of the rows of each state, `[N,F]`."
     return (
         csr_matrix(
             (np.ones(len(states)), (states, np.arange(len(states)))),
@@ -201,7 +199,7 @@ def _by_state(self: GaussianEmission, values, states):
 
 @patch
 def _smoothed(self: GaussianEmission, sums):
-    "Sums smoothed along the states of each program."
+    "Smooth sums along the states of each program."
     parts = np.split(np.asarray(sums, float), np.cumsum(self.library.lengths)[:-1])
     return np.concatenate(
         [
@@ -216,61 +214,65 @@ def log_probabilities(
     self: GaussianEmission,
     features: np.ndarray,  # `[T,F]`, NaN where missing
 ) -> tuple:  # `[T,N]` and `[T]` float32
-    "Log-probabilities of all states, and of the background."
-    there = np.isfinite(features).astype("float32")
-    x = np.where(there > 0, features, 0.0).astype("float32")
-    limit = self.most * np.sqrt(self.spread)
-    x = np.clip(x, self.middle - limit, self.middle + limit) * there
+    """Return log-probabilities of all states and of the background."""
+    present = np.isfinite(features).astype("float32")
+    x = np.where(present > 0, features, 0.0).astype("float32")
+    limit = self.max_deviation * np.sqrt(self.spread)
+    x = np.clip(x, self.middle - limit, self.middle + limit) * present
     precision = 1 / self.variance
     constant = -0.5 * np.log(self.variance) - 0.5 * precision * self.mean**2
-    state = there @ constant.T + x @ (precision * self.mean).T - 0.5 * (x * x) @ precision.T
+    state = present @ constant.T + x @ (precision * self.mean).T - 0.5 * (x * x) @ precision.T
     background = (
-        there * (-0.5 * np.log(self.spread) - 0.5 * (x - self.middle) ** 2 / self.spread)
+        present * (-0.5 * np.log(self.spread) - 0.5 * (x - self.middle) ** 2 / self.spread)
     ).sum(1)
-    seen = there.sum(1).clip(1)
+    seen = present.sum(1).clip(1)
     return state / self.temperature, background / self.temperature + self.offset * (seen > 0)
 
 # %% ../../nbs/fingerprint/35_align.ipynb #9ed25d53
 @patch
 def calibrate(
     self: GaussianEmission,
-    features: list,  # `[T,F]` of runs that `fit` has not seen
+    features: list,  # `[T,F]` of held-out recordings
     states: list,  # True state of each row
     width: int = 6,  # Rows that share their features
-    margin: float = 2.0,  # Standard deviations between pieces
-    piece: int = 60,  # Rows of a piece
-):  # Itself
-    "Temperature and background."
-    self.temperature, self.offset = 1.0, 0.0
+    margin: float = 2.0,  # Margin over the background, in standard deviations between segments
+    segment_rows: int = 60,  # Rows per segment
+):  # `self`
+    """Calibrate temperature and background offset on held-out recordings."""
+    self.temperature = 1.0
+    self.offset = 0.0
     found = [self.log_probabilities(f) for f in features]
     at = [np.arange(len(s)) for s in states]
 
-    def score(heat):
+    def mean_log_probability(temperature):
         return np.mean(
             [
-                np.mean(l[a, s] / heat - logsumexp(l / heat, axis=1))
-                for (l, _), s, a in zip(found, states, at)
+                np.mean(logp[a, s] / temperature - logsumexp(logp / temperature, axis=1))
+                for (logp, _), s, a in zip(found, states, at)
             ]
         )
 
-    heat = max(2.0 ** np.arange(0, 9), key=score) * width
+    temperature = max(2.0 ** np.arange(0, 9), key=mean_log_probability) * width
     lead = [
-        np.mean(p) / heat
-        for (l, b), s, a in zip(found, states, at)
-        for p in np.array_split(l[a, s] - b, max(len(s) // piece, 1))
+        np.mean(segment) / temperature
+        for (logp, background), s, a in zip(found, states, at)
+        for segment in np.array_split(logp[a, s] - background, max(len(s) // segment_rows, 1))
     ]
-    self.temperature = heat
+    self.temperature = temperature
     self.offset = float(np.mean(lead) - margin * np.std(lead))
     return self
 
 # %% ../../nbs/fingerprint/35_align.ipynb #87d242ef
 def fit_emission(
-    library: ProgramLibrary,  # The states
-    features: list,  # `[T,F]` of each training run
+    library: ProgramLibrary,  # Programs as states
+    features: list,  # `[T,F]` of each training recording
     states: list,  # State of each row
     **kwargs,  # For `GaussianEmission`
-) -> GaussianEmission:  # Fitted on all runs, calibrated on every third, left out once
-    "An emission model that knows how far it can be trusted."
+) -> GaussianEmission:
+    """Fit an emission model on all recordings, calibrated on every third one held out.
+
+    Raises `InputError` for fewer than three recordings.
+    """
     out = np.arange(len(features)) % 3 == 2
     require(
         out.any() and not out.all(),
@@ -295,13 +297,13 @@ def fit_emission(
 
 # %% ../../nbs/fingerprint/35_align.ipynb #e8bf848b
 class NeuralEmission:
-    "Scaled likelihoods from a classifier of states."
+    """Emission model: scaled likelihoods from a classifier of states."""
 
     def __init__(
         self,
         predict,  # `[T,F]` -> log-probabilities `[T,N]`
-        prior,  # How often each state occurs in training, `[N]`
-        temperature: float = 1.0,  # Log-probabilities are divided by it
+        prior,  # Number of training rows of each state, `[N]`
+        temperature: float = 1.0,  # Divides the log-probabilities
         offset: float = 0.0,  # Log-probability of the background
     ):
         self.predict = predict
@@ -310,24 +312,24 @@ class NeuralEmission:
         self.offset = offset
 
     def log_probabilities(self, features):
-        "Log-probabilities of all states `[T,N]`, and of the background `[T]`."
+        """Return log-probabilities of all states `[T,N]`, and of the background `[T]`."""
         logp = (np.asarray(self.predict(features)) - self.prior) / self.temperature
         return logp, np.full(len(logp), self.offset)
 
 # %% ../../nbs/fingerprint/35_align.ipynb #b95b39c9
-class ProgramChains:
-    "Left-to-right chains, one a program and rate, and the state of no program."
+class ProgramHMM:
+    """Left-to-right chains, one per program and rate, and a background state (no program)."""
 
     def __init__(
         self,
-        lengths,  # States of each program, `[P]`
-        step: float = 0.25,  # Seconds a state
-        rates=(1.0,),  # Paces, relative to training
-        spread: float = 0.2,  # Standard deviation of the advance, as a share of it
-        none: float = 0.05,  # Probability that a recording begins outside all programs
-        leave: float = 1e-4,  # Of leaving a program, a row
-        enter: float = 1e-2,  # Of entering one, a row
-        known_start: bool = False,  # Whether the first row is the program's first
+        lengths,  # Number of states of each program, `[P]`
+        step: float = 0.25,  # Seconds per state
+        rates=(1.0,),  # Paces relative to the training recordings
+        spread: float = 0.2,  # Standard deviation of the advance, as a fraction of it
+        none: float = 0.05,  # Probability that a recording starts in the background
+        leave: float = 1e-4,  # Probability per row of leaving a program
+        enter: float = 1e-2,  # Probability per row of entering one
+        known_start: bool = False,  # Start in the first state of a program
     ):
         self.step = step
         self.rates = np.asarray(rates, float)
@@ -338,22 +340,25 @@ class ProgramChains:
         self.lengths = np.repeat(np.asarray(lengths, int), len(self.rates))
         self.rate = np.tile(self.rates, len(lengths))
         chains = len(self.lengths)
-        most = int(self.lengths.max())
-        self.inside = np.arange(most) < self.lengths[:, None]
+        longest = int(self.lengths.max())
+        self.inside = np.arange(longest) < self.lengths[:, None]
         first = np.cumsum(lengths) - lengths
         self.flat = np.where(
-            self.inside, np.repeat(first, len(self.rates))[:, None] + np.arange(most), 0
+            self.inside, np.repeat(first, len(self.rates))[:, None] + np.arange(longest), 0
         )
-        weight = (np.arange(most) == 0) * self.inside if known_start else self.inside / 1.0
+        weight = (np.arange(longest) == 0) * self.inside if known_start else self.inside / 1.0
         self.entry = weight / weight.sum(1, keepdims=True) / chains
 
 # %% ../../nbs/fingerprint/35_align.ipynb #6192ad8a
 @patch
 def kernel(
-    self: ProgramChains,
-    seconds: float,  # Between two rows
+    self: ProgramHMM,
+    seconds: float,  # Time between two rows
 ) -> np.ndarray:  # Probability of an advance by 0, 1, … states, `[chains,K]`
-    "How far the place moves; a rounded normal distribution without its negative part."
+    """Return the distribution of the advance: a normal distribution rounded to states, without its negative part.
+
+    Raises `InputError` for a negative or non-finite time.
+    """
     if not np.isfinite(seconds) or seconds < 0:
         raise InputError(
             "clock", "time between rows", "seconds, not negative", str(seconds), "the clock jumps"
@@ -366,8 +371,8 @@ def kernel(
 
 # %% ../../nbs/fingerprint/35_align.ipynb #cbf68a4f
 @patch
-def _ahead(self: ProgramChains, a, kernel):
-    "Probabilities `[chains,S]` after an advance; what passes the end stays in the last state."
+def _ahead(self: ProgramHMM, a, kernel):
+    "Probabilities `[chains,S]` after an advance; mass beyond the end stays in the last state."
     wide = np.zeros((len(a), a.shape[1] + kernel.shape[1] - 1))
     for k in range(kernel.shape[1]):
         wide[:, k : k + a.shape[1]] += kernel[:, k, None] * a
@@ -379,7 +384,7 @@ def _ahead(self: ProgramChains, a, kernel):
 
 
 @patch
-def _back(self: ProgramChains, b, kernel):
+def _back(self: ProgramHMM, b, kernel):
     "Expected value of `b` `[chains,S]` after an advance from each state."
     place = np.minimum(np.arange(b.shape[1] + kernel.shape[1] - 1), self.lengths[:, None] - 1)
     wide = np.take_along_axis(b, place, 1)
@@ -389,32 +394,32 @@ def _back(self: ProgramChains, b, kernel):
 
 
 @patch
-def _forward(self: ProgramChains, a, none, kernel):
-    "State probabilities one row later, before its sensors are seen."
+def _forward(self: ProgramHMM, a, none, kernel):
+    "State probabilities one row later, before its observation."
     return (1 - self.leave) * self._ahead(a, kernel) + self.enter * none * self.entry, (
         1 - self.enter
     ) * none + self.leave * a.sum()
 
 
 @patch
-def _seen(self: ProgramChains, logp, background):
-    "Probabilities of one row's sensors in the chains `[chains,S]` and in no program, divided by the largest, and its logarithm."
+def _seen(self: ProgramHMM, logp, background):
+    "Emission probabilities of one row in the chains `[chains,S]` and in the background, divided by the largest, and the logarithm of the divisor."
     top = max(float(logp.max()), float(background))
     return np.exp(logp[self.flat] - top) * self.inside, float(np.exp(background - top)), top
 
 # %% ../../nbs/fingerprint/35_align.ipynb #babf1e10
 @dataclass
 class Alignment:
-    "Posterior of the place in the library, row by row."
+    """Posterior distribution of the position in the library for each row."""
 
-    posterior: np.ndarray  # `[T,N]` float32, rates summed
-    none: np.ndarray  # Probability of no program, `[T]`
+    posterior: np.ndarray  # `[T,N]` float32, summed over rates
+    none: np.ndarray  # Probability of the background, `[T]`
     rates: np.ndarray  # Probability of each rate, `[T,R]`
-    log_likelihood: float  # Of the sensors
+    log_likelihood: float  # Log-likelihood of the observations
 
 # %% ../../nbs/fingerprint/35_align.ipynb #c4061cb1
 @patch
-def _gather(self: ProgramChains, a):
+def library_posterior(self: ProgramHMM, a):
     "Chains `[chains,S]` as library states `[N]`, and as rates `[R]`."
     programs = len(self.lengths) // len(self.rates)
     summed = a.reshape(programs, len(self.rates), -1).sum(1)
@@ -428,7 +433,7 @@ def _normalised(a, none):
 
 
 @patch
-def _filter(self: ProgramChains, logp, background, gaps):
+def forward_pass(self: ProgramHMM, logp, background, gaps):
     "Forward pass: a list of (states, none, seen, seen without a program, kernel), and the log-likelihood."
     a = self.entry * (1 - self.none)
     none = self.none
@@ -446,8 +451,8 @@ def _filter(self: ProgramChains, logp, background, gaps):
 
 
 @patch
-def _smooth(self: ProgramChains, steps):
-    "Backward pass over the steps of `_filter`, newest first: posterior of each."
+def backward_pass(self: ProgramHMM, steps):
+    "Backward pass over the steps of `forward_pass`, newest first: posterior of each."
     beta = np.ones_like(steps[-1][0])
     rest = 1.0
     for t in range(len(steps) - 1, -1, -1):
@@ -466,15 +471,15 @@ def _smooth(self: ProgramChains, steps):
 # %% ../../nbs/fingerprint/35_align.ipynb #2cdaa3b9
 @patch
 def smooth(
-    self: ProgramChains,
-    logp: np.ndarray,  # Emission, `[T,N]`
-    background: np.ndarray,  # Emission of no program, `[T]`
+    self: ProgramHMM,
+    logp: np.ndarray,  # Emission log-probabilities, `[T,N]`
+    background: np.ndarray,  # Emission log-probability of the background, `[T]`
     time: np.ndarray,  # Seconds, `[T]`
-) -> Alignment:  # From all rows
-    "Forward-backward."
+) -> Alignment:
+    """Return the posterior of each row given all rows (forward-backward). Raises `InputError` without rows."""
     require(len(logp), "recording", "rows", "at least one", "0")
-    steps, likelihood = self._filter(logp, background, np.diff(time))
-    parts = [(*self._gather(a), none) for a, none in self._smooth(steps)][::-1]
+    steps, likelihood = self.forward_pass(logp, background, np.diff(time))
+    parts = [(*self.library_posterior(a), none) for a, none in self.backward_pass(steps)][::-1]
     return Alignment(
         np.array([p for p, _, _ in parts], "float32"),
         np.array([n for *_, n in parts]),
@@ -485,33 +490,36 @@ def smooth(
 # %% ../../nbs/fingerprint/35_align.ipynb #ff8c64e6
 @patch
 def best_path(
-    self: ProgramChains,
-    logp: np.ndarray,  # Emission, `[T,N]`
-    background: np.ndarray,  # Emission of no program, `[T]`
+    self: ProgramHMM,
+    logp: np.ndarray,  # Emission log-probabilities, `[T,N]`
+    background: np.ndarray,  # Emission log-probability of the background, `[T]`
     time: np.ndarray,  # Seconds, `[T]`
-) -> tuple:  # Library state of each row, -1 for none, `[T]`, and the path's log-probability
-    "Viterbi."
+) -> (
+    tuple
+):  # Library state of each row (-1: background), `[T]`, and the log-probability of the path
+    """Return the most probable path (Viterbi algorithm)."""
     with np.errstate(divide="ignore"):
         log_entry = np.log(self.entry)
         score = log_entry + np.log1p(-self.none) + self._logs(logp[0])
         none = np.log(self.none) + background[0]
-        went = []
+        backpointers = []
         for t, gap in enumerate(np.diff(time), 1):
             score, none, move = self._best_step(score, none, np.log(self.kernel(gap)), log_entry)
             score = score + self._logs(logp[t])
             none = none + background[t]
-            went.append(move)
-    return self._trace(score, none, went)
+            backpointers.append(move)
+    return self._trace(score, none, backpointers)
 
 # %% ../../nbs/fingerprint/35_align.ipynb #f834647b
 @patch
-def _logs(self: ProgramChains, logp):
+def _logs(self: ProgramHMM, logp):
+    "Emission log-probabilities in chain layout, `[chains,S]`; -inf outside."
     return np.where(self.inside, logp[self.flat], -np.inf)
 
 
 @patch
-def _best_step(self: ProgramChains, score, none, kernel, log_entry):
-    "Best scores one row later; for each state the state before it (flat, -1 for none), for none the same."
+def _best_step(self: ProgramHMM, score, none, kernel, log_entry):
+    "Best scores one row later, and backpointers: the previous flat state of each state (-1: background), and of the background."
     chains, size = score.shape
     place = np.arange(size)
     best = np.full(score.shape, -np.inf)
@@ -521,8 +529,10 @@ def _best_step(self: ProgramChains, score, none, kernel, log_entry):
         new[:, k:] = score[:, : size - k] + kernel[:, k, None]
         source = np.where(new > best, place - k, source)
         best = np.maximum(new, best)
-    rest = np.logaddexp.accumulate(kernel[:, ::-1], axis=1)[:, ::-1]  # of an advance by at least k
-    for k in range(min(kernel.shape[1], size)):  # the last state takes all that passes it
+    rest = np.logaddexp.accumulate(kernel[:, ::-1], axis=1)[
+        :, ::-1
+    ]  # log-probability of an advance of at least k
+    for k in range(min(kernel.shape[1], size)):  # the last state is absorbing
         at = self.lengths - 1 - k
         row = np.flatnonzero(at >= 0)
         new = score[row, at[row]] + rest[row, k]
@@ -545,11 +555,11 @@ def _best_step(self: ProgramChains, score, none, kernel, log_entry):
 
 
 @patch
-def _trace(self: ProgramChains, score, none, went):
-    "Path from the last row back to the first."
+def _trace(self: ProgramHMM, score, none, backpointers):
+    "Follow the backpointers from the last row to the first."
     at = int(score.argmax()) if score.max() > none else -1
     path = [at]
-    for source, from_none in went[::-1]:
+    for source, from_none in backpointers[::-1]:
         at = int(source.flat[at]) if at >= 0 else from_none
         path.append(at)
     path = np.array(path[::-1])
@@ -561,13 +571,11 @@ def describe(
     self: ProgramLibrary,
     posterior: np.ndarray,  # `[T,N]`
     none: np.ndarray,  # `[T]`
-) -> (
-    pd.DataFrame
-):  # One row a row: program, its probability, seconds, line, text, its probability, none
-    "Program, line, text and elapsed time of every row."
+) -> pd.DataFrame:  # One row per sensor row: program, program_probability, seconds, line, text, text_probability, none
+    """Return the most probable program, line and text, and the expected elapsed time of each row."""
     posterior = np.asarray(posterior, float)
-    share = np.add.reduceat(posterior, self.first, axis=1)
-    best = share.argmax(1)
+    program_probability = np.add.reduceat(posterior, self.first, axis=1)
+    best = program_probability.argmax(1)
     own = posterior * (self.program == best[:, None])
     seconds = own @ self.seconds / own.sum(1).clip(1e-12)
     line = own @ self.line_votes
@@ -575,7 +583,7 @@ def describe(
     return pd.DataFrame(
         dict(
             program=np.array(self.names, object)[best],
-            program_probability=share.max(1),
+            program_probability=program_probability.max(1),
             seconds=seconds,
             line=self.lines[line.argmax(1)],
             text=self.texts[text.argmax(1)],
@@ -590,9 +598,9 @@ def clock(
     self: ProgramLibrary,
     time,  # Seconds since the known start, `[T]`
     spread: float = 0.15,  # Standard deviation at the start, seconds
-    drift: float = 0.003,  # and its growth, seconds a second
-) -> np.ndarray:  # Log-probabilities `[T,N]`, to be added to an emission
-    "What the time since a known start says about the place."
+    drift: float = 0.003,  # Growth of the standard deviation, seconds per second
+) -> np.ndarray:  # Log-probabilities `[T,N]`, to be added to the emission
+    """Return log-probabilities of the states given the time since a known start."""
     time = np.asarray(time, float)[:, None]
     end = np.repeat(self.step * (self.lengths - 1), self.lengths)
     width = spread + drift * time
@@ -602,11 +610,11 @@ def clock(
 @patch
 def match(
     self: ProgramLibrary,
-    logp: np.ndarray,  # Emission, `[T,N]`
+    logp: np.ndarray,  # Emission log-probabilities, `[T,N]`
     time: np.ndarray,  # Seconds, `[T]`
-    row: int = None,  # Which row's state is asked for; the middle one by default
-) -> np.ndarray:  # Score of each state of that row, `[N]`
-    "Log-likelihood of a piece of a recording for each state of one of its rows."
+    row: int = None,  # Row whose state is scored; the middle one by default
+) -> np.ndarray:  # Score of each state for that row, `[N]`
+    """Return the log-likelihood of a segment for each state of one of its rows."""
     row = len(logp) // 2 if row is None else row
     first = np.repeat(self.first, self.lengths)
     place = np.arange(len(self))
@@ -619,25 +627,25 @@ def match(
 # %% ../../nbs/fingerprint/35_align.ipynb #01821971
 def posterior(
     score,  # Log-probabilities, `[...,N]`
-    temperature: float = 1.0,  # They are divided by it
+    temperature: float = 1.0,  # Divides the log-probabilities
 ) -> np.ndarray:  # `[...,N]`, its sum is 1
-    "Probabilities of log-probabilities."
+    """Return normalised probabilities (softmax) of log-probabilities."""
     score = np.asarray(score, float) / temperature
     return np.exp(score - logsumexp(score, axis=-1, keepdims=True))
 
 # %% ../../nbs/fingerprint/35_align.ipynb #d4ab422f
 class StreamAligner:
-    "Alignment row by row, in constant memory."
+    """Fixed-lag alignment row by row, in constant memory."""
 
     def __init__(
         self,
-        library: ProgramLibrary,  # Known programs
-        emission,  # With `log_probabilities`
-        chains: ProgramChains,  # The prior
-        width: int = 6,  # Of the features
-        lag: int = 8,  # Rows of the future that an answer may wait for
+        library: ProgramLibrary,  # Programs as states
+        emission,  # Emission model with `log_probabilities`
+        chains: ProgramHMM,  # Transition model
+        width: int = 6,  # Rows per trailing window of the features
+        lag: int = 8,  # Rows of delay
         features=trailing_features,  # `features(rows [<=width,C], width)` -> `[rows,F]`
-        timed: bool = False,  # Whether the first row is the program's first, and the clock a witness
+        timed: bool = False,  # Start in the first state of a program and use the clock as evidence
     ):
         self.library = library
         self.emission = emission
@@ -655,10 +663,13 @@ class StreamAligner:
 @patch
 def step(
     self: StreamAligner,
-    row: np.ndarray,  # Standardised sensors, `[C]`, NaN where a board is silent
-    seconds: float,  # Clock
+    row: np.ndarray,  # Standardised sensors, `[C]`; NaN where a board is missing
+    seconds: float,  # Time stamp
 ):  # `(posterior [N], none)` of the row `lag` rows ago; None while there is none
-    "One row further."
+    """Process one row and return the posterior of the row `lag` rows earlier, or `None` until there is one.
+
+    Raises `InputError` when the clock goes back.
+    """
     kernel = None if self.last is None else self.chains.kernel(seconds - self.last)
     self.begin = seconds if self.begin is None else self.begin
     self.last = seconds
@@ -680,14 +691,14 @@ def step(
 
 @patch
 def _oldest(self: StreamAligner):
-    "Posterior of the oldest step that is kept."
-    *_, (a, none) = self.chains._smooth(list(self.steps))
-    return self.chains._gather(a)[0], none
+    "Posterior of the oldest step in memory."
+    *_, (a, none) = self.chains.backward_pass(list(self.steps))
+    return self.chains.library_posterior(a)[0], none
 
 
 @patch
 def finish(self: StreamAligner) -> list:  # `(posterior, none)` of the rows that still wait
-    "The answers that wait when a recording ends."
-    late = list(self.chains._smooth(list(self.steps)))[::-1] if self.steps else []
+    """Return the posteriors of the remaining rows when a recording ends."""
+    late = list(self.chains.backward_pass(list(self.steps)))[::-1] if self.steps else []
     late = late[1:] if len(self.steps) > self.lag else late
-    return [(self.chains._gather(a)[0], none) for a, none in late]
+    return [(self.chains.library_posterior(a)[0], none) for a, none in late]

@@ -1,4 +1,4 @@
-"""Rows that no healthy run would show: a damaged tool, told by a detector that has seen healthy runs only.
+"""Per-row anomaly detection for damaged tools, with detectors fitted on healthy recordings only.
 
 Docs: https://example.org/gcode_ml/fingerprint/anomaly.html.md"""
 
@@ -18,13 +18,13 @@ from ..core.errors import check_choice, require
 from .align import trailing_features
 from gcode_ml.fingerprint.verify import (
     ProgramSignals,
-    Rows,
-    _best_lag,
-    _gaps,
-    _in_sizes,
-    _sensors,
-    _sizes,
+    SensorRows,
+    best_lag,
+    channel_scales,
     fit_response,
+    relative_sensors,
+    row_gaps,
+    scale_and_clip,
 )
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #a955b467
@@ -32,40 +32,39 @@ DETECTORS = "mean_distance", "mahalanobis", "isolation_forest", "program"
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #0dda8158
 def shared_channels(
-    runs: list,  # `Rows`
-) -> list:  # Channels that all of them have
-    "Channels of every run, sorted."
+    runs: list,  # `SensorRows` of several recordings
+) -> list:  # Sorted channel names
+    """Return the channels present in all recordings. Raises `InputError` when there is none."""
     names = set.intersection(*(set(r.channels) for r in runs))
     require(names, "runs", "channels", "one that all runs have", "none")
     return sorted(names)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #fb049b0e
 def anomaly_features(
-    rows: Rows,  # Of a run
-    channels: list,  # Which
-    size: np.ndarray,  # Of each channel's changes
-    centred: bool = True,  # Relative to the mean over the last seconds
-    width: int = 6,  # Rows looked back at
+    rows: SensorRows,  # Sensor rows of a recording
+    channels: list,  # Channel names, `[C]`
+    size: np.ndarray,  # Scale of each channel, `[C]`
+    centred: bool = True,  # Subtract the running mean of each channel
+    width: int = 6,  # Rows per trailing window
 ) -> np.ndarray:  # `[T,3C]`
-    "Mean, spread and change over the last rows."
-    x = (
-        _sensors(rows, channels)
-        if centred
-        else rows.values[:, [rows.channels.index(c) for c in channels]]
-    )
-    return np.nan_to_num(trailing_features(_in_sizes(x, size) if centred else x / size, width))
+    """Return mean, standard deviation and change of each channel over the trailing rows."""
+    if centred:
+        x = scale_and_clip(relative_sensors(rows, channels), size)
+    else:
+        x = rows.values[:, [rows.channels.index(c) for c in channels]] / size
+    return np.nan_to_num(trailing_features(x, width))
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #6faf2fc9
 class AnomalyDetector:
-    "How strange each row is, by name."
+    """Per-row anomaly score by a detector that is chosen by name."""
 
     def __init__(
         self,
         name: str,  # One of `DETECTORS`
         centred: bool = True,  # See `anomaly_features`
         width: int = 8,  # Rows over which a score is averaged
-        start: float = 1.5,  # How far the start of a program may be off, seconds
-        seed: int = 0,  # Of the forest
+        start: float = 1.5,  # Largest error of the program start, seconds
+        seed: int = 0,  # Random seed of the isolation forest
     ):
         self.name = check_choice("anomaly", "detector", name, DETECTORS)
         self.centred = centred
@@ -75,31 +74,30 @@ class AnomalyDetector:
 
     def fit(
         self,
-        runs: list,  # Pairs (`Rows`, `ProgramSignals`) of healthy runs
-        keep=None,  # Mask of the rows that may be learnt from, one a run; all when `None`
-        channels=None,  # Channels to use; those that all runs have when `None`
+        runs: list,  # Pairs (`SensorRows`, `ProgramSignals`) of healthy recordings
+        keep=None,  # Boolean mask of the rows to fit, one per recording; `None` uses all
+        channels=None,  # Channels to use; `None` uses those that all recordings have
     ):
-        "Learn what healthy rows look like."
+        """Fit the detector on healthy rows and return it."""
         self.channels = channels or shared_channels([r for r, _ in runs])
         if self.name == "program":
             return self._fit_program(runs, keep)
-        raw = np.concatenate([_sensors(r, self.channels) for r, _ in runs])
-        self.size = np.where(_sizes(raw) > 0, _sizes(raw), 1.0)
+        raw = np.concatenate([relative_sensors(r, self.channels) for r, _ in runs])
+        self.size = np.where(channel_scales(raw) > 0, channel_scales(raw), 1.0)
         x = [anomaly_features(r, self.channels, self.size, self.centred) for r, _ in runs]
         x = np.concatenate([a if keep is None else a[k] for a, k in zip(x, keep or x)])
-        self.model = (
-            IsolationForest(n_estimators=200, random_state=self.seed).fit(x)
-            if self.name == "isolation_forest"
-            else LedoitWolf().fit(x)
-        )
+        if self.name == "isolation_forest":
+            self.model = IsolationForest(n_estimators=200, random_state=self.seed).fit(x)
+        else:
+            self.model = LedoitWolf().fit(x)
         return self
 
     def score(
         self,
-        rows: Rows,  # Of a run
-        signals: ProgramSignals = None,  # Of its program, for `program`
+        rows: SensorRows,  # Sensor rows of a recording
+        signals: ProgramSignals = None,  # Signals of its program; required by `program`
     ) -> np.ndarray:  # `[T]`
-        "How strange each row is, averaged over the last rows."
+        """Return the anomaly score of each row, averaged over the trailing `width` rows."""
         if self.name == "program":
             return np.log(self.model.mahalanobis(self.residuals(rows, signals)))
         x = anomaly_features(rows, self.channels, self.size, self.centred)
@@ -107,10 +105,9 @@ class AnomalyDetector:
             return _trailing(-self.model.score_samples(x), self.width)
         if self.name == "mahalanobis":
             return _trailing(np.log(self.model.mahalanobis(x)), self.width)
-        return _trailing(
-            np.sqrt((((x - self.model.location_) ** 2) / np.diag(self.model.covariance_)).mean(1)),
-            self.width,
-        )
+        deviation = (x - self.model.location_) ** 2
+        variance = np.diag(self.model.covariance_)
+        return _trailing(np.sqrt((deviation / variance).mean(1)), self.width)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #92dff677
 def _trailing(v, width):
@@ -122,28 +119,19 @@ def _trailing(v, width):
 
 
 def _masked(runs, keep, channels):
-    "Runs with those channels, whose other rows are missing."
-
-    def take(r):
-        return r.values[:, [r.channels.index(c) for c in channels]]
-
-    return [
-        (
-            Rows(
-                r.name,
-                r.time,
-                take(r) if keep is None else np.where(keep[i][:, None], take(r), np.nan),
-                channels,
-            ),
-            s,
-        )
-        for i, (r, s) in enumerate(runs)
-    ]
+    "Recordings reduced to `channels`, with NaN in the rows outside the masks `keep`."
+    masked = []
+    for i, (r, s) in enumerate(runs):
+        values = r.values[:, [r.channels.index(c) for c in channels]]
+        if keep is not None:
+            values = np.where(keep[i][:, None], values, np.nan)
+        masked.append((SensorRows(r.name, r.time, values, channels), s))
+    return masked
 
 
 @patch
 def _fit_program(self: AnomalyDetector, runs, keep):
-    "The response, and how its residuals scatter once they are averaged over `width` rows."
+    "Fit the sensor response, and the covariance of its residuals averaged over `width` rows."
     self.response = fit_response(_masked(runs, keep, self.channels), start=self.start)
     left = [self.residuals(*r) for r in runs]
     self.model = LedoitWolf(assume_centered=True).fit(
@@ -154,46 +142,39 @@ def _fit_program(self: AnomalyDetector, runs, keep):
 
 @patch
 def residuals(self: AnomalyDetector, rows, signals):
-    "What the sensors show beyond the program, averaged over the last rows, `[T,C]`."
-    x = _in_sizes(_sensors(rows, self.response.channels), self.response.scale)
-    lag = _best_lag(rows, signals, x, self.response.weights, self.response.covariance, self.start)
-    left = np.nan_to_num(
-        x - signals._averages(rows.time + lag, _gaps(rows)) @ self.response.weights
-    )
+    "Sensor values minus the response to the program, averaged over the trailing rows, `[T,C]`."
+    x = scale_and_clip(relative_sensors(rows, self.response.channels), self.response.scale)
+    lag = best_lag(rows, signals, x, self.response.weights, self.response.covariance, self.start)
+    expected = signals.averages(rows.time + lag, row_gaps(rows)) @ self.response.weights
+    left = np.nan_to_num(x - expected)
     return np.stack([_trailing(c, self.width) for c in left.T], 1)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #e48a1c22
 def anomaly_table(
-    train: list,  # Pairs (`Rows`, `ProgramSignals`) of healthy runs
+    train: list,  # Pairs (`SensorRows`, `ProgramSignals`) of healthy recordings
     healthy: list,  # The same, held out
-    strange: dict,  # Name -> the same: damaged runs, or controls
-    detectors=DETECTORS,  # Which
-    keep=None,  # Rows of `train` that are learnt from: for the leaky split
-    only=None,  # Rows of `healthy` that are scored: for the leaky split
-    seed: int = 0,  # Of the forest and the interval
+    strange: dict,  # Name -> such pairs: damaged recordings, or controls
+    detectors=DETECTORS,  # Names of the detectors to compare
+    keep=None,  # Masks of the rows of `train` to fit, for the leaky split
+    only=None,  # Masks of the rows of `healthy` to score, for the leaky split
+    seed: int = 0,  # Random seed of the forest and the interval
     **options,  # For `AnomalyDetector`
-) -> pd.DataFrame:  # name, strange, value, low, high, runs
-    "Area under the ROC curve of rows, for each detector and each kind of strange runs."
+) -> pd.DataFrame:  # Columns name, strange, value, low, high, runs
+    """Return the area under the ROC curve of rows for each detector and each kind of anomalous recording."""
     channels = shared_channels([r for part in (train, healthy, *strange.values()) for r, _ in part])
     found = []
     for name in detectors:
-        d = AnomalyDetector(name, seed=seed, **options).fit(train, keep, channels)
-        calm = [d.score(*r) for r in healthy]
-        calm = calm if only is None else [c[o] for c, o in zip(calm, only)]
+        detector = AnomalyDetector(name, seed=seed, **options).fit(train, keep, channels)
+        normal = [detector.score(*r) for r in healthy]
+        normal = normal if only is None else [c[o] for c, o in zip(normal, only)]
         for kind, runs in strange.items():
-            found.append(
-                dict(
-                    name=name,
-                    strange=kind,
-                    **_auroc_by_run(calm, [d.score(*r) for r in runs], seed),
-                    runs=len(runs),
-                )
-            )
+            auroc = _auroc_by_run(normal, [detector.score(*r) for r in runs], seed)
+            found.append(dict(name=name, strange=kind, **auroc, runs=len(runs)))
     return pd.DataFrame(found)
 
 # %% ../../nbs/fingerprint/45_anomaly.ipynb #cb4a4212
-def _auroc_by_run(calm, wild, seed, draws=200):
-    "Area and its 95 % interval, drawn over whole runs."
+def _auroc_by_run(normal, anomalous, seed, resamples=200):
+    "Area under the ROC curve with a 95 % bootstrap interval over recordings."
 
     def area(a, b):
         a = np.sort(np.concatenate(a))
@@ -207,5 +188,7 @@ def _auroc_by_run(calm, wild, seed, draws=200):
     def pick(runs):
         return [runs[i] for i in random.integers(0, len(runs), len(runs))]
 
-    low, high = np.percentile([area(pick(calm), pick(wild)) for _ in range(draws)], [2.5, 97.5])
-    return dict(value=area(calm, wild), low=float(low), high=float(high))
+    low, high = np.percentile(
+        [area(pick(normal), pick(anomalous)) for _ in range(resamples)], [2.5, 97.5]
+    )
+    return dict(value=area(normal, anomalous), low=float(low), high=float(high))

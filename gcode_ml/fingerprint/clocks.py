@@ -1,4 +1,4 @@
-"""What the clock alone knows, how far the sensors' clock strays from the controller's, and the bound that follows.
+"""How much does the clock alone predict, how far does the sensor clock deviate from the controller clock, and which upper bound on accuracy follows?
 
 Docs: https://example.org/gcode_ml/fingerprint/clocks.html.md"""
 
@@ -21,7 +21,7 @@ from .data import Recording, align_channels, modality, programs, select_channels
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #90a2b821
 def _near(times, at, reach):
-    "Pairs (query, row) of sorted `times` within `reach` of each of `at`; the nearest row where there is none."
+    "Pairs (query, row) of sorted `times` within `reach` of each of `at`; the nearest row if there is none."
     a = np.searchsorted(times, at - reach)
     b = np.searchsorted(times, at + reach)
     right = np.searchsorted(times, at).clip(1, max(len(times) - 1, 1))
@@ -37,19 +37,19 @@ def _near(times, at, reach):
 # %% ../../nbs/fingerprint/36_clocks.ipynb #94723a37
 @dataclass
 class ClockTable:
-    "Lines by class and seconds since the start: rows of all training runs vote, the nearer the more."
+    """Text by class and elapsed time; rows of all training recordings vote with a Gaussian weight in time."""
 
     operations: list  # Classes
     texts: np.ndarray  # Distinct texts, `[M]`
-    rows: list = field(repr=False)  # Of each class: sorted times and numbers of texts
+    rows: list = field(repr=False)  # For each class: sorted times, and text indices
     width: float = 0.02  # Standard deviation of the weights, seconds
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #42ec90d1
 def clock_table(
-    recordings: list,  # Training runs
+    recordings: list,  # Training recordings
     width: float = 0.02,  # Standard deviation of the weights, seconds
-) -> ClockTable:  # One set of rows a class
-    "The table of the training runs."
+) -> ClockTable:
+    """Build the table from training recordings."""
     require(recordings, "clock table", "recordings", "at least one run", "0")
     texts, code = np.unique(
         np.concatenate([r.texts for r in recordings]).astype(str), return_inverse=True
@@ -71,7 +71,7 @@ def votes(
     time,  # Seconds since the start, `[T]`
     weights,  # Probability of each class, `[T,K]` or `[K]`
 ) -> csr_matrix:  # Probability of each text, `[T,M]`
-    "What was executed at those seconds."
+    """Return text probabilities at given times."""
     time = np.asarray(time, float)
     weights = np.broadcast_to(np.asarray(weights, float), (len(time), len(self.operations)))
     found = 0
@@ -86,7 +86,7 @@ def votes(
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #935eb368
 def _on_grid(recording, channels, grid, slow):
-    "Channels on the grid `[G,C]`, band-limited, of unit variance, zero where there is nothing."
+    "Channels on the grid `[G,C]`, band-pass filtered, unit variance; zero where missing."
     x = align_channels(recording, channels)
     here = ~np.isnan(x).any(0)
     inside = (grid >= 0) & (grid <= recording.time[-1])
@@ -101,107 +101,98 @@ def _on_grid(recording, channels, grid, slow):
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #b97a7b56
 def sensor_lags(
-    recordings: list,  # Runs of one program
-    longest: float = 8.0,  # Largest shift, seconds
-    step: float = 0.05,  # Seconds between shifts
-    rounds: int = 3,  # How often the mean is made anew
-    kinds=("acceleration", "rotation", "magnetic"),  # Modalities that are compared
+    recordings: list,  # Recordings of one program
+    max_lag: float = 8.0,  # Largest shift, seconds
+    step: float = 0.05,  # Resolution of the shift, seconds
+    rounds: int = 3,  # Iterations
+    kinds=("acceleration", "rotation", "magnetic"),  # Modalities to compare
 ) -> (
     tuple
-):  # Lag of each run, seconds, median 0, and the largest correlation with the mean of the others
-    "Shifts of the sensors' clock from run to run."
+):  # Lag of each recording (seconds, median 0), and its correlation with the mean of the others
+    """Estimate the offset of the sensor clock of each recording by cross-correlation.
+
+    Raises `InputError` for fewer than three recordings.
+    """
     if len(recordings) < 3:
         raise InputError(
             "sensor lags", "recordings", "at least three runs of one program", str(len(recordings))
         )
     channels = select_channels(recordings, kinds)
-    grid = np.arange(-longest, max(r.time[-1] for r in recordings) + longest, step)
+    grid = np.arange(-max_lag, max(r.time[-1] for r in recordings) + max_lag, step)
     size = next_fast_len(2 * len(grid))
     waves = np.stack(
         [rfft(_on_grid(r, channels, grid, 4 / step), size, axis=0) for r in recordings]
     )
     frequency = np.arange(waves.shape[1])[:, None]
-    reach = int(longest / step)
+    reach = int(max_lag / step)
     power = (abs(waves) ** 2).sum((1, 2))
     shift = np.zeros(len(recordings))
     best = np.zeros(len(recordings))
     for _ in range(rounds):
-        moved = waves * np.exp(
-            -2j * np.pi * frequency * np.rint(shift / step)[:, None, None] / size
-        ).astype("complex64")
+        steps = np.rint(shift / step)[:, None, None]
+        moved = waves * np.exp(-2j * np.pi * frequency * steps / size).astype("complex64")
         total = moved.sum(0)
         for i in range(len(recordings)):
             others = total - moved[i]
             c = irfft((others * waves[i].conj()).sum(1), size)
             c = np.r_[c[-reach:], c[: reach + 1]]
-            shift[i], best[i] = (
-                (c.argmax() - reach) * step,
-                c.max() * waves.shape[1] / np.sqrt(power[i] * (abs(others) ** 2).sum()),
-            )
+            norm = np.sqrt(power[i] * (abs(others) ** 2).sum())
+            shift[i] = (c.argmax() - reach) * step
+            best[i] = c.max() * waves.shape[1] / norm
         shift = shift - np.median(shift)
     return -shift, best
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #c5a71e3c
 def on_sensor_clock(
-    recordings: list,  # Training runs, of any programs
-    kinds=("acceleration", "rotation", "magnetic"),  # Modalities that are compared
-    step: float = 0.1,  # Seconds between shifts
-) -> list:  # The runs with shifted times; those of a program with fewer than three runs as they are
-    "Runs with the rows of each program on the common clock of their sensors."
+    recordings: list,  # Training recordings of any programs
+    kinds=("acceleration", "rotation", "magnetic"),  # Modalities to compare
+    step: float = 0.1,  # Resolution of the shift, seconds
+) -> list:  # Recordings with shifted times; programs with fewer than three recordings are unchanged
+    """Move the recordings of each program to the common clock of their sensors."""
     of = programs(recordings)
     lag = {}
     for p in set(of.values()):
-        runs = [r for r in recordings if of[r.operation] == p]
-        if len(runs) > 2 and any(modality(c) in kinds for r in runs for c in r.channels):
-            lag |= dict(zip([r.name for r in runs], sensor_lags(runs, step=step, kinds=kinds)[0]))
+        own = [r for r in recordings if of[r.operation] == p]
+        if len(own) > 2 and any(modality(c) in kinds for r in own for c in r.channels):
+            lag |= dict(zip([r.name for r in own], sensor_lags(own, step=step, kinds=kinds)[0]))
     return [replace(r, time=r.time - lag.get(r.name, 0.0)) for r in recordings]
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #56d21607
 def line_lags(
-    recordings: list,  # Runs of one program
-    longest: float = 4.0,  # Largest shift, seconds
-    step: float = 0.05,  # Seconds between shifts
-) -> np.ndarray:  # Lag of each run, seconds, median 0
-    "Shifts of the labels' clock from run to run: least mean distance in lines from the median of the runs."
+    recordings: list,  # Recordings of one program
+    max_lag: float = 4.0,  # Largest shift, seconds
+    step: float = 0.05,  # Resolution of the shift, seconds
+) -> np.ndarray:  # Lag of each recording, seconds, median 0
+    """Estimate the offset of the label clock: smallest mean distance in lines from the median recording."""
     grid = np.arange(0, np.median([r.time[-1] for r in recordings]), step)
-    shifts = np.arange(-longest, longest + step / 2, step)
+    shifts = np.arange(-max_lag, max_lag + step / 2, step)
+
+    def distance(r, shift, middle):
+        return np.abs(np.interp(r.time - shift, grid, middle) - r.lines).clip(max=20).mean()
+
     lag = np.zeros(len(recordings))
     for _ in range(3):
-        middle = np.median(
-            [np.interp(grid + l, r.time, r.lines) for r, l in zip(recordings, lag)], 0
-        )
-        lag = np.array(
-            [
-                shifts[
-                    np.argmin(
-                        [
-                            np.abs(np.interp(r.time - s, grid, middle) - r.lines)
-                            .clip(max=20)
-                            .mean()
-                            for s in shifts
-                        ]
-                    )
-                ]
-                for r in recordings
-            ]
-        )
+        aligned = [np.interp(grid + s, r.time, r.lines) for r, s in zip(recordings, lag)]
+        middle = np.median(aligned, 0)
+        best = [np.argmin([distance(r, s, middle) for s in shifts]) for r in recordings]
+        lag = np.array([shifts[i] for i in best])
         lag = lag - np.median(lag)
     return lag
 
 # %% ../../nbs/fingerprint/36_clocks.ipynb #1f5ca687
 def line_bound(
-    train: list,  # Training runs of one program
-    test: list,  # Test runs of it
-    lags: dict,  # Sensor lag of each run, by name
-    blur=(0.05, 0.2, 0.5, 1.0),  # Standard deviations of the votes, seconds
-) -> list:  # Whether the guess is right, for each row of each test run, `[T]` each
-    "What a perfect alignment of the sensors' clock gives."
+    train: list,  # Training recordings of one program
+    test: list,  # Test recordings of it
+    lags: dict,  # Sensor lag of each recording, by name
+    blur=(0.05, 0.2, 0.5, 1.0),  # Candidate standard deviations of the votes, seconds
+) -> list:  # Correctness of each row of each test recording, `[T]` each
+    """Return the accuracy of a perfect alignment by sensors: an upper bound."""
     shifted = [
         Recording(r.name, "all", r.time - lags[r.name], r.lines, r.texts, [], None, None)
         for r in train
     ]
 
-    def right(width):
+    def correct(width):
         table = clock_table(shifted, width)
         return [
             table.texts[np.asarray(table.votes(r.time - lags[r.name], [1.0]).argmax(1)).ravel()]
@@ -209,4 +200,4 @@ def line_bound(
             for r in test
         ]
 
-    return max((right(w) for w in blur), key=lambda found: np.concatenate(found).mean())
+    return max((correct(w) for w in blur), key=lambda found: np.concatenate(found).mean())

@@ -1,4 +1,4 @@
-"""`gcode_ml verify RUN_FILE --program FILE.gcode`: does this recording match the program that it claims?
+"""`gcode_ml verify RECORDING --program FILE.gcode`: does a recording match the program that it claims to run?
 
 Docs: https://example.org/gcode_ml/fingerprint/commands.html.md"""
 
@@ -18,6 +18,7 @@ _word = re.compile(r"([XYZF])\s*(-?\d*\.?\d+)")
 
 
 def _words(line):
+    "Set of (letter, value) words of a line, without comments."
     return {
         (k, round(float(v), 4))
         for k, v in _word.findall(re.sub(r"\([^)]*\)|;.*", "", line.upper()))
@@ -25,21 +26,21 @@ def _words(line):
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #05ac509c
 def check_healthy(
-    recording,  # `Recording` said to be healthy
-    program: str,  # Text of the claimed program
+    recording,  # `Recording` that should be healthy
+    program: str,  # G-code of the claimed program
 ):
-    "Refuse a run that shows a line which the program does not hold."
+    """Raise `InputError` when a recording contains a line that is not in the program."""
     where = {}
     feeds = set()
-    for i, l in enumerate(program.splitlines()):
-        for w in _words(l):
-            feeds.add(w[1]) if w[0] == "F" else where.setdefault(w, set()).add(i)
+    for i, line in enumerate(program.splitlines()):
+        for letter, value in _words(line):
+            if letter == "F":
+                feeds.add(value)
+            else:
+                where.setdefault((letter, value), set()).add(i)
     for text in dict.fromkeys(recording.texts):
         words = _words(text) if "G53" not in text else set()
-        place = [where.get(w, set()) for w in words if w[0] != "F"]
-        if (place and not set.intersection(*place)) or any(
-            feeds and all(abs(f - w[1]) > 0.01 * f for f in feeds) for w in words if w[0] == "F"
-        ):
+        if not _in_program(words, where, feeds):
             raise InputError(
                 recording.name,
                 "healthy run",
@@ -48,15 +49,28 @@ def check_healthy(
                 "name a folder of runs of this very program with --healthy",
             )
 
+
+def _in_program(words, where, feeds):
+    "Whether one line of the program has all coordinates, and the feed is one of its feeds (within 1 %)."
+    lines = [where.get(w, set()) for w in words if w[0] != "F"]
+    if lines and not set.intersection(*lines):
+        return False
+    wanted = [value for letter, value in words if letter == "F"]
+    return not feeds or all(any(abs(f - v) <= 0.01 * f for f in feeds) for v in wanted)
+
 # %% ../../nbs/fingerprint/60_commands.ipynb #51b740f3
 def healthy_runs(
     folder,  # Folder of recordings of the program
     signals,  # `ProgramSignals` of the claimed program
-    but: str = "",  # Name of the run that is judged
-    program: str = "",  # Text of the program, with which the lines of the runs are compared
-) -> list:  # Pairs (`Rows`, `ProgramSignals`)
-    "Healthy runs to learn from, the judged one left out."
+    but: str = "",  # Name of the recording under test
+    program: str = "",  # G-code of the claimed program; empty skips the check of the lines
+) -> list:  # Pairs (`SensorRows`, `ProgramSignals`)
+    """Read the healthy recordings of a folder, without the recording under test.
+
+    Raises `InputError` when none is left or one is of another program.
+    """
     from gcode_ml.fingerprint.data import read_recordings
+    from gcode_ml.fingerprint.verify import verification_rows
 
     found = [r for r in read_recordings(folder) if r.name != but]
     require(
@@ -73,10 +87,10 @@ def healthy_runs(
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #803d7d5d
 def missing_boards(
-    rows,  # `Rows` of the judged run
-    response,  # `MachineResponse` of the healthy runs
-) -> list:  # Boards
-    "Boards that all healthy runs' channels tell of and the judged run lacks."
+    rows,  # `SensorRows` of the recording under test
+    response,  # `MachineResponse` of the healthy recordings
+) -> list:  # Names of boards
+    """Return the boards that the response uses and the recording under test lacks."""
 
     def board(names):
         return {c.lstrip("~").split(".")[0] for c in names if "." in c}
@@ -85,11 +99,14 @@ def missing_boards(
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #d2afca78
 def library_answer(
-    recording,  # `Recording` that is judged, from the start of the program on
-    program: str,  # Text of the claimed program
-    folder,  # Folder of recordings of two or more programs, the claimed one among them
+    recording,  # `Recording` under test, from the start of the program
+    program: str,  # G-code of the claimed program
+    folder,  # Folder of recordings of two or more programs, including the claimed one
 ) -> tuple:  # Whether it fits the claimed program best, and a sentence
-    "The claimed program beside the others of a library; the judged recording itself is left out."
+    """Compare the claimed program with the other programs of a library; the recording under test is left out.
+
+    Raises `InputError` when the library lacks the claimed program or no sensor can be compared.
+    """
     from gcode_ml.fingerprint.align import build_library
     from gcode_ml.fingerprint.clocks import on_sensor_clock
     from gcode_ml.fingerprint.data import align_channels, programs, read_recordings
@@ -122,12 +139,17 @@ def library_answer(
             "none",
             "without them no program fits better than another",
         )
-    sentence = f"of {len(library.names)} programs of the library the sensors fit {best} best (by {margin.max():.0f} before the next)"
-    return best in own, sentence if best in own else f"{sentence}, and not {own[0]}"
+    sentence = (
+        f"of {len(library.names)} programs of the library the sensors fit {best} best "
+        f"(by {margin.max():.0f} before the next)"
+    )
+    if best in own:
+        return True, sentence
+    return False, f"{sentence}, and not {own[0]}"
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #6b9c9028
 def _is_run(recording, program):
-    "Whether the lines of a recording are lines of the program."
+    "Whether all lines of a recording are in the program."
     try:
         check_healthy(recording, program)
     except InputError:
@@ -136,17 +158,9 @@ def _is_run(recording, program):
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #a00c8220
 def verify_command(a):
-    "`gcode_ml verify`: exit code 0 where the recording matches the program, 1 where it does not, 2 for bad input."
-    import sys
-
+    """Run `gcode_ml verify`: exit code 0 for a match, 1 for a mismatch, 2 for bad input."""
     from gcode_ml.fingerprint.data import check_sections, read_recording
-    from gcode_ml.fingerprint.verify import (
-        calibrate,
-        fit_response,
-        program_signals,
-        self_check,
-        verify,
-    )
+    from gcode_ml.fingerprint.verify import fit_response, program_signals, verification_rows
 
     require(Path(a.program).is_file(), a.program, "file", "a G-code file", "nothing there")
     if a.start < 0:
@@ -156,38 +170,58 @@ def verify_command(a):
     rows = verification_rows(recording)
     program = Path(a.program).read_text(encoding="utf-8", errors="replace")
     signals = program_signals(program, Path(a.program).name, margin=a.start + 12)
+    response = None
     if a.healthy:
-        runs = healthy_runs(a.healthy, signals, Path(a.run).stem.removesuffix("_aligned"), program)
-        response = fit_response(runs, start=a.start)
-        limits = calibrate(runs, start=a.start)
-        if gone := missing_boards(rows, response):
-            print(
-                f"gcode_ml: {a.run}: the boards {', '.join(gone)} of the healthy runs are missing; verified with the {len(set(rows.channels) & set(response.channels))} channels that are left",
-                file=sys.stderr,
-            )
-        said = verify(rows, signals, response, limits, a.start)
-        match, sentence = said.match, said.sentence
+        match, sentence, response = _compare_with_healthy(a, rows, signals, program)
     elif not a.library:
-        above, share = self_check(rows, signals, a.start)
-        match = bool(above > 3 and share == 0)
-        sentence = f"the program explains the sensors {'better' if match else 'no better'} in its place than moved round ({above:.1f} standard deviations above); without --healthy only another program is found, not a small edit, and that best with --library"
+        match, sentence = _compare_with_itself(rows, signals, a.start)
     if a.library:
         best, why = library_answer(recording, program, a.library)
         match, sentence = (match and best, f"{sentence}; {why}") if a.healthy else (best, why)
     if a.output:
-        _write_trace(
-            a.output,
-            rows,
-            signals,
-            response if a.healthy else fit_response([(rows, signals)], start=a.start),
-            a.start,
-        )
+        if response is None:
+            response = fit_response([(rows, signals)], start=a.start)
+        _write_trace(a.output, rows, signals, response, a.start)
     print(f"{'match' if match else 'mismatch'}  {sentence}")
     return 0 if match else 1
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #74044f92
+def _compare_with_healthy(a, rows, signals, program):
+    "Verify against a response fitted on healthy recordings: match, sentence, response."
+    import sys
+
+    from gcode_ml.fingerprint.verify import calibrate, fit_response, verify
+
+    name = Path(a.run).stem.removesuffix("_aligned")
+    runs = healthy_runs(a.healthy, signals, name, program)
+    response = fit_response(runs, start=a.start)
+    limits = calibrate(runs, start=a.start)
+    if missing := missing_boards(rows, response):
+        left = len(set(rows.channels) & set(response.channels))
+        print(
+            f"gcode_ml: {a.run}: the boards {', '.join(missing)} of the healthy runs are missing; "
+            f"verified with the {left} channels that are left",
+            file=sys.stderr,
+        )
+    verdict = verify(rows, signals, response, limits, a.start)
+    return verdict.match, verdict.sentence, response
+
+
+def _compare_with_itself(rows, signals, start):
+    "Compare the program's position with random shifts: match, sentence."
+    from gcode_ml.fingerprint.verify import self_check
+
+    above, fraction = self_check(rows, signals, start)
+    match = bool(above > 3 and fraction == 0)
+    return match, (
+        f"the program explains the sensors {'better' if match else 'no better'} in its place than "
+        f"after random time shifts ({above:.1f} standard deviations above); without --healthy only "
+        "another program is found, not a small edit, and that best with --library"
+    )
+
+
 def _write_trace(path, rows, signals, response, start):
-    "The statistics of every row as CSV."
+    "Write the statistics of every row as CSV."
     from gcode_ml.core.files import atomic_path
     from gcode_ml.fingerprint.verify import trace
 
@@ -197,26 +231,26 @@ def _write_trace(path, rows, signals, response, start):
 
 # %% ../../nbs/fingerprint/60_commands.ipynb #ab045621
 def add_commands(
-    command,  # `command(name, function, help, *words)` makes a command
+    command,  # `command(name, function, help, *words)` adds a command
 ):
-    "The commands of this domain."
+    """Add the commands of this domain."""
     sub = command(
         "verify",
         verify_command,
-        "does a recording match the program it claims? 0 yes, 1 no, 2 bad input",
+        "check whether a recording matches the program it claims; exit code 0 yes, 1 no, 2 bad input",
         "run",
         group="fingerprint",
     )
-    sub.add_argument("--program", required=True, help="the G-code file that it claims to run")
+    sub.add_argument("--program", required=True, help="G-code file of the claimed program")
     sub.add_argument(
         "--healthy", default="", help="folder of recordings of that program known to be good"
     )
     sub.add_argument(
         "--library",
         default="",
-        help="folder of recordings of all known programs: does it fit the claimed one best?",
+        help="folder of recordings of all known programs; the claimed one must fit best",
     )
     sub.add_argument(
-        "--start", type=float, default=1.5, help="how far the start may be off, seconds"
+        "--start", type=float, default=1.5, help="largest error of the program start, seconds"
     )
     sub.add_argument("-o", "--output", default="", help="CSV file for the statistics of every row")

@@ -1,4 +1,4 @@
-"""Recordings of a milling machine, in the three forms in which they are found, and the data set that a fit reads.
+"""Read recordings of a milling machine in three file formats, and build the data set for a fit.
 
 Docs: https://example.org/gcode_ml/fingerprint/data.html.md"""
 
@@ -66,17 +66,17 @@ MODALITIES = {
 def modality(
     channel: str,  # Column such as `x_motor` or `frame_l2.Mx`
 ) -> str:  # Key of `MODALITIES`, or `other`
-    "What a channel measures, by the part of its name after the board."
+    """Return what a channel measures, from the part of its name after the board."""
     name = channel.rsplit(".", 1)[-1]
     return next((m for m, names in MODALITIES.items() if name in names), "other")
 
 # %% ../../nbs/fingerprint/00_data.ipynb #69a25eb5
 @dataclass
 class Recording:
-    "One run of a program: `T` rows of sensors and the line of G-code at each."
+    """One execution of a program: `T` rows of sensors, and the line of G-code at each row."""
 
-    name: str  # Run id, for instance `face_003`
-    operation: str  # Class: the program and the day it was recorded on
+    name: str  # Identifier such as `face_003`
+    operation: str  # Class: a program on a certain recording day
     time: np.ndarray  # Seconds since the program's first row, `[T]`
     lines: np.ndarray  # Line number in the program, `[T]`
     texts: np.ndarray  # Text of that line, `[T]`
@@ -91,7 +91,7 @@ class Recording:
 
 # %% ../../nbs/fingerprint/00_data.ipynb #5fdda372
 def _parts(text, count):
-    "The numbers between the colons of a clock's text; NaN where there are not so many."
+    "Numbers between the colons of a clock text; NaN unless there are `count` of them."
     words = text.split(":")
     try:
         return [float(w) for w in words] if len(words) == count else [np.nan] * count
@@ -101,9 +101,12 @@ def _parts(text, count):
 # %% ../../nbs/fingerprint/00_data.ipynb #b8c957c7
 def elapsed_seconds(
     clock,  # Texts `HH:MM:SS.mmm` or `MM:SS.f`, `[T]`
-    file="t_console",  # For the message
+    file="t_console",  # Name for the message
 ) -> np.ndarray:  # Seconds since the first, `[T]`
-    "Seconds since the first row; a clock that goes round is carried on."
+    """Return seconds since the first row; a wrap-around of the clock is unrolled.
+
+    Raises `InputError` for a text that is not a clock time.
+    """
     texts = [str(c) for c in clock]
     parts = texts[0].count(":") + 1 if texts else 1
     seconds = (
@@ -115,7 +118,7 @@ def elapsed_seconds(
         file,
         "t_console",
         "HH:MM:SS.mmm or MM:SS.f",
-        repr(texts[int(np.argmin(np.isfinite(seconds)))]),
+        repr(next((c for c, s in zip(texts, seconds) if not np.isfinite(s)), None)),
     )
     around = 60.0**parts * (24 / 60 if parts == 3 else 1)
     turns = np.concatenate([[0], np.cumsum(np.diff(seconds) < -around / 2)])
@@ -125,27 +128,27 @@ def elapsed_seconds(
 def program_start(
     lines,  # Line numbers, `[T]`
 ) -> int:  # First row of the program
-    "Row after the last backward jump of the line number."
+    """Return the row after the last backward jump of the line number."""
     back = np.flatnonzero(np.diff(lines) < 0)
     return int(back[-1]) + 1 if len(back) else 0
 
 # %% ../../nbs/fingerprint/00_data.ipynb #defa0f56
 class FrozenSensors(InputError):
-    "A recording whose sensors stand still from the first row to the last."
+    """Raised for a recording whose sensors are constant from the first row to the last."""
 
 # %% ../../nbs/fingerprint/00_data.ipynb #a313014c
 def frozen_tail(
     sensors: np.ndarray,  # `[T,C]`
-    least: int = 8,  # Shorter repetitions are left alone
-) -> int:  # Number of rows at the end in which no channel moves any more
-    "Length of the frozen end of a recording."
+    min_rows: int = 8,  # Shorter repetitions are ignored
+) -> int:  # Number of rows at the end in which no channel changes
+    """Return the length of the frozen end of a recording."""
     moves = np.flatnonzero((np.diff(sensors, axis=0) != 0).any(1))
     tail = len(sensors) - (moves[-1] + 2 if len(moves) else 0)
-    return tail if tail >= least else 0
+    return tail if tail >= min_rows else 0
 
 # %% ../../nbs/fingerprint/00_data.ipynb #cc1ea614
 def _numbers(table, channels, file):
-    "Sensor columns as float32, every one finite."
+    "Sensor columns as float32. Raises `InputError` for non-numeric or non-finite values."
     table = table[channels]
     for c, kind in table.dtypes.items():
         require(pd.api.types.is_numeric_dtype(kind), file, f"column {c}", "numbers", f"{kind}")
@@ -157,10 +160,13 @@ def _numbers(table, channels, file):
 # %% ../../nbs/fingerprint/00_data.ipynb #29a8997a
 def recording_from_table(
     table: pd.DataFrame,  # Columns as in the files
-    name: str,  # Run id `<class>_<number>`
-    file="",  # File, for messages
-) -> Recording:  # From the program's first row on
-    "Check a table and turn it into a `Recording`."
+    name: str,  # Identifier `<class>_<number>`
+    file="",  # File name for messages
+) -> Recording:  # From the first row of the program
+    """Convert a table to a `Recording`.
+
+    Raises `InputError` for missing columns, rows or sensors, and `FrozenSensors` when no sensor ever changes.
+    """
     file = file or name
     for c in ("gcode_string", "gcode_line", "t_console"):
         require(
@@ -201,14 +207,14 @@ def recording_from_table(
 def sensor_channels(
     columns,  # Column names of a file
 ) -> list:  # Names of the sensor channels
-    "Columns that are neither the controller's nor the `_A` twins, which repeat the currents digit by digit."
+    """Return the columns that are neither controller columns nor `_A` duplicates of the currents."""
     return [c for c in columns if c not in CONTROLLER and not c.endswith("_A")]
 
 # %% ../../nbs/fingerprint/00_data.ipynb #3184aead
 def read_recording(
     path,  # A `.parquet` or `.csv` file
-) -> Recording:  # The run
-    "Read one recording."
+) -> Recording:
+    """Read one recording. Raises `InputError` when the file is missing or not readable."""
     path = Path(path)
     require(path.is_file(), path, "file", "a recording", "nothing there")
     try:
@@ -228,9 +234,9 @@ def read_recording(
 
 # %% ../../nbs/fingerprint/00_data.ipynb #bbd0166f
 def recording_files(
-    folder,  # Folder of recordings, searched with its sub-folders
-) -> list:  # Paths, sorted by run id
-    "Files of a folder of recordings; a run id that occurs twice is an error."
+    folder,  # Folder of recordings, searched recursively
+) -> list:  # Paths, sorted by identifier
+    """List the recording files of a folder. Raises `InputError` for duplicate identifiers or an empty folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(
@@ -258,10 +264,10 @@ def recording_files(
 # %% ../../nbs/fingerprint/00_data.ipynb #b160feb5
 def read_recordings(
     folder,  # Folder of recordings
-    progress=None,  # For instance `tqdm`; called with the list of files
-    cache="",  # Folder of a copy in one parquet file: made at the first use, and anew when a file has changed
-) -> list:  # `Recording`s by run id
-    "Read every recording of a folder; those without live sensors are left out with a warning."
+    progress=None,  # Progress bar such as `tqdm`; called with the list of files
+    cache="",  # Folder for a copy in one parquet file, which is rebuilt when a file has changed
+) -> list:  # `Recording`s, sorted by identifier
+    """Read every recording of a folder; those without live sensors are left out with a warning."""
     if cache:
         return _cached(folder, progress, Path(cache))
     files = recording_files(folder)
@@ -275,17 +281,16 @@ def read_recordings(
     return recordings
 
 # %% ../../nbs/fingerprint/00_data.ipynb #dd0b6394
-_version = (
-    1  # of the checks and of the copy: a change in them must not find what the old ones have made
-)
+_version = 1  # Version of the checks and the format; part of the file name of the copy
 
 
 def _lists(offsets, values):
+    "Arrow list array of slices of `values`."
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
 
 
 def _controllers(recordings):
-    "The controller's columns of all recordings, with the first one's types where they hold all values: rows without a label have made whole numbers of one file floats."
+    "Controller columns of all recordings, with the dtypes of the first one where they hold all values; files with unlabelled rows have floats instead of integers."
     frame = pd.concat([r.controller for r in recordings], ignore_index=True)
     for c, kind in recordings[0].controller.dtypes.items():
         if (
@@ -298,11 +303,11 @@ def _controllers(recordings):
 
 # %% ../../nbs/fingerprint/00_data.ipynb #f9832631
 def write_recordings(
-    path,  # Parquet file
+    path,  # Parquet file to write
     recordings: list,  # `Recording`s
-    facts=None,  # Kept with them, as JSON
+    facts=None,  # JSON-serialisable facts to store with them
 ):
-    "Write recordings into one parquet file, a row a recording."
+    """Write recordings to one parquet file, one row per recording."""
 
     def edges(sizes):
         return np.cumsum([0, *sizes])
@@ -331,9 +336,9 @@ def write_recordings(
 
 # %% ../../nbs/fingerprint/00_data.ipynb #ce6041b9
 def stored_recordings(
-    path,  # Written by `write_recordings`
-) -> tuple:  # `Recording`s, and the facts
-    "Read all recordings of one parquet file; their arrays are read-only."
+    path,  # File written by `write_recordings`
+) -> tuple:  # `Recording`s, and the stored facts
+    """Read all recordings of one parquet file; their arrays are read-only."""
     file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     table = file.read(use_threads=False).combine_chunks()
     lists = {
@@ -348,14 +353,14 @@ def stored_recordings(
     ).to_pandas()
     texts = frame.gcode_string.to_numpy(object)
     lines = frame.gcode_line.to_numpy(int)
-    found = []
+    recordings = []
     about = (table[c].to_pylist() for c in ("name", "operation", "channels", "controller"))
     for name, operation, channels, columns, a, b, c, d in zip(
         *about, rows, rows[1:], cells, cells[1:]
     ):
         controller = frame[a:b] if len(columns) == frame.shape[1] else frame[columns][a:b]
         controller.index = pd.RangeIndex(b - a)
-        found.append(
+        recordings.append(
             Recording(
                 name,
                 operation,
@@ -367,11 +372,11 @@ def stored_recordings(
                 controller,
             )
         )
-    return found, json.loads(table.schema.metadata[b"facts"])
+    return recordings, json.loads(table.schema.metadata[b"facts"])
 
 # %% ../../nbs/fingerprint/00_data.ipynb #da4aae4e
 def _cached(folder, progress, cache):
-    "Recordings of a folder from their copy; what was said when it was made is said again."
+    "Recordings of a folder from their copy; warnings issued when the copy was made are repeated."
     require(
         not cache.resolve().is_relative_to(Path(folder).resolve()),
         cache,
@@ -382,11 +387,11 @@ def _cached(folder, progress, cache):
     path = cache / f"recordings-{checksum(recording_files(folder))}-{_version}.parquet"
     try:
         recordings, facts = stored_recordings(path)
-    except (OSError, pa.ArrowInvalid):  # none, or a broken one
-        with warnings.catch_warnings(record=True) as said:
+    except (OSError, pa.ArrowInvalid):  # missing or corrupt
+        with warnings.catch_warnings(record=True) as issued:
             warnings.simplefilter("always")
             recordings = read_recordings(folder, progress)
-        facts = dict(doubts=[str(w.message) for w in said])
+        facts = dict(doubts=[str(w.message) for w in issued])
         write_recordings(path, recordings, facts)
     for d in facts["doubts"]:
         warnings.warn(d, stacklevel=2)
@@ -395,18 +400,18 @@ def _cached(folder, progress, cache):
 # %% ../../nbs/fingerprint/00_data.ipynb #28b32ad8
 def program_sections(
     lines,  # Line numbers, `[T]`
-    least: int = 20,  # Rows that make a program
+    min_rows: int = 20,  # Minimum number of rows of a program
 ) -> list:  # (first row, row after the last) of each program
-    "Programs in one file: what lies between backward jumps of the line number."
+    """Return the programs of one file: the sections between backward jumps of the line number."""
     back = np.flatnonzero(np.diff(lines) < 0) + 1
     edges = [0, *back.tolist(), len(lines)]
-    return [(a, b) for a, b in zip(edges, edges[1:]) if b - a >= least]
+    return [(a, b) for a, b in zip(edges, edges[1:]) if b - a >= min_rows]
 
 # %% ../../nbs/fingerprint/00_data.ipynb #2ed3df7a
 def check_sections(
     path,  # A `.parquet` or `.csv` file
 ):
-    "Refuse a recording that holds two programs, or whose clock jumps."
+    """Raise `InputError` when a recording contains two programs or its clock jumps."""
     path = Path(path)
     require(path.is_file(), path, "file", "a recording", "nothing there")
     table = (
@@ -429,16 +434,16 @@ def check_sections(
 # %% ../../nbs/fingerprint/00_data.ipynb #c0f79768
 def check_times(
     time: np.ndarray,  # Seconds, `[T]`
-    file,  # For the message
-    longest: float = 30.0,  # Seconds between two rows
+    file,  # Name for the message
+    max_gap: float = 30.0,  # Largest time between two rows, seconds
 ):
-    "Refuse a clock that goes back or leaps."
+    """Raise `InputError` when a clock goes back or jumps ahead."""
     gaps = np.diff(time)
-    if len(bad := np.flatnonzero((gaps < 0) | (gaps > longest))):
+    if len(bad := np.flatnonzero((gaps < 0) | (gaps > max_gap))):
         raise InputError(
             file,
             f"t_console in row {bad[0] + 1}",
-            f"a clock that goes on by less than {longest:g} s a row",
+            f"a clock that goes on by less than {max_gap:g} s a row",
             f"a step of {gaps[bad[0]]:.1f} s",
             "the clock jumps",
         )
@@ -446,12 +451,12 @@ def check_times(
 # %% ../../nbs/fingerprint/00_data.ipynb #15ef4592
 @dataclass
 class Sequences:
-    "Prepared windows of one NPZ file."
+    """Prepared windows of one NPZ file."""
 
     sensors: np.ndarray  # `[N,T,C]` float32
     tokens: np.ndarray  # `[N,L]` integers, 0 is padding
-    parts: np.ndarray | None  # `[N,L,4]` parts of each token, where the file has them
-    operation: np.ndarray | None  # `[N]` class numbers, where the file has them
+    parts: np.ndarray | None  # `[N,L,4]` components of each token, if present
+    operation: np.ndarray | None  # `[N]` class indices, if present
     layout: str  # `documented` or `written`
 
 # %% ../../nbs/fingerprint/00_data.ipynb #7eb8d6c2
@@ -460,8 +465,11 @@ _LAYOUTS = {"documented": ("sensor_data", "gcode_tokens"), "written": ("continuo
 # %% ../../nbs/fingerprint/00_data.ipynb #ca1367e1
 def read_sequences(
     path,  # `.npz` file of either layout
-) -> Sequences:  # Its numeric arrays
-    "Read prepared windows; object arrays are left alone."
+) -> Sequences:
+    """Read the numeric arrays of prepared windows; object arrays are skipped.
+
+    Raises `InputError` for an unknown layout or inconsistent shapes.
+    """
     arrays = read_arrays(path, skip_objects=True)
     layout = next((k for k, names in _LAYOUTS.items() if set(names) <= set(arrays)), None)
     if layout is None:
@@ -486,12 +494,15 @@ def read_sequences(
 
 # %% ../../nbs/fingerprint/00_data.ipynb #679080f5
 def select_channels(
-    recordings: list,  # Recordings that the schema is made from
-    modalities="all",  # `all` or names of modalities
-    shared: bool = False,  # Only channels that every recording has
-    controller=(),  # Controller columns to read as well: answers, for controls only
-) -> list:  # Channel names, by modality
-    "Schema: which channels a model reads, in which order."
+    recordings: list,  # Recordings that define the schema
+    modalities="all",  # `all`, or names of modalities
+    shared: bool = False,  # Use only channels that every recording has
+    controller=(),  # Controller columns to add; they contain the answer, for controls only
+) -> list:  # Channel names, sorted by modality
+    """Return the channels that a model reads, in order.
+
+    Raises `InputError` for an unknown controller column or an empty selection.
+    """
     names = sorted(
         set().union(*(r.channels for r in recordings)),
         key=lambda c: (list(MODALITIES).index(modality(c)) if modality(c) != "other" else 99, c),
@@ -516,10 +527,10 @@ def select_channels(
 
 # %% ../../nbs/fingerprint/00_data.ipynb #906c9748
 def align_channels(
-    recording: Recording,  # One run
-    channels: list,  # Schema
+    recording: Recording,  # One recording
+    channels: list,  # Channel names
 ) -> np.ndarray:  # `[T,C]` float32, NaN where the recording lacks a channel
-    "Sensors of a recording in the order of the schema."
+    """Return the sensors of a recording in the order of `channels`."""
     table = np.full((len(recording), len(channels)), np.nan, "float32")
     at = {c: i for i, c in enumerate(recording.channels)}
     here = [(j, at[c]) for j, c in enumerate(channels) if c in at]
@@ -533,19 +544,19 @@ def align_channels(
 # %% ../../nbs/fingerprint/00_data.ipynb #22ce74f5
 @dataclass
 class ChannelScale:
-    "Median and spread of each channel over the training rows; a channel is clipped at `limit` spreads."
+    """Median and robust standard deviation of each channel over the training rows."""
 
-    channels: list  # Names
+    channels: list  # Channel names
     center: list  # Medians
-    scale: list  # Interquartile ranges / 1.349, the standard deviation of a normal distribution
-    limit: float = 8.0  # Single implausible samples end here
+    scale: list  # Interquartile range / 1.349, an estimate of the standard deviation
+    limit: float = 8.0  # Standardised values are clipped at +-`limit`
 
 # %% ../../nbs/fingerprint/00_data.ipynb #e9175b1c
 def fit_scale(
     arrays,  # Aligned arrays `[T,C]` of the training recordings
-    channels: list,  # Schema
-) -> ChannelScale:  # scikit-learn's `RobustScaler`, as numbers
-    "Robust scale of each channel; one that never moves gets spread 1."
+    channels: list,  # Channel names
+) -> ChannelScale:
+    """Fit a robust scale (scikit-learn's `RobustScaler`); a constant channel gets scale 1."""
     scaler = RobustScaler(unit_variance=True).fit(np.concatenate(list(arrays)))
     return ChannelScale(
         list(channels),
@@ -561,25 +572,25 @@ from fastcore.basics import patch
 def apply(
     self: ChannelScale,
     x: np.ndarray,  # `[T,C]`
-) -> np.ndarray:  # Standardised, NaN stays NaN
-    "Standardise and clip."
+) -> np.ndarray:  # Standardised and clipped; NaN is kept
+    """Standardise and clip channels."""
     return np.clip(
         (x - np.float32(self.center)) / np.float32(self.scale), -self.limit, self.limit
     ).astype("float32")
 
 # %% ../../nbs/fingerprint/00_data.ipynb #b504770e
 class LineWindows:
-    "Windows of recordings, with the line of G-code at the middle row and the operation."
+    """Windows of recordings, labelled with the line of G-code at the middle row and the operation."""
 
     def __init__(
         self,
-        arrays: list,  # Standardised `[T,C]` of each recording, NaN where missing
+        arrays: list,  # Standardised sensors `[T,C]` of each recording; NaN where missing
         recordings: list,  # The recordings
         tokenizer,  # From `fingerprint.tokens`
-        operations: list,  # Names of the classes
-        size: int = 64,  # Rows a window
-        stride: int = 16,  # Rows between starts
-        numbers=None,  # `NumberScale`: the line's numbers are targets too
+        operations: list,  # Class names
+        size: int = 64,  # Rows per window
+        stride: int = 16,  # Rows between windows
+        numbers=None,  # `NumberScale`; adds the numbers of the line as targets
     ):
         self.recordings = recordings
         self.tokenizer = tokenizer
@@ -599,7 +610,7 @@ class LineWindows:
 # %% ../../nbs/fingerprint/00_data.ipynb #7e6521f2
 @patch
 def _targets(self: LineWindows):
-    "Text, time, tokens and operation of each window."
+    "Text, time, tokens and operation of each window. Raises `InputError` for an unknown operation."
     rows = list(zip(self.recording, self.middle))
     self.texts = np.array([self.recordings[i].texts[j] for i, j in rows], dtype=object)
     self.times = np.array([self.recordings[i].time[j] for i, j in rows])
@@ -615,9 +626,13 @@ def _targets(self: LineWindows):
 @patch
 def batch(
     self: LineWindows,
-    index,  # Which windows, `[B]`
+    index,  # Window indices, `[B]`
 ) -> tuple:  # `(inputs, mask, targets)`
-    "Sensors, what is present, and the tokens before each token; targets are the tokens, the operation, and the sensors again, to be reconstructed."
+    """Return one batch.
+
+    Inputs are sensors, their presence and the preceding tokens. Targets are the tokens, the
+    operation, and the sensors for reconstruction.
+    """
     values, mask = self.windows.batch(index)
     present = ~values.isnan()
     tokens = self.tokens[torch.as_tensor(index)]
@@ -641,8 +656,8 @@ def batch(
 # %% ../../nbs/fingerprint/00_data.ipynb #7560fe97
 def programs(
     recordings: list,  # Recordings
-) -> dict:  # Operation -> name of its program: the first operation, by name, that runs it
-    "Operations whose common line numbers carry the same text run the same program."
+) -> dict:  # Operation -> program, named after the first operation that runs it
+    """Group operations by program: operations whose common line numbers carry the same text."""
     lines = {}
     for r in recordings:
         lines.setdefault(r.operation, {}).update(zip(r.lines, r.texts))
@@ -655,16 +670,16 @@ def programs(
 
 
 def _same_program(a, b):
-    "At least ten common line numbers, and 99 % of them with the same text."
+    "Whether two operations have at least ten line numbers in common, and 99 % of them with the same text."
     common = a.keys() & b.keys()
     return len(common) >= 10 and np.mean([a[i] == b[i] for i in common]) >= 0.99
 
 # %% ../../nbs/fingerprint/00_data.ipynb #64f136e8
 def check(
-    path,  # Folder of recordings or an NPZ file
-    progress=None,  # For instance `tqdm`
-) -> list:  # One sentence a fault; empty when all is well
-    "Read everything and collect what is wrong."
+    path,  # Folder of recordings, or an NPZ file
+    progress=None,  # Progress bar such as `tqdm`
+) -> list:  # One sentence per fault
+    """Read all files and collect their faults."""
     path = Path(path)
     if path.suffix == ".npz":
         return fault_sentences([lambda: read_sequences(path)])
@@ -682,7 +697,7 @@ def check(
 
 
 def _check_rows(f):
-    "The sections and the clock of a file that can be read."
+    "Check sections and clock of a readable file."
     try:
         read_recording(f)
     except InputError:

@@ -1,4 +1,4 @@
-"""From the scores of the next token to lines of G-code: greedy, beam, sampling, and only what the grammar allows.
+"""Decoding: from next-token scores to lines of G-code by greedy search, beam search or sampling, optionally constrained by a grammar.
 
 Docs: https://example.org/gcode_ml/fingerprint/decode.html.md"""
 
@@ -28,25 +28,26 @@ def next_token_scores(
     model: GCodeFingerprinter,  # In evaluation mode
     inputs: dict,  # `sensors` and `present`, `[B,T,C]`
     mask: Tensor,  # `[B,T]`
-    temperatures: dict = None,  # Head -> temperature, for instance `dict(param_val=.5)`; 1 otherwise
+    temperatures: dict = None,  # Head -> temperature, for example `dict(param_val=.5)`; 1 by default
 ):  # `scores(tokens [N,L] with BOS first, rows [N])` -> log-probabilities `[N,V]`
-    "Read the sensors once and score continuations of their lines."
+    """Encode the sensors once and return a function that scores continuations."""
     with torch.no_grad():
         memory, _ = model.backbone(inputs, mask)
-    heat = temperatures or {}
+    temperature_of = temperatures or {}
 
     @torch.no_grad()
     def scores(tokens, rows):
         logits = model.decoder(tokens, memory[rows], mask[rows])
         return token_scores(
-            {k: v[:, -1] / heat.get(k, 1.0) for k, v in logits.items()}, model.decoder.parts
+            {k: v[:, -1] / temperature_of.get(k, 1.0) for k, v in logits.items()},
+            model.decoder.parts,
         ).log_softmax(-1)
 
     return scores
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #6f1edb2d
 def _step(scores, tokens, rows, i, length, grammar):
-    "Log-probabilities of token `i` of the lines `tokens` `[N,1+length]`, renormalised over what is legal."
+    "Log-probabilities of token `i` of the lines `tokens` `[N,1+length]`, renormalised over the legal tokens."
     logp = scores(tokens[:, : i + 1], rows)
     if grammar is None:
         return logp
@@ -57,7 +58,7 @@ def _step(scores, tokens, rows, i, length, grammar):
 
 
 def _empty(lines, length, rows):
-    "Lines that hold BOS only."
+    "Lines with BOS only."
     tokens = torch.full((lines, length + 1), PAD, dtype=torch.long, device=rows.device)
     tokens[:, 0] = BOS
     return tokens
@@ -65,11 +66,14 @@ def _empty(lines, length, rows):
 # %% ../../nbs/fingerprint/30_decode.ipynb #352afa41
 def filtered(
     logp: Tensor,  # Log-probabilities, `[...,V]`
-    temperature: float = 1.0,  # Above 1 flatter, below 1 sharper
-    top_k: int = 0,  # Tokens kept; all when 0
-    top_p: float = 1.0,  # Probability kept
-) -> Tensor:  # Log-probabilities that are drawn from
-    "What sampling draws from: temperature first, then top-k, then the nucleus."
+    temperature: float = 1.0,  # Above 1 flattens the distribution, below 1 sharpens it
+    top_k: int = 0,  # Number of tokens kept; all when 0
+    top_p: float = 1.0,  # Probability mass kept
+) -> Tensor:  # Log-probabilities of the filtered distribution
+    """Return the sampling distribution: temperature first, then top-k, then nucleus.
+
+    Raises `InputError` for parameters out of range.
+    """
     if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
         raise InputError(
             "sampling",
@@ -89,7 +93,7 @@ def filtered(
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #e5ba6f8d
 def _one_by_one(scores, batch, length, choose, grammar, device):
-    "Lines written token by token; `choose(logp)` -> tokens."
+    "Write lines token by token; `choose(logp)` returns tokens."
     rows = torch.arange(batch, device=device)
     tokens = _empty(batch, length, rows)
     total = torch.zeros(batch, device=device)
@@ -107,27 +111,27 @@ def _one_by_one(scores, batch, length, choose, grammar, device):
 # %% ../../nbs/fingerprint/30_decode.ipynb #e5b7cc6b
 def greedy(
     scores,  # From `next_token_scores`
-    batch: int,  # Lines to write
-    length: int,  # Longest line in tokens, EOS included
-    grammar=None,  # `LineGrammar`: only what it allows
-    device="cpu",  # Where the scores are
-) -> tuple:  # Tokens `[B,length]`, zero after EOS, and their log-probability `[B]`
-    "The best token at every step."
+    batch: int,  # Number of lines
+    length: int,  # Maximum length of a line in tokens, including EOS
+    grammar=None,  # `LineGrammar` that restricts the tokens
+    device="cpu",  # Device of the scores
+) -> tuple:  # Token ids `[B,length]`, zero after EOS, and log-probabilities `[B]`
+    """Choose the best token at every step."""
     return _one_by_one(scores, batch, length, lambda logp: logp.argmax(-1), grammar, device)
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #74067f74
 def sample(
     scores,  # From `next_token_scores`
-    batch: int,  # Lines to write
-    length: int,  # Longest line in tokens, EOS included
-    temperature: float = 1.0,
-    top_k: int = 0,
+    batch: int,  # Number of lines
+    length: int,  # Maximum length of a line in tokens, including EOS
+    temperature: float = 1.0,  # See `filtered`
+    top_k: int = 0,  # See `filtered`
     top_p: float = 1.0,  # See `filtered`
-    seed: int = 0,  # Of the draws
+    seed: int = 0,  # Random seed
     grammar=None,  # `LineGrammar`
-    device="cpu",  # Where the scores are
-) -> tuple:  # Tokens `[B,length]` and the log-probability that the model gives them `[B]`
-    "Lines drawn token by token; the same seed draws the same lines."
+    device="cpu",  # Device of the scores
+) -> tuple:  # Token ids `[B,length]`, and their unfiltered log-probabilities `[B]`
+    """Sample lines token by token; the result is determined by the seed."""
     random = torch.Generator().manual_seed(seed)
 
     def choose(logp):
@@ -140,14 +144,14 @@ def sample(
 # %% ../../nbs/fingerprint/30_decode.ipynb #dacca91b
 def beam(
     scores,  # From `next_token_scores`
-    batch: int,  # Lines to write
-    length: int,  # Longest line in tokens, EOS included
-    width: int = 4,  # Lines kept
-    length_penalty: float = 0.0,  # 0 ranks by probability, 1 by the mean of the tokens
+    batch: int,  # Number of lines
+    length: int,  # Maximum length of a line in tokens, including EOS
+    width: int = 4,  # Beam width
+    length_penalty: float = 0.0,  # 0 ranks by probability, 1 by the mean log-probability per token
     grammar=None,  # `LineGrammar`
-    device="cpu",  # Where the scores are
-) -> tuple:  # Tokens `[B,width,length]`, best first, and log-probabilities `[B,width]`, minus infinity where there is no such line
-    "The lines with the best scores that a search of limited width finds."
+    device="cpu",  # Device of the scores
+) -> tuple:  # Token ids `[B,width,length]`, best first, and log-probabilities `[B,width]`, -inf for missing lines
+    """Return the best lines found by a search of limited width. Raises `InputError` for a width below 1."""
     if width < 1:
         raise InputError("beam", "width", "at least 1", str(width))
     rows = torch.arange(batch, device=device).repeat_interleave(width)
@@ -169,7 +173,7 @@ def beam(
 
 
 def _grow(tokens, total, going, logp, i):
-    "The best continuations of all beams; a finished one goes on with PAD at no cost."
+    "Extend all beams by their best continuations; a finished beam is padded at no cost."
     (batch, width), size = total.shape, logp.shape[1]
     more = logp.new_full((len(tokens), size), -torch.inf)
     more[:, PAD] = 0
@@ -199,14 +203,14 @@ _axes_taken = {
     "G28",
     "G30",
     "G92",
-}  # these read the axis words themselves, so there is no motion beside them
+}  # these use the axis words themselves, so the line has no motion command
 _needs = {"G2": ("XYZ", "RIJK"), "G3": ("XYZ", "RIJK"), "G4": ("PS",)}
 _unsigned = frozenset("FSTDHLP")
 _whole = frozenset("TDHL")
 
 
 def _group(command):
-    "Modal group of a command; those of no group stand alone."
+    "Modal group of a command; a command without a group forms its own."
     if command in _axes_taken:
         return "motion"
     return next(
@@ -225,7 +229,7 @@ _literal = re.compile(r"([A-Z])([+-]?)(\d+\.?\d*|\.\d+)")
 
 
 def _kind(token):
-    "What a token is to the grammar: (kind, letter or text, whether it has a sign or a dot)."
+    "Classify a token for the grammar: (kind, letter or text, sign or dot)."
     if _command.fullmatch(token):
         return "command", token, ""
     if token in {*"+-.0123456789"}:
@@ -240,13 +244,13 @@ def _kind(token):
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #44e36b9f
 class LineGrammar:
-    "Which token may follow, for a tokenizer of either scheme."
+    """Legal next tokens of a line, for a tokenizer of either scheme."""
 
     def __init__(
         self,
-        tokenizer: Tokenizer,  # Whose vocabulary is written
-        digits: int = 6,  # Most digits before the dot
-        decimals: int = 6,  # Most digits after it
+        tokenizer: Tokenizer,  # Tokenizer with the vocabulary to write
+        digits: int = 6,  # Maximum number of digits before the decimal point
+        decimals: int = 6,  # Maximum number of digits after it
     ):
         self.kinds = [_kind(t) for t in tokenizer.tokens]
         self.digits = digits
@@ -259,31 +263,29 @@ class LineGrammar:
         numbered = {k[1] for k in of("bucket") if not (k[2] and k[1] in _unsigned)}
         self.valued = {
             k[1] for k in of("letter") if pieces or k[1] in numbered
-        }  # letters whose number can be written
+        }  # letters whose numbers can be written
         self.can = self.valued | {k[1] for k in of("literal")}
         if not self.can and not of("command"):
             raise InputError(
                 "grammar", "vocabulary", "a command, or a letter and its numbers", "neither"
             )
         self.first = 1 if of("command") or of("literal") else 2
-        self.state, self.costs = (
-            lru_cache(1 << 16)(lambda prefix: self._state(prefix)),
-            lru_cache(1 << 14)(lambda state: self._costs(state)),
-        )
+        self.state = lru_cache(1 << 16)(lambda prefix: self._state(prefix))
+        self.costs = lru_cache(1 << 14)(lambda state: self._costs(state))
 
     start = (frozenset(), frozenset(), None)
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #85248a5b
 @patch
 def _letter(self: LineGrammar, commands, letters, letter):
-    "Whether `letter` may begin a word."
+    "Whether `letter` may start a word."
     other = "IJK" if letter == "R" else "R" if letter in "IJK" else ""
     return letter not in letters and not letters & set(other)
 
 
 @patch
 def _number(self: LineGrammar, number, piece):
-    "State of a number after one more piece; nothing when that is no number."
+    "State of a number after one more piece; `None` if the result is not a number."
     letter, sign, whole, dot, part = number
     if piece in "+-":
         return (letter, 1, 0, 0, 0) if not (sign or whole or dot or letter in _unsigned) else None
@@ -296,7 +298,7 @@ def _number(self: LineGrammar, number, piece):
 # %% ../../nbs/fingerprint/30_decode.ipynb #6609c86b
 @patch
 def _command_after(self: LineGrammar, commands, letters, name):
-    "Commands with `name` among them; nothing when it may not stand here."
+    "Commands including `name`; `None` if it is not legal here."
     if letters or _group(name) in {_group(c) for c in commands}:
         return None
     new = commands | {name}
@@ -306,42 +308,45 @@ def _command_after(self: LineGrammar, commands, letters, name):
 
 
 @patch
+def _begins_word(self: LineGrammar, state, kind, name, sign):
+    "Whether a letter or literal token may start a word."
+    commands, letters, _ = state
+    if kind not in ("letter", "literal") or not self._letter(commands, letters, name):
+        return False
+    if kind == "letter" and name not in self.valued:
+        return False
+    return not (sign == "-" and name in _unsigned)
+
+
+@patch
 def advance(
     self: LineGrammar,
     state: tuple,  # Commands, letters, number
     token: int,  # Id of the next token
-):  # The state after it, or None where it is not legal
-    "One token further."
-    (kind, name, sign), (commands, letters, number) = self.kinds[token], state
-    done = number is None or number[2] + number[4] > 0
+):  # The next state, or `None` if the token is not legal
+    """Advance the state by one token."""
+    kind, name, sign = self.kinds[token]
+    commands, letters, number = state
     if kind == "piece":
         number = number and len(number) == 5 and self._number(number, name)
         return (commands, letters, number) if number else None
     if kind == "bucket":
-        return (
-            (commands, letters, None)
-            if number == (name, 0, 0, 0, 0) and not (sign and name in _unsigned)
-            else None
-        )
-    if not done:
+        legal = number == (name, 0, 0, 0, 0) and not (sign and name in _unsigned)
+        return (commands, letters, None) if legal else None
+    unfinished = number is not None and number[2] + number[4] == 0
+    if unfinished:
         return None
     if kind == "command":
-        return (
-            (new, letters, None) if (new := self._command_after(commands, letters, name)) else None
-        )
-    if (
-        kind not in ("letter", "literal")
-        or not self._letter(commands, letters, name)
-        or (kind == "letter" and name not in self.valued)
-        or (sign == "-" and name in _unsigned)
-    ):
+        commands = self._command_after(commands, letters, name)
+        return (commands, letters, None) if commands else None
+    if not self._begins_word(state, kind, name, sign):
         return None
     return commands, letters | {name}, (name, 0, 0, 0, 0) if kind == "letter" else None
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #0efa9fac
 @patch
 def _missing(self: LineGrammar, state):
-    "Tokens that a legal line still needs after this state, EOS included."
+    "Number of tokens that a legal line still needs after this state, including EOS."
     commands, letters, number = state
     groups = [g for c in commands for g in _needs.get(c, ()) if not letters & set(g)]
     open_number = number is not None and number[2] + number[4] == 0
@@ -350,7 +355,7 @@ def _missing(self: LineGrammar, state):
 
 @patch
 def _costs(self: LineGrammar, state):
-    "Tokens needed after each token of the vocabulary, `[V]`; a large number where it is illegal."
+    "Number of tokens needed after each token of the vocabulary, `[V]`; a large number if it is illegal."
     after = [self.advance(state, i) for i in range(len(self.kinds))]
     costs = np.array([1 << 20 if s is None else self._missing(s) for s in after])
     if self._missing(state) == 1:
@@ -369,10 +374,13 @@ def _state(self: LineGrammar, prefix):
 @patch
 def legal(
     self: LineGrammar,
-    lines: list,  # Token ids written so far, one list a line, without BOS
-    left: int,  # Tokens that may still be written, EOS included
-) -> np.ndarray:  # `[N,V]`, true where a token may follow
-    "Tokens after which the line can still end in time."
+    lines: list,  # Token ids written so far, one list per line, without BOS
+    left: int,  # Number of tokens that may still be written, including EOS
+) -> np.ndarray:  # `[N,V]`, true for legal next tokens
+    """Return the tokens after which the line can still end within `left` tokens.
+
+    Raises `InputError` when no legal line fits.
+    """
     if left <= 0 or any(not line for line in lines) and left < self._missing(self.start):
         raise InputError(
             "grammar", "length", f"room for {self._missing(self.start)} tokens", str(left)
@@ -383,9 +391,9 @@ def legal(
 @patch
 def accepts(
     self: LineGrammar,
-    ids,  # Token ids of a line; what follows EOS is passed over
-) -> bool:  # Whether it is a whole legal line
-    "Whether the grammar could have written a line."
+    ids,  # Token ids of a line; tokens after EOS are ignored
+) -> bool:  # Whether it is a complete legal line
+    """Check whether a line is complete and legal."""
     state = self.start
     for i in ids:
         if i == EOS:
@@ -398,8 +406,8 @@ def accepts(
 # %% ../../nbs/fingerprint/30_decode.ipynb #d2e18ff7
 def line_faults(
     text: str,  # One line
-) -> list:  # What is wrong with it, empty for G-code
-    "Faults that the reader finds in one written line."
+) -> list:  # Faults; empty for valid G-code
+    """Return the faults that the parser finds in one line."""
     try:
         program = parse_gcode(text, "written line")
     except InputError as e:
@@ -424,14 +432,14 @@ def write_texts(
     model: GCodeFingerprinter,  # In evaluation mode
     inputs: dict,  # `sensors` and `present`, `[B,T,C]`
     mask: Tensor,  # `[B,T]`
-    tokenizer: Tokenizer,  # Of the model
-    length: int,  # Longest line in tokens, EOS included
+    tokenizer: Tokenizer,  # Tokenizer of the model
+    length: int,  # Maximum length of a line in tokens, including EOS
     method: str = "greedy",  # `greedy`, `beam` or `sample`
-    constrained: bool = True,  # Only legal lines
+    constrained: bool = True,  # Restrict to legal lines
     temperatures: dict = None,  # Temperature of each head
-    **options,  # Of the method
+    **options,  # Options of the method
 ) -> tuple:  # Texts `[B]` and log-probabilities `[B]`
-    "Lines of G-code from windows of sensors."
+    """Write lines of G-code for windows of sensors."""
     check_choice("decoding", "method", method, ("greedy", "beam", "sample"))
     scores = next_token_scores(model, inputs, mask, temperatures)
     search = dict(greedy=greedy, beam=beam, sample=sample)[method]
@@ -449,15 +457,15 @@ def write_texts(
 
 # %% ../../nbs/fingerprint/30_decode.ipynb #d264c74d
 def write_regressed(
-    model: GCodeFingerprinter,  # With a head of numbers, in evaluation mode
+    model: GCodeFingerprinter,  # Model with a number head, in evaluation mode
     inputs: dict,  # `sensors` and `present`, `[B,T,C]`
     mask: Tensor,  # `[B,T]`
-    tokenizer: Tokenizer,  # Of the model
+    tokenizer: Tokenizer,  # Tokenizer of the model
     scale,  # `NumberScale` of the training lines
-    length: int,  # Longest line in tokens, EOS included
+    length: int,  # Maximum length of a line in tokens, including EOS
     **options,  # For `write_texts`
 ) -> list:  # Texts `[B]`
-    "Lines whose words are decoded and whose numbers are regressed."
+    """Write lines with decoded words and regressed numbers. Raises `InputError` for a model without number head."""
     require(
         model.numbers is not None,
         "decoding",
@@ -467,5 +475,5 @@ def write_regressed(
     )
     texts, _ = write_texts(model, inputs, mask, tokenizer, length, **options)
     with torch.no_grad():
-        said = model.read_numbers(model.backbone(inputs, mask)[0], mask)
-    return scale.write(texts, said.cpu().numpy())
+        numbers = model.read_numbers(model.backbone(inputs, mask)[0], mask)
+    return scale.write(texts, numbers.cpu().numpy())

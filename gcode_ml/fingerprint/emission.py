@@ -1,4 +1,4 @@
-"""A small network that says, row by row, in which state of which program the machine may be.
+"""A small neural network as emission model: log-probabilities of every state of every program, row by row.
 
 Docs: https://example.org/gcode_ml/fingerprint/emission.html.md"""
 
@@ -44,21 +44,21 @@ SLOW = "environment", "light"
 # %% ../../nbs/fingerprint/37_emission.ipynb #8c234ee7
 @dataclass
 class RowFeatures:
-    "From a recording to what the network reads."
+    """Compute the network's input features from a recording."""
 
-    scale: ChannelScale  # Of the training runs
-    motion: list  # Which channels feed the head of the states
-    width: int = 6  # Rows looked back at
+    scale: ChannelScale  # Channel scale of the training recordings
+    motion: list  # For each channel: whether it is an input of the state head
+    width: int = 6  # Rows per trailing window
 
     @property
     def levels(self):
-        "Which features are levels of a channel, `[F]`."
+        """Mask of the features that are levels of a channel, `[F]`."""
         n = sum(self.motion)
         return np.repeat([True, False, False, True], [n, n, n, len(self.motion) - n])
 
     @property
     def boards(self):
-        "Number of the board of each feature, `[F]`; the motor currents are one."
+        """Board index of each feature, `[F]`; the motor currents count as one board."""
         name = np.array([c.split(".")[0] if "." in c else "" for c in self.scale.channels])
         m = np.array(self.motion)
         return np.unique(name, return_inverse=True)[1][
@@ -70,11 +70,9 @@ class RowFeatures:
 def statistics(
     self: RowFeatures,
     rows: np.ndarray,  # Standardised rows, `[T,C]`, NaN where missing
-    width=None,  # For `StreamAligner`, which says it
-) -> (
-    np.ndarray
-):  # `[T,F]` float32, zero where missing: statistics of motion, levels of the slow channels
-    "Statistics of the last rows."
+    width=None,  # Ignored; signature required by `StreamAligner`
+) -> np.ndarray:  # `[T,F]` float32, zero where missing: statistics of the motion channels, levels of the slow channels
+    """Return trailing statistics of the motion channels and levels of the slow channels."""
     m = np.array(self.motion)
     return np.nan_to_num(
         np.concatenate(
@@ -89,36 +87,36 @@ def statistics(
 # %% ../../nbs/fingerprint/37_emission.ipynb #fce49279
 @patch
 def __call__(self: RowFeatures, recording):
-    "Features `[T,F]` of a recording."
+    """Return the features `[T,F]` of a recording."""
     return self.statistics(self.scale.apply(align_channels(recording, self.scale.channels)))
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #122a6182
 def row_features(
-    recordings: list,  # Training runs
-    modalities=MOTION + SLOW,  # What is read
-    width: int = 6,  # Rows looked back at
-) -> RowFeatures:  # Scaled by the training runs
-    "Channels and scale of the training runs."
+    recordings: list,  # Training recordings
+    modalities=MOTION + SLOW,  # Input modalities
+    width: int = 6,  # Rows per trailing window
+) -> RowFeatures:
+    """Select channels and fit their scale on training recordings."""
     channels = select_channels(recordings, modalities)
     scale = fit_scale([align_channels(r, channels) for r in recordings], channels)
     return RowFeatures(scale, [modality(c) in MOTION for c in channels], width)
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #a1c47eab
 class StateNetwork(nn.Module):
-    "Log-probabilities of the states, and logits of the operation, from the features of a row."
+    """Predict log-probabilities of the states, and logits of the operation, from the features of a row."""
 
     def __init__(
         self,
-        levels,  # Which features are levels, `[F]`
-        boards,  # Board of each feature, `[F]`
-        motion: int,  # How many features the head of the states reads
+        levels,  # Mask of the features that are levels, `[F]`
+        boards,  # Board index of each feature, `[F]`
+        motion: int,  # Number of input features of the state head
         states: int,  # Number of states
         operations: int,  # Number of operations
-        hidden: int = 128,  # Units of the first layer
-        rank: int = 64,  # Units before the states
-        dropout: float = 0.2,  # Dropout
-        shift: float = 0.3,  # Standard deviation of the random shift of levels in training
-        silence: float = 0.15,  # Probability that a board falls silent in training
+        hidden: int = 128,  # Units of the first hidden layer
+        rank: int = 64,  # Units of the last hidden layer
+        dropout: float = 0.2,  # Dropout probability
+        shift: float = 0.3,  # Standard deviation of the random level shift in training
+        silence: float = 0.15,  # Probability that a board is dropped in training
     ):
         super().__init__()
         self.motion = motion
@@ -141,32 +139,32 @@ class StateNetwork(nn.Module):
         self.state = trunk(motion, states, hidden)
         self.operation = trunk(len(levels), operations, hidden // 2)
 
-    def disturbed(self, x):
-        "Features with shifted levels and silent boards; what is missing stays zero."
+    def augmented(self, x):
+        """Apply the training augmentation: shifted levels and dropped boards; missing features stay zero."""
         x = x + (x != 0) * self.levels * self.shift * torch.randn_like(x)
-        heard = (
+        kept = (
             torch.rand(*x.shape[:-1], int(self.boards.max()) + 1, device=x.device) >= self.silence
         )
-        return x * heard[..., self.boards]
+        return x * kept[..., self.boards]
 
     def forward(self, x, mask=None):
-        "`states` `[...,N]` and `operation` `[...,K]` of features `[...,F]`."
-        x = self.disturbed(x) if self.training else x
+        """Return `states` `[...,N]` and `operation` `[...,K]` for features `[...,F]`."""
+        x = self.augmented(x) if self.training else x
         return dict(
             states=self.state(x[..., : self.motion]).log_softmax(-1), operation=self.operation(x)
         )
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #6d00f289
 class StateRows:
-    "Rows of recordings with their state and operation."
+    """Data set of rows with soft state targets and the operation."""
 
     def __init__(
         self,
         features: list,  # `[T,F]` of each recording
         states: list,  # State of each row, `[T]` each
-        operations: list,  # Number of each recording's operation
-        library: ProgramLibrary,  # The states
-        spread: float = 1.0,  # Standard deviation of a target, states
+        operations: list,  # Operation index of each recording
+        library: ProgramLibrary,  # Programs as states
+        spread: float = 1.0,  # Standard deviation of the soft targets, states
     ):
         self.x = torch.from_numpy(np.concatenate(features))
         state = np.concatenate(states)
@@ -186,7 +184,7 @@ class StateRows:
         return len(self.x)
 
     def batch(self, index):
-        "`(inputs [B,1,F], mask [B,1], targets)`."
+        """Return `(inputs [B,1,F], mask [B,1], targets)`."""
         i = torch.as_tensor(np.asarray(index))
         return (
             self.x[i, None],
@@ -200,11 +198,11 @@ class StateRows:
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #4a69f5f3
 class StateLoss(nn.Module):
-    "Cross entropy against the neighbouring states, and that of the operation."
+    """Cross entropy with the soft state targets, plus that of the operation."""
 
     def __init__(
         self,
-        operation: float = 0.5,  # Weight of the operation
+        operation: float = 0.5,  # Weight of the operation loss
     ):
         super().__init__()
         self.operation = operation
@@ -222,38 +220,35 @@ DEFAULTS = dict(
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #f8ebe84e
 def emission_recipe(
-    recordings: list,  # Training runs; some are set aside
-    groups=None,  # Group of each; runs of a group stay together
-    modalities=MOTION + SLOW,  # What is read
-    width: int = 6,  # Rows looked back at
-    step: float = 0.25,  # Seconds a state
-    clocks: bool = True,  # Whether the training runs are laid beside each other by their sensors; else by the labels' clock
-    hidden: int = 128,
-    rank: int = 64,
-    dropout: float = 0.2,
-    shift: float = 0.3,
-    silence: float = 0.15,  # See `StateNetwork`
-    seed: int = 42,  # Seed of everything
+    recordings: list,  # Training recordings; some are held out
+    groups=None,  # Group of each recording; a group is never split
+    modalities=MOTION + SLOW,  # Input modalities
+    width: int = 6,  # Rows per trailing window
+    step: float = 0.25,  # Seconds per state
+    clocks: bool = True,  # Align the training recordings by their sensors; otherwise use the label clock
+    hidden: int = 128,  # Units of the first hidden layer
+    rank: int = 64,  # Units of the last hidden layer
+    dropout: float = 0.2,  # Dropout probability
+    shift: float = 0.3,  # Standard deviation of the random level shift
+    silence: float = 0.15,  # Probability that a board is dropped
+    seed: int = 42,  # Random seed
     device: str = "auto",  # Device
-    cbs=(),  # More callbacks
-    **training,  # Options of `training.fit`; `DEFAULTS` otherwise
-) -> Learner:  # For `training.fit.fit`; has `library`, `features`, `operations`, the runs `inner` and `held`, and `placed`, the same by name on the clock of the states
-    "An emission network ready to fit; one eighth of the runs is set aside for its calibration."
+    cbs=(),  # Additional callbacks
+    **training,  # Options of `training.fit`; unset ones from `DEFAULTS`
+) -> Learner:
+    """Build a `Learner` for the emission network; one eighth of the recordings is held out for calibration.
+
+    The learner has the attributes `library`, `features`, `operations`, `inner` and `held` (recordings
+    used for fitting, and held out), and `placed` (all of them by name, on the clock of the states).
+    Raises `InputError` for fewer than four recordings.
+    """
     options = training_options(training, **DEFAULTS)
     if len(recordings) < 4:
         raise InputError("emission", "recordings", "at least four runs", str(len(recordings)))
     set_seed(seed)
     groups = np.asarray([r.name for r in recordings] if groups is None else groups)
     of = programs(recordings)
-    inner, held = (
-        [recordings[i] for i in part]
-        for part in group_holdout(groups, [r.operation for r in recordings], 1 / 8, seed)
-    )
-    inner, held = (
-        inner + [r for r in held if of[r.operation] not in {of[q.operation] for q in inner}],
-        [r for r in held if of[r.operation] in {of[q.operation] for q in inner}],
-    )
-    held = [r for r in held if r.operation in {q.operation for q in inner}]
+    inner, held = _hold_out(recordings, groups, of, seed)
     placed = _placed(inner + held, modalities) if clocks else {r.name: r for r in inner + held}
     library = build_library([placed[r.name] for r in inner], step)
     features = row_features(inner, modalities, width)
@@ -302,8 +297,20 @@ def emission_recipe(
     return learn
 
 
+def _hold_out(recordings, groups, of, seed):
+    "Recordings to fit, and one eighth held out, of operations that are fitted; every program is fitted."
+    operations = [r.operation for r in recordings]
+    inner, held = (
+        [recordings[i] for i in part] for part in group_holdout(groups, operations, 1 / 8, seed)
+    )
+    fitted = {of[q.operation] for q in inner}
+    inner = inner + [r for r in held if of[r.operation] not in fitted]
+    held = [r for r in held if of[r.operation] in fitted]
+    return inner, [r for r in held if r.operation in {q.operation for q in inner}]
+
+
 def _placed(recordings, modalities):
-    "Runs by name on the clock of the sensors that are read, inertial ones and magnetometers if there are any."
+    "Recordings by name on the clock of their sensors: inertial ones and magnetometers if present."
     kinds = [m for m in ("acceleration", "rotation", "magnetic") if m in modalities] or [
         m for m in MOTION if m in modalities
     ]
@@ -311,18 +318,18 @@ def _placed(recordings, modalities):
 
 
 def _program(library, recording, of):
-    "The library's program of a recording: it may bear the name of another operation with the same lines."
+    "Library name of a recording's program, which may be that of another operation with the same lines."
     return next(n for n in library.names if of.get(n, n) == of[recording.operation])
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #7942e281
 class NetworkEmission(NeuralEmission):
-    "Scaled likelihoods of a `StateNetwork`, and its log-probabilities of the operation."
+    """Emission model: scaled likelihoods of a `StateNetwork`, and its log-probabilities of the operation."""
 
     def __init__(
         self,
-        network: StateNetwork,  # Fitted
-        prior,  # How often each state was seen, `[N]`
-        temperature: float = 1.0,  # Log-probabilities are divided by it
+        network: StateNetwork,  # Fitted network
+        prior,  # Number of training rows of each state, `[N]`
+        temperature: float = 1.0,  # Divides the log-probabilities
         offset: float = 0.0,  # Log-probability of the background
     ):
         super().__init__(lambda f: self.read(f)[0], prior, temperature, offset)
@@ -330,7 +337,7 @@ class NetworkEmission(NeuralEmission):
 
     @torch.no_grad()
     def read(self, features):
-        "Log-probabilities of states `[T,N]` and of operations `[T,K]`."
+        """Return log-probabilities of states `[T,N]` and of operations `[T,K]`."""
         out = self.network(
             torch.from_numpy(np.asarray(features, "float32")).to(
                 next(self.network.parameters()).device
@@ -339,7 +346,7 @@ class NetworkEmission(NeuralEmission):
         return out["states"].cpu().numpy(), out["operation"].log_softmax(-1).cpu().numpy()
 
     def both(self, features):
-        "Scaled log-likelihoods `[T,N]`, those of the background `[T]`, and log-probabilities of operations `[T,K]`."
+        """Return scaled log-likelihoods `[T,N]`, those of the background `[T]`, and log-probabilities of operations `[T,K]`."""
         states, operation = self.read(features)
         return (
             (states - self.prior.astype("float32")) / self.temperature,
@@ -349,13 +356,11 @@ class NetworkEmission(NeuralEmission):
 
 # %% ../../nbs/fingerprint/37_emission.ipynb #504971c1
 def network_emission(
-    learn: Learner,  # Fitted
-    margin: float = 2.0,  # Standard deviations between pieces of runs
-    piece: int = 60,  # Rows of a piece
-) -> (
-    NetworkEmission
-):  # With the background a margin below the true path of the runs that were set aside
-    "The fitted network as an emission model."
+    learn: Learner,  # Fitted learner
+    margin: float = 2.0,  # Margin over the background, in standard deviations between segments
+    segment_rows: int = 60,  # Rows per segment
+) -> NetworkEmission:
+    """Return the fitted network as an emission model, with the background offset calibrated on the held-out recordings."""
     seen = torch.zeros(len(learn.library)).index_add_(
         0, learn.rows.near.flatten(), learn.rows.weight.flatten()
     )
@@ -369,7 +374,7 @@ def network_emission(
             np.arange(len(r)),
             learn.library.states(learn.placed[r.name], _program(learn.library, r, of)),
         ]
-        lead += [p.mean() for p in np.array_split(best, max(len(r) // piece, 1))]
+        lead += [p.mean() for p in np.array_split(best, max(len(r) // segment_rows, 1))]
     if lead:
         emission.offset = float(np.mean(lead) - margin * np.std(lead))
     return emission

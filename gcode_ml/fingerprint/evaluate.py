@@ -1,4 +1,4 @@
-"""What a fingerprinter gets right on recordings that it has not seen, and what a table without sensors gets right on the same windows.
+"""Evaluation on unseen recordings: the model beside sensor-free look-up tables and classical baselines on the same windows.
 
 Docs: https://example.org/gcode_ml/fingerprint/evaluate.html.md"""
 
@@ -32,13 +32,13 @@ from .models import HEADS, token_scores
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #48d9cb09
 def predict_windows(
     model,  # `GCodeFingerprinter`
-    dataset,  # Windows with `batch(index)`
-    length: int,  # Longest line in tokens
-    batch_size: int = 128,  # Windows at a time
+    dataset,  # Data set with `batch(index)`
+    length: int,  # Maximum length of a line in tokens
+    batch_size: int = 128,  # Windows per batch
     device="cpu",  # Device of the model
-    progress=None,  # For instance `tqdm`
+    progress=None,  # Progress bar such as `tqdm`
 ) -> dict:  # `written` `[N,L]`, `forced` `[N,L]`, `head_right` and `head_real` `[N,4]`, `operation` `[N,K]` probabilities
-    "Free-running lines, teacher-forced tokens and operation of every window."
+    """Return free-running tokens, teacher-forced tokens and operation probabilities of every window."""
     model.eval()
     parts = []
     dl = BatchLoader(dataset, batch_size)
@@ -50,7 +50,7 @@ def predict_windows(
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #b2d98418
 @torch.no_grad()
 def _predict_batch(model, inputs, mask, targets, length):
-    "Outcomes of one batch as arrays."
+    "Predictions of one batch as arrays."
     out = model(inputs, mask)
     wanted = model.decoder.parts[targets["tokens"]]
     real = torch.stack(
@@ -74,11 +74,11 @@ def _predict_batch(model, inputs, mask, targets, length):
 def model_outcomes(
     model,  # `GCodeFingerprinter`
     data,  # `LineWindows`
-    test,  # Test windows, integers
+    test,  # Indices of the test windows
     device="cpu",  # Device of the model
-    progress=None,  # For instance `tqdm`
-) -> pd.DataFrame:  # One row a test window
-    "Table of what is true and what the model said."
+    progress=None,  # Progress bar such as `tqdm`
+) -> pd.DataFrame:  # One row per test window
+    """Return truth and predictions of the model for each test window."""
     p = predict_windows(
         model, Subset(data, test), data.tokens.shape[1], device=device, progress=progress
     )
@@ -95,7 +95,7 @@ def model_outcomes(
             forced_right=((p["forced"] == target) & real).sum(1),
             written_right=((p["written"] == target) & real).sum(1),
             operation=np.array(data.operations)[data.labels[test]],
-            operation_said=np.array(data.operations)[p["operation"].argmax(1)],
+            operation_predicted=np.array(data.operations)[p["operation"].argmax(1)],
             operation_confidence=p["operation"].max(1),
         )
     )
@@ -111,27 +111,27 @@ OPERATION_BASELINES = "majority", "nearest_neighbour", "extra_trees", "hist_grad
 def baseline_outcomes(
     features,  # Statistics of every window, `[N,F]`
     data,  # `LineWindows`
-    train,  # Training windows
-    test,  # Test windows
-    seed: int = 0,  # Seed of the trees
-) -> pd.DataFrame:  # Columns `line_<baseline>` and `operation_<baseline>`, one row a test window
-    "What simple methods say of the test windows."
+    train,  # Indices of the training windows
+    test,  # Indices of the test windows
+    seed: int = 0,  # Random seed of the trees
+) -> pd.DataFrame:  # Columns `line_<baseline>` and `operation_<baseline>`, one row per test window
+    """Return the predictions of all baselines for the test windows."""
     operation = np.array(data.operations)[data.labels]
-    with threadpool_limits(1, user_api="openmp"):  # boosting's threads wait for each other
-        said = {
+    with threadpool_limits(1, user_api="openmp"):  # avoids contention between threads of boosting
+        predicted = {
             f"operation_{k}": baseline(k, seed)
             .fit(features[train], operation[train])
             .predict(features[test])
             for k in OPERATION_BASELINES
         }
-    said |= _line_baselines(
-        features, data, train, test, operation, said["operation_extra_trees"], seed
+    predicted |= _line_baselines(
+        features, data, train, test, operation, predicted["operation_extra_trees"], seed
     )
-    return pd.DataFrame(said)
+    return pd.DataFrame(predicted)
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #128d09a5
-def _line_baselines(features, data, train, test, operation, operation_said, seed):
-    "Texts that the three line baselines give."
+def _line_baselines(features, data, train, test, operation, operation_predicted, seed):
+    "Texts predicted by the three line baselines."
     lookup = _row_lookup(data, train)
     nearest = (
         baseline("nearest_neighbour", seed)
@@ -148,12 +148,12 @@ def _line_baselines(features, data, train, test, operation, operation_said, seed
     return dict(
         line_lookup_time=lookup.predict(data.times[test], operation[test]),
         line_nearest_neighbour=data.texts[train][nearest],
-        line_time_from_sensors=lookup.predict(time, operation_said),
+        line_time_from_sensors=lookup.predict(time, operation_predicted),
     )
 
 
 def _row_lookup(data, train):
-    "Table from (class, time) to text over all rows of the training windows."
+    "Look-up from (class, time) to text over all rows of the training windows."
     rows = pd.DataFrame(
         dict(
             recording=data.recording[train],
@@ -176,27 +176,28 @@ def _row_lookup(data, train):
     )
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #2042477a
-def _share(v):
+def _ratio(v):
+    "Ratio of the sums of two columns."
     return v[:, 0].sum() / max(v[:, 1].sum(), 1)
 
 
 def _row(o, name, measure, split, values, seed=0, sources=None):
-    "One row of the table: a mean, or a share of sums, with its interval over runs."
+    "One row of the score table: a mean, or a ratio of sums, with its bootstrap interval over recordings."
     interval = bootstrap_interval(
         values,
         o.source if sources is None else sources,
         seed=seed,
-        statistic=np.mean if np.ndim(values) == 1 else _share,
+        statistic=np.mean if np.ndim(values) == 1 else _ratio,
     )
     return dict(name=name, measure=measure, split=split, **interval.to_json())
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #c20e3d52
 def score_model(
     outcomes: pd.DataFrame,  # From `model_outcomes`
-    split: str,  # Name of the split, for the table
-    seed: int = 0,  # Seed of the bootstrap
+    split: str,  # Name of the split
+    seed: int = 0,  # Random seed of the bootstrap
 ) -> pd.DataFrame:  # Columns `name`, `measure`, `split`, `value`, `low`, `high`
-    "Metrics of the model."
+    """Score the model."""
     o = outcomes
 
     def row(measure, values, sources=None):
@@ -213,19 +214,19 @@ def score_model(
     return pd.DataFrame(
         rows
         + [
-            row("operation", o.operation_said == o.operation),
-            _vote_row(o, "model", "operation_said", split, seed),
+            row("operation", o.operation_predicted == o.operation),
+            _vote_row(o, "model", "operation_predicted", split, seed),
         ]
     )
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #fab0006d
 def score_outcomes(
     outcomes: pd.DataFrame,  # Model and baseline columns side by side
-    split: str,  # Name of the split, for the table
-    tokenizer,  # Of the run
-    seed: int = 0,  # Seed of the bootstrap
+    split: str,  # Name of the split
+    tokenizer,  # Tokenizer of the run
+    seed: int = 0,  # Random seed of the bootstrap
 ) -> pd.DataFrame:  # Columns `name`, `measure`, `split`, `value`, `low`, `high`
-    "All metrics of one split, for the model and for every baseline."
+    """Score the model and every baseline on one split."""
     o = outcomes
     rows = [
         _row(o, k, "line exact, free-running", split, o[f"line_{k}"] == o.text, seed)
@@ -245,22 +246,22 @@ def score_outcomes(
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #b00cdced
 def _token_row(o, name, split, tokenizer, seed):
     "Token accuracy of a baseline's text, position by position."
-    said, true = ([tokenizer.encode(t) for t in o[c]] for c in (f"line_{name}", "text"))
-    right = [sum(a == b for a, b in zip(s, t)) for s, t in zip(said, true)]
+    predicted, true = ([tokenizer.encode(t) for t in o[c]] for c in (f"line_{name}", "text"))
+    right = [sum(a == b for a, b in zip(s, t)) for s, t in zip(predicted, true)]
     return _row(
         o, name, "tokens, free-running", split, np.stack([right, [len(t) for t in true]], 1), seed
     )
 
 
 def _vote_row(o, name, column, split, seed):
-    "Operation of a whole run by the vote of its windows."
-    names, said = vote(o[column], o.source)
+    "Accuracy of the operation per recording, by majority vote of its windows."
+    names, voted = vote(o[column], o.source)
     _, true = vote(o.operation, o.source)
-    return _row(o, name, "operation, vote of a run", split, said == true, seed, names)
+    return _row(o, name, "operation, vote of a run", split, voted == true, seed, names)
 
 
 def _unique_rows(o, split, tokenizer):
-    "How many different tokens the free-running lines use, and how many the true lines use."
+    "Number of distinct tokens in the free-running lines, and in the true lines."
 
     def used(texts):
         return unique_tokens(
@@ -284,7 +285,7 @@ SLOW = "environment", "light", "magnetic"
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #c82f9497
 def _numbers_of(recordings, series, channels, step):
-    "Every `step`th row as numbers: the answers (line and the position that its text asks for), all other columns, and the source."
+    "Every `step`th row as numbers: answers (line number, commanded position), all other columns, and source."
     source = np.repeat([r.name for r in recordings], [len(r) for r in recordings])[::step]
     controller = (
         pd.concat([r.controller for r in recordings])
@@ -300,12 +301,12 @@ def _numbers_of(recordings, series, channels, step):
 def audit_recordings(
     recordings: list,  # All recordings
     data,  # `LineWindows` over them
-    train,  # Training windows of one split
-    test,  # Test windows
+    train,  # Indices of the training windows of one split
+    test,  # Indices of the test windows
     channels: list,  # Channels of the recordings
-    step: int = 10,  # Every which row the column check looks at
-) -> list:  # Findings, from `evaluation.audit`
-    "Run every check of the leak audit on one split."
+    step: int = 10,  # Row stride of the column check
+) -> list:  # Findings of `evaluation.audit`
+    """Run all checks of the leak audit on one split."""
     series = {r.name: align_channels(r, channels) for r in recordings}
     _, present, means = source_table(series)
     slow = [i for i, c in enumerate(channels) if modality(c) in SLOW]
@@ -339,29 +340,29 @@ def audit_recordings(
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #db160fca
 def plot_measure(
     scores: pd.DataFrame,  # From `score_outcomes`, of several splits
-    measure: str,  # One measure
+    measure: str,  # Name of the measure
     ax=None,  # Axes
 ):  # The axes
-    "Model and baselines, honest and leaky split side by side."
+    """Plot one measure for the model and the baselines, split by split."""
     return plot_scores(scores[scores.measure == measure], models=["model"], quantity=measure, ax=ax)
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #ac6162a5
 def plot_operation(
-    outcomes: pd.DataFrame,  # Model columns
+    outcomes: pd.DataFrame,  # Outcomes of the model
     ax=None,  # Axes
 ):  # The axes
-    "Confusion of the operation, by window."
+    """Plot the confusion matrix of the operation, per window."""
     return plot_confusion(
-        outcomes.operation, outcomes.operation_said, sorted(set(outcomes.operation)), ax=ax
+        outcomes.operation, outcomes.operation_predicted, sorted(set(outcomes.operation)), ax=ax
     )
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #ceed5ce7
 def plot_exact_by_operation(
-    outcomes: pd.DataFrame,  # Model and baseline columns
+    outcomes: pd.DataFrame,  # Outcomes of the model and the baselines
     ax=None,  # Axes
 ):  # The axes
-    "Exact lines of the model and of the table, for each operation."
-    share = (
+    """Plot the fraction of exact lines of the model and of the look-up for each operation."""
+    fraction = (
         outcomes.assign(
             model=outcomes.written == outcomes.text,
             lookup=outcomes.line_lookup_time == outcomes.text,
@@ -369,11 +370,11 @@ def plot_exact_by_operation(
         .groupby("operation")[["model", "lookup"]]
         .mean()
     )
-    ax = share.rename(
-        columns=dict(model="model, from sensors", lookup="table: class and time given, no sensor")
+    ax = fraction.rename(
+        columns=dict(model="model, from sensors", lookup="look-up: class and time given, no sensor")
     ).plot.barh(
         ax=ax,
-        figsize=(6, 0.4 * len(share) + 1.2) if ax is None else None,
+        figsize=(6, 0.4 * len(fraction) + 1.2) if ax is None else None,
         color=sns.color_palette("colorblind")[:2],
     )
     ax.set(xlabel="lines exact, free-running", ylabel="", xlim=(0, 1))
@@ -385,28 +386,26 @@ def plot_exact_by_operation(
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #f570f520
 def selective_curve(
     confidence,  # `[N]`
-    right,  # Whether it was right, `[N]`
-) -> (
-    pd.DataFrame
-):  # Columns `share` of the items that are answered, surest first, and their `accuracy`
-    "Accuracy of the surest answers."
+    right,  # Whether each prediction is correct, `[N]`
+) -> pd.DataFrame:  # Columns `fraction` (of predictions kept) and their `accuracy`
+    """Return the accuracy of the most confident predictions as a function of their fraction."""
     right = np.asarray(right, float)[np.argsort(-np.asarray(confidence), kind="stable")]
     n = np.arange(1, len(right) + 1)
-    return pd.DataFrame(dict(share=n / len(right), accuracy=np.cumsum(right) / n))
+    return pd.DataFrame(dict(fraction=n / len(right), accuracy=np.cumsum(right) / n))
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #2ae3156c
 def plot_selective(
-    curves: dict,  # Name -> (confidence, right)
+    curves: dict,  # Name -> (confidence, correctness)
     ax=None,  # Axes
 ):  # The axes
-    "Selective prediction: how exact the surest answers are."
+    """Plot the accuracy of the most confident predictions."""
     ax = plt.subplots(figsize=(6, 2.6), layout="constrained")[1] if ax is None else ax
     for (name, (confidence, right)), colour in zip(curves.items(), sns.color_palette("colorblind")):
         c = selective_curve(confidence, right)
-        ax.plot(c.share, c.accuracy, color=colour, label=name)
+        ax.plot(c.fraction, c.accuracy, color=colour, label=name)
     ax.set(
-        xlabel="share of the rows that are answered, surest first",
-        ylabel="exact",
+        xlabel="fraction of predictions kept, most confident first",
+        ylabel="accuracy",
         xlim=(0, 1),
         ylim=(0, 1.02),
     )
@@ -416,18 +415,24 @@ def plot_selective(
 
 # %% ../../nbs/fingerprint/40_evaluate.ipynb #64ae27d8
 def plot_path(
-    errors: pd.DataFrame,  # Columns `x`, `y` and `off`, mm
+    errors: pd.DataFrame,  # Columns `x`, `y` (true position) and `off` (error), mm
     title: str = "",  # Title
-    worst: float = 10.0,  # Distance of the last colour, mm
+    max_error: float = 10.0,  # Upper end of the colour scale, mm
     ax=None,  # Axes
 ):  # The axes
-    "The path, coloured by the distance between decoded and true place."
+    """Plot the tool path coloured by the position error."""
     ax = plt.subplots(figsize=(4, 3.2), layout="constrained")[1] if ax is None else ax
     ax.plot(errors.x, errors.y, color=".85", lw=0.6, zorder=0)
     dots = ax.scatter(
-        errors.x, errors.y, c=errors.off.clip(upper=worst), s=7, cmap="viridis", vmin=0, vmax=worst
+        errors.x,
+        errors.y,
+        c=errors.off.clip(upper=max_error),
+        s=7,
+        cmap="viridis",
+        vmin=0,
+        vmax=max_error,
     )
-    ax.figure.colorbar(dots, ax=ax, label="decoded place off by, mm", shrink=0.8)
+    ax.figure.colorbar(dots, ax=ax, label="position error, mm", shrink=0.8)
     ax.set(aspect="equal", xlabel="X, mm", ylabel="Y, mm")
     ax.set_title(title, fontsize=9)
     sns.despine(ax=ax)

@@ -1,4 +1,4 @@
-"""Any G-code file on a simulated machine: motion from the planner, currents, accelerations at 200 Hz and more, temperatures.
+"""Simulated recordings of any G-code file: planned motion, currents, accelerations at 200 Hz and above, temperatures.
 
 Docs: https://example.org/gcode_ml/fingerprint/machine.html.md"""
 
@@ -18,17 +18,17 @@ from scipy.signal import cont2discrete, lfilter
 from ..core.errors import InputError
 from ..core.files import atomic_path
 from gcode_ml.fingerprint.simulate import (
-    _adaptive,
-    _averages,
-    _board,
-    _contour,
-    _controller,
-    _currents,
-    _day,
-    _face,
-    _pocket,
-    _program,
-    _reports,
+    adaptive_moves,
+    contour_moves,
+    controller_columns,
+    face_moves,
+    motion_averages,
+    motor_currents,
+    pocket_moves,
+    recording_day,
+    sensor_board,
+    status_reports,
+    write_program,
 )
 from ..gcode.planner import Limits, plan, sample
 from ..gcode.reader import moves, parse_gcode
@@ -44,12 +44,12 @@ MILL = Limits(
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #d10be661
 def planned_motion(
-    program: str,  # Text of a program
-    rate: float = 200.0,  # Samples a second
-    file="program",  # Its name, for messages
-    limits: Limits = MILL,  # What the machine keeps to
+    program: str,  # G-code
+    rate: float = 200.0,  # Sampling rate, Hz
+    file="program",  # Name for messages
+    limits: Limits = MILL,  # Kinematic limits of the machine
 ) -> dict:  # time [N] s; position, velocity, acceleration [N,3] mm; flow [N] mm/s; line (from 1), mode (G word), feed [N] mm/min
-    "The tool's motion through a program as a controller with look-ahead plans it."
+    """Plan the tool motion of a program as a look-ahead controller does."""
     read = parse_gcode(program, file)
     p = plan(read, limits, junction="jerk")
     s = sample(p, rate, ("t", "x", "y", "z", "vx", "vy", "vz", "ve", "a", "segment", "line"))
@@ -78,18 +78,15 @@ def _total_acceleration(m):
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #3e19ed21
 def _with_end(program):
-    "A program that ends with M30, as the recorder expects."
-    return (
-        program
-        if any(
-            l.split(";")[0].strip().upper().startswith(("M30", "M2"))
-            for l in program.splitlines()[-5:]
-        )
-        else program.rstrip("\n") + "\nM30\n"
-    )
+    "Append M30 unless the program ends with M30 or M2, as the recorder expects."
+    last = [line.split(";")[0].strip().upper() for line in program.splitlines()[-5:]]
+    if any(line.startswith(("M30", "M2")) for line in last):
+        return program
+    return program.rstrip("\n") + "\nM30\n"
 
 
 def _seed(program, seed):
+    "Random seed from `seed` and the text of the program."
     return [
         *np.atleast_1d(seed).astype(int).tolist(),
         int(hashlib.sha1(program.encode()).hexdigest()[:8], 16),
@@ -97,12 +94,12 @@ def _seed(program, seed):
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #d13cedbb
 def structure(
-    acceleration: np.ndarray,  # What the axis does, `[N,3]`
-    rate: float,  # Samples a second
-    frequency=(38.0, 31.0, 55.0),  # Modes of x, y and z, Hz
+    acceleration: np.ndarray,  # Acceleration of the axes, `[N,3]`
+    rate: float,  # Sampling rate, Hz
+    frequency=(38.0, 31.0, 55.0),  # Natural frequencies of x, y and z, Hz
     damping: float = 0.06,  # Damping ratio
-) -> np.ndarray:  # What a board on it feels, `[N,3]`
-    "Response of one mode an axis, exact for a value held over a sample."
+) -> np.ndarray:  # Acceleration measured by a board, `[N,3]`
+    """Return the response of one vibration mode per axis, exact for zero-order hold input."""
     out = []
     for a, f in zip(acceleration.T, frequency):
         w = 2 * np.pi * f
@@ -113,17 +110,17 @@ def structure(
 # %% ../../nbs/fingerprint/07_machine.ipynb #d5c5f75a
 def warmth(
     current: np.ndarray,  # Currents, `[N,M]`
-    rate: float,  # Samples a second
+    rate: float,  # Sampling rate, Hz
     tau: float = 180.0,  # Time constant, s
-    gain: float = 60.0,  # Final rise, K per squared unit of current
-) -> np.ndarray:  # Rise over the air, K, `[N,M]`
-    "Rise of the motors' temperature from their currents."
+    gain: float = 60.0,  # Steady-state rise per squared unit of current, K
+) -> np.ndarray:  # Temperature rise above the air, K, `[N,M]`
+    """Return the temperature rise of the motors for given currents."""
     keep = np.exp(-1 / (tau * rate))
     return lfilter([gain * (1 - keep)], [1, -keep], current**2, axis=0)
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #6fe666a5
 def _fast_currents(m, rate, damaged, random, noise):
-    "Spindle and motors at every sample; noise grows with the bandwidth."
+    "Spindle and motor currents of every sample; the noise grows with the bandwidth."
     v = abs(m["velocity"])
     a = abs(_total_acceleration(m))
     cut = _cutting(m)
@@ -145,7 +142,7 @@ def _fast_currents(m, rate, damaged, random, noise):
 
 
 def _cutting(m):
-    "Where the tool is in the work: below the surface at feed, or feeding filament."
+    "Mask of cutting: below the surface at feed, or extruding filament."
     moving = abs(m["velocity"]).max(1) > 0.1
     return 1.0 * (
         ((m["mode"] > 0) & moving & (m["position"][:, 2] < 0)) | (moving & (m["flow"] > 0))
@@ -155,22 +152,24 @@ def _cutting(m):
 _carries = dict(
     frame=(0.1, 0.1, 0.1), y_bed=(0.0, 1.0, 0.0), spindle=(1.0, 0.0, 1.0), z_gant=(1.0, 0.0, 0.0)
 )
-_rps = 200.0  # Turns of the spindle a second, 12000 a minute
+_rps = 200.0  # Spindle frequency, Hz (12000 per minute)
 
 
 def _fast_board(name, today, m, clock, rate, warm, damaged, random, noise):
-    "The 17 channels of a board, every sample its own reading."
+    "The 17 channels of a board at every sample."
     n = len(clock)
-    share = next(np.array(c) for part, c in _carries.items() if name.startswith(part))
+    carried = next(np.array(c) for part, c in _carries.items() if name.startswith(part))
     still = dict(cutting=np.zeros(n), shake=np.zeros((n, 3)))
-    board = _board(name, today, still, m["position"] + today["offset"], clock, False, random, noise)
+    board = sensor_board(
+        name, today, still, m["position"] + today["offset"], clock, False, random, noise
+    )
     load = _cutting(m) * (4 / 3 if damaged else 1)
-    feels = structure(_total_acceleration(m), rate) * share / 9806.65
+    feels = structure(_total_acceleration(m), rate) * carried / 9806.65
     shaken = feels + noise * random.normal(0, 1.0, (n, 3)) * (0.006 + 0.01 * load)[:, None]
     if damaged:
-        shaken += (0.01 * load * np.sin(2 * np.pi * (_rps * 1.017) * clock))[:, None] * share.clip(
-            0.3
-        )
+        shaken += (0.01 * load * np.sin(2 * np.pi * (_rps * 1.017) * clock))[
+            :, None
+        ] * carried.clip(0.3)
     for k, c in enumerate(("Ax", "Ay", "Az")):
         board[c] = np.median(board[c]) + shaken[:, k]
     sound = (60 + 600 * load) * abs(1 + 0.3 * noise * random.normal(size=n))
@@ -178,7 +177,7 @@ def _fast_board(name, today, m, clock, rate, warm, damaged, random, noise):
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #ea90dfaf
 def _fast_samples(m, rate, random):
-    "Clock, the motion's time, and the part of the run, as `_reports` does for status reports."
+    "Clock, motion time and phase of each sample, as `status_reports` returns for status reports."
     pace = 1 + 0.001 * random.standard_normal()
     part = np.repeat([0, 1, 2, 3], [8, int(m["time"][-1] / pace * rate) + 1, 4, 9])
     clock = np.arange(1, len(part) + 1) / rate
@@ -186,7 +185,7 @@ def _fast_samples(m, rate, random):
 
 
 def _at(m, at):
-    "The motion at the times `at`: values of continuous quantities between samples, labels of the sample before."
+    "The motion at the times `at`: continuous quantities interpolated, labels from the sample before."
     k = np.searchsorted(m["time"], at, "right").clip(1, len(m["time"])) - 1
 
     def between(v):
@@ -205,14 +204,15 @@ def _at(m, at):
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #4a9bfc8d
 def _sensors(m, at, clock, today, rate, damaged, random, noise):
-    "All sensor columns of a run."
+    "All sensor columns of a recording."
     boards = [b for b in today["boards"] if b in today["boards"][:3] or random.random() > 0.15]
     if not rate:
-        average = _averages(m, at, clock)
+        average = motion_averages(m, at, clock)
         position = _at(m, at)["position"] + today["offset"]
-        currents = _currents(average, damaged, random, noise)
+        currents = motor_currents(average, damaged, random, noise)
         table = {
-            b: _board(b, today, average, position, clock, damaged, random, noise) for b in boards
+            b: sensor_board(b, today, average, position, clock, damaged, random, noise)
+            for b in boards
         }
     else:
         now = _at(m, at)
@@ -230,16 +230,16 @@ def _sensors(m, at, clock, today, rate, damaged, random, noise):
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #b1afce38
 def record_program(
-    program: str,  # Text of any program
+    program: str,  # G-code of any program
     day: int = 0,  # Recording day: work offset, air, light, boards
-    seed=0,  # Random numbers of this run
-    rate: float = 0.0,  # Samples a second of fast sensors, 200 or more; 0 for status reports, four a second
-    damaged: bool = False,  # With a damaged tool
-    noise: float = 1.0,  # Scale of the sensors' noise
-    file="program",  # Name, for messages
-    limits: Limits = MILL,  # What the machine keeps to
-) -> pd.DataFrame:  # One row a report or sample, columns as in the recordings
-    "One run of a program as it would have been recorded."
+    seed=0,  # Random seed of this recording
+    rate: float = 0.0,  # Sampling rate of fast sensors, 200 Hz or more; 0 for four status reports per second
+    damaged: bool = False,  # Damaged tool
+    noise: float = 1.0,  # Scale of the sensor noise
+    file="program",  # Name for messages
+    limits: Limits = MILL,  # Kinematic limits of the machine
+) -> pd.DataFrame:  # One row per report or sample, columns as in the real recordings
+    """Simulate one recording of a program. Raises `InputError` for a sampling rate below 100 Hz."""
     if rate and rate < 100:
         raise InputError(
             "simulation",
@@ -250,15 +250,17 @@ def record_program(
         )
     program = _with_end(program)
     random = np.random.default_rng(_seed(program, seed))
-    today = _day(day)
+    today = recording_day(day)
     m = planned_motion(program, max(rate, 200.0), file, limits)
-    clock, at, part = _fast_samples(m, rate, random) if rate else _reports(m, random)
+    clock, at, part = _fast_samples(m, rate, random) if rate else status_reports(m, random)
     wall = (
         9 * 3600 + clock + 1000 * random.random()
         if rate
         else today["clock"] + clock + 3600 * random.random()
     )
-    controller, line, string = _controller(program, m, at, part, wall, today["offset"], random)
+    controller, line, string = controller_columns(
+        program, m, at, part, wall, today["offset"], random
+    )
     sensors = {
         k: np.asarray(v, np.float32)
         for k, v in _sensors(m, at, clock, today, rate, damaged, random, noise).items()
@@ -267,17 +269,17 @@ def record_program(
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #44db12c4
 def record_files(
-    programs: dict,  # Class -> text of its program
-    folder,  # Folder below which `runs/` is written
-    runs: int = 4,  # Runs of each
-    seed: int = 0,  # Random numbers
+    programs: dict,  # Class -> G-code
+    folder,  # Folder in which `runs/` is written
+    runs: int = 4,  # Recordings per program
+    seed: int = 0,  # Random seed
     rate: float = 0.0,  # See `record_program`
-    days: int = 1,  # Days on which they were recorded, in turn
-    noise: float = 1.0,  # Scale of the noise
-    limits: Limits = MILL,  # What the machine keeps to
-    progress=None,  # For instance `tqdm`
+    days: int = 1,  # Number of recording days, used in turn
+    noise: float = 1.0,  # Scale of the sensor noise
+    limits: Limits = MILL,  # Kinematic limits of the machine
+    progress=None,  # Progress bar such as `tqdm`
 ) -> Path:  # The folder
-    "Recordings of several programs."
+    """Simulate recordings of several programs and write them as parquet."""
     jobs = [(n, i) for n in programs for i in range(1, runs + 1)]
     for name, i in progress(jobs) if progress else jobs:
         table = record_program(
@@ -289,42 +291,37 @@ def record_files(
 
 # %% ../../nbs/fingerprint/07_machine.ipynb #6140773c
 def varied_programs(
-    n: int,  # How many
-    seed: int = 0,  # Which ones
-) -> dict:  # Name -> text
-    "Small milling programs of four kinds with random sizes, no two alike."
+    n: int,  # Number of programs
+    seed: int = 0,  # Random seed
+) -> dict:  # Name -> G-code
+    """Generate small milling programs of four kinds with random dimensions, all different."""
     found = {}
     for i in range(n):
-        r = np.random.default_rng([seed, i, 913])
-
-        def u(a, b):
-            return float(np.round(r.uniform(a, b), 3))
-
-        feed = float(r.choice([18.0, 22.0, 26.0, 30.0, 36.0]))
+        random = np.random.default_rng([seed, i, 913])
+        feed = float(random.choice([18.0, 22.0, 26.0, 30.0, 36.0]))
         kind = ("face", "pocket", "adaptive", "contour")[i % 4]
-        made = dict(
-            face=lambda: _face(
-                u(1.2, 2.8), int(r.integers(5, 8)), u(0.06, 0.12), -u(0.01, 0.04), feed
-            ),
-            pocket=lambda: _pocket(
-                u(0.7, 1.2),
-                u(0.14, 0.2),
-                int(r.integers(3, 6)),
-                u(0.05, 0.09),
-                -u(0.02, 0.06),
-                feed,
-            ),
-            adaptive=lambda: _adaptive(
-                int(r.integers(5, 9)),
-                u(0.8, 1.6),
-                u(0.05, 0.09),
-                int(r.integers(7, 12)),
-                -u(0.03, 0.06),
-                feed,
-            ),
-            contour=lambda: _contour(
-                u(1.7, 2.4), u(1.25, 1.8), u(0.1, 0.22), (-0.05, -0.1), (feed, 0.6 * feed)
-            ),
-        )[kind]()
-        found[f"{kind}{i // 4}"] = _program(f"{kind}{i // 4}".upper(), made)
+        name = f"{kind}{i // 4}"
+        found[name] = write_program(name.upper(), _random_moves(kind, feed, random))
     return found
+
+
+def _random_moves(kind, feed, random):
+    "Moves of a program of one kind with random dimensions, in inches."
+
+    def u(a, b):
+        return float(np.round(random.uniform(a, b), 3))
+
+    def count(a, b):
+        return int(random.integers(a, b))
+
+    if kind == "face":
+        return face_moves(u(1.2, 2.8), count(5, 8), u(0.06, 0.12), -u(0.01, 0.04), feed)
+    if kind == "pocket":
+        return pocket_moves(
+            u(0.7, 1.2), u(0.14, 0.2), count(3, 6), u(0.05, 0.09), -u(0.02, 0.06), feed
+        )
+    if kind == "adaptive":
+        return adaptive_moves(
+            count(5, 9), u(0.8, 1.6), u(0.05, 0.09), count(7, 12), -u(0.03, 0.06), feed
+        )
+    return contour_moves(u(1.7, 2.4), u(1.25, 1.8), u(0.1, 0.22), (-0.05, -0.1), (feed, 0.6 * feed))

@@ -1,4 +1,4 @@
-"""From sensor windows to a line of G-code: the MM-DTAE-LSTM backbone and the four-head decoder.
+"""Models from sensor windows to a line of G-code: the MM-DTAE-LSTM backbone and the four-head decoder.
 
 Docs: https://example.org/gcode_ml/fingerprint/models.html.md"""
 
@@ -15,11 +15,11 @@ from ..signals.layers import MaskedLSTM, SinusoidalPositions, masked_mean, use_b
 
 # %% ../../nbs/fingerprint/20_models.ipynb #0cf22e2e
 class ModalityFusion(nn.Module):
-    "One state a row from the modalities that are present."
+    """Fuse the modalities present into one state per row by attention."""
 
     def __init__(
         self,
-        modalities: list,  # Channel numbers of each modality
+        modalities: list,  # Channel indices of each modality
         d_model: int = 128,  # Size of a state
     ):
         super().__init__()
@@ -35,7 +35,7 @@ class ModalityFusion(nn.Module):
         self.score = nn.Linear(d_model, 1)
 
     def forward(self, sensors, present):
-        "States `[B,T,d_model]` of `sensors` `[B,T,C]`; a modality without any channel gets no weight."
+        """Return states `[B,T,d_model]` of `sensors` `[B,T,C]`; a modality without any channel has weight zero."""
         h = torch.stack(
             [
                 encode(torch.cat([sensors[..., m] * present[..., m], present[..., m]], -1))
@@ -49,17 +49,17 @@ class ModalityFusion(nn.Module):
 
 # %% ../../nbs/fingerprint/20_models.ipynb #be5ae278
 class MMDTAELSTM(nn.Module):
-    "Multi-modal denoising transformer auto-encoder with an LSTM."
+    """Multi-modal denoising transformer auto-encoder with an LSTM."""
 
     def __init__(
         self,
-        modalities: list,  # Channel numbers of each modality
+        modalities: list,  # Channel indices of each modality
         d_model: int = 128,  # Size of a state
         nhead: int = 4,  # Attention heads
         encoder_layers: int = 2,  # Transformer layers
-        dim_feedforward: int = 512,  # Size inside a transformer layer
-        dropout: float = 0.2,  # Dropout everywhere
-        noise: float = 0.1,  # Standard deviation of the noise that is to be removed, in standardised units
+        dim_feedforward: int = 512,  # Hidden size of a transformer layer
+        dropout: float = 0.2,  # Dropout probability
+        noise: float = 0.1,  # Standard deviation of the input noise in training, in standardised units
     ):
         super().__init__()
         self.noise = noise
@@ -79,7 +79,7 @@ class MMDTAELSTM(nn.Module):
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, inputs, mask):
-        "States `[B,T,d_model]` and the reconstructed sensors `[B,T,C]`."
+        """Return states `[B,T,d_model]` and reconstructed sensors `[B,T,C]`."""
         sensors = inputs["sensors"]
         if self.training and self.noise:
             sensors = sensors + self.noise * torch.randn_like(sensors)
@@ -92,16 +92,16 @@ HEADS = "type", "command", "param_type", "param_val"
 
 # %% ../../nbs/fingerprint/20_models.ipynb #08c51d4f
 class MultiHeadGCodeLM(nn.Module):
-    "Transformer decoder over tokens of G-code with four heads."
+    """Transformer decoder over G-code tokens with four heads."""
 
     def __init__(
         self,
-        parts: list,  # Parts of each token of the vocabulary, `[V,4]` integers
+        parts: list,  # Component classes of each token of the vocabulary, `[V,4]` integers
         d_model: int = 128,  # Size of a state
         nhead: int = 4,  # Attention heads
         num_layers: int = 4,  # Transformer layers
-        dim_feedforward: int = 512,  # Size inside a layer
-        dropout: float = 0.2,  # Dropout
+        dim_feedforward: int = 512,  # Hidden size of a transformer layer
+        dropout: float = 0.2,  # Dropout probability
     ):
         super().__init__()
         parts = torch.as_tensor(parts)
@@ -117,7 +117,7 @@ class MultiHeadGCodeLM(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(d_model, int(n)) for n in parts.amax(0) + 1])
 
     def forward(self, tokens, memory, mask):
-        "Logits of each head `[B,L,classes]` after `tokens` `[B,L]`, looking at `memory` `[B,T,d_model]`."
+        """Return logits of each head `[B,L,classes]` for `tokens` `[B,L]` with cross-attention to `memory` `[B,T,d_model]`."""
         causal = nn.Transformer.generate_square_subsequent_mask(
             tokens.shape[1], device=tokens.device, dtype=memory.dtype
         )
@@ -133,28 +133,28 @@ class MultiHeadGCodeLM(nn.Module):
 # %% ../../nbs/fingerprint/20_models.ipynb #a9acb27b
 def token_scores(
     logits: dict,  # Logits of each head, `[...,classes]`
-    parts: Tensor,  # Parts of each token, `[V,4]`
+    parts: Tensor,  # Component classes of each token, `[V,4]`
 ) -> Tensor:  # Log-probability up to a constant, `[...,V]`
-    "Score of every token of the vocabulary: the sum of the log-probabilities of its parts."
+    """Return the score of every token: the sum of the log-probabilities of its components."""
     return sum(logits[k].log_softmax(-1)[..., parts[:, i]] for i, k in enumerate(HEADS))
 
 # %% ../../nbs/fingerprint/20_models.ipynb #32730456
 class GCodeFingerprinter(nn.Module):
-    "Backbone, line decoder and an operation head."
+    """Backbone, line decoder and operation head."""
 
     def __init__(
         self,
-        modalities: list,  # Channel numbers of each modality
-        parts: list,  # Parts of each token, `[V,4]`
+        modalities: list,  # Channel indices of each modality
+        parts: list,  # Component classes of each token, `[V,4]`
         operations: int,  # Number of operations
         d_model: int = 128,  # Size of a state
         nhead: int = 4,  # Attention heads
-        num_layers: int = 4,  # Layers of the decoder
+        num_layers: int = 4,  # Decoder layers
         encoder_layers: int = 2,  # Transformer layers of the backbone
-        dim_feedforward: int = 512,  # Size inside a transformer layer
-        dropout: float = 0.2,  # Dropout
-        noise: float = 0.1,  # Noise of the denoising auto-encoder
-        numbers: int = 0,  # Letters whose numbers are regressed as well; none when 0
+        dim_feedforward: int = 512,  # Hidden size of a transformer layer
+        dropout: float = 0.2,  # Dropout probability
+        noise: float = 0.1,  # Input noise of the denoising auto-encoder
+        numbers: int = 0,  # Number of letters with regressed numbers; 0 for none
     ):
         super().__init__()
         self.backbone = MMDTAELSTM(
@@ -169,7 +169,7 @@ class GCodeFingerprinter(nn.Module):
         )
 
     def forward(self, inputs, mask):
-        "Logits of the four heads, of the operation `[B,operations]`, the reconstruction, and, where asked for, numbers `[B,numbers]`."
+        """Return logits of the four heads and of the operation `[B,operations]`, the reconstruction, and optionally `numbers` `[B,numbers]`."""
         memory, clean = self.backbone(inputs, mask)
         out = {
             **self.decoder(inputs["tokens"], memory, mask),
@@ -179,7 +179,7 @@ class GCodeFingerprinter(nn.Module):
         return out if self.numbers is None else out | {"numbers": self.read_numbers(memory, mask)}
 
     def read_numbers(self, memory, mask):
-        "Numbers `[B,numbers]`, in spreads, of the line at the middle row."
+        """Return the standardised numbers `[B,numbers]` of the line at the middle row."""
         middle = memory[torch.arange(len(mask), device=mask.device), mask.sum(1) // 2]
         return self.numbers(torch.cat([middle, masked_mean(memory, mask)], -1))
 
@@ -193,15 +193,15 @@ def write_lines(
     self: GCodeFingerprinter,
     inputs: dict,  # `sensors` and `present`, `[B,T,C]`
     mask: Tensor,  # `[B,T]`
-    length: int,  # Longest line in tokens, EOS included
-    bos: int = 1,  # Token that begins a line
-    eos: int = 2,  # Token that ends it
-) -> Tensor:  # Tokens `[B,length]`, zero after EOS
-    "Lines written greedily, free-running."
+    length: int,  # Maximum length of a line in tokens, including EOS
+    bos: int = 1,  # Id of the begin token
+    eos: int = 2,  # Id of the end token
+) -> Tensor:  # Token ids `[B,length]`, zero after EOS
+    """Write lines by greedy, free-running decoding."""
     memory, _ = self.backbone(inputs, mask)
     tokens = torch.zeros(len(mask), length + 1, dtype=torch.long, device=mask.device)
     tokens[:, 0] = bos
-    going = torch.arange(len(mask), device=mask.device)  # lines that have not ended
+    going = torch.arange(len(mask), device=mask.device)  # indices of unfinished lines
     for i in range(length):
         logits = {
             k: v[:, -1]
@@ -218,10 +218,10 @@ def write_lines(
 def read_sensors(
     self: GCodeFingerprinter,
     sensors: Tensor,  # Sensor values, `[B,T,C]`
-    present: Tensor,  # Where there is a value, `[B,T,C]`
+    present: Tensor,  # Mask of the values present, `[B,T,C]`
     mask: Tensor,  # `[B,T]`
 ) -> dict:  # `memory` `[B,T,d_model]` and `operation` `[B,operations]`, probabilities
-    "The first program: what the decoder looks at, and the operation."
+    """First graph: the memory of the decoder, and operation probabilities."""
     memory, _ = self.backbone(dict(sensors=sensors, present=present), mask)
     return dict(memory=memory, operation=self.operation(masked_mean(memory, mask)).softmax(-1))
 
@@ -229,13 +229,13 @@ def read_sensors(
 @patch
 def next_token(
     self: GCodeFingerprinter,
-    tokens: Tensor,  # A place for BOS, then the tokens written so far, `[B,L]`
+    tokens: Tensor,  # One placeholder for BOS, then the tokens written so far, `[B,L]`
     memory: Tensor,  # From `read_sensors`
     mask: Tensor,  # `[B,T]`
-    bos: int = 1,  # Token that begins a line
-    eos: int = 2,  # Token that ends it
+    bos: int = 1,  # Id of the begin token
+    eos: int = 2,  # Id of the end token
 ) -> dict:  # `next_tokens` `[B]`, zero after EOS, and `scores` `[B,V]` of all tokens
-    "The second program: the best next token of each line."
+    """Second graph: the best next token of each line."""
     first = torch.arange(tokens.shape[1], device=tokens.device) == 0
     logits = self.decoder(tokens.masked_fill(first, bos), memory, mask)
     scores = token_scores({k: v[:, -1] for k, v in logits.items()}, self.decoder.parts)
@@ -243,6 +243,7 @@ def next_token(
 
 # %% ../../nbs/fingerprint/20_models.ipynb #72109bb5
 def _sensors(channels):
+    "Inputs of a graph that takes sensors."
     return dict(
         sensors=f"float32[batch,length,{channels}]",
         present=f"bool[batch,length,{channels}]",
@@ -251,6 +252,7 @@ def _sensors(channels):
 
 
 def _written(vocabulary, size):
+    "Inputs of a graph that takes tokens."
     return dict(
         tokens=f"int64[batch,tokens]<{vocabulary}",
         memory=f"float32[batch,length,{size}]",
@@ -270,7 +272,7 @@ def program_inputs(self: MultiHeadGCodeLM):
 # %% ../../nbs/fingerprint/20_models.ipynb #4a519b18
 @patch
 def program_inputs(self: GCodeFingerprinter) -> dict:  # Method -> input -> type and axes
-    "What the two programs take."
+    """Return the inputs of the two graphs."""
     return dict(
         read_sensors=_sensors(self.backbone.reconstruct.out_features),
         next_token=_written(len(self.decoder.parts), self.operation.in_features),
@@ -278,16 +280,16 @@ def program_inputs(self: GCodeFingerprinter) -> dict:  # Method -> input -> type
 
 # %% ../../nbs/fingerprint/20_models.ipynb #d9fc020d
 class LineLoss(nn.Module):
-    "Cross entropy of the four heads and of the operation, squared error of the reconstruction."
+    """Cross entropy of the four heads and the operation, plus the squared reconstruction error."""
 
     def __init__(
         self,
-        parts: Tensor,  # Parts of each token, `[V,4]`
-        operation: float = 0.5,  # Weight of the operation
-        reconstruction: float = 0.3,  # Weight of the reconstruction
-        pad: int = 0,  # Token that does not count
+        parts: Tensor,  # Component classes of each token, `[V,4]`
+        operation: float = 0.5,  # Weight of the operation loss
+        reconstruction: float = 0.3,  # Weight of the reconstruction error
+        pad: int = 0,  # Padding token, ignored
         losses: dict = None,  # Losses `loss(out, targets)` of the four heads and of `operation`; cross entropy by default
-        numbers: float = 1.0,  # Weight of regressed numbers, where the model has them
+        numbers: float = 1.0,  # Weight of the regression of numbers, if the model has it
     ):
         super().__init__()
         self.operation = operation
@@ -296,28 +298,15 @@ class LineLoss(nn.Module):
         self.numbers = numbers
         self.losses = nn.ModuleDict(
             {f"of_{k}": v for k, v in (losses or {}).items()}
-        )  # `type` is a method of a module
+        )  # prefix, because `type` is a method of `nn.Module`
         self.register_buffer("parts", torch.as_tensor(parts), persistent=False)
 
     def forward(self, out, targets):
-        "Weighted sum; `targets` hold `tokens` `[B,L]`, `operation` `[B]`, `sensors` and `present` `[B,T,C]`."
-        tokens, there = targets["tokens"], targets["present"]
-        real, wanted = tokens != self.pad, self.parts[tokens]
-        if self.losses:
-            targets = targets | {
-                k: wanted[..., i].masked_fill(~real, -100) for i, k in enumerate(HEADS)
-            }
-            line = sum(self.losses[f"of_{k}"](out, targets) for k in HEADS)
-            operation = self.losses["of_operation"](out, targets)
-        else:
-            line = sum(
-                nn.functional.cross_entropy(out[k][real], wanted[..., i][real])
-                for i, k in enumerate(HEADS)
-            )
-            operation = nn.functional.cross_entropy(out["operation"], targets["operation"])
-        error = (
-            (out["reconstruction"] - targets["sensors"]) ** 2 * there
-        ).sum() / there.sum().clamp_min(1)
+        """Return the weighted sum; `targets` has `tokens` `[B,L]`, `operation` `[B]`, `sensors` and `present` `[B,T,C]`."""
+        line, operation = self.class_losses(out, targets)
+        present = targets["present"]
+        squared = (out["reconstruction"] - targets["sensors"]) ** 2 * present
+        error = squared.sum() / present.sum().clamp_min(1)
         return (
             line
             + self.operation * operation
@@ -325,12 +314,28 @@ class LineLoss(nn.Module):
             + self.numbers * self.number_error(out, targets)
         )
 
+    def class_losses(self, out, targets):
+        """Return the loss of the line (sum over the heads), and that of the operation."""
+        tokens = targets["tokens"]
+        real = tokens != self.pad
+        wanted = self.parts[tokens]
+        if self.losses:
+            targets = targets | {
+                k: wanted[..., i].masked_fill(~real, -100) for i, k in enumerate(HEADS)
+            }
+            line = sum(self.losses[f"of_{k}"](out, targets) for k in HEADS)
+            return line, self.losses["of_operation"](out, targets)
+        line = sum(
+            nn.functional.cross_entropy(out[k][real], wanted[..., i][real])
+            for i, k in enumerate(HEADS)
+        )
+        return line, nn.functional.cross_entropy(out["operation"], targets["operation"])
+
     def number_error(self, out, targets):
-        "Huber's loss of the regressed numbers, over the letters that a line has."
+        """Return the Huber loss of the regressed numbers, over the letters of each line."""
         if "numbers" not in out:
             return 0.0
-        said, true = out["numbers"], targets["numbers"]
-        there = true.isfinite()
-        return (
-            nn.functional.smooth_l1_loss(said, true.nan_to_num(0.0), reduction="none") * there
-        ).sum() / there.sum().clamp_min(1)
+        true = targets["numbers"]
+        present = true.isfinite()
+        error = nn.functional.smooth_l1_loss(out["numbers"], true.nan_to_num(0.0), reduction="none")
+        return (error * present).sum() / present.sum().clamp_min(1)

@@ -1,4 +1,4 @@
-"""The one place that wires data, model, loss and callbacks of a fingerprinter.
+"""Data, model, loss and callbacks of a fingerprinter, combined into a `Learner`.
 
 Docs: https://example.org/gcode_ml/fingerprint/recipe.html.md"""
 
@@ -56,13 +56,13 @@ from ..training.learner import Learner, pick_device, set_seed
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #d7ea6326
 def load_recordings(
-    data="",  # Folder of recordings; simulated ones when empty
-    progress=None,  # For instance `tqdm`
-    seed: int = 0,  # Seed of the simulation
-    runs: int = 16,  # Simulated runs of each operation
-    cache: str = "",  # Folder of a copy of recorded runs in one file, see `read_recordings`
-) -> tuple:  # Recordings, and what they are: `kind`, `folder`, `checksum`, `recordings`
-    "Read the recordings of a run and say which they are."
+    data="",  # Folder of recordings; simulated when empty
+    progress=None,  # Progress bar such as `tqdm`
+    seed: int = 0,  # Random seed of the simulation
+    runs: int = 16,  # Simulated recordings per operation
+    cache: str = "",  # Folder for a copy of all recordings in one file, see `read_recordings`
+) -> tuple:  # Recordings, and facts about them: `kind`, `folder`, `checksum`, `recordings`, ...
+    """Read or simulate the recordings of a run and describe them."""
     if data:
         return _read(data, "recorded", progress, cache)
     import tempfile
@@ -75,7 +75,7 @@ def load_recordings(
 
 
 def _read(folder, kind, progress, cache=""):
-    "Recordings and facts about them."
+    "Read recordings and describe them."
     recordings = read_recordings(folder, progress, cache)
     files = recording_files(folder)
     left_out = sorted(
@@ -93,8 +93,8 @@ def _read(folder, kind, progress, cache=""):
 # %% ../../nbs/fingerprint/50_recipe.ipynb #77c6fc08
 def recording_groups(
     recordings: list,  # Recordings
-) -> np.ndarray:  # Name of each recording's group
-    "Recordings that have rows in common belong to one group."
+) -> np.ndarray:  # Group name of each recording
+    """Group recordings that have rows in common."""
     channels = select_channels(recordings)
     found = duplicate_rows({r.name: align_channels(r, channels) for r in recordings})
     return np.asarray(
@@ -105,9 +105,9 @@ def recording_groups(
 def run_folds(
     recordings: list,  # Recordings
     folds: int = 5,  # Number of folds
-    seed: int = 0,  # Seed of the assignment
-) -> list:  # (training, test) recordings of each fold, as indices
-    "Folds of whole recordings, stratified by operation."
+    seed: int = 0,  # Random seed of the assignment
+) -> list:  # Pairs (training indices, test indices) of recordings, one per fold
+    """Split whole recordings into folds, stratified by operation."""
     groups = recording_groups(recordings)
     pairs = group_kfold(groups, [r.operation for r in recordings], folds, seed)
     for train, test in pairs:
@@ -116,36 +116,34 @@ def run_folds(
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #e8fe14b7
 class FoldData:
-    "Windows of all recordings, prepared with what the training recordings of a fold tell."
+    """Windows of all recordings, with schema, scale and vocabulary estimated from training recordings."""
 
     def __init__(
         self,
         recordings: list,  # All recordings
-        train,  # Indices of those that schema, scale and vocabulary come from
+        train,  # Indices of the recordings for schema, scale and vocabulary
         tokenizer: str = "lossless",  # `lossless` or `bucket`
-        window: int = 64,  # Rows a window
+        window: int = 64,  # Rows per window
         stride: int = 16,  # Rows between windows
-        modalities="all",  # Which modalities are inputs
-        shared: bool = False,  # Only channels that every recording has
-        controller=(),  # Controller columns among the inputs: answers, for controls only
-        numbers: str = "digits",  # How the model says numbers: `digits` alone, or `regressed` beside them
+        modalities="all",  # Input modalities
+        shared: bool = False,  # Use only channels that every recording has
+        controller=(),  # Controller columns among the inputs; they contain the answer, for controls only
+        numbers: str = "digits",  # Numbers by `digits` only, or also `regressed`
     ):
         known = [recordings[i] for i in train]
         check_choice("parameter", "numbers", numbers, ("digits", "regressed"))
+        texts = np.concatenate([r.texts for r in known])
         self.channels = select_channels(known, modalities, shared, controller)
         self.scale = fit_scale([align_channels(r, self.channels) for r in known], self.channels)
-        self.tokenizer = make_tokenizer(tokenizer, np.concatenate([r.texts for r in known]))
+        self.tokenizer = make_tokenizer(tokenizer, texts)
         self.operations = sorted({r.operation for r in recordings})
         arrays = [self.scale.apply(align_channels(r, self.channels)) for r in recordings]
-        self.numbers = (
-            NumberScale.fit(np.concatenate([r.texts for r in known]))
-            if numbers == "regressed"
-            else None
-        )
+        self.numbers = NumberScale.fit(texts) if numbers == "regressed" else None
         self.windows = LineWindows(
             arrays, recordings, self.tokenizer, self.operations, window, stride, self.numbers
         )
-        self.window, self.stride = window, stride
+        self.window = window
+        self.stride = stride
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #3ac6e149
 from fastcore.basics import patch
@@ -154,8 +152,8 @@ from fastcore.basics import patch
 @patch
 def model_arguments(
     self: FoldData,
-) -> dict:  # Arguments of `GCodeFingerprinter` that the data decides
-    "Channels by modality, parts of the tokens, number of operations."
+) -> dict:  # Keyword arguments of `GCodeFingerprinter`
+    """Return the model arguments that depend on the data: channels by modality, token parts, number of operations."""
     kinds = [modality(c) for c in self.channels]
     groups = [[i for i, k in enumerate(kinds) if k == m] for m in dict.fromkeys(kinds)]
     return dict(
@@ -167,8 +165,8 @@ def model_arguments(
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #a72d7dfd
 @patch
-def preprocessing(self: FoldData) -> dict:  # JSON-able
-    "State that turns a recording into inputs, for the bundle."
+def preprocessing(self: FoldData) -> dict:  # JSON-serialisable
+    """Return the preprocessing state that a bundle stores."""
     return dict(
         scale=vars(self.scale),
         tokenizer=self.tokenizer.to_json(),
@@ -196,9 +194,9 @@ def line_loss(
     options,  # `TrainingOptions`
     model,  # `GCodeFingerprinter`
     windows,  # `LineWindows`
-    train,  # Those of the training set, for class weights
-) -> LineLoss:  # The loss of a fit
-    "The loss that the options ask for."
+    train,  # Indices of the training windows, for class weights
+) -> LineLoss:
+    """Build the loss selected by the options."""
     tokens = windows.tokens[torch.as_tensor(train)]
     parts = model.decoder.parts[tokens].masked_fill((tokens == PAD)[..., None], -100)
     losses = {
@@ -215,15 +213,15 @@ def line_loss(
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #b5444df1
 def predicted_tokens(
-    learn,  # A learner in a validation batch
-) -> torch.Tensor:  # Tokens at the places of real ones
-    "The token that the four heads say at each place."
+    learn,  # Learner during a validation batch
+) -> torch.Tensor:  # Token ids at the positions of real tokens
+    """Return the most probable token at each position under the four heads."""
     real = learn.yb[0]["tokens"] != PAD
     return token_scores({k: learn.pred[k][real] for k in HEADS}, learn.loss_func.parts).argmax(-1)
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #c61236bd
 class HeadAccuracy(Metric):
-    "Share of the tokens of a line that a head says right, knowing the tokens before."
+    """Teacher-forced token accuracy, in total or of one head."""
 
     NAMES = dict(
         type="gcode_type_acc",
@@ -234,7 +232,7 @@ class HeadAccuracy(Metric):
 
     def __init__(
         self,
-        head: str = "",  # One of `HEADS`; the whole token where empty
+        head: str = "",  # One of `HEADS`; the whole token when empty
     ):
         self.head = head
         self.right = 0
@@ -245,7 +243,8 @@ class HeadAccuracy(Metric):
         return self.NAMES.get(self.head, "gcode_acc")
 
     def reset(self):
-        self.right, self.total = 0, 0
+        self.right = 0
+        self.total = 0
 
     def accumulate(self, learn):
         wanted = learn.yb[0]["tokens"]
@@ -253,11 +252,11 @@ class HeadAccuracy(Metric):
         wanted = wanted[real]
         if self.head:
             part = learn.loss_func.parts[:, HEADS.index(self.head)]
-            said = learn.pred[self.head][real].argmax(-1)
+            predicted = learn.pred[self.head][real].argmax(-1)
             wanted = part[wanted]
         else:
-            said = predicted_tokens(learn)
-        self.right += int((said == wanted).sum())
+            predicted = predicted_tokens(learn)
+        self.right += int((predicted == wanted).sum())
         self.total += len(wanted)
 
     @property
@@ -267,30 +266,33 @@ class HeadAccuracy(Metric):
 # %% ../../nbs/fingerprint/50_recipe.ipynb #b79c8751
 def recipe(
     data="",  # Folder of recordings, or a list of them; simulated when empty
-    split: str = "runs",  # `runs` (honest), `programs` (one program left out, `fold` says which), or `windows` (leaky)
-    fold: int = 0,  # Which fold is the test set
+    split: str = "runs",  # `runs` (whole recordings), `programs` (program number `fold` left out) or `leaky` (random windows)
+    fold: int = 0,  # Test fold
     folds: int = 5,  # Number of folds
     tokenizer: str = "lossless",  # Token scheme: `lossless` or `bucket`
-    window: int = 64,  # Rows a window
+    window: int = 64,  # Rows per window
     stride: int = 16,  # Rows between windows
-    modalities="all",  # Sensor modalities among the inputs
-    shared: bool = False,  # Only channels that every training recording has
+    modalities="all",  # Input modalities
+    shared: bool = False,  # Use only channels that every training recording has
     controller=(),  # Controller columns among the inputs
-    numbers: str = "digits",  # `digits`, or `regressed`: also a head that says X, Y, Z, R and F as numbers
-    d_model: int = 128,
-    nhead: int = 4,
-    num_layers: int = 4,
-    encoder_layers: int = 2,
-    dim_feedforward: int = 512,
-    dropout: float = 0.2,  # Sizes of the model
-    seed: int = 42,  # Seed of everything
+    numbers: str = "digits",  # Numbers by `digits` only, or also `regressed` by a head for X, Y, Z, R and F
+    d_model: int = 128,  # Size of a state
+    nhead: int = 4,  # Attention heads
+    num_layers: int = 4,  # Decoder layers
+    encoder_layers: int = 2,  # Transformer layers of the backbone
+    dim_feedforward: int = 512,  # Hidden size of a transformer layer
+    dropout: float = 0.2,  # Dropout probability
+    seed: int = 42,  # Random seed
     device: str = "auto",  # Device
-    workers="auto",  # Loader processes
-    cache: str = "",  # Folder of a copy of all recordings in one file, which is read in a tenth of the time
-    cbs=(),  # More callbacks
-    **training,  # Options of `training.fit`; `DEFAULTS` otherwise
-) -> Learner:  # For `training.fit.fit`, with `learn.fold`, `learn.arguments`, and the windows `learn.train`, `learn.valid`, `learn.test`
-    "A fingerprinter ready to fit."
+    workers="auto",  # Data loader processes
+    cache: str = "",  # Folder for a copy of all recordings in one file, which loads ten times faster
+    cbs=(),  # Additional callbacks
+    **training,  # Options of `training.fit`; unset ones from `DEFAULTS`
+) -> Learner:  # With `fold` (`FoldData`), `arguments`, and window indices `train`, `valid`, `test`
+    """Build a `Learner` for a fingerprinter.
+
+    Raises `InputError` when `d_model` is odd or not divisible by `nhead`.
+    """
     options = training_options(training, **DEFAULTS)
     if d_model % 2 or d_model % nhead:
         raise InputError(
@@ -357,25 +359,27 @@ def recipe(
 # %% ../../nbs/fingerprint/50_recipe.ipynb #b2cd03eb
 def split_windows(
     recordings: list,  # Recordings
-    split: str,  # `runs`, `programs` or `windows`
-    fold: int,  # Which fold
-    folds: int,  # Of how many
-    seed: int,  # Seed of the assignment
+    split: str,  # `runs`, `programs` or `leaky`
+    fold: int,  # Test fold
+    folds: int,  # Number of folds
+    seed: int,  # Random seed of the assignment
     **kwargs,  # For `FoldData`
-) -> tuple:  # Fold data, and training, validation and test windows
-    "Windows of the three sets."
-    check_choice("split", "name", split, ("runs", "programs", "windows"))
+) -> tuple:  # `FoldData`, and (training, validation, test) window indices
+    """Assign windows to training, validation and test set.
+
+    Raises `InputError` for an unknown split or a fold out of range.
+    """
+    split = "leaky" if split == "windows" else split  # name in version 0.1.0
+    check_choice("split", "name", split, ("runs", "programs", "leaky"))
     of = [programs(recordings)[r.operation] for r in recordings]
     folds = len(set(of)) if split == "programs" else folds
-    if not 0 <= fold < folds:
-        raise InputError("fold", "number", f"0 to {folds - 1}", str(fold))
-    if split == "windows":
+    require(0 <= fold < folds, "fold", "number", f"0 to {folds - 1}", str(fold))
+    if split == "leaky":
         return _leaky_windows(FoldData(recordings, range(len(recordings)), **kwargs), fold, seed)
     if split == "programs":
-        train, test = (
-            np.flatnonzero((np.array(of) == sorted(set(of))[fold]) == held)
-            for held in (False, True)
-        )
+        left_out = np.array(of) == sorted(set(of))[fold]
+        train = np.flatnonzero(~left_out)
+        test = np.flatnonzero(left_out)
     else:
         train, test = run_folds(recordings, folds, seed)[fold]
     groups = recording_groups(recordings)[train]
@@ -387,23 +391,23 @@ def split_windows(
 
 
 def _leaky_windows(data, fold, seed):
-    "Random windows: neighbours that share rows land on both sides."
+    "Split windows at random; neighbours that share rows end up on both sides."
     train, test = random_split(len(data.windows), 0.2, seed + fold)
     inner, valid = random_split(len(train), 1 / 8, seed + fold)
     return data, (train[inner], train[valid], test)
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #e993f8c3
 def simulate(
-    folder,  # Folder to write
-    runs: int = 4,  # Runs of each operation
-    seed: int = 0,  # Random numbers of the whole set
-    operations: str = "all",  # Names of operations joined by +
-    program: str = "",  # A G-code file, or a folder of them, to simulate instead
-    rate: float = 0.0,  # With `program`: samples a second of fast sensors, 200 or more; 0 for four reports a second
-    days: int = 1,  # With `program`: days on which the runs were recorded, in turn
-    progress=None,  # With `program`: for instance `tqdm`
+    folder,  # Output folder
+    runs: int = 4,  # Recordings per operation
+    seed: int = 0,  # Random seed
+    operations: str = "all",  # Names of operations, joined by +
+    program: str = "",  # G-code file, or folder of them, to simulate instead
+    rate: float = 0.0,  # With `program`: sampling rate of fast sensors, 200 Hz or more; 0 for four status reports per second
+    days: int = 1,  # With `program`: number of recording days, used in turn
+    progress=None,  # With `program`: progress bar such as `tqdm`
 ) -> Path:  # The folder
-    "Write simulated recordings, of the example programs or of any G-code file."
+    """Write simulated recordings of the example programs or of any G-code file."""
     if program:
         return _simulate_files(Path(program), folder, runs, seed, rate, days, progress)
     from gcode_ml.fingerprint.simulate import simulate_recordings
@@ -414,7 +418,7 @@ def simulate(
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #6e36e9bb
 def _simulate_files(path, folder, runs, seed, rate, days, progress):
-    "Recordings of the programs of a file or a folder."
+    "Simulate the programs of a file or a folder."
     from gcode_ml.fingerprint.machine import record_files
 
     suffixes = (".gcode", ".gco", ".g", ".nc", ".ngc")
@@ -444,8 +448,11 @@ def _simulate_files(path, folder, runs, seed, rate, days, progress):
 def bundle_windows(
     bundle,  # From `lab.bundle.load_bundle`
     recordings: list,  # Recordings
-) -> LineWindows:  # Windows prepared as in training
-    "Windows of recordings for a bundle's model; channels that the model does not know are left out."
+) -> LineWindows:
+    """Prepare windows of recordings for a bundle's model; channels unknown to the model are dropped.
+
+    Raises `InputError` when a recording has none of the model's channels.
+    """
     state = bundle.preprocessing
     scale = ChannelScale(**state["scale"])
     tokens = tokenizer_from_json(state["tokenizer"])
@@ -473,7 +480,7 @@ def bundle_windows(
 
 # %% ../../nbs/fingerprint/50_recipe.ipynb #d92f255d
 def _check_vocabulary(bundle, tokens):
-    "Refuse a vocabulary whose tokens are not those of the weights, in their order."
+    "Raise `InputError` unless the tokens match the weights, in the same order."
     wanted = bundle.model.decoder.parts.cpu().numpy()
     require(
         len(tokens) == len(wanted),
@@ -494,18 +501,20 @@ def _check_vocabulary(bundle, tokens):
 # %% ../../nbs/fingerprint/50_recipe.ipynb #e4636d93
 def predict_bundle(
     bundle,  # From `lab.bundle.load_bundle`
-    path,  # A recording
-) -> pd.DataFrame:  # One row a window: run, seconds, operation, its probability, line
-    "Read a recording with a bundle's model."
+    path,  # File of a recording
+) -> pd.DataFrame:  # One row per window: run, seconds, operation, probability, line
+    """Predict operation and line for each window of a recording."""
     from gcode_ml.fingerprint.data import read_recording
 
     windows = bundle_windows(bundle, [read_recording(path)])
-    said = _bundle_outcomes(bundle, windows)
-    return said[["source", "time", "operation_said", "operation_confidence", "written"]].rename(
+    outcomes = _bundle_outcomes(bundle, windows)
+    return outcomes[
+        ["source", "time", "operation_predicted", "operation_confidence", "written"]
+    ].rename(
         columns=dict(
             source="run",
             time="seconds",
-            operation_said="operation",
+            operation_predicted="operation",
             operation_confidence="probability",
             written="line",
         )
@@ -513,7 +522,7 @@ def predict_bundle(
 
 
 def _bundle_outcomes(bundle, windows, progress=None):
-    "Outcomes of a bundle's model; operations that it does not know cannot be said."
+    "Outcomes of a bundle's model; operations unknown to the model are never predicted."
     windows.tokens = torch.nn.functional.pad(
         windows.tokens, (0, max(0, bundle.preprocessing["length"] - windows.tokens.shape[1]))
     )
@@ -523,9 +532,9 @@ def _bundle_outcomes(bundle, windows, progress=None):
 def evaluate_bundle(
     bundle,  # From `lab.bundle.load_bundle`
     data,  # Folder of recordings
-    progress=None,  # For instance `tqdm`
-) -> tuple:  # Table of measures, and facts about the data
-    "Score a bundle on recordings; those it was trained on are scored apart."
+    progress=None,  # Progress bar such as `tqdm`
+) -> tuple:  # Score table, and facts about the data
+    """Score a bundle on recordings; recordings of its training set are scored separately."""
     from gcode_ml.fingerprint.evaluate import score_model
 
     recordings, facts = load_recordings(data, progress)

@@ -1,4 +1,4 @@
-"""G-code lines as token ids, exact or in buckets, and the four components of a token.
+"""Tokenizers for G-code lines, exact or with bucketed numbers, and the four components of a token.
 
 Docs: https://example.org/gcode_ml/fingerprint/tokens.html.md"""
 
@@ -28,26 +28,26 @@ _valued = re.compile(r"([A-Z])([+-]?(?:\d+\.?\d*|\.\d+))")
 
 
 def _words(text):
-    "Words of a line in canonical spelling; what is no word stays as one piece."
+    "Words of a line in canonical spelling; anything that is not a word is kept as one piece."
     return [_zeros.sub(r"\1", w) for w in _pattern.findall(_dropped.sub(" ", text.upper()))]
 
 
 def canonical(
     text: str,  # One line of G-code
-) -> str:  # Its words in capitals, joined by one blank
-    "The form of a line in which tokens are made and lines are compared."
+) -> str:  # Its words in upper case, joined by single spaces
+    """Return the canonical form of a line, in which tokens are made and lines are compared."""
     return " ".join(_words(text))
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #151f77dd
 def number_text(
     value: float,  # A number
 ) -> str:  # `0.`, `-0.1254`, `3.275`
-    "`value` as a number of G-code."
+    """Format a number as in G-code."""
     return f"{round(value, 4) + 0.0:.4f}".rstrip("0")
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #9533fe13
 def _lines(corpus, name="corpus"):
-    "A corpus is a text of many lines or a sequence of lines."
+    "Split a corpus into lines. Raises `InputError` for a line that is not a string."
     lines = corpus.splitlines() if isinstance(corpus, str) else list(corpus)
     for row, t in enumerate(lines):
         require(isinstance(t, str), name, f"row {row}", "a line of G-code", repr(t))
@@ -64,7 +64,7 @@ _pieces = ("+", "-", ".", *"0123456789")
 
 
 def _component_names(token):
-    "Names of (type, command, param_type, param_value); a token that fits nowhere counts as special."
+    "Class names (type, command, param_type, param_value) of a token; an unclassifiable token is special."
     if _command.fullmatch(token):
         return "command", token, None, None
     if token in _pieces:
@@ -79,17 +79,18 @@ def _component_names(token):
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #6aa8d5a5
 def _by_number(command):
+    "Sort key of a command: letter, then number."
     return command[0], float(command[1:])
 
 
 class Tokenizer:
-    "A vocabulary with its table of components; `LosslessTokenizer` and `BucketTokenizer` say how a word is split and joined."
+    """Vocabulary with its component table. Subclasses define how a word is split into tokens and joined."""
 
     name = ""
 
     def __init__(
         self,
-        tokens,  # Tokens in the order of their ids, the five special ones first
+        tokens,  # Tokens in the order of their ids, starting with the five special ones
     ):
         self.tokens = list(tokens)
         self.vocab = {t: i for i, t in enumerate(self.tokens)}
@@ -112,18 +113,19 @@ class Tokenizer:
 
     @property
     def head_sizes(self):
+        "Number of classes of each head."
         return {head: len(names) for head, names in self.classes.items()}
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #36448455
 @patch
 def _split(self: Tokenizer, word):
-    "Tokens of one canonical word: here the word itself."
+    "Tokens of one canonical word; in the base class, the word itself."
     return [word if _valued.fullmatch(word) or word.isalpha() else "UNK"]
 
 
 @patch
 def _join(self: Tokenizer, tokens):
-    "Text of tokens, the special ones `PAD`, `BOS`, `EOS` taken out."
+    "Text of tokens; `PAD`, `BOS` and `EOS` have been removed."
     return " ".join(tokens)
 
 
@@ -131,14 +133,14 @@ def _join(self: Tokenizer, tokens):
 def encode(
     self: Tokenizer,
     text: str,  # One line of G-code
-) -> list:  # Token ids, `EOS` last, no `BOS`
-    "Ids of a line; what the vocabulary does not hold becomes `UNK`."
+) -> list:  # Token ids, terminated by `EOS`, without `BOS`
+    """Encode a line; tokens outside the vocabulary become `UNK`."""
     return [self.vocab.get(t, UNK) for w in _words(text) for t in self._split(w)] + [EOS]
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #bd70bb36
 @patch
 def _checked(self: Tokenizer, ids):
-    "`ids` as an integer array, refused when one is outside the vocabulary."
+    "Convert ids to an integer array. Raises `InputError` for ids outside the vocabulary."
     ids = np.asarray(ids)
     if ids.size == 0:
         return ids.astype(np.int64)
@@ -157,9 +159,9 @@ def _checked(self: Tokenizer, ids):
 @patch
 def decode(
     self: Tokenizer,
-    ids,  # Token ids of one line [length]
-) -> str:  # Its text up to the first `EOS`
-    "Text of a line; `PAD` and `BOS` are passed over, `UNK` and `MASK` stay as words."
+    ids,  # Token ids of one line, `[length]`
+) -> str:  # Text up to the first `EOS`
+    """Decode a line; `PAD` and `BOS` are skipped, `UNK` and `MASK` are kept as words."""
     ids = self._checked(ids).tolist()
     if EOS in ids:
         ids = ids[: ids.index(EOS)]
@@ -169,10 +171,10 @@ def decode(
 @patch
 def encode_batch(
     self: Tokenizer,
-    texts,  # Lines of G-code [N]
-    length: int = None,  # Tokens a row; the longest line by default
-) -> np.ndarray:  # int64 [N, length], padded with `PAD`
-    "Ids of many lines."
+    texts,  # Lines of G-code, `[N]`
+    length: int = None,  # Tokens per row; the longest line by default
+) -> np.ndarray:  # int64 `[N,length]`, padded with `PAD`
+    """Encode many lines. Raises `InputError` when a line is longer than `length`."""
     distinct, inverse = np.unique(np.array(_lines(texts, "texts"), dtype=str), return_inverse=True)
     lines = [self.encode(t) for t in distinct.tolist()]
     longest = max(map(len, lines), default=0)
@@ -194,9 +196,9 @@ def encode_batch(
 @patch
 def decode_batch(
     self: Tokenizer,
-    ids,  # Token ids [N, length]
-) -> list:  # N texts
-    "Texts of many lines."
+    ids,  # Token ids, `[N,length]`
+) -> list:  # Texts, `[N]`
+    """Decode many lines."""
     distinct, inverse = np.unique(self._checked(ids), axis=0, return_inverse=True)
     texts = [self.decode(row) for row in distinct]
     return [texts[i] for i in inverse.ravel()]
@@ -206,17 +208,17 @@ def decode_batch(
 def decompose(
     self: Tokenizer,
     ids,  # Token ids of any shape
-) -> np.ndarray:  # int64 [..., 4]: type, command, param_type, param_value
-    "The four components of every token."
+) -> np.ndarray:  # int64 `[...,4]`: type, command, param_type, param_value
+    """Return the four component classes of every token."""
     return self.parts[self._checked(ids)]
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #e851b032
 @patch
 def compose(
     self: Tokenizer,
-    parts,  # Classes [..., 4]: type, command, param_type, param_value
-) -> np.ndarray:  # int64 [...], `UNK` where no token has these components
-    "Token ids from components, the inverse of `decompose`."
+    parts,  # Class indices `[...,4]`: type, command, param_type, param_value
+) -> np.ndarray:  # int64 `[...]`; `UNK` for combinations that are not a token
+    """Return token ids of components, the inverse of `decompose`."""
     parts = np.asarray(parts, dtype=np.int64)
     sizes = np.array(list(self.head_sizes.values()))
     inside = ((parts >= 0) & (parts < sizes)).all(-1)
@@ -234,9 +236,9 @@ def compose(
 @patch
 def check_vocabulary(
     self: Tokenizer,
-    other,  # Another tokenizer, or a vocabulary: token -> id
+    other,  # Another tokenizer, or a vocabulary token -> id
 ):
-    "Raise `InputError` naming what differs between `other` and this vocabulary."
+    """Raise `InputError` with the first difference between `other` and this vocabulary."""
     vocab = getattr(other, "vocab", other)
     name = getattr(other, "name", self.name)
     require(name == self.name, "vocabulary", "tokenizer", self.name, name)
@@ -250,65 +252,37 @@ def check_vocabulary(
         f"the first that differs is {wrong}",
     )
 
-    def said(v):
+    def found(v):
         return f"id {v[wrong]}" if wrong in v else "no such token"
 
     if wrong is not None:
-        raise InputError("vocabulary", f"token {wrong}", said(self.vocab), said(vocab))
+        raise InputError("vocabulary", f"token {wrong}", found(self.vocab), found(vocab))
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #abc1819e
 _letters = tuple("XYZRFIJKESPQTHDLNABCUVWO")
-_usual_commands = [
-    f"G{n}"
-    for n in (
-        0,
-        1,
-        2,
-        3,
-        4,
-        10,
-        17,
-        18,
-        19,
-        20,
-        21,
-        28,
-        30,
-        38.2,
-        40,
-        41,
-        42,
-        43,
-        49,
-        *range(53, 60),
-        61,
-        64,
-        80,
-        *range(90, 96),
-    )
-] + [f"M{n}" for n in (*range(10), 30)]
+_usual_g = (*range(5), 10, *range(17, 22), 28, 30, 38.2, *range(40, 44), 49)
+_usual_g += (*range(53, 60), 61, 64, 80, *range(90, 96))
+_usual_commands = [f"G{n}" for n in _usual_g] + [f"M{n}" for n in (*range(10), 30)]
 
 
 class LosslessTokenizer(Tokenizer):
-    "Commands and letters as tokens, numbers digit by digit: text -> ids -> text is exact."
+    """Commands and letters as tokens, numbers digit by digit; decoding recovers the text exactly."""
 
     name = "lossless"
 
     def __init__(
         self,
-        corpus=None,  # Lines of G-code, or one text of many lines, whose commands to hold; the usual ones by default
-        tokens=None,  # A finished vocabulary instead: tokens in the order of their ids
+        corpus=None,  # Lines of G-code, or one text, from which commands are taken; the usual ones by default
+        tokens=None,  # Complete vocabulary instead, in the order of ids
     ):
-        commands = (
-            _usual_commands
-            if corpus is None
-            else {w for t in _lines(corpus) for w in _words(t) if _command.fullmatch(w)}
-        )
-        super().__init__(
-            [*special_tokens, *sorted(commands, key=_by_number), *_letters, *_pieces]
-            if tokens is None
-            else tokens
-        )
+        if tokens is None:
+            commands = _usual_commands
+            if corpus is not None:
+                words = {w for t in _lines(corpus) for w in _words(t)}
+                commands = {w for w in words if _command.fullmatch(w)}
+            commands = sorted(commands, key=_by_number)
+            tokens = [*special_tokens, *commands, *_letters, *_pieces]
+        super().__init__(tokens)
 
     def _split(self, word):
         if word[0] in "GM" or not _valued.fullmatch(word):
@@ -323,6 +297,7 @@ class LosslessTokenizer(Tokenizer):
         return "".join(t if g else " " + t for t, g in zip(tokens, glue)).strip()
 
     def to_json(self):
+        "Settings and vocabulary as JSON values."
         return dict(
             config=dict(
                 tokenizer=self.name,
@@ -351,58 +326,50 @@ _bucket_config = dict(
 
 
 class BucketTokenizer(Tokenizer):
-    "Letter and leading digits of the rounded value, `X1.575` as `X`, `NUM_X_15`: short and not exact."
+    """Letter and leading digits of the rounded value (`X1.575` as `X`, `NUM_X_15`): short but inexact."""
 
     name = "bucket"
 
     def __init__(
         self,
-        corpus=(),  # Lines of G-code, or one text of many lines, whose tokens to hold
+        corpus=(),  # Lines of G-code, or one text, that define the vocabulary
         digits: int = 2,  # Leading digits kept; `None` keeps the whole rounded number
-        min_freq: int = 1,  # How often a token must occur in the corpus
-        trailing_dot_literal: bool = False,  # Keep `Z0.` as one token instead of reading it as a number
-        config: dict = None,  # Settings of a vocabulary file, which go before the arguments
-        tokens=None,  # A finished vocabulary instead: tokens in the order of their ids
+        min_freq: int = 1,  # Minimum number of occurrences of a token
+        trailing_dot_literal: bool = False,  # Keep `Z0.` as one token instead of parsing the number
+        config: dict = None,  # Settings of a vocabulary file; they override the arguments
+        tokens=None,  # Complete vocabulary instead, in the order of ids
     ):
-        self.config = (
-            _bucket_config
-            | dict(
-                bucket_digits=digits, min_freq=min_freq, trailing_dot_literal=trailing_dot_literal
-            )
-            | (config or {})
+        arguments = dict(
+            bucket_digits=digits, min_freq=min_freq, trailing_dot_literal=trailing_dot_literal
         )
+        self.config = _bucket_config | arguments | (config or {})
         self.vocab = {}
         texts = Counter(_lines(corpus))
-        counts = Counter()
-        for text, n in texts.items():
-            counts.update(
-                {
-                    t: n * k
-                    for t, k in Counter(t for w in _words(text) for t in self._split(w)).items()
-                }
-            )
-        kept = sorted(
-            (
-                t
-                for t, n in counts.items()
-                if n >= self.config["min_freq"] and t not in special_tokens
-            ),
-            key=lambda t: (-counts[t], t),
-        )
-        super().__init__(
-            [*special_tokens, *kept[: self.config["vocab_size"] - 5]] if tokens is None else tokens
-        )
+        kept = self._frequent(texts)[: self.config["vocab_size"] - 5]
+        super().__init__([*special_tokens, *kept] if tokens is None else tokens)
         if texts:
             self.config["representatives"] = self._representatives(texts)
+
+    def _frequent(self, texts):
+        "Tokens of the corpus with at least `min_freq` occurrences, most frequent first."
+        counts = Counter()
+        for text, n in texts.items():
+            for word in _words(text):
+                for token in self._split(word):
+                    counts[token] += n
+        kept = {
+            t for t, n in counts.items() if n >= self.config["min_freq"] and t not in special_tokens
+        }
+        return sorted(kept, key=lambda t: (-counts[t], t))
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #358131ff
 @patch
 def bucket(
     self: BucketTokenizer,
     letter: str,  # Parameter letter
-    value: float,  # Its value, in the unit of the program
+    value: float,  # Value in the unit of the program
 ) -> str:  # Leading digits
-    "Leading digits of `value` in steps of its letter."
+    """Return the leading digits of a value at the resolution of its letter."""
     whole = round(value / self.config["precision"].get(letter, 1e-3))
     if limit := self.config["clip_bins"].get(letter):
         whole = max(-limit, min(limit, whole))
@@ -415,7 +382,7 @@ def bucket(
 # %% ../../nbs/fingerprint/05_tokens.ipynb #7a66d26c
 @patch
 def _split(self: BucketTokenizer, word):
-    "The word itself for commands, literals and bare letters, letter and bucket for the rest."
+    "Tokens of a word: the word itself for commands, literals and bare letters, otherwise letter and bucket."
     literal = self.config["trailing_dot_literal"] and word.endswith(".")
     if word in self.vocab or literal or re.fullmatch("[A-Z]", word):
         return [word]
@@ -428,7 +395,7 @@ def _split(self: BucketTokenizer, word):
 
 @patch
 def _representatives(self: BucketTokenizer, texts):
-    "Middle number of the corpus in each bucket, in the unit of the program."
+    "Median number of the corpus in each bucket, in the unit of the program."
     numbers = {}
     for word in {w for t in texts for w in _words(t)}:
         split = self._split(word)
@@ -439,7 +406,7 @@ def _representatives(self: BucketTokenizer, texts):
 # %% ../../nbs/fingerprint/05_tokens.ipynb #6b40b2de
 @patch
 def _join(self: BucketTokenizer, tokens):
-    "A bucket after its own letter becomes a number; anywhere else it stays as a word, which is no G-code."
+    "A bucket after its own letter becomes a number; elsewhere it is kept as a word, which is not G-code."
     words = []
     for t in tokens:
         m = _bucketed.fullmatch(t)
@@ -453,9 +420,9 @@ def _join(self: BucketTokenizer, tokens):
 @patch
 def representative(
     self: BucketTokenizer,
-    token: str,  # For instance `NUM_X_15`
-) -> str:  # A number in that bucket, as G-code writes it
-    "Text of a number that stands for a bucket; not exact."
+    token: str,  # Token such as `NUM_X_15`
+) -> str:  # A number in that bucket, formatted as in G-code
+    """Return the text of a representative number of a bucket."""
     letter, leading = _bucketed.fullmatch(token).groups()
     whole = -1 if leading == "-" else int(leading)
     value = self.config["representatives"].get(
@@ -466,12 +433,12 @@ def representative(
 # %% ../../nbs/fingerprint/05_tokens.ipynb #e5d0f3d7
 @patch
 def to_json(self: BucketTokenizer) -> dict:  # `config` and `vocab`
-    "All that `tokenizer_from_json` needs, as plain JSON values."
+    """Return settings and vocabulary as JSON values, for `tokenizer_from_json`."""
     return dict(config={"tokenizer": self.name, **self.config}, vocab=self.vocab)
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #f959a8a9
 def _ordered_tokens(vocab, file):
-    "Tokens in the order of their ids; ids must be 0, 1, 2, … and begin with the special tokens."
+    "Tokens in the order of their ids. Raises `InputError` unless ids are 0, 1, 2, … starting with the special tokens."
     require(isinstance(vocab, dict), file, "vocab", "token -> id", type(vocab).__name__)
     for t, i in vocab.items():
         require(
@@ -500,52 +467,46 @@ def _ordered_tokens(vocab, file):
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #5da6e917
 def _checked_config(config, tokens, file):
-    "Settings of a bucket vocabulary, those that the file does not say read off its tokens."
+    "Check the settings of a bucket vocabulary; settings that the file lacks are inferred from its tokens."
     lengths = {len(m[2]) for t in tokens if (m := _bucketed.fullmatch(t))}
+    digits = None if lengths else 2
+    if len(lengths) == 1:
+        digits = lengths.pop()
     guessed = dict(
-        bucket_digits=lengths.pop() if len(lengths) == 1 else None if lengths else 2,
+        bucket_digits=digits,
         trailing_dot_literal=any(_valued.fullmatch(t) and t.endswith(".") for t in tokens),
     )
     config = {k: v for k, v in (guessed | config).items() if k in _bucket_config}
-    require(
-        config.get("mode", "hybrid") in ("hybrid", "split"),
-        file,
-        "config mode",
-        "hybrid or split",
-        repr(config["mode"]),
-    )
+    mode = config.get("mode", "hybrid")
+    require(mode in ("hybrid", "split"), file, "config mode", "hybrid or split", repr(mode))
     digits = config["bucket_digits"]
     if digits is not None and (not isinstance(digits, int) or digits < 1):
         raise InputError(
             file, "config bucket_digits", "a whole number above 0, or null", repr(digits)
         )
     for key in ("precision", "clip_bins", "representatives"):
-        require(
-            isinstance(config.get(key, {}), dict),
-            file,
-            f"config {key}",
-            "a dictionary",
-            repr(config[key]),
-        )
-        for k, v in config.get(key, {}).items():
-            if not isinstance(v, (int, float)) or (key != "representatives" and not v > 0):
-                raise InputError(
-                    file,
-                    f"config {key} {k}",
-                    "a number above 0" if key != "representatives" else "a number",
-                    repr(v),
-                )
+        _check_numbers(config.get(key, {}), key, file)
     return config
+
+
+def _check_numbers(values, key, file):
+    "Raise `InputError` unless a setting maps letters to numbers (positive, except representatives)."
+    require(isinstance(values, dict), file, f"config {key}", "a dictionary", repr(values))
+    positive = key != "representatives"
+    for k, v in values.items():
+        if not isinstance(v, (int, float)) or (positive and not v > 0):
+            expected = "a number above 0" if positive else "a number"
+            raise InputError(file, f"config {key} {k}", expected, repr(v))
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #c2d93b58
 _tokenizers = dict(lossless=LosslessTokenizer, bucket=BucketTokenizer)
 
 
 def tokenizer_from_json(
-    value: dict,  # `{"config": …, "vocab": …}` or the flat dictionary token -> id
-    file="vocabulary",  # Name of the file, for error sentences
+    value: dict,  # `{"config": …, "vocab": …}`, or the bare dictionary token -> id
+    file="vocabulary",  # File name for error messages
 ) -> Tokenizer:
-    "The tokenizer that a vocabulary file describes."
+    """Build the tokenizer described by a vocabulary file. Raises `InputError` for an invalid one."""
     require(isinstance(value, dict), file, "content", "a dictionary", type(value).__name__)
     both = isinstance(value.get("vocab"), dict)
     vocab, config = (value["vocab"], value.get("config") or {}) if both else (value, {})
@@ -562,7 +523,7 @@ def tokenizer_from_json(
 def tokenizer(
     name: str,  # `lossless` or `bucket`
     corpus=None,  # Lines of G-code, or one text of many lines
-    **kwargs,  # Further arguments of the class
+    **kwargs,  # Additional arguments of the class
 ) -> Tokenizer:
     "Build a tokenizer by name."
     check_choice("parameters", "tokenizer", name, _tokenizers)
@@ -571,15 +532,15 @@ def tokenizer(
 # %% ../../nbs/fingerprint/05_tokens.ipynb #4ff685e5
 @dataclass
 class NumberScale:
-    "Median and spread of the numbers of each letter."
+    """Median and standard deviation of the numbers of each letter."""
 
-    letters: str  # For instance `XYZRF`
+    letters: str  # Letters such as `XYZRF`
     center: list  # Medians
     scale: list  # Standard deviations
 
     @classmethod
     def fit(cls, texts, letters="XYZRF"):
-        "The scale of the lines `texts`."
+        """Fit the scale on lines of G-code."""
         x = _numbers(texts, letters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -592,11 +553,11 @@ class NumberScale:
         )
 
     def standardise(self, texts):
-        "Numbers of lines in spreads, `[N,letters]` float32."
+        """Return the standardised numbers of lines, `[N,letters]` float32; NaN for absent letters."""
         return ((_numbers(texts, self.letters) - self.center) / self.scale).astype("float32")
 
     def write(self, texts, numbers):
-        "The lines with the numbers `[N,letters]`, in spreads, in place of their own."
+        """Return the lines with their numbers replaced by standardised `numbers` `[N,letters]`."""
         values = np.asarray(numbers, float) * self.scale + self.center
 
         def put(text, row):
@@ -610,10 +571,11 @@ class NumberScale:
 
 # %% ../../nbs/fingerprint/05_tokens.ipynb #7c51e7c3
 def _numbers(texts, letters):
-    "Number of each letter in each line, NaN where it has none, `[N,letters]`."
+    "Number of each letter in each line, `[N,letters]`; NaN for absent letters."
     found = [{m[1]: float(m[2]) for w in t.split() if (m := _valued.fullmatch(w))} for t in texts]
     return np.array([[f.get(c, np.nan) for c in letters] for f in found]).reshape(-1, len(letters))
 
 
 def _number_of(letter, value):
+    "Format a number; feeds are at least 0.1."
     return number_text(max(value, 0.1) if letter == "F" else value)

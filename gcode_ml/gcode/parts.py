@@ -1,4 +1,4 @@
-"""Small printable parts as G-code text, for lessons, tests and machines without real files.
+"""Generate small printable parts as G-code, for examples, tests and computers without real files.
 
 Docs: https://example.org/gcode_ml/gcode/parts.html.md"""
 
@@ -15,7 +15,7 @@ from .reader import format_number
 
 # %% ../../nbs/gcode/02_parts.ipynb #43302bb3
 def _zigzag(low, high, spacing, angle=0.0):
-    "Filling of a rectangle with parallel lines: points (n, 2)."
+    "Zigzag infill of a rectangle, points `[n,2]`."
     centre, half = (low + high) / 2, (high - low) / 2
     c = np.cos(angle)
     s = np.sin(angle)
@@ -35,11 +35,12 @@ def _zigzag(low, high, spacing, angle=0.0):
 
 # %% ../../nbs/gcode/02_parts.ipynb #7e3f1e03
 def _rectangle(low, high):
+    "Closed rectangle, points `[5,2]`."
     return np.array([low, [high[0], low[1]], high, [low[0], high[1]], low])
 
 
 def _box(centre, size, layer, rng):
-    "Two walls and a filling that turns by 90° from layer to layer."
+    "Two walls and an infill that turns by 90° with each layer."
     half = size * np.array([0.5, 0.35])
     low, high = centre - half, centre + half
     walls = [
@@ -53,7 +54,7 @@ def _box(centre, size, layer, rng):
 
 
 def _tube(centre, size, layer, rng):
-    "Two circles, wavy by a little, in chords of half a millimetre."
+    "Two slightly wavy circles in chords of half a millimetre."
     found = []
     for name, radius, speed in (
         ("Inner wall", size / 2 - 0.45, 1.2),
@@ -66,7 +67,7 @@ def _tube(centre, size, layer, rng):
 
 # %% ../../nbs/gcode/02_parts.ipynb #d9c314b6
 def _plate(centre, size, layer, rng):
-    "A wide filling with one wall around."
+    "A wide infill inside one wall."
     half = size * np.array([0.6, 0.4])
     low, high = centre - half, centre + half
     return [
@@ -76,7 +77,7 @@ def _plate(centre, size, layer, rng):
 
 
 def _label(centre, size, layer, rng):
-    "Strokes like letters: short polylines with travel in between."
+    "Letter-like strokes: short polylines with travel moves in between."
     found = []
     for k in range(8):
         at = centre + np.array([(k % 4 - 1.5) * size / 4, (k // 4 - 0.5) * size / 3])
@@ -91,7 +92,7 @@ _start = "M201 X{a} Y{a} Z100 E5000\nM203 X500 Y500 Z10 E50\nM204 P{a} R1000 T{a
 
 
 def _extrude(points, at, speed, feed):
-    "Lines that print a polyline whose first point has been reached."
+    "Lines that print a polyline from its first point."
     steps = np.diff(points, axis=0)
     e = np.hypot(*steps.T) * feed
     n = format_number
@@ -101,6 +102,7 @@ def _extrude(points, at, speed, feed):
 
 
 def _travel(point, z, height):
+    "Lines that retract, hop to a point and prime."
     n = format_number
     return [
         "G1 E-.8 F2400",
@@ -112,7 +114,7 @@ def _travel(point, z, height):
 
 
 def _circle(points, centre, feed, speed):
-    "One `G3` over the whole circle that starts at the first point."
+    "One `G3` for a full circle that starts at the first point."
     n, offset = format_number, centre - points[0]
     return [
         f"G1 F{n(60 * speed, 1)}",
@@ -122,22 +124,22 @@ def _circle(points, centre, feed, speed):
 # %% ../../nbs/gcode/02_parts.ipynb #d2e33f8b
 def part_program(
     family: str = "box",  # `box`, `tube`, `plate` or `label`
-    seed: int = 0,  # Size, place and speed follow from it
+    seed: int = 0,  # Seed of size, position and speed
     layers: int = 10,  # Number of layers
-    height: float = 0.2,  # Of a layer, mm
-    size: float = None,  # mm; 15 to 35 by the seed
-    speed: float = None,  # Of outer walls, mm/s; 25 to 60 by the seed
+    height: float = 0.2,  # Layer height, mm
+    size: float = None,  # Size, mm; by default 15 to 35 from the seed
+    speed: float = None,  # Speed of outer walls, mm/s; by default 25 to 60 from the seed
     acceleration: float = 500.0,  # mm/s²
     jerk: float = 10.0,  # mm/s
-    arcs: bool = False,  # Circles as `G3`
+    arcs: bool = False,  # Write circles as `G3`
 ) -> str:  # G-code
-    "A small part as a slicer would write it."
+    "Generate a small part as a slicer would write it."
     make = _families[check_choice("part", "family", family, _families)]
     rng = np.random.default_rng([seed, *family.encode()])
-    drawn = rng.uniform(15, 35), rng.uniform(25, 60), rng.uniform(90, 130, 2)
-    size = size or drawn[0]
-    speed = speed or drawn[1]
-    centre = drawn[2]
+    sampled = rng.uniform(15, 35), rng.uniform(25, 60), rng.uniform(90, 130, 2)
+    size = size or sampled[0]
+    speed = speed or sampled[1]
+    centre = sampled[2]
     if layers < 1:
         raise InputError("part", "layers", "at least one", str(layers))
     feed = 0.45 * height / (np.pi * 1.75**2 / 4)
@@ -165,10 +167,10 @@ def part_program(
 
 # %% ../../nbs/gcode/02_parts.ipynb #c88e086a
 def write_parts(
-    folder,  # Where the files go
+    folder,  # Output folder
     families=("box", "tube", "plate", "label"),  # Names of families
-    seeds=(0,),  # One part each
-    **options,  # For `part_program`
+    seeds=(0,),  # One part per seed
+    **options,  # Options of `part_program`
 ) -> list:  # Paths, named `<family>_<seed>.gcode`
     "Write generated parts as files."
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""When the machine is where: look-ahead with the limits of the file, as arrays, and samples of the planned motion at any rate.
+"""Plan the motion of a program with look-ahead and the limits in the file, and sample it at any rate.
 
 Docs: https://example.org/gcode_ml/gcode/planner.html.md"""
 
@@ -21,28 +21,28 @@ from fastcore.basics import patch
 
 from ..core.errors import InputError, check_choice, require
 from gcode_ml.gcode.reader import (
+    LAYER_CHANGE,
+    LAYER_NUMBER,
+    LineWords,
     Program,
-    _hold,
-    _layer_change,
-    _layer_number,
-    _Lines,
-    _marks_of,
-    _restated,
     arc_sweeps,
+    comment_marks,
     filament_used,
     format_number,
+    forward_fill,
     in_file,
     moves,
     parse_gcode,
     path_points,
     read_blocks,
     read_gcode,
+    restated_lines,
 )
 
 # %% ../../nbs/gcode/01_planner.ipynb #6a1f623e
 @dataclass(frozen=True)
 class Limits:
-    "What a machine keeps to until the program says otherwise; axes in the order X, Y, Z, E."
+    "Limits in force until the program sets others; axes in the order X, Y, Z, E."
 
     speed: tuple = (500.0, 500.0, 5.0, 25.0)  # mm/s, `M203`
     acceleration: tuple = (500.0, 500.0, 100.0, 5000.0)  # mm/s², `M201`
@@ -52,7 +52,7 @@ class Limits:
     jerk: tuple = (10.0, 10.0, 0.3, 5.0)  # mm/s, `M205 X Y Z E`
     deviation: float = 0.013  # Junction deviation, mm, `M205 J`
     corner: float = 5.0  # Speed through a square corner, mm/s, Klipper
-    cruise: float = 0.5  # Least share of a move at constant speed, Klipper
+    cruise: float = 0.5  # Smallest fraction of a move at constant speed, Klipper
     feed: float = 1500.0  # mm/min before the first F
 
 # %% ../../nbs/gcode/01_planner.ipynb #a30276fb
@@ -70,7 +70,7 @@ _limit_codes = dict(
 
 
 def _history(s, file, code, letter, initial, factor=1.0, instead=""):
-    "Value of a word of an M code that holds on each line."
+    "Value of a word of an M code in force on each line."
     where = s.lines(s.m_line[s.m == code])
     if not where.any():
         return np.full(s.n, float(initial))
@@ -84,7 +84,7 @@ def _history(s, file, code, letter, initial, factor=1.0, instead=""):
             f"{letter} of M{code // 10} above 0",
             f"{value[bad][0]:g}",
         )
-    return _hold(value * factor, ~np.isnan(value), initial)
+    return forward_fill(value * factor, ~np.isnan(value), initial)
 
 # %% ../../nbs/gcode/01_planner.ipynb #0704a60b
 _klipper_words = dict(
@@ -116,23 +116,23 @@ def _klipper(program, table, n):
         set_ = ~np.isnan(value)
         if key == "velocity":
             table["speed"] = [
-                *(np.minimum(c, _hold(value, set_, np.inf)) for c in table["speed"][:2]),
+                *(np.minimum(c, forward_fill(value, set_, np.inf)) for c in table["speed"][:2]),
                 *table["speed"][2:],
             ]
         elif key == "to_decel":
             table["cruise"] = np.where(
-                _hold(1.0 * set_, set_, 0) > 0,
-                np.clip(1 - _hold(value, set_, 1.0) / table["printing"], 0, 1),
+                forward_fill(1.0 * set_, set_, 0) > 0,
+                np.clip(1 - forward_fill(value, set_, 1.0) / table["printing"], 0, 1),
                 table["cruise"],
             )
         else:
-            table[key] = _hold(value, set_, table[key][0])
+            table[key] = forward_fill(value, set_, table[key][0])
             if key == "printing":
                 table["travel"] = table[key]
 
 # %% ../../nbs/gcode/01_planner.ipynb #43ba0d9f
 def _dialect(s, program):
-    "Family of firmware by the commands that only it has."
+    "Firmware family, from commands that only it has."
     if (program.extended.name == "SET_VELOCITY_LIMIT").any():
         return "klipper"
     return "reprapfirmware" if (s.m == 5660).any() else "marlin"
@@ -162,7 +162,7 @@ def limits_of_lines(
     dialect: str = "auto",  # `marlin`, `klipper`, `reprapfirmware`, or seen from the program
 ) -> dict:  # Name -> `[lines]`, or `[lines,4]` for speed, acceleration and jerk
     "Limits in force after each line."
-    s = _Lines(program)
+    s = LineWords(program)
     for name, value in vars(limits).items():
         require(
             np.all(np.asarray(value) > (-1e-9 if name == "cruise" else 0)),
@@ -187,7 +187,7 @@ def safe_speed(
     nominal: np.ndarray,  # Its nominal speed, mm/s, `[n]`
     jerk: np.ndarray,  # Permitted jump of each axis' speed, mm/s, `[n,4]`
 ) -> np.ndarray:  # mm/s, `[n]`
-    "Speed at which a move may start from or end at rest."
+    "Speed at which a move may start or end next to a stop."
     with np.errstate(divide="ignore"):
         return np.minimum(nominal, (jerk / np.abs(unit)).min(1))
 
@@ -383,7 +383,7 @@ def _feeds(s, m, row, length, free, limits, issues):
         word = s.column("F", ~s.owned)[line]
         total = np.bincount(row, length, len(m))
         feed = np.where(
-            inverse[row], (total * _hold(word, ~np.isnan(word), np.nan) / 60)[row], feed
+            inverse[row], (total * forward_fill(word, ~np.isnan(word), np.nan) / 60)[row], feed
         )
     missing = ~(feed > 0)
     if (missing & ~free).any():
@@ -455,7 +455,7 @@ def durations(self: Plan) -> np.ndarray:  # s, `[n]`
 # %% ../../nbs/gcode/01_planner.ipynb #d02bc8f0
 @patch(as_prop=True)
 def phases(self: Plan) -> np.ndarray:  # s, `[n,3]`
-    "Times of speeding up, constant speed and slowing down."
+    "Durations of acceleration, constant speed and deceleration."
     a, p = self.acceleration, self.peak
     way = (2 * p**2 - self.entry**2 - self.exit**2) / (2 * a)
     return np.stack(
@@ -471,20 +471,20 @@ def extruding(self: Plan) -> np.ndarray:  # Mask, `[n]`
 # %% ../../nbs/gcode/01_planner.ipynb #7ed475be
 @patch(as_prop=True)
 def duration(self: Plan) -> float:  # s
-    "Time of the whole program."
+    "Duration of the whole program."
     return float(self.begin[-1] + self.durations[-1] + self.pause[-1])
 
 # %% ../../nbs/gcode/01_planner.ipynb #49f1c809
 @patch
 def layer_times(self: Plan) -> pd.Series:  # s, by layer
-    "Time that each layer takes, pauses before its segments included."
+    "Duration of each layer, including pauses before its segments."
     first = self.layer.min()
     time = np.bincount(self.layer - first, self.durations + self.pause[:-1])
     return pd.Series(time, pd.RangeIndex(first, first + len(time), name="layer"), name="seconds")
 
 # %% ../../nbs/gcode/01_planner.ipynb #cd59120a
 def _rule(s, program, dialect):
-    "Rule for corners by the commands of the program."
+    "Corner rule, from the commands of the program."
     if dialect == "klipper":
         return "klipper"
     with_j = s.lines(s.m_line[s.m == 2050]) & s.lines(s.line[s.letter == ord("J")])
@@ -535,7 +535,7 @@ def _arc_turns(m):
 
 # %% ../../nbs/gcode/01_planner.ipynb #7a298990
 def _notes(m, row, start, end, link, issues):
-    "Add what is odd about the path to `issues`."
+    "Add problems of the path to `issues`."
     line = m.line.to_numpy()[row]
     far = np.flatnonzero((np.abs(end - start) > 1000).any(1))
     if len(far):
@@ -596,7 +596,7 @@ def plan(
     if not isinstance(program, Program):
         program = read_gcode(program)
     m = moves(program, units)
-    s = _Lines(program)
+    s = LineWords(program)
     issues = list(program.issues)
     dialect = (
         _dialect(s, program)
@@ -866,7 +866,7 @@ def compare_with_slicer(
     program: Program,  # A program with totals
     plan: Plan,  # Its motion
 ) -> dict:  # Ratios plan/slicer: `seconds`, `printing` (after the first `;TIME_ELAPSED:`), `filament`, and `layers`, an array over the times between two marks
-    "How far the plan is from the slicer's own totals."
+    "Compare the plan with the totals of the slicer."
     totals = slicer_totals(program)
     marks = np.searchsorted(plan.line, totals["elapsed_line"])
     first = np.diff(marks, prepend=-1) > 0  # without motion in between a mark repeats the last
@@ -896,7 +896,7 @@ def outside(
     low=(0.0, 0.0, 0.0),  # Least x, y, z, mm
     high=(220.0, 220.0, 250.0),  # Greatest x, y, z, mm
 ) -> np.ndarray:  # Lines, from 0
-    "Lines that lead out of the machine's space."
+    "Lines whose moves leave the build volume."
     end = (
         plan.start[:, :3]
         + plan.unit[:, :3] * plan.length[:, None] * plan.unit[:, :3].any(1)[:, None]
@@ -978,10 +978,10 @@ def _own_part(p, block, layer, fed):
 
 
 def _restate_all(block, p, limits, layer, kind):
-    "What holds at the end of a block, for the next one."
-    dialect = _dialect(_Lines(block), block)
+    "State at the end of a block, for the next one."
+    dialect = _dialect(LineWords(block), block)
     return [
-        *_restated(block)[:-1],
+        *restated_lines(block)[:-1],
         *limit_lines(
             limits_of_lines(block, limits), -1, dialect, p is not None and p.junction == "deviation"
         ),
@@ -992,11 +992,11 @@ def _restate_all(block, p, limits, layer, kind):
 
 # %% ../../nbs/gcode/01_planner.ipynb #422b4acd
 def _layer_kind(path):
-    "How a file marks its layers: `number`, `change`, or not at all."
+    "How a file marks its layers: `number`, `change`, or empty."
     if not Path(path).is_file() or not Path(path).stat().st_size:
         return ""
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for kind, pattern in (("number", _layer_number), ("change", _layer_change)):
+        for kind, pattern in (("number", LAYER_NUMBER), ("change", LAYER_CHANGE)):
             if re.search(pattern.pattern.encode(), text):
                 return kind
     return ""
@@ -1030,7 +1030,7 @@ def program_blocks(
         if not len(own):
             continue
         if kind and not len(
-            _marks_of(block, dict(number=_layer_number, change=_layer_change)[kind])[0]
+            comment_marks(block, dict(number=LAYER_NUMBER, change=LAYER_CHANGE)[kind])[0]
         ):
             own.layer = np.full(len(own), last)
         elif kind != "number" and block.first:

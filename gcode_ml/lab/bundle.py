@@ -1,4 +1,4 @@
-"""What leaves the workspace: weights, the preprocessing that belongs to them, and a card that says what they are.
+"""Export of a trained model: its weights, its preprocessing state and a model card in one folder.
 
 Docs: https://example.org/gcode_ml/lab/bundle.html.md"""
 
@@ -19,11 +19,11 @@ from ..training.saved import load_saved
 
 # %% ../../nbs/lab/04_bundle.ipynb #8543a850
 def model_card(
-    cls,  # The model's class
-    model,  # The model
-    facts: dict,  # Facts of the run
-) -> str:  # Markdown
-    "Model card from the facts of a run."
+    cls,  # Class of the model
+    model,  # Model whose parameters are counted
+    facts: dict,  # As for `save_bundle`
+) -> str:  # Markdown text
+    "Return the model card of a run."
     size = sum(p.numel() for p in model.parameters())
     metrics = "\n".join(f"| {k} | {v} |" for k, v in facts.get("metrics", {}).items())
     sources = facts.get("trained_on", [])
@@ -45,7 +45,7 @@ def model_card(
 
 
 def _programs_table(programs):
-    "Exported programs and how far they are from the model."
+    "Markdown table of the exported models: the largest difference from the original model, and whether it is within the tolerance."
     rows = [
         f"| programs/{k} | {max((r.get('difference', 0) for r in p['compared']), default=0):.1e} | {'yes' if p['within'] else 'no'} |"
         for k, p in programs.items()
@@ -67,12 +67,12 @@ def _programs_table(programs):
 # %% ../../nbs/lab/04_bundle.ipynb #c07d5f2a
 def save_bundle(
     folder,  # Folder to write
-    model: torch.nn.Module,  # Trained model of a `models` page
-    arguments: dict,  # What its class was called with
-    preprocessing: dict,  # JSON-able state that turns raw data into inputs
+    model: torch.nn.Module,  # Trained model, of a class in a `models` module
+    arguments: dict,  # Arguments of the constructor
+    preprocessing: dict,  # JSON-serialisable state of the preprocessing
     facts: dict,  # `domain`, `trained_on` (sources), `metrics`, `limits`, …
 ):
-    "Write a bundle, the description last."
+    "Write a bundle; `bundle.json` is written last."
     folder = Path(folder)
     cls = type(model)
     with atomic_path(folder / "model.safetensors") as f:
@@ -97,13 +97,13 @@ class Bundle:
 
     model: torch.nn.Module  # In evaluation mode
     preprocessing: dict  # State of the preprocessing
-    facts: dict  # Domain, data, sources, metrics
-    folder: Path  # Where it was read from
+    facts: dict  # `domain`, `trained_on`, `metrics`, …
+    folder: Path  # Folder of the bundle
 
 # %% ../../nbs/lab/04_bundle.ipynb #a7b546a9
 def load_bundle(
-    folder,  # A bundle's folder, or a run's folder that has one
-) -> Bundle:  # Ready to predict
-    "Read a bundle; runs no code but the package's own."
+    folder,  # Folder of a bundle, or of a run that contains one
+) -> Bundle:  # Model in evaluation mode
+    "Load a bundle; only code of this package is executed. Raises `InputError` if the class or the weights are not valid."
     model, about, folder = load_saved(folder)
     return Bundle(model, about["preprocessing"], about["facts"], folder)

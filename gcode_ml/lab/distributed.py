@@ -1,4 +1,4 @@
-"""One fit on several processes: each takes a share of every batch.
+"""Data-parallel training in several processes: every batch is divided among them.
 
 Docs: https://example.org/gcode_ml/lab/distributed.html.md"""
 
@@ -45,7 +45,7 @@ from fastai.distributed import DistributedDL, DistributedTrainer
 
 # %% ../../nbs/lab/10_distributed.ipynb #c17fcf54
 class BatchShare(DistributedDL):
-    "The share of one process in the batches of a loader."
+    "Loader of one process: its shard of every batch of a loader."
 
     rng = property(lambda self: self.dl.rng)
 
@@ -58,7 +58,7 @@ class BatchShare(DistributedDL):
             return list(index)
         index = torch.tensor(
             index, device="cuda" if distributed.get_backend() == "nccl" else "cpu"
-        )  # fastai's own always takes a GPU
+        )  # fastai's method always uses a GPU
         distributed.broadcast(index, rank)
         return index.tolist()
 
@@ -80,7 +80,7 @@ class BatchShare(DistributedDL):
 # %% ../../nbs/lab/10_distributed.ipynb #4b82b720
 @patch
 def _order(self: BatchShare, size):
-    "Order of the items for batches of all processes together, so that those of like length are met at the same time."
+    "Order of the items for batches of total size `size`, so that all processes handle items of similar length at the same time."
     own, self.dl.bs = self.dl.bs, size
     try:
         return list(self.dl.get_idxs())
@@ -90,7 +90,7 @@ def _order(self: BatchShare, size):
 # %% ../../nbs/lab/10_distributed.ipynb #b6377c45
 @patch
 def to_detach(self: BatchShare, b, cpu=True, gather=True):
-    "Results of all processes in the order of the batch, without the filling."
+    "Gather the results of all processes in the order of the batch, without the padding items."
     b = self._to_detach(b, cpu, gather)
     extra = (
         self.n_padded - self.n
@@ -101,19 +101,19 @@ def to_detach(self: BatchShare, b, cpu=True, gather=True):
 
 # %% ../../nbs/lab/10_distributed.ipynb #b093e83d
 class SharedFit(DistributedTrainer):
-    "fastai's `DistributedTrainer` with shares of batches."
+    "fastai's `DistributedTrainer` with batches divided by `BatchShare`."
 
     def _wrap_dl(self, dl):
         return dl if isinstance(dl, BatchShare) else BatchShare(dl)
 
 # %% ../../nbs/lab/10_distributed.ipynb #daa6815a
 class SharedSnapshot(Snapshot):
-    "Snapshot of a fit on several processes, which continues with the same number of them."
+    "Snapshot of a fit in several processes; resuming requires the same number of processes."
 
     def __init__(
         self,
         path,  # The snapshot's file, `.safetensors`
-        batches: int = 0,  # Also after this many batches of an epoch; 0 does not count
+        batches: int = 0,  # Also write after this many batches of an epoch; 0: only at the end of epochs
     ):
         super().__init__(path, seconds=1e9, batches=batches)
 
@@ -150,7 +150,7 @@ class SharedSnapshot(Snapshot):
 @patch
 @contextmanager
 def _plain_model(self: SharedSnapshot):
-    "The model without its wrapper."
+    "Context in which the learner holds the unwrapped model."
     wrapped = self.learn.model
     self.learn.model = wrapped.module
     try:
@@ -160,13 +160,13 @@ def _plain_model(self: SharedSnapshot):
 
 # %% ../../nbs/lab/10_distributed.ipynb #6b084e15
 def _named(dotted):
-    "The object of a dotted name."
+    "Import the object with a dotted name."
     module, _, name = dotted.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def _end_with_parent():
-    "End this process as soon as its standard input closes."
+    "Exit this process as soon as its standard input closes."
 
     def wait():
         os.read(0, 1)
@@ -176,14 +176,14 @@ def _end_with_parent():
 
 
 def _join(learn, folder, rank, processes, seconds):
-    "Meet the other processes, over NCCL or gloo as the learner's device says."
+    "Join the process group, over NCCL or Gloo depending on the learner's device."
     kind = torch.device(learn.dls.device).type
     gpus = torch.cuda.device_count()
     require(
         kind in ("cpu", "cuda"), "parameter", "device", "cpu or cuda for several processes", kind
     )
     if kind == "cuda" and processes > gpus:
-        raise InputError("parameter", "processes", f"at most {gpus}, one a GPU", str(processes))
+        raise InputError("parameter", "processes", f"at most {gpus}, one per GPU", str(processes))
     cuda = kind == "cuda"
     distributed.init_process_group(
         "nccl" if cuda else "gloo",
@@ -198,7 +198,7 @@ def _join(learn, folder, rank, processes, seconds):
 
 # %% ../../nbs/lab/10_distributed.ipynb #7887166a
 def _check_equal(model):
-    "All processes have the same weights; anything else is a fault of the model, for instance of weights that depend on the batch."
+    "Check that all processes have the same weights; they diverge when, for instance, a model changes weights by itself depending on the batch. Raises `RuntimeError`."
     mine = torch.stack(
         [
             f(p.detach().double())
@@ -209,11 +209,11 @@ def _check_equal(model):
     others = [torch.zeros_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(others, mine)
     if not all(torch.allclose(o, mine, rtol=1e-6) for o in others):
-        raise RuntimeError("the processes have come to different weights")
+        raise RuntimeError("the processes ended with different weights")
 
 
 def _fit(job, folder, rank):
-    "Build the learner, fit it together with the others, and keep the weights."
+    "Build the learner, fit it in the process group, and save the weights."
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     learn = _named(job["recipe"])(**job["arguments"])
@@ -256,10 +256,10 @@ def _fit(job, folder, rank):
 
 # %% ../../nbs/lab/10_distributed.ipynb #6679977a
 def join_fit(
-    job,  # `job.json` in the folder of the processes
-    rank: int,  # Number of this process
+    job,  # File `job.json` in the folder of the processes
+    rank: int,  # Rank of this process
 ):
-    "What each process does; the first that fails says why in `failed.json`."
+    "Entry point of each process; a failure is recorded in `failed_<time>.json`."
     folder = Path(job).parent
     _end_with_parent()
     try:
@@ -279,7 +279,7 @@ def join_fit(
 
 # %% ../../nbs/lab/10_distributed.ipynb #37efcee0
 def _start(folder, rank, processes):
-    "Start one process; its output goes to a file of its own."
+    "Start one process; its output goes to `process_<rank>.log`."
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = dict(
         os.environ,
@@ -292,7 +292,10 @@ def _start(folder, rank, processes):
     )
     if sys.platform in ("linux", "darwin"):
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    command = "import sys; from gcode_ml.lab.distributed import join_fit; join_fit(sys.argv[1], int(sys.argv[2]))"
+    command = (
+        "import sys; from gcode_ml.lab.distributed import join_fit; "
+        "join_fit(sys.argv[1], int(sys.argv[2]))"
+    )
     with open(folder / f"process_{rank}.log", "w") as log:
         return subprocess.Popen(
             [sys.executable, "-c", command, str(folder / "job.json"), str(rank)],
@@ -303,52 +306,52 @@ def _start(folder, rank, processes):
         )
 
 
+def _failure(exit_codes, failures):
+    "Rank of the process that failed first, and the reason; `failures` are the recorded errors."
+    killed = [rank for rank, code in enumerate(exit_codes) if code and code < 0]
+    if killed:
+        return killed[0], f"was killed by signal {-exit_codes[killed[0]]}"
+    if failures:
+        sentence = failures[0]["sentence"].splitlines()[0][:300]
+        return failures[0]["rank"], f"failed with {sentence}"
+    rank = next(rank for rank, code in enumerate(exit_codes) if code)
+    return rank, f"ended with exit code {exit_codes[rank]}"
+
+
 def _watch(started, folder):
-    "Wait until all are done; raise as soon as one has failed."
+    "Wait until all processes have finished; raises `InputError` or `RuntimeError` as soon as one has failed."
     while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
         time.sleep(0.05)
-    ends = [p.poll() for p in started]
-    if not any(ends):
+    exit_codes = [p.poll() for p in started]
+    if not any(exit_codes):
         return
-    time.sleep(0.2)  # the others may be about to say something
-    killed = [r for r, code in enumerate(ends) if code and code < 0]
-    said = [read_json(f) for f in sorted(folder.glob("failed_*.json"))]
-    if said and said[0]["input"] and not killed:
-        raise KernelInputError(said[0]["sentence"])
-    rank = (
-        killed[0]
-        if killed
-        else said[0]["rank"]
-        if said
-        else next(r for r, code in enumerate(ends) if code)
-    )
-    why = (
-        f"was killed by signal {-ends[rank]}"
-        if killed
-        else f"failed with {said[0]['sentence'].splitlines()[0][:300]}"
-        if said
-        else f"ended with exit code {ends[rank]}"
-    )
+    time.sleep(0.2)  # the failing process may still be writing its error
+    failures = [read_json(f) for f in sorted(folder.glob("failed_*.json"))]
+    killed = any(code and code < 0 for code in exit_codes)
+    if failures and failures[0]["input"] and not killed:
+        raise KernelInputError(failures[0]["sentence"])
+    rank, reason = _failure(exit_codes, failures)
     raise RuntimeError(
-        f"process {rank} of {len(started)} {why}; the others were stopped (see {folder}/process_{rank}.log)"
+        f"process {rank} of {len(started)} {reason}; "
+        f"the others were stopped (see {folder}/process_{rank}.log)"
     )
 
 # %% ../../nbs/lab/10_distributed.ipynb #e1f7aaee
 def fit_processes(
     recipe: str,  # Dotted name of a function that returns a `Learner`
-    arguments: dict,  # Its arguments, as JSON can hold them; its batches are those of one process
-    epochs: int,  # Epochs of the fit; a learner of `training.fit` goes by its own options
-    folder,  # Run folder: receives history, progress, snapshot, and `processes/<name>/`
+    arguments: dict,  # Its JSON-serialisable arguments; the batch size is that of one process
+    epochs: int,  # Number of epochs; ignored by learners of `training.fit`, which have their own options
+    folder,  # Run folder for history, progress, snapshot, and `processes/<name>/`
     name: str = "fit",  # Name of the fit in the history
-    processes: int = 2,  # Number of processes; on GPUs not more than there are
-    callbacks=(),  # Pairs of dotted name and arguments: callbacks of every process, such as a schedule
-    first=(),  # The same, of the first process alone: callbacks that write
-    snapshot_batches: int = 0,  # Batches between two snapshots within an epoch
-    part: int = 0,
-    parts: int = 1,  # Which part of the run this fit is, for its progress
-    timeout: float = 600,  # Seconds that a process waits for the others
-) -> Path:  # File of the weights, for `load_checkpoint`
-    "Fit a recipe on several processes of this machine, from the beginning or from its snapshot."
+    processes: int = 2,  # Number of processes; at most the number of GPUs when these are used
+    callbacks=(),  # Callbacks of every process, such as a schedule: pairs of dotted name and arguments
+    first=(),  # Callbacks of rank 0 only, such as those that write files
+    snapshot_batches: int = 0,  # Interval of snapshots within an epoch in batches; 0: only at the end of epochs
+    part: int = 0,  # Index of this fit among the parts of the run, for its progress
+    parts: int = 1,  # Number of parts of the run
+    timeout: float = 600,  # Timeout of collective operations in seconds
+) -> Path:  # Weights file, for `load_checkpoint`
+    "Fit a recipe in several processes on this machine, from the beginning or from its snapshot."
     if processes < 1:
         raise InputError("parameter", "processes", "1 or more", str(processes))
     own = Path(folder).resolve() / "processes" / name

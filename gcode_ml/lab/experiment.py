@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 import gcode_ml
 from ..core.errors import InputError, require
 from ..core.files import read_json, sweep_temporary
+from ..core.renamed import current_parameters
 from .parameters import check_parameters, read_parameters
 from .runs import Run, find_run, new_run
 from .settings import settings, workspace_root
@@ -147,7 +148,10 @@ def carry_out(
             notebook,
             run.path("run.ipynb"),
             dict(
-                read_json(run.path("params.json"))["parameters"], run_dir=str(run.folder.resolve())
+                current_parameters(
+                    read_json(run.path("params.json"))["parameters"], run.domain, quiet=True
+                ),
+                run_dir=str(run.folder.resolve()),
             ),
         )
     finally:
@@ -180,7 +184,9 @@ def experiment_parameters(
         k: p for k, p in read_parameters(experiment_notebook(domain)).items() if k != "run_dir"
     }
     defaults = {k: v for k, v in settings()["defaults"].items() if k in known}
-    return _checked_together(domain, check_parameters(known, {**defaults, **values}))
+    return _checked_together(
+        domain, check_parameters(known, {**defaults, **current_parameters(values, domain)})
+    )
 
 # %% ../../nbs/lab/05_experiment.ipynb #e7ea8963
 def run_experiment(

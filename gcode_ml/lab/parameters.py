@@ -1,4 +1,4 @@
-"""The parameters of an experiment, read from its notebook and checked before anything starts.
+"""Read the parameters of an experiment from its notebook and check their values before the run starts.
 
 Docs: https://example.org/gcode_ml/lab/parameters.html.md"""
 
@@ -19,7 +19,7 @@ from ..core.options import Parameter, check_parameters, described
 
 # %% ../../nbs/lab/01_parameters.ipynb #a2b2a5bf
 def _parameter(name, default, help):
-    "A parameter from the source of its default and its comment."
+    "Parse a parameter from the source of its default value and its comment. Raises `InputError` if the default is no literal."
     try:
         value = ast.literal_eval(default)
     except ValueError:
@@ -28,9 +28,9 @@ def _parameter(name, default, help):
 
 # %% ../../nbs/lab/01_parameters.ipynb #a80c2704
 def shared_parameters(
-    notebook,  # Path of an experiment's notebook
+    notebook,  # Path of an experiment notebook
 ) -> dict:  # Name -> `Parameter`
-    "Parameters that a notebook has without a line of its own: the options of every fit where it collects them, the tracker where it opens a run."
+    "Parameters that a notebook has implicitly: the training options if it calls `training_values`, the tracker if it calls `open_run`."
     code = "\n".join(
         "".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "code"
     )
@@ -49,10 +49,10 @@ def shared_parameters(
 
 # %% ../../nbs/lab/01_parameters.ipynb #2d4a339c
 def read_parameters(
-    notebook,  # Path of an experiment's notebook
-    shared: bool = True,  # Also those without a line in its cell
+    notebook,  # Path of an experiment notebook
+    shared: bool = True,  # Include the implicit parameters (`shared_parameters`)
 ) -> dict:  # Name -> `Parameter`
-    "Parameters of a notebook, by papermill's own inspection."
+    "Read the parameters of a notebook with `papermill.inspect_notebook`. Raises `InputError` if the file or the tagged cell is missing."
     from papermill import inspect_notebook
 
     require(Path(notebook).is_file(), notebook, "file", "a notebook", "nothing there")
@@ -65,10 +65,10 @@ def read_parameters(
 
 # %% ../../nbs/lab/01_parameters.ipynb #dac547b2
 def given_values(
-    pairs=(),  # Texts `name=value`
-    config=None,  # YAML or JSON file of names and values; `pairs` win over it
-) -> dict:  # Name -> value or text
-    "Values from a file and from `-p name=value`."
+    pairs=(),  # Strings of the form `name=value`
+    config=None,  # YAML or JSON file of names and values; `pairs` take precedence
+) -> dict:  # Name -> value; values from `pairs` are strings
+    "Collect parameter values from a file and from `-p name=value`. Raises `InputError` if either cannot be read."
     values = {}
     if config:
         config = Path(config)

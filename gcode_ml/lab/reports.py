@@ -1,4 +1,4 @@
-"""Pages computed from runs: one run, several side by side.
+"""HTML reports of one run, and comparisons of several runs.
 
 Docs: https://example.org/gcode_ml/lab/reports.html.md"""
 
@@ -21,9 +21,9 @@ from .runs import Run, find_run
 
 # %% ../../nbs/lab/06_reports.ipynb #ba6cf789
 def finished_result(
-    run: Run,  # A run
-) -> dict:  # Its `result.json`
-    "Result of a finished run."
+    run: Run,  # Finished run
+) -> dict:  # Content of `result.json`
+    "Return the result of a finished run. Raises `InputError` if the run is not finished."
     require(
         run.status == "finished",
         run.folder,
@@ -37,15 +37,15 @@ def finished_result(
 # %% ../../nbs/lab/06_reports.ipynb #fd558d1f
 def result_table(
     result: dict,  # From `finished_result`
-) -> pd.DataFrame:  # The run's own table
-    "The table that a run ended with."
+) -> pd.DataFrame:  # Results of the run
+    "Return the result table of a run."
     return pd.DataFrame(result["table"])
 
 # %% ../../nbs/lab/06_reports.ipynb #0cc212cb
 def wide_table(
     table: pd.DataFrame,  # From `result_table`
-) -> pd.DataFrame:  # One column a split, where there are splits
-    "The splits of a result side by side; a table without splits stays as it is."
+) -> pd.DataFrame:  # One column per split
+    "Pivot the splits of a result into columns; a table without splits is returned unchanged."
     if not {"measure", "name", "split", "value"} <= set(table):
         return table
     wide = (
@@ -63,8 +63,8 @@ def wide_table(
 # %% ../../nbs/lab/06_reports.ipynb #4de723ea
 def compare_runs(
     runs: list,  # Runs of one domain
-) -> pd.DataFrame:  # One row a measure and split, one column a run
-    "Tables of several runs side by side."
+) -> pd.DataFrame:  # One row per measure, split and name; one column per run
+    "Join the result tables of several runs. Raises `InputError` if their columns do not match."
     tables = {f"{r.domain}/{r.name}": result_table(finished_result(r)) for r in runs}
     keys = [c for c in next(iter(tables.values())).columns if c in ("measure", "split", "name")]
     for name, t in tables.items():
@@ -81,9 +81,9 @@ def compare_runs(
 
 # %% ../../nbs/lab/06_reports.ipynb #e18ac4fb
 def changed_parameters(
-    runs: list,  # Runs
-) -> pd.DataFrame:  # One row a parameter that is not the same in all of them
-    "Parameters in which runs differ."
+    runs: list,  # Runs to compare
+) -> pd.DataFrame:  # One row per differing parameter, one column per run
+    "Return the parameters whose values differ between the runs."
     all = pd.DataFrame(
         {f"{r.domain}/{r.name}": read_json(r.path("params.json"))["parameters"] for r in runs}
     )
@@ -95,7 +95,7 @@ def html_page(
     page,  # HTML file to write
     title: str = "",  # Title of the page
 ) -> Path:  # `page`
-    "One HTML file, without input cells and without requests to other servers."
+    "Convert a notebook to one HTML file, without input cells and without requests to other servers."
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -121,12 +121,12 @@ def html_page(
 
 # %% ../../nbs/lab/06_reports.ipynb #d10a9b88
 def report(
-    names,  # One run or several
+    names,  # Name of a run, or a list of names
     kind: str = "report",  # `report` or `compare`
     runs=None,  # Folder of runs
-    output=None,  # HTML file; in the first run's folder by default
-) -> Path:  # The page
-    "Compute a page from runs."
+    output=None,  # HTML file; default: in the folder of the first run
+) -> Path:  # HTML file
+    "Compute a report from finished runs. Raises `InputError` if a run is not finished."
     from gcode_ml.lab.experiment import execute, experiment_notebook
 
     found = [find_run(n, runs) for n in listify(names)]
@@ -142,10 +142,10 @@ def report(
 # %% ../../nbs/lab/06_reports.ipynb #1cca0676
 def keep_outputs(
     run: Run,  # A finished run
-    notebook,  # The experiment's notebook
-    pictures=None,  # Folder for copies of the run's pictures, named `<domain>_<picture>`
-) -> int:  # Cells that have outputs now
-    "Put the outputs of a run into the page of its experiment."
+    notebook,  # Experiment notebook, changed in place
+    pictures=None,  # Folder for copies of the figures, named `<domain>_<figure>`
+) -> int:  # Number of cells with outputs
+    "Copy the outputs of a run into the notebook of its experiment."
     import nbformat
 
     finished_result(run)

@@ -218,7 +218,7 @@ def open_run(
 ) -> Run:  # The run, held by this process
     "What the first cell of an experiment calls; without a folder it works in a temporary one."
     run = Run(folder or Path(tempfile.mkdtemp()) / "scratch" / "run").hold()
-    run.tracker  # a tool that is not installed is found at once
+    _ = run.tracker  # a tool that is not installed is found at once
     return run
 
 # %% ../../nbs/lab/02_runs.ipynb #363d1a2d

@@ -1,4 +1,4 @@
-"""Where the data and the runs live, and what a run assumes unless told otherwise.
+"""Folders of the data and of the runs, and the default values of the workspace.
 
 Docs: https://example.org/gcode_ml/lab/settings.html.md"""
 
@@ -17,9 +17,9 @@ from ..core.errors import InputError, require
 
 # %% ../../nbs/lab/00_settings.ipynb #3c5bbc00
 def workspace_root(
-    start=None,  # Folder to start from; the current one by default
+    start=None,  # Folder in which the search starts; default: the current folder
 ) -> Path:  # The folder that holds `settings.ini`
-    "The workspace at or above `start`, else the one that the package was installed from."
+    "Find the workspace at or above `start`, else the one from which the package was installed. Raises `InputError` if there is none."
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents, Path(gcode_ml.__file__).resolve().parents[1]):
         if (folder / "settings.ini").is_file():
@@ -30,9 +30,9 @@ def workspace_root(
 
 # %% ../../nbs/lab/00_settings.ipynb #138bb092
 def settings(
-    start=None,  # Where to look for the workspace
+    start=None,  # Folder in which the search for the workspace starts
 ) -> ConfigParser:  # Sections `workspace` and `defaults`
-    "Read `settings.ini`."
+    "Read `settings.ini`. Raises `InputError` if a section is missing."
     parser = ConfigParser()
     file = workspace_root(start) / "settings.ini"
     parser.read(file, encoding="utf-8")
@@ -42,7 +42,7 @@ def settings(
 
 # %% ../../nbs/lab/00_settings.ipynb #c2b809d7
 def _folder(key, variable):
-    "A folder named by an environment variable or, relative to its own place, by `settings.ini`."
+    "Folder from an environment variable or from `settings.ini` (relative to that file); `None` if the variable is empty."
     if variable in os.environ:
         return Path(os.environ[variable]).expanduser() if os.environ[variable] else None
     root = workspace_root()
@@ -50,13 +50,13 @@ def _folder(key, variable):
 
 # %% ../../nbs/lab/00_settings.ipynb #89f83947
 def data_folder(
-    name: str,  # Data set, for instance `cnc_fingerprint`
-) -> Path | None:  # Its folder, or `None` where the data is absent
-    "Folder of a real data set."
+    name: str,  # Name of the data set, for example `cnc_fingerprint`
+) -> Path | None:  # Folder of the data set, or `None` if the data is not available
+    "Return the folder of a real data set."
     root = _folder("data", "GCODE_ML_DATA")
     return root / name if root is not None and (root / name).is_dir() else None
 
 # %% ../../nbs/lab/00_settings.ipynb #05d90006
 def runs_folder() -> Path:  # Folder of all runs
-    "Where run folders are made."
+    "Return the folder in which run folders are created."
     return _folder("runs", "GCODE_ML_RUNS") or workspace_root() / "runs"

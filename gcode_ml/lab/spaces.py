@@ -1,4 +1,4 @@
-"""The space of a sweep: which parameters vary, between what, and what is judged.
+"""Search space of a sweep: the varied parameters, their values or ranges, and the objective metric.
 
 Docs: https://example.org/gcode_ml/lab/spaces.html.md"""
 
@@ -20,18 +20,18 @@ from ..core.errors import InputError, check_choice, require
 # %% ../../nbs/lab/12_spaces.ipynb #be8aae72
 @dataclass
 class Dimension:
-    "What one parameter may be."
+    "Values or range of one parameter."
 
     name: str  # Name of the parameter
-    values: list = None  # A list of values; `None`: a range
-    low: float = None  # Smallest value of a range
-    high: float = None  # Largest value of a range
-    log: bool = False  # Drawn evenly in the logarithm
-    step: float = None  # Distance of the values of a range
-    whole: bool = False  # Whole numbers
+    values: list = None  # List of values; `None` for a range
+    low: float = None  # Lower bound of a range
+    high: float = None  # Upper bound of a range
+    log: bool = False  # Sample uniformly on a logarithmic scale
+    step: float = None  # Step between the values of a range
+    whole: bool = False  # Integer values only
 
 # %% ../../nbs/lab/12_spaces.ipynb #76df870e
-_ranges = {  # name of a distribution -> what is special about it
+_ranges = {  # distribution -> fields of `Dimension` that it sets
     "uniform": {},
     "q_uniform": {},
     "log_uniform_values": dict(log=True),
@@ -43,7 +43,7 @@ _keys = ("value", "values", "distribution", "min", "max", "q")
 
 
 def _bounds(file, name, entry, kind):
-    "The two ends of a range."
+    "Return the lower and the upper bound of a range. Raises `InputError` if they are not valid."
     for k in ("min", "max"):
         if not isinstance(entry.get(k), (int, float)) or isinstance(entry.get(k), bool):
             raise InputError(
@@ -65,10 +65,10 @@ def _bounds(file, name, entry, kind):
 # %% ../../nbs/lab/12_spaces.ipynb #2bc2c431
 def dimension(
     name: str,  # Name of the parameter
-    entry: dict,  # Its entry in a space file
-    file="space",  # For error messages
+    entry: dict,  # Entry of the parameter in a space file
+    file="space",  # File name for error messages
 ) -> Dimension:
-    "One parameter of a space."
+    "Parse one parameter of a space. Raises `InputError` if the entry is not valid."
     require(
         isinstance(entry, dict),
         file,
@@ -110,8 +110,8 @@ from fastcore.basics import patch
 
 # %% ../../nbs/lab/12_spaces.ipynb #ec894d64
 @patch
-def grid(self: Dimension) -> list:  # Values
-    "All values of a dimension, for a grid."
+def grid(self: Dimension) -> list:  # Values in order
+    "Return all values of a dimension, for grid search. Raises `InputError` for a range without a step."
     if self.values is not None:
         return self.values
     require(
@@ -129,9 +129,9 @@ def grid(self: Dimension) -> list:  # Values
 @patch
 def suggest(
     self: Dimension,
-    trial,  # A trial of Optuna
-):  # Its value
-    "Let Optuna choose."
+    trial,  # Optuna trial
+):  # Sampled value
+    "Sample a value with Optuna; a single value is returned as it is."
     if self.values is not None:
         return (
             trial.suggest_categorical(self.name, self.values)
@@ -150,27 +150,27 @@ def suggest(
 # %% ../../nbs/lab/12_spaces.ipynb #96ca364c
 METHODS = dict(
     grid="grid", random="random", tpe="tpe", bayes="tpe", gp="gp"
-)  # W&B's word for Bayesian search is bayes
+)  # W&B calls Bayesian search bayes
 
 
 @dataclass
 class Space:
-    "What a sweep varies and how it is judged."
+    "Search space and objective of a sweep."
 
     dimensions: dict  # Name -> `Dimension`
     metric: str = (
         "valid_loss"  # A column of `history.csv`, or a name under `validation` in `result.json`
     )
     goal: str = "minimize"  # `minimize` or `maximize`
-    method: str = "tpe"  # Value of `METHODS`
+    method: str = "tpe"  # A value of `METHODS`
     seeds: list = field(
         default_factory=list
-    )  # Seeds of each trial, whose mean is judged; empty: the experiment's own
-    trials: int = 0  # How many, unless the command says so
+    )  # Seeds of each trial; its objective is the mean over them; empty: the seed of the experiment
+    trials: int = 0  # Number of trials; the command line takes precedence
 
 # %% ../../nbs/lab/12_spaces.ipynb #1e8d41f2
 def _load(file):
-    "The mapping in a YAML file."
+    "Read a YAML file with a `parameters` mapping. Raises `InputError` otherwise."
     file = Path(file)
     require(file.is_file(), file, "file", "a YAML file of a sweep", "nothing there")
     try:
@@ -192,7 +192,7 @@ def _load(file):
 def read_space(
     file,  # YAML file
 ) -> Space:
-    "Read a space file; entries that only W&B needs (`program`, `project`, `command`, `run_cap`) are passed over."
+    "Read a space file. Entries that only W&B uses (`program`, `project`, `command`) are ignored; `run_cap` gives the number of trials if `trials` is missing. Raises `InputError` if the file is not valid."
     found = _load(file)
     for key in found:
         check_choice(
@@ -235,8 +235,8 @@ def read_space(
 
 # %% ../../nbs/lab/12_spaces.ipynb #9fcf2744
 @patch
-def points(self: Space) -> list:  # One dict of values a point
-    "All points of a grid, in order."
+def points(self: Space) -> list:  # One dict per point, parameter -> value
+    "Return all points of the grid, in order."
     return [
         dict(zip(self.dimensions, values))
         for values in itertools.product(*(d.grid() for d in self.dimensions.values()))
@@ -246,10 +246,10 @@ def points(self: Space) -> list:  # One dict of values a point
 @patch
 def check(
     self: Space,
-    parameters: dict,  # Of the experiment, name -> `Parameter`
-    file="space",  # For error messages
+    parameters: dict,  # Parameters of the experiment, name -> `Parameter`
+    file="space",  # File name for error messages
 ):
-    "Refuse names that the experiment does not have, and values that it would refuse."
+    "Check names and values against the parameters of an experiment. Raises `InputError` for an unknown name or an invalid value."
     from gcode_ml.core.options import check_value
 
     for name, d in self.dimensions.items():

@@ -27,7 +27,7 @@ def sweep_table(
 ):  # One row a trial that has ended: run, state, the metric, parameters, `seconds`, `final_loss`
     "Trials of a sweep, in the order of their numbers."
     rows = []
-    for t in sweep._settled(sweep.study().get_trials(deepcopy=False)):
+    for t in sweep.settled(sweep.study().get_trials(deepcopy=False)):
         number = t.user_attrs.get("run", t.number)
         rows.append(
             {

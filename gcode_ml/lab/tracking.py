@@ -1,4 +1,4 @@
-"""Tell TensorBoard, MLflow or Weights & Biases how a fit goes, in local files.
+"""Log the metrics of a fit to TensorBoard, MLflow or Weights & Biases, in local files.
 
 Docs: https://example.org/gcode_ml/lab/tracking.html.md"""
 
@@ -27,40 +27,40 @@ from ..training.callbacks import epoch_table, in_fit
 
 # %% ../../nbs/lab/09_tracking.ipynb #74c7e3e8
 class Tracker:
-    "Takes what a run has to tell, and keeps it to itself."
+    "No-op tracker; subclasses forward metrics to a backend."
 
     def __init__(
         self,
         run_folder=None,  # The run's folder, `runs/<domain>/<name>`
         parameters: dict = None,  # Parameters of the run
-        project: str = "gcode_ml",  # Name under which the tool gathers runs
+        project: str = "gcode_ml",  # Project name in the tool
     ):
         pass
 
     def scalars(self, values, step):
-        "Numbers, by name."
+        "Log numbers, by name."
 
     def histograms(self, values, step):
-        "Tensors or arrays of which the distribution matters, by name."
+        "Log the distributions of tensors or arrays, by name."
 
     def figures(self, values, step):
-        "Matplotlib figures, by name."
+        "Log Matplotlib figures, by name."
 
     def parameters(self, values):
-        "Parameters of the run, by name; the first ones count."
+        "Log the parameters of the run, by name; later calls are ignored."
 
     def close(self):
-        "The run has finished."
+        "Close the tracker at the end of the run."
 
 # %% ../../nbs/lab/09_tracking.ipynb #b949a0d5
 def _finite(values):
-    "The finite numbers of a tensor or an array, in one row."
+    "Flat array of the finite values of a tensor or an array."
     values = torch.as_tensor(values).detach().double().cpu().numpy().ravel()
     return values[np.isfinite(values)]
 
 # %% ../../nbs/lab/09_tracking.ipynb #11ded493
 class LocalTracker(Tracker):
-    "Hands each step once to a tool that writes local files."
+    "Tracker with local files that passes each step to its tool exactly once; subclasses implement `open` and `write_*`."
 
     def __init__(self, run_folder, parameters=None, project="gcode_ml"):
         self.folder = Path(run_folder).resolve() / "tracking"
@@ -94,10 +94,10 @@ class LocalTracker(Tracker):
 def once(
     self: LocalTracker,
     kind: str,  # `scalars`, `histograms`, `figures` or `parameters`
-    values: dict,  # What the tool takes, by name
-    step: int,  # Where the fit is
+    values: dict,  # Values, by name
+    step: int,  # Step: number of the epoch or batch
 ):
-    "Have the tool write values that it does not have from before an interruption."
+    "Write values unless their step was already written before an interruption."
     names = sorted(values)
     key = (
         f"{kind} {names[0] if kind == 'figures' else posixpath.dirname(names[0])}" if names else ""
@@ -110,7 +110,7 @@ def once(
 
 # %% ../../nbs/lab/09_tracking.ipynb #6f152ed8
 class TensorBoard(LocalTracker):
-    "Event files in `tracking/tensorboard` of the run folder."
+    "Write event files to `tracking/tensorboard` in the run folder."
 
     def open(self):
         from torch.utils.tensorboard import SummaryWriter
@@ -142,7 +142,7 @@ class TensorBoard(LocalTracker):
 
 # %% ../../nbs/lab/09_tracking.ipynb #7842b2a2
 class MLflow(LocalTracker):
-    "A run in the SQLite store `mlflow.db` of the folder of runs."
+    "Write to the SQLite store `mlflow.db` in the folder of runs."
 
     def open(self):
         os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
@@ -188,7 +188,7 @@ class MLflow(LocalTracker):
 # %% ../../nbs/lab/09_tracking.ipynb #b5e529ac
 @patch
 def _experiment(self: MLflow, runs):
-    "Id of the project's experiment; two runs that begin at the same moment may both want to make it."
+    "Id of the project's experiment; safe when two runs create it at the same time."
     from mlflow.exceptions import MlflowException
 
     try:
@@ -201,7 +201,7 @@ def _experiment(self: MLflow, runs):
 
 @patch
 def _metrics(self: MLflow, values, step):
-    "Numbers of one step, in batches that the store accepts."
+    "Log the metrics of one step, in batches of at most 500."
     import time
 
     from mlflow.entities import Metric
@@ -212,7 +212,7 @@ def _metrics(self: MLflow, values, step):
 
 # %% ../../nbs/lab/09_tracking.ipynb #4c55ffb8
 class WeightsAndBiases(LocalTracker):
-    "An offline run in `tracking/wandb` of the run folder, told from a journal."
+    "Write an offline run to `tracking/wandb` in the run folder, backed by a journal."
 
     def open(self):
         os.environ.update(WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
@@ -222,7 +222,7 @@ class WeightsAndBiases(LocalTracker):
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in (self.folder / "wandb").glob("offline-run-*"):
             shutil.rmtree(part)
-        alone = wandb.Settings(
+        offline_settings = wandb.Settings(
             console="off",
             silent=True,
             save_code=False,
@@ -239,7 +239,7 @@ class WeightsAndBiases(LocalTracker):
             dir=str(self.folder),
             mode="offline",
             reinit="finish_previous",
-            settings=alone,
+            settings=offline_settings,
         )
         self.make = dict(
             scalars=lambda v: v,
@@ -249,17 +249,17 @@ class WeightsAndBiases(LocalTracker):
         self._replay()
 
     def write_scalars(self, values, step):
-        self._tell("scalars", values, step)
+        self._append("scalars", values, step)
 
     def write_histograms(self, values, step):
-        self._tell(
+        self._append(
             "histograms",
             {k: [a.tolist() for a in np.histogram(v, bins=32)] for k, v in values.items()},
             step,
         )
 
     def write_parameters(self, values, step):
-        self._tell("parameters", values, step)
+        self._append("parameters", values, step)
 
     def close(self):
         import wandb
@@ -270,17 +270,17 @@ class WeightsAndBiases(LocalTracker):
 # %% ../../nbs/lab/09_tracking.ipynb #8caf1735
 @patch
 def write_figures(self: WeightsAndBiases, values, step):
-    "Keep the pictures beside the journal."
+    "Save the figures beside the journal, and log them."
     files = {k: f"figures/{k}_{step:04d}.png" for k in values}
     for k, file in files.items():
         with atomic_path(self.folder / file) as f:
             values[k].savefig(f, format="png")
-    self._tell("figures", files, step)
+    self._append("figures", files, step)
 
 # %% ../../nbs/lab/09_tracking.ipynb #7fd9310d
 @patch
 def _replay(self: WeightsAndBiases):
-    "Tell W&B everything from before an interruption; a last line that was cut short is dropped."
+    "Log everything from before an interruption again; a truncated last line is dropped."
     self.journal = self.folder / "wandb.jsonl"
     self.counters = set()
     kept = []
@@ -296,7 +296,8 @@ def _replay(self: WeightsAndBiases):
 
 
 @patch
-def _tell(self: WeightsAndBiases, kind, values, step):
+def _append(self: WeightsAndBiases, kind, values, step):
+    "Append a row to the journal, then log it."
     with open(self.journal, "a") as f:
         f.write(json.dumps([kind, values, step]) + "\n")
     self._log(kind, values, step)
@@ -304,7 +305,7 @@ def _tell(self: WeightsAndBiases, kind, values, step):
 
 @patch
 def _log(self: WeightsAndBiases, kind, values, step):
-    "One row, with a counter of its path."
+    "Log one row, with the step counter of its prefix."
     if kind == "parameters":
         return self.run.config.update(values)
     counter = posixpath.join(posixpath.dirname(min(values)), "step")
@@ -321,9 +322,9 @@ def tracker(
     name: str = "none",  # Key of `TRACKERS`
     run_folder=".",  # The run's folder, `runs/<domain>/<name>`
     parameters: dict = None,  # Parameters of the run
-    project: str = "gcode_ml",  # Name under which the tool gathers runs
-) -> Tracker:  # Takes scalars, histograms, figures
-    "The tracker of a run, new or continued."
+    project: str = "gcode_ml",  # Project name in the tool
+) -> Tracker:  # Open tracker
+    "Open the tracker of a new or resumed run; raises `InputError` when the name is unknown or the tool is not installed."
     check_choice("parameter", "tracking", name, TRACKERS)
     try:
         return TRACKERS[name](run_folder, parameters, project)
@@ -338,15 +339,15 @@ def tracker(
 
 # %% ../../nbs/lab/09_tracking.ipynb #6a4f50af
 class Tracking(Callback):
-    "Tell a tracker about each epoch, and about the gradients of some batches."
+    "Log each epoch to a tracker, and optionally gradient histograms."
 
     order = 57
 
     def __init__(
         self,
-        writer: Tracker,  # From `tracker`
-        gradients_every: int = 0,  # Batches between two histograms of the gradients; 0 for none
-        fit: str = "",  # Name of this fit, where a run has several
+        writer: Tracker,  # Open tracker, from `tracker`
+        gradients_every: int = 0,  # Interval of the gradient histograms in batches; 0: none
+        fit: str = "",  # Name of the fit, used as prefix, when a run has several
     ):
         self.writer = writer
         self.gradients_every = gradients_every

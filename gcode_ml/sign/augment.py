@@ -1,4 +1,4 @@
-"""Other signers, made of the ones that are there: handedness, proportions, camera, tempo, and points that the camera lost.
+"""Augmentation that varies the signer: handedness, proportions, camera, tempo and missing points.
 
 Docs: https://example.org/gcode_ml/sign/augment.html.md"""
 
@@ -20,25 +20,25 @@ from gcode_ml.signals.augment import (
     Noise,
     Occlusion,
     TimeMask,
-    _points,
-    _real_steps,
-    _uniform,
+    as_points,
+    real_steps,
     register_augmentation,
     resample,
+    uniform_per_item,
 )
 
 # %% ../../nbs/sign/10_augment.ipynb #671718ae
 @register_augmentation
 class PartAffine(Augmentation):
-    "Turn, scale and shift each part of the body about its root, by draws of its own."
+    "Rotate, scale and shift each body part about its root, with independent random parameters."
 
     def __init__(
         self,
-        parts=None,  # Name -> (root, points); none by default
-        rotation: float = 0.1,  # Largest angle, radians
-        scale: float = 0.1,  # Scales from `1-scale` to `1+scale`
-        shift: float = 0.05,  # Largest shift along each axis
-        p: float = 1.0,  # Share of the samples
+        parts=None,  # Dictionary of name -> (root, points); default: no parts
+        rotation: float = 0.1,  # Maximum angle in radians
+        scale: float = 0.1,  # Scale factors are sampled between `1-scale` and `1+scale`
+        shift: float = 0.05,  # Maximum shift along each axis
+        p: float = 1.0,  # Fraction of samples that are augmented
     ):
         self.parts = dict(parts or {})
         self.rotation = rotation
@@ -47,41 +47,39 @@ class PartAffine(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        points = _points(
+        points = as_points(
             "PartAffine", x, [i for root, g in self.parts.values() for i in [root, *g]]
         )
         out = points.clone()
         for root, g in self.parts.values():
-            angle = _uniform(x, -self.rotation, self.rotation)
-            scale = _uniform(x, 1 - self.scale, 1 + self.scale)
-            shift = _uniform(x, -self.shift, self.shift, 1, 1, 2)
+            angle = uniform_per_item(x, -self.rotation, self.rotation)
+            scale = uniform_per_item(x, 1 - self.scale, 1 + self.scale)
+            shift = uniform_per_item(x, -self.shift, self.shift, 1, 1, 2)
             cos = scale * angle.cos()
             sin = scale * angle.sin()
             matrix = torch.stack([cos, sin, -sin, cos], 1).view(-1, 1, 2, 2).to(x.dtype)
-            at = points[:, :, [root]].nan_to_num(
-                0.0
-            )  # a root that was not seen is taken to stand at the origin
+            at = points[:, :, [root]].nan_to_num(0.0)  # a missing root is assumed at the origin
             out[:, :, list(g)] = (points[:, :, list(g)] - at) @ matrix + at + shift.to(x.dtype)
         return out.reshape(x.shape)
 
 # %% ../../nbs/sign/10_augment.ipynb #853c3c8d
 @register_augmentation
 class FrameEdge(Augmentation):
-    "Press points that are below a drawn height against it, as the lower edge of a picture does; y points down."
+    "Clamp points below a random height, as at the lower edge of a picture; y points down."
 
     def __init__(
         self,
-        low: float = 1.1,  # Highest place of the edge, in units of the inputs below the origin
-        high: float = 2.0,  # Lowest place
-        p: float = 0.4,  # Share of the samples
+        low: float = 1.1,  # Highest position of the edge, in units of the inputs below the origin
+        high: float = 2.0,  # Lowest position of the edge
+        p: float = 0.4,  # Fraction of samples that are augmented
     ):
         self.low = low
         self.high = high
         self.p = p
 
     def change(self, x, mask):
-        points = _points("FrameEdge", x, [])
-        edge = _uniform(x, self.low, self.high, 1, 1).to(x.dtype)
+        points = as_points("FrameEdge", x, [])
+        edge = uniform_per_item(x, self.low, self.high, 1, 1).to(x.dtype)
         return torch.stack([points[..., 0], torch.minimum(points[..., 1], edge)], -1).reshape(
             x.shape
         )
@@ -89,20 +87,20 @@ class FrameEdge(Augmentation):
 # %% ../../nbs/sign/10_augment.ipynb #e9ae3d52
 @register_augmentation
 class SmoothTimeWarp(Augmentation):
-    "Read each sample at a speed that changes smoothly; both ends stay."
+    "Resample each sample at a smoothly varying speed; both ends stay fixed."
 
     def __init__(
         self,
         std: float = 0.3,  # Standard deviation of ln speed at a knot
         knots: int = 5,  # Number of knots, at least 2
-        p: float = 1.0,  # Share of the samples
+        p: float = 1.0,  # Fraction of samples that are augmented
     ):
         self.std = std
         self.knots = knots
         self.p = p
 
     def change(self, x, mask):
-        steps, length = _real_steps(mask)
+        steps, length = real_steps(mask)
         share = (steps / (length - 1).clamp_min(1)).clamp_max(1)
         at = share * (self.knots - 1)
         low = at.floor().clamp_max(self.knots - 2)
@@ -118,22 +116,22 @@ class SmoothTimeWarp(Augmentation):
 
 # %% ../../nbs/sign/10_augment.ipynb #fe6e2453
 def signer_style(
-    pairs=(),  # (left, right) numbers of points
-    groups=None,  # Name -> points that may be lost together: hands, face
-    parts=None,  # Name -> (root, points) for `PartAffine`
-    mirror: float = 0.5,  # Share of mirrored clips; 0 where handedness carries the sign
-    rotation: float = 0.2,
-    scale: float = 0.15,
-    shear: float = 0.1,
-    shift: float = 0.05,  # Camera and body, in radians and shoulder widths
-    proportions: float = 0.1,  # Other proportions, see `PartAffine`; 0: none
-    edge: float = 0.0,  # Share of the clips that a picture's lower edge cuts, see `FrameEdge`; in shoulder widths
-    tempo: float = 0.2,  # Standard deviation of ln gamma, and of the speed; 0: none
-    crop: float = 0.8,  # Shortest part of the clip that is read
-    drop: float = 0.1,  # Chance of a group, and of a run of a tenth of the frames, to be lost
-    jitter: float = 0.01,  # Noise of visible points, in shoulder widths
+    pairs=(),  # Pairs (left, right) of point numbers
+    groups=None,  # Dictionary of name -> points that are dropped together, such as hands or face
+    parts=None,  # Dictionary of name -> (root, points), for `PartAffine`
+    mirror: float = 0.5,  # Fraction of mirrored clips; 0 if handedness distinguishes signs
+    rotation: float = 0.2,  # Maximum rotation of the body, in radians
+    scale: float = 0.15,  # Maximum relative change of scale
+    shear: float = 0.1,  # Maximum shear
+    shift: float = 0.05,  # Maximum shift, in shoulder widths
+    proportions: float = 0.1,  # Maximum rotation and relative scaling of body parts, see `PartAffine`; 0: none
+    edge: float = 0.0,  # Fraction of clips cut at the lower picture edge, see `FrameEdge`; its heights are in shoulder widths
+    tempo: float = 0.2,  # Standard deviation of ln gamma of the time warp, see `CropResize`; 0: none
+    crop: float = 0.8,  # Minimum fraction of the clip that is kept
+    drop: float = 0.1,  # Probability that a group, or a run of a tenth of the frames, is dropped
+    jitter: float = 0.01,  # Standard deviation of the noise on visible points, in shoulder widths
 ) -> list:  # Augmentations for `signals.augment.Augment(…, key='channels')`
-    "Augmentations that make other signers, in their order."
+    "Augmentations that vary the signer, in the order of application."
     made = (
         [Mirror(pairs, p=mirror)] if mirror and len(pairs) else [Mirror(p=mirror)] if mirror else []
     )

@@ -1,4 +1,4 @@
-"""The table of epochs in its agreed columns, weights under the model's name, and the names of the clips when a loss is not a number.
+"""CSV log of the epochs, checkpoints of the last and best weights, and an error with clip names for a non-finite loss.
 
 Docs: https://example.org/gcode_ml/sign/callbacks.html.md"""
 
@@ -36,7 +36,7 @@ COLUMNS = [
 
 
 def _gpu_memory():
-    "MB allocated and reserved; 0 without a GPU."
+    "Return allocated and reserved GPU memory in MB; 0 without a GPU."
     return (
         (torch.cuda.memory_allocated() / 1e6, torch.cuda.memory_reserved() / 1e6)
         if torch.cuda.is_available()
@@ -45,13 +45,13 @@ def _gpu_memory():
 
 # %% ../../nbs/sign/30_callbacks.ipynb #ab08ced2
 class SignLog(Callback):
-    "One row an epoch, numbered from 1; a resumed fit goes on without gap or repetition."
+    "Write one CSV row per epoch, numbered from 1; a resumed fit continues the numbering without gaps or repetitions."
 
     order = 57
 
     def __init__(
         self,
-        path,  # CSV file
+        path,  # Path of the CSV file
     ):
         self.file = Path(path)
         self.rows = []
@@ -95,13 +95,13 @@ class SignLog(Callback):
 
 # %% ../../nbs/sign/30_callbacks.ipynb #f364c4fd
 class ModelCheckpoints(Callback):
-    "Keep the last weights and the best."
+    "Save the weights of the last and of the best epoch."
 
     order = 66
 
     def __init__(
         self,
-        folder,  # Receives `<Model>_last` and `<Model>_best`, `.safetensors` and `.json`
+        folder,  # Output folder of `<Model>_last` and `<Model>_best`, as `.safetensors` and `.json`
     ):
         self.folder = Path(folder)
         self.best = []
@@ -129,7 +129,7 @@ class ModelCheckpoints(Callback):
 
 # %% ../../nbs/sign/30_callbacks.ipynb #263c5db5
 class NamedSubset(Subset):
-    "Some clips, and the names of those in the last batch."
+    "A subset of the clips; the attribute `gathered` stores the indices of the clips in the last batch."
 
     gathered = ()
 
@@ -139,7 +139,7 @@ class NamedSubset(Subset):
 
 # %% ../../nbs/sign/30_callbacks.ipynb #33b4da0d
 class FiniteBatch(Callback):
-    "Stop with the names of the clips as soon as the training loss is NaN or infinite."
+    "Raise FloatingPointError with the names of the clips if the training loss is NaN or infinite."
 
     order = -6
 

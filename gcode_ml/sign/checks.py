@@ -1,4 +1,4 @@
-"""What is wrong with a folder of clips, before anything is trained on it.
+"""Validate a folder of clips before training.
 
 Docs: https://example.org/gcode_ml/sign/checks.html.md"""
 
@@ -64,13 +64,13 @@ CHECKS = dict(
 # %% ../../nbs/sign/07_checks.ipynb #c39219cf
 @dataclass(frozen=True)
 class Remark:
-    "One thing that was noticed."
+    "One finding of a check."
 
     check: str  # Key of `CHECKS`
-    fault: bool  # Does it stop a fit?
-    kind: str  # What it is, for counting those of a kind
-    file: str  # Where
-    found: str  # What is there
+    fault: bool  # True: a fault, which prevents training; False: a warning
+    kind: str  # Kind of the finding, by which warnings are grouped
+    file: str  # File
+    found: str  # Value found
 
 # %% ../../nbs/sign/07_checks.ipynb #b7ff3f51
 def _fault(check, error):
@@ -91,7 +91,7 @@ _fields = dict(mask="mask", timestamps_ms="times", meta="meta")
 
 # %% ../../nbs/sign/07_checks.ipynb #a9494ad4
 def _check_of(error):
-    "Which check an error of the reader belongs to."
+    "Return the key of `CHECKS` for an error of the reader."
     name = error.field.removeprefix("array ").split()[0]
     if "finite" in error.expected:
         return "features" if name == "X2048" else "values"
@@ -275,7 +275,7 @@ _clip_checks = _length, _values, _mask_agrees, _times, _meta_agrees, _presence, 
 
 # %% ../../nbs/sign/07_checks.ipynb #2374e5e1
 def _summary(file, content, clip, read):
-    "What is remembered of a clip."
+    "Return the summary of a clip as a dictionary."
     s = SKELETONS[clip_layout(clip)]
     points, state = fill_gaps(
         to_pixels(clip.points, clip.width, clip.height), clip.seen, clip.timestamps_ms
@@ -302,24 +302,24 @@ def _summary(file, content, clip, read):
 
 # %% ../../nbs/sign/07_checks.ipynb #0b2fc719
 def _longest_gap(seen):
-    "Longest run of frames in which a point is missing that is seen before and after."
+    "Return the length of the longest run of frames in which a point is missing between two frames in which it is seen."
     t, k = np.nonzero(seen.T)[::-1]
     return int(np.max(np.diff(t)[np.diff(k) == 0] - 1, initial=0))
 
 # %% ../../nbs/sign/07_checks.ipynb #490e8e41
 def check_clip_file(
-    file,  # `.npz` file
-    hands: bool = False,  # Is it the layout of separate hands?
-    kp_key: str = "X",  # Array of the points
-    feature_key: str = "X2048",  # Array of the features
-    require_x2048: bool = False,  # Must the features be there?
-) -> tuple:  # List of `Remark`s, and a summary for the checks of the set or `None`
-    "Check one file."
+    file,  # Path of an `.npz` file
+    hands: bool = False,  # Whether the file has the layout with separate hands
+    kp_key: str = "X",  # Name of the array of points
+    feature_key: str = "X2048",  # Name of the array of features
+    require_x2048: bool = False,  # Whether features are required
+) -> tuple:  # List of `Remark`s, and a summary for the checks of the set, or None if the file cannot be read or no point is seen
+    "Check one file; errors of the reader become faults."
     file = Path(file)
     try:
         content = file.read_bytes() if file.is_file() else None
         arrays = read_npz(file, content=content)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             both = feature_key in arrays or require_x2048
             clip = (
@@ -333,7 +333,7 @@ def check_clip_file(
         return [_fault(_check_of(e), e)], None
     remarks = [
         _warn("file", "arrays that had to be converted", file, str(w.message).split(": ")[-1])
-        for w in said
+        for w in caught
     ]
     remarks += [
         r
@@ -344,7 +344,7 @@ def check_clip_file(
 
 # %% ../../nbs/sign/07_checks.ipynb #6e221672
 def _label_remarks(path, table, names):
-    "Warnings about a table of labels without faults."
+    "Yield remarks on the classes and signers of a table of labels."
     counts = table[table.gloss >= 0].gloss.value_counts()
     gaps = (
         sorted(set(range(int(counts.index.max()) + 1)) - set(counts.index)) if len(counts) else []
@@ -373,7 +373,7 @@ def _label_remarks(path, table, names):
 
 # %% ../../nbs/sign/07_checks.ipynb #4c9d955f
 def _spelling_remarks(path):
-    "What spreadsheets and Windows do to a table; it is understood all the same."
+    "Yield warnings for a byte-order mark and for backslashes in paths; both are accepted by the reader."
     if Path(path).read_bytes().startswith(b"\xef\xbb\xbf"):
         yield _warn(
             "labels",
@@ -393,7 +393,7 @@ def _spelling_remarks(path):
 
 # %% ../../nbs/sign/07_checks.ipynb #bef9de8b
 def _name_remarks(path, table, names):
-    "Does `glosses.csv` know the glosses and say the same of their categories?"
+    "Compare the glosses and categories of `glosses.csv` with the labels."
     cat = {
         int(g): int(c)
         for g, c in zip(names.gloss, names.cat)
@@ -420,7 +420,7 @@ def _name_remarks(path, table, names):
 
 # %% ../../nbs/sign/07_checks.ipynb #22df32c8
 def _row_remarks(path, table, folder):
-    "Rows without a file, and files without a row."
+    "Yield a fault per row without a file, and a warning per file without a row."
     there = {f.relative_to(folder).as_posix().removesuffix(".npz") for f in folder.rglob("*.npz")}
     for i in np.flatnonzero(~table.file.isin(there)):
         yield Remark(
@@ -435,7 +435,7 @@ def _row_remarks(path, table, folder):
 
 # %% ../../nbs/sign/07_checks.ipynb #f395462f
 def _signer_remarks(path, set_):
-    "Who signs, with which hand, how fast."
+    "Yield warnings about missing signers, and dominant hand, idle fraction and speed per signer."
     if (set_.signer == "").any():
         yield _warn(
             "signers",
@@ -459,7 +459,7 @@ def _signer_remarks(path, set_):
 
 # %% ../../nbs/sign/07_checks.ipynb #6cf0664e
 def _set_presence(path, set_):
-    "Parts of the body over the whole set."
+    "Yield warnings about body parts that are missing in some or all clips, and the longest gap."
     for c in [c for c in set_ if c.startswith("sees_")]:
         part = c.removeprefix("sees_").replace("_", " ")
         n = int((~set_[c]).sum())
@@ -483,7 +483,7 @@ def _set_presence(path, set_):
 
 # %% ../../nbs/sign/07_checks.ipynb #32ae2fde
 def _near_pairs(paths, distance):
-    "Pairs of rows closer than `distance`, root mean square, and not further than their nearest multiple."
+    "Return pairs of rows with a root mean square difference of at most `distance`."
     near = (
         NearestNeighbors(radius=distance * paths.shape[1] ** 0.5, algorithm="brute")
         .fit(paths)
@@ -493,8 +493,8 @@ def _near_pairs(paths, distance):
 
 # %% ../../nbs/sign/07_checks.ipynb #196c055d
 def _duplicate_remarks(path, set_, split, distance=1e-2):
-    "Copies: with another label, on two sides of the split, or merely there."
-    group = "recording" if split == "random" else "signer"
+    "Yield faults for copies with different labels or groups of the split, and warnings for other copies."
+    group = "recording" if split == "leaky" else "signer"
     pairs = {}
     first = set_.groupby("digest").cumcount()
     heads = set_.drop_duplicates("digest").set_index("digest")["name"]
@@ -529,7 +529,7 @@ def _duplicate_remarks(path, set_, split, distance=1e-2):
 
 # %% ../../nbs/sign/07_checks.ipynb #e4e92e5c
 def _twin_remarks(path, set_):
-    "Names that differ by `cropped` only and have recordings of their own."
+    "Yield warnings for clips with different recordings whose names differ only by `cropped`."
     plain = set_.name.str.replace(r"[_-]?cropped", "", case=False, regex=True)
     for _name, twins in set_.groupby(plain):
         if len(twins) > 1 and twins.recording.nunique() > 1:
@@ -542,7 +542,7 @@ def _twin_remarks(path, set_):
 
 # %% ../../nbs/sign/07_checks.ipynb #a5514b49
 class Faults(list):
-    "Sentences of faults; beside them the warnings, the number of files, and the table of all clips."
+    "List of the messages of faults; attributes hold the warnings, the number of files and the table of clips."
 
     warnings = ()
     files = 0
@@ -556,7 +556,7 @@ class Faults(list):
 
 # %% ../../nbs/sign/07_checks.ipynb #baca29a1
 def _table(path, num_gloss, num_cat):
-    "Labels with what is wrong with them; the layout of separate hands has a table of its own."
+    "Return file, table and remarks of the labels, and the folder of the clips; the layout with separate hands has its own table."
     if (path / "master_metadata.csv").is_file():
         table, names = nsl49_table(path)
         file = path / "master_metadata.csv"
@@ -589,7 +589,7 @@ def _table(path, num_gloss, num_cat):
 
 # %% ../../nbs/sign/07_checks.ipynb #83f92f03
 def _told(remarks):
-    "Sentences of the faults, and of the warnings by kind."
+    "Return the messages of the faults, and those of the warnings grouped by kind."
     faults = [f"[{r.check}] {r.file}: {r.kind}, found {r.found}." for r in remarks if r.fault]
     kinds = defaultdict(list)
     for r in remarks:
@@ -606,17 +606,17 @@ def _told(remarks):
 # %% ../../nbs/sign/07_checks.ipynb #9597c709
 def check(
     path,  # Folder of clips, or one `.npz` file
-    progress=None,  # For instance `tqdm`
-    require_x2048: bool = False,  # Must every clip have features?
-    kp_key: str = "X",  # Array of the points
-    feature_key: str = "X2048",  # Array of the features
-    split: str = "signer",  # Whose sides no copy may cross: `signer` or `random`
+    progress=None,  # Wrapper of the loop over the rows, such as `tqdm`
+    require_x2048: bool = False,  # Whether every clip must have features
+    kp_key: str = "X",  # Name of the array of points
+    feature_key: str = "X2048",  # Name of the array of features
+    split: str = "signer",  # Split whose groups copies must not cross: `signer` or `leaky`
     num_gloss="auto",  # Number of glosses, or `auto`
     num_cat="auto",  # Number of categories, or `auto`
-) -> Faults:  # One sentence a fault; empty when all is well
-    "Check everything in `CHECKS`; warnings are warned about."
+) -> Faults:  # One message per fault; empty if there are none
+    "Run all checks in `CHECKS`; each warning is also issued with `warnings.warn`."
     path = Path(path)
-    check_choice("parameters", "split", split, ("signer", "random"))
+    check_choice("parameters", "split", split, ("signer", "leaky"))
     keys = dict(kp_key=kp_key, feature_key=feature_key, require_x2048=require_x2048)
     if path.is_file():
         return _result(check_clip_file(path, **keys)[0], 1, None)

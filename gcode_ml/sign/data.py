@@ -1,4 +1,4 @@
-"""Clips of signs: points of body, hands and face frame by frame, what was seen of them, and who signed what.
+"""Clips of isolated signs: keypoints of body, hands and face per frame, visibility, labels and signers.
 
 Docs: https://example.org/gcode_ml/sign/data.html.md"""
 
@@ -34,19 +34,17 @@ from ..data.windows import RowTable, Windows
 # %% ../../nbs/sign/00_data.ipynb #3f19478d
 @dataclass(frozen=True)
 class Skeleton:
-    "The points of a layout."
+    "Names, pairs and blocks of the points of a layout."
 
     name: str  # Key in `SKELETONS`
-    names: tuple  # One name a point, `[K]`
+    names: tuple  # Name of each point, `[K]`
     pairs: tuple = ()  # (left, right) points that a mirror exchanges
-    blocks: dict = field(
-        default_factory=dict
-    )  # Part of the body -> (first point, point after the last)
+    blocks: dict = field(default_factory=dict)  # Body part -> (first point, point after the last)
     shoulders: tuple = ()  # Left and right
     hips: tuple = ()  # Left and right
     nose: tuple = ()  # One point
-    wrists: tuple = ()  # Left and right, of the body where it is there
-    hands: tuple = ()  # Blocks of the left and the right hand
+    wrists: tuple = ()  # Left and right; those of the pose where the layout has one
+    hands: tuple = ()  # Names of the blocks of the left and right hand
 
     def __len__(self):
         return len(self.names)
@@ -83,7 +81,7 @@ HAND = (
     "wrist",
     *(f"{f}_{j}" for f in ("thumb", "index", "middle", "ring", "pinky") for j in (1, 2, 3, 4)),
 )
-FACE = (1, 33, 263, 133, 362, 61, 291, 105, 334, 199, 4)  # numbers in the face mesh
+FACE = (1, 33, 263, 133, 362, 61, 291, 105, 334, 199, 4)  # indices in the face mesh
 _hands = tuple(f"{side}_{n}" for side in ("left_hand", "right_hand") for n in HAND)
 
 # %% ../../nbs/sign/00_data.ipynb #d5a85c4c
@@ -121,29 +119,25 @@ SKELETONS = {s.name: s for s in (SKELETON78, HANDS42)}
 # %% ../../nbs/sign/00_data.ipynb #0a9e5380
 @dataclass
 class Clip:
-    "One sign: points, or plain channels, or features of a network, frame by frame."
+    "One isolated sign: keypoints, other channels, or CNN features, per frame."
 
-    name: str  # File without its suffix
-    points: np.ndarray | None = field(
-        default=None, repr=False
-    )  # As stored, `[T,K,2]`; the picture is 1 wide and 1 high
-    seen: np.ndarray | None = field(
-        default=None, repr=False
-    )  # Which points were found, `[T,K]` bool
+    name: str  # File name without its suffix
+    # Coordinates as stored, `[T,K,2]`, as fractions of picture width and height
+    points: np.ndarray | None = field(default=None, repr=False)
+    # Visibility of each point, `[T,K]` bool
+    seen: np.ndarray | None = field(default=None, repr=False)
     timestamps_ms: np.ndarray | None = field(default=None, repr=False)  # Milliseconds, `[T]`
-    gloss: int = -1  # Class; -1 is none, adapters may give a name
-    category: int = -1  # Group of glosses
-    signer: str = ""  # Who signs
+    gloss: int = -1  # Class; -1 for none; an adapter may give a name
+    category: int = -1  # Class of the gloss; -1 for none
+    signer: str = ""  # Identifier of the signer
     recording: str = ""  # Clips of one recording stay on one side of a split
-    width: float = 0.0  # Of the picture in pixels; 0 is unknown
-    height: float = 0.0  # Of the picture in pixels
-    channels: np.ndarray | None = field(
-        default=None, repr=False
-    )  # Numbers that are no points, `[T,C]`
-    features: np.ndarray | None = field(
-        default=None, repr=False
-    )  # What a network has computed from each frame, `[T,F]`
-    file: str = ""  # For messages
+    width: float = 0.0  # Picture width in pixels; 0: unknown
+    height: float = 0.0  # Picture height in pixels; 0: unknown
+    # Channels that are not points, `[T,C]`
+    channels: np.ndarray | None = field(default=None, repr=False)
+    # CNN features of the frames, `[T,F]`
+    features: np.ndarray | None = field(default=None, repr=False)
+    file: str = ""  # Path for error messages
 
     def __len__(self):
         return len(next(x for x in (self.points, self.channels, self.features) if x is not None))
@@ -152,13 +146,12 @@ class Clip:
 def clip_layout(
     clip: Clip,  # A clip
 ) -> str:  # Key of `SKELETONS`, `channels`, or `features`
-    "What a clip consists of."
+    "Layout of a clip; '<K> points' for a number of points without a skeleton."
     if clip.points is None:
         return "channels" if clip.channels is not None else "features"
-    return next(
-        (s.name for s in SKELETONS.values() if len(s) == clip.points.shape[1]),
-        f"{clip.points.shape[1]} points",
-    )
+    count = clip.points.shape[1]
+    known = (s.name for s in SKELETONS.values() if len(s) == count)
+    return next(known, f"{count} points")
 
 # %% ../../nbs/sign/00_data.ipynb #b9f1bac3
 _largest = 2**30  # bytes of one array
@@ -169,21 +162,19 @@ def _npy_header(first):
     "Shape, order and type from the first bytes of a `.npy`."
     f = io.BytesIO(first)
     version = np.lib.format.read_magic(f)
-    return (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )(f)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(f)
+    return np.lib.format.read_array_header_2_0(f)
 
 # %% ../../nbs/sign/00_data.ipynb #2961fc1f
 def _npy_array(f, size, path, key):
-    "One array of an archive, `size` bytes with its header."
+    "One array of an archive, `size` bytes including its header."
     start = f.read(12)
-    wide = start[6:7] != b"\1"
-    n = int.from_bytes(start[8 : 12 if wide else 10], "little") + (12 if wide else 10)
-    if not start.startswith(b"\x93NUMPY") or n > 10_000:
+    prefix = 10 if start[6:7] == b"\1" else 12  # bytes before the header, by format version
+    header = int.from_bytes(start[8:prefix], "little") + prefix
+    if not start.startswith(b"\x93NUMPY") or header > 10_000:
         raise ValueError("no header of an array")
-    shape, fortran, dtype = _npy_header(start + f.read(n - 12))
+    shape, fortran, dtype = _npy_header(start + f.read(header - 12))
     require(
         not dtype.hasobject,
         path,
@@ -192,22 +183,25 @@ def _npy_array(f, size, path, key):
         "Python objects (a pickle), which are never loaded",
     )
     count = int(np.prod(shape, dtype=object)) if shape else 1
-    if count * dtype.itemsize != size - n or size > _largest:
+    if count * dtype.itemsize != size - header or size > _largest:
         raise InputError(
             path,
             f"array {key}",
             f"as many bytes as its shape {list(shape)} needs, and at most {_largest >> 20} MB",
-            f"{size - n} bytes",
+            f"{size - header} bytes",
         )
     return np.frombuffer(f.read(), dtype, count).reshape(shape, order="F" if fortran else "C")
 
 # %% ../../nbs/sign/00_data.ipynb #f91df270
 def read_npz(
     path,  # `.npz` file
-    keys=None,  # Arrays to read where they are there; all by default
-    content: bytes = None,  # Of the file, where it has been read already
-) -> dict:  # Name -> array, not to be written to
-    "Arrays of an `.npz`, each compared with its header before it is read."
+    keys=None,  # Names of the arrays to read, if present; all by default
+    content: bytes = None,  # Content of the file, if it was read before
+) -> dict:  # Name -> read-only array
+    """Read an `.npz` file without unpickling; headers are validated first.
+
+    Raises InputError for a missing or damaged file, object arrays, and arrays over 1 GB.
+    """
     path = Path(path)
     if content is None and not path.is_file():
         raise InputError(path, "file", "an .npz file", "nothing there")
@@ -243,7 +237,7 @@ def read_npz(
 
 # %% ../../nbs/sign/00_data.ipynb #56e83b08
 def _matrix(path, arrays, key, width):
-    "Array `key` as float32 `[T,width]`; any width where `width` is 0."
+    "Array `key` as float32 `[T,width]`; any width if `width` is 0."
     if key not in arrays:
         raise InputError(
             path,
@@ -264,7 +258,7 @@ def _matrix(path, arrays, key, width):
 
 # %% ../../nbs/sign/00_data.ipynb #ab43d259
 def _mask(path, arrays, points):
-    "Which points were seen: what the mask says, without those at exactly (0,0)."
+    "Visibility `[T,K]`: the mask without points at exactly (0,0)."
     there = (points[..., 0] != 0) | (points[..., 1] != 0)
     if "mask" not in arrays:
         return there
@@ -278,7 +272,7 @@ def _mask(path, arrays, points):
 
 # %% ../../nbs/sign/00_data.ipynb #140e1f52
 def _meta(path, arrays):
-    "The JSON text `meta` as a dict."
+    "The JSON text `meta` as a dict; empty without one."
     if "meta" not in arrays:
         return {}
     text = arrays["meta"]
@@ -307,9 +301,9 @@ def _json_object(path, text):
     return value
 
 # %% ../../nbs/sign/00_data.ipynb #641f67de
-def _number(path, meta, key, otherwise):
-    "A positive number of `meta`."
-    value = meta.get(key, otherwise)
+def _number(path, meta, key, default):
+    "A non-negative number of `meta`."
+    value = meta.get(key, default)
     require(
         not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < 1e6,
         path,
@@ -321,11 +315,10 @@ def _number(path, meta, key, otherwise):
 
 # %% ../../nbs/sign/00_data.ipynb #ca891788
 def _timestamps(path, arrays, n, meta):
-    "Milliseconds of the frames; a constant rate where the file has none."
+    "Timestamps of the frames in milliseconds; without an array from `target_fps`, or 30 per second."
     if "timestamps_ms" not in arrays:
-        return np.round(np.arange(n) * 1000 / (_number(path, meta, "target_fps", 30) or 30)).astype(
-            "int64"
-        )
+        rate = _number(path, meta, "target_fps", 30) or 30
+        return np.round(np.arange(n) * 1000 / rate).astype("int64")
     t = arrays["timestamps_ms"]
     require(
         t.shape == (n,) and t.dtype.kind in "iu",
@@ -349,16 +342,19 @@ def _timestamps(path, arrays, n, meta):
 
 # %% ../../nbs/sign/00_data.ipynb #19f523ca
 def _features(path, arrays, key):
-    "The features; `X` where they have no array of their own."
+    "CNN features from array `key`, or from `X` if that is absent and `X` is 2048 wide."
     if key not in arrays and arrays.get("X", np.empty(0)).shape[1:] == (2048,):
         key = "X"
     return check_finite(path, f"array {key}", _matrix(path, arrays, key, 0), "frame")
 
 # %% ../../nbs/sign/00_data.ipynb #e9dc919f
 def _finite_points(path, key, points, seen):
-    "Raise for a point that was seen and is not finite."
+    "Raise InputError for a visible point with non-finite coordinates."
     bad = ~np.isfinite(points)
-    if not bad.any() or not (bad := bad & seen[..., None]).any():
+    if not bad.any():
+        return
+    bad = bad & seen[..., None]
+    if not bad.any():
         return
     t, k, axis = np.argwhere(bad)[0]
     raise InputError(
@@ -370,13 +366,13 @@ def _finite_points(path, key, points, seen):
 
 # %% ../../nbs/sign/00_data.ipynb #6089520b
 def clip_from_arrays(
-    path,  # Where they come from, for the name and for messages
-    arrays: dict,  # What `read_npz` gave
+    path,  # Path of the file, for the name and error messages
+    arrays: dict,  # From `read_npz`
     kp_key: str = "X",  # Array of the points
-    feature_key: str = "X2048",  # Array of the features; `X` where it is not there and `X` is 2048 wide
+    feature_key: str = "X2048",  # Array of the features; if absent, `X` if that is 2048 wide
     read: str = "points",  # `points`, `features` or `both`
 ) -> Clip:  # Without labels
-    "Check the arrays of a file and make a clip of them."
+    "Create a clip from the arrays of a file. Raises InputError for invalid arrays."
     meta = _meta(path, arrays)
     points = None
     seen = None
@@ -408,7 +404,7 @@ def read_clip(
     feature_key: str = "X2048",  # Array of the features
     read: str = "points",  # `points`, `features` or `both`
 ) -> Clip:  # Without labels
-    "Read one clip, or say in one sentence what is wrong with it."
+    "Read one clip. Raises InputError for an invalid file."
     check_choice("parameters", "read", read, ("points", "features", "both"))
     keys = (
         {"X", "mask", "timestamps_ms", "meta"}
@@ -420,9 +416,12 @@ def read_clip(
 # %% ../../nbs/sign/00_data.ipynb #f6bf4e88
 def read_table(
     path,  # CSV file
-    columns=(),  # Columns that must be there
+    columns=(),  # Required columns
 ) -> pd.DataFrame:  # Every column as text
-    "A CSV file as it is written: a byte-order mark is no part of it, and `NA` is a text."
+    """Read a CSV file as text: a byte-order mark is skipped, and `NA` is not a missing value.
+
+    Raises InputError for a missing file, text that is not UTF-8, or a missing column.
+    """
     require(Path(path).is_file(), path, "file", "a table of labels", "nothing there")
     try:
         table = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, dtype=str)
@@ -436,7 +435,7 @@ def read_table(
 
 # %% ../../nbs/sign/00_data.ipynb #459214ae
 def _class_faults(path, table, column, count):
-    "Rows whose class is no whole number from 0 to `count`-1."
+    "InputErrors for rows whose class is not an integer from 0 to `count`-1; no upper limit for `None`."
     for row, text in zip(table.index + 2, table[column]):
         if not re.fullmatch(r"\d+", text.strip()) or (count is not None and int(text) >= count):
             yield InputError(
@@ -448,15 +447,11 @@ def _class_faults(path, table, column, count):
 
 # %% ../../nbs/sign/00_data.ipynb #f49c9fbc
 def _file_faults(path, files):
-    "Names that leave the folder, are empty, or occur twice."
+    "InputErrors for file names that are empty, duplicate or outside the folder."
     first = {}
     for row, name in enumerate(files, 2):
-        if (
-            not name
-            or name.startswith("/")
-            or re.match("[A-Za-z]:", name)
-            or ".." in name.split("/")
-        ):
+        is_absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
+        if not name or is_absolute or ".." in name.split("/"):
             yield InputError(
                 path, f"row {row}, column file", "a name inside the folder", repr(name)
             )
@@ -472,51 +467,46 @@ def _file_faults(path, files):
 # %% ../../nbs/sign/00_data.ipynb #532465f0
 def check_labels(
     path,  # `labels.csv`
-    num_gloss="auto",  # Number of glosses, or `auto`: any
-    num_cat="auto",  # Number of categories, or `auto`: any
-) -> tuple:  # Table with integers `gloss` and `cat` (-1 where faulty) and texts `signer` and `recording`, and the faults
-    "Read the labels and collect everything that is wrong with them."
+    num_gloss="auto",  # Number of glosses, or `auto` for any
+    num_cat="auto",  # Number of categories, or `auto` for any
+) -> tuple:  # Table with integers `gloss` and `cat` (-1 where invalid) and texts `signer` and `recording`; list of `InputError`s
+    "Read the labels and collect all errors."
     table = read_table(path, ("file", "gloss", "cat"))
     table["file"] = table.file.str.replace("\\", "/").str.strip().str.removesuffix(".npz")
     counts = dict(
         gloss=None if num_gloss == "auto" else int(num_gloss),
         cat=None if num_cat == "auto" else int(num_cat),
     )
-    faults = [
-        *_file_faults(path, table.file),
-        *(f for c, n in counts.items() for f in _class_faults(path, table, c, n)),
-    ]
+    faults = list(_file_faults(path, table.file))
+    for column, count in counts.items():
+        faults += _class_faults(path, table, column, count)
     if not len(table):
         faults.append(InputError(path, "rows", "at least one", "0"))
-    for c in counts:
-        table[c] = pd.to_numeric(
-            table[c].str.strip().where(table[c].str.strip().str.fullmatch(r"\d{1,9}"), "-1")
-        ).astype(int)
+    for column in counts:
+        text = table[column].str.strip()
+        table[column] = pd.to_numeric(text.where(text.str.fullmatch(r"\d{1,9}"), "-1")).astype(int)
     if "signer" not in table:
         table["signer"] = ""
-    table["recording"] = (
-        table["recording"].where(table["recording"] != "", table.file)
-        if "recording" in table
-        else table.file
-    )
+    if "recording" in table:
+        table["recording"] = table["recording"].where(table["recording"] != "", table.file)
+    else:
+        table["recording"] = table.file
     return table, faults
 
 # %% ../../nbs/sign/00_data.ipynb #9c21b043
 def raise_faults(
-    file,  # Where they were found
+    file,  # File or folder of the faults
     faults: list,  # `InputError`s
-    most: int = 5,  # How many of them are told
+    max_shown: int = 5,  # Maximum number of faults in the message
 ):
-    "Raise the only fault, or one error that tells the first few of them."
+    "Raise the only fault, or one InputError with the first few; nothing for an empty list."
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        raise InputError(
-            file,
-            "content",
-            "no fault",
-            f"{len(faults)} ({' | '.join(str(f).rstrip('.') for f in faults[:most])}{' | …' if len(faults) > most else ''})",
-        )
+        shown = [str(f).rstrip(".") for f in faults[:max_shown]]
+        if len(faults) > max_shown:
+            shown.append("…")
+        raise InputError(file, "content", "no fault", f"{len(faults)} ({' | '.join(shown)})")
 
 # %% ../../nbs/sign/00_data.ipynb #5a3afafb
 def read_labels(
@@ -524,27 +514,25 @@ def read_labels(
     num_gloss="auto",  # Number of glosses, or `auto`
     num_cat="auto",  # Number of categories, or `auto`
 ) -> pd.DataFrame:  # Columns `file`, `gloss`, `cat`, `signer`, `recording` and others
-    "Read the labels or say what is wrong with them; a gloss in two categories is worth a warning."
+    "Read the labels. Raises InputError for invalid rows; warns about a gloss with two categories."
     table, faults = check_labels(path, num_gloss, num_cat)
     raise_faults(path, faults)
     several = table.groupby("gloss").cat.nunique()
     for g in several.index[several > 1]:
-        warnings.warn(
-            f"{path}: gloss {g} has the categories {sorted(table.cat[table.gloss == g].unique().tolist())}",
-            stacklevel=2,
-        )
+        categories = sorted(table.cat[table.gloss == g].unique().tolist())
+        warnings.warn(f"{path}: gloss {g} has the categories {categories}", stacklevel=2)
     return table
 
 # %% ../../nbs/sign/00_data.ipynb #dcbb761a
 def clip_folder(
     path,  # Folder with the labels
 ) -> Path:  # Its folder `npz`, or itself
-    "Where the files of a set are."
+    "Folder of the clip files of a data set."
     return Path(path) / "npz" if (Path(path) / "npz").is_dir() else Path(path)
 
 # %% ../../nbs/sign/00_data.ipynb #daaa88fa
 def _each(read, items, progress):
-    "`read(item)` for all items, and the `InputError`s among the answers."
+    "Results of `read(item)` for all items, and the `InputError`s that were raised."
     found, faults = [], []
     for i in progress(items) if progress else items:
         try:
@@ -555,6 +543,7 @@ def _each(read, items, progress):
 
 # %% ../../nbs/sign/00_data.ipynb #37317f95
 def _with_labels(clip, row):
+    "The clip with the labels of its row."
     clip.name = row["file"]
     clip.gloss = row["gloss"]
     clip.category = row["cat"]
@@ -564,18 +553,18 @@ def _with_labels(clip, row):
 
 # %% ../../nbs/sign/00_data.ipynb #a3839faa
 def read_clips(
-    path,  # Folder with `labels.csv` and the `.npz` files, beside it or in its folder `npz`; or the folder of nsl49
+    path,  # Folder with `labels.csv` and `.npz` files, there or in its folder `npz`; or the folder of nsl49
     kp_key: str = "X",  # Array of the points
     feature_key: str = "X2048",  # Array of the features
-    labels=None,  # Table of labels elsewhere
+    labels=None,  # Path of the label table, if not in the folder
     read: str = "points",  # `points`, `features` or `both`
     missing: str = "refuse",  # Rows without a file: `refuse` them, or `skip` them with a warning
     num_gloss="auto",  # Number of glosses, or `auto`
     num_cat="auto",  # Number of categories, or `auto`
-    drop_cropped: bool = False,  # Of nsl49: leave the cropped copies out
-    progress=None,  # For instance `tqdm`
+    drop_cropped: bool = False,  # nsl49: leave out the cropped copies
+    progress=None,  # Progress bar, for example `tqdm`
 ) -> list:  # `Clip`s in the order of the labels
-    "Read every clip that the labels name."
+    "Read all clips of a label table. Raises InputError with the first faults of all files."
     path = Path(path)
     if not path.is_dir():
         raise InputError(
@@ -597,69 +586,71 @@ def read_clips(
                 stacklevel=2,
             )
         rows = there
-    clips, faults = _each(
-        lambda r: _with_labels(
-            read_clip(folder / f"{r['file']}.npz", kp_key, feature_key, read), r
-        ),
-        rows,
-        progress,
-    )
+
+    def read_row(row):
+        clip = read_clip(folder / f"{row['file']}.npz", kp_key, feature_key, read)
+        return _with_labels(clip, row)
+
+    clips, faults = _each(read_row, rows, progress)
     raise_faults(path, faults)
     return _join_copies(clips)
 
 # %% ../../nbs/sign/00_data.ipynb #9d60272b
 def _join_copies(clips):
-    "Clips with the same points are one recording, whatever they are called."
+    "Assign clips with identical arrays to one recording."
     first = {}
     for c in clips:
         x = c.features if c.points is None else c.points
-        c.recording = first.setdefault(
-            hashlib.sha256(np.ascontiguousarray(x).data).digest(), c.recording
-        )
+        digest = hashlib.sha256(np.ascontiguousarray(x).data).digest()
+        c.recording = first.setdefault(digest, c.recording)
     return clips
 
 # %% ../../nbs/sign/00_data.ipynb #56c8ed60
 def class_names(
     path,  # Folder of clips
-    clips: list,  # The clips, for the numbers that occur
-) -> dict:  # `gloss` and `category`: names by number; `category_of`: category of each gloss, -1 if there is not just one
-    "Names of glosses and categories."
+    clips: list,  # Clips, for the numbers that occur
+) -> (
+    dict
+):  # `gloss`, `category`: names by number; `category_of`: category of each gloss, -1 if not unique
+    "Names of glosses and categories; a class without a name is named by its number."
     if (Path(path) / "master_metadata.csv").is_file():
         return _nsl49_names(Path(path))
-    gloss, cat = (
-        1 + max((getattr(c, k) for c in clips), default=-1) for k in ("gloss", "category")
-    )
-    names, groups = {}, {}
-    if (Path(path) / "glosses.csv").is_file():
-        table = read_table(Path(path) / "glosses.csv", ("gloss", "name", "cat", "cat_name"))
-        raise_faults(
-            Path(path) / "glosses.csv",
-            [
-                f
-                for c in ("gloss", "cat")
-                for f in _class_faults(Path(path) / "glosses.csv", table, c, None)
-            ],
-        )
-        names, groups = (
-            dict(zip(table[k].astype(int), table[n]))
-            for k, n in (("gloss", "name"), ("cat", "cat_name"))
-        )
-    gloss = max(gloss, 1 + max(names, default=-1))
-    cat = max(cat, 1 + max(groups, default=-1))
-    of = {g: {c.category for c in clips if c.gloss == g} for g in range(gloss)}
+    gloss_names, category_names = _glosses_csv(Path(path) / "glosses.csv")
+    gloss_numbers = [c.gloss for c in clips] + list(gloss_names)
+    category_numbers = [c.category for c in clips] + list(category_names)
+    glosses = 1 + max(gloss_numbers, default=-1)
+    categories = 1 + max(category_numbers, default=-1)
     return dict(
-        gloss=[names.get(i, str(i)) for i in range(gloss)],
-        category=[groups.get(i, str(i)) for i in range(cat)],
-        category_of=[next(iter(of[g])) if len(of[g]) == 1 else -1 for g in range(gloss)],
+        gloss=[gloss_names.get(i, str(i)) for i in range(glosses)],
+        category=[category_names.get(i, str(i)) for i in range(categories)],
+        category_of=_category_of(clips, glosses),
     )
+
+
+def _glosses_csv(file):
+    "Names of glosses and of categories by number; empty without the file."
+    if not file.is_file():
+        return {}, {}
+    table = read_table(file, ("gloss", "name", "cat", "cat_name"))
+    faults = [*_class_faults(file, table, "gloss", None), *_class_faults(file, table, "cat", None)]
+    raise_faults(file, faults)
+    glosses = dict(zip(table["gloss"].astype(int), table["name"]))
+    return glosses, dict(zip(table["cat"].astype(int), table["cat_name"]))
+
+
+def _category_of(clips, glosses):
+    "Category of each gloss; -1 for a gloss with none or several."
+    found = [set() for _ in range(glosses)]
+    for c in clips:
+        if c.gloss >= 0:
+            found[c.gloss].add(c.category)
+    return [next(iter(categories)) if len(categories) == 1 else -1 for categories in found]
 
 # %% ../../nbs/sign/00_data.ipynb #6e65867a
 def nsl49_table(
     path,  # Folder with `master_metadata.csv`
-) -> (
-    tuple
-):  # Table with plain paths, `recording`, `cropped`, `gloss` and `cat`, and the letters by number
-    "The metadata; a letter is known by `char`, and what is no sign has gloss -1."
+) -> tuple:  # Table with `file`, `recording`, `cropped`, `gloss` and `cat`; letters by number
+    "Metadata of nsl49: the gloss is the letter in `char`, and -1 for transitions."
     path = Path(path) / "master_metadata.csv"
     table = read_table(path, ("relative_path", "char", "signer", "type"))
     table["file"] = table.relative_path.str.replace("\\", "/").str.removesuffix(".npz")
@@ -671,26 +662,19 @@ def nsl49_table(
         + name.str.lower()
     )
     table["cat"] = table.file.str.contains("vowel", case=False).astype(int)
-    raise_faults(
-        path,
-        [
-            *_file_faults(path, table.file),
-            *(
-                InputError(path, f"row {i + 2}, column char", "a letter", "nothing")
-                for i in table.index[table.char == ""]
-            ),
-        ],
-    )
-    names = sorted(table.char[table.type == "sign"].unique())
-    table["gloss"] = (
-        table.char.map({c: i for i, c in enumerate(names)})
-        .where(table.type == "sign", -1)
-        .astype(int)
-    )
+    faults = list(_file_faults(path, table.file))
+    for i in table.index[table.char == ""]:
+        faults.append(InputError(path, f"row {i + 2}, column char", "a letter", "nothing"))
+    raise_faults(path, faults)
+    is_sign = table.type == "sign"
+    names = sorted(table.char[is_sign].unique())
+    number = {letter: i for i, letter in enumerate(names)}
+    table["gloss"] = table.char.map(number).where(is_sign, -1).astype(int)
     return table, names
 
 # %% ../../nbs/sign/00_data.ipynb #7cc55f2e
 def _nsl49_names(path):
+    "Class names of nsl49, as from `class_names`."
     table, names = nsl49_table(path)
     signs = table[table.gloss >= 0]
     return dict(
@@ -703,7 +687,10 @@ def _nsl49_names(path):
 def read_hands(
     path,  # `.npz` file with `lh`, `rh` `[T,21,3]`, `lh_meta`, `rh_meta` `[T,4]` and `video_info`
 ) -> Clip:  # 42 points: left hand, right hand
-    "Read one clip of separate hands; a hand that is zero throughout a frame was not found."
+    """Read one clip with separate hand arrays; a hand of zeros is missing.
+
+    Coordinates are `meta[:2] + hand * meta[3]`. Raises InputError for invalid arrays.
+    """
     arrays = read_npz(path, ("lh", "rh", "lh_meta", "rh_meta", "video_info"))
     for k, shape in dict(lh=(21, 3), rh=(21, 3), lh_meta=(4,), rh_meta=(4,)).items():
         if k not in arrays or arrays[k].shape[1:] != shape or not len(arrays[k]):
@@ -713,29 +700,27 @@ def read_hands(
                 f"shape {['T', *shape]} with T at least 1",
                 str(list(arrays[k].shape)) if k in arrays else "no such array",
             )
-    if len({len(arrays[k]) for k in ("lh", "rh", "lh_meta", "rh_meta")}) > 1:
-        raise InputError(
-            path,
-            "arrays",
-            "equal numbers of frames",
-            ", ".join(f"{k} {len(arrays[k])}" for k in ("lh", "rh", "lh_meta", "rh_meta")),
-        )
+    lengths = {k: len(arrays[k]) for k in ("lh", "rh", "lh_meta", "rh_meta")}
+    require(
+        len(set(lengths.values())) == 1,
+        path,
+        "arrays",
+        "equal numbers of frames",
+        ", ".join(f"{k} {n}" for k, n in lengths.items()),
+    )
     info = arrays.get("video_info", np.zeros(3))
     require(
         info.shape == (3,) and info[0] > 0,
         path,
         "array video_info",
-        "frames a second, width and height",
+        "frames per second, width and height",
         str(info.tolist()),
     )
     hand = np.stack([arrays["lh"], arrays["rh"]], 1)
-    place = np.stack([arrays["lh_meta"], arrays["rh_meta"]], 1)
+    meta = np.stack([arrays["lh_meta"], arrays["rh_meta"]], 1)
     seen = np.repeat((hand != 0).any((2, 3)), 21, axis=1)
-    points = (
-        (place[:, :, None, :2] + hand[..., :2] * place[:, :, None, 3:])
-        .reshape(len(hand), 42, 2)
-        .astype("float32")
-    )
+    points = meta[:, :, None, :2] + hand[..., :2] * meta[:, :, None, 3:]
+    points = points.reshape(len(hand), 42, 2).astype("float32")
     _finite_points(path, "lh and rh", points, seen)
     return Clip(
         Path(path).stem,
@@ -750,11 +735,11 @@ def read_hands(
 # %% ../../nbs/sign/00_data.ipynb #0bb7df74
 def read_nsl49(
     path,  # Folder with `master_metadata.csv`
-    drop_cropped: bool = False,  # Leave the cropped copies out
+    drop_cropped: bool = False,  # Leave out cropped copies of complete recordings
     transitions: bool = False,  # Append the movements between letters, gloss -1
-    progress=None,  # For instance `tqdm`
+    progress=None,  # Progress bar, for example `tqdm`
 ) -> list:  # `Clip`s of 42 points
-    "Read the Nepali alphabet."
+    "Read the clips of the Nepali alphabet (nsl49)."
     path = Path(path)
     table, _ = nsl49_table(path)
     table = table[(table.gloss >= 0) | transitions].sort_values(
@@ -764,83 +749,75 @@ def read_nsl49(
         whole = set(table.recording[~table.cropped])
         table = table[~(table.cropped & table.recording.isin(whole))]
     rows = [dict(r, cat=r["cat"] if r["gloss"] >= 0 else -1) for r in table.to_dict("records")]
-    clips, faults = _each(
-        lambda r: _with_labels(read_hands(path / f"{r['file']}.npz"), r), rows, progress
-    )
+
+    def read_row(row):
+        return _with_labels(read_hands(path / f"{row['file']}.npz"), row)
+
+    clips, faults = _each(read_row, rows, progress)
     raise_faults(path, faults)
     return clips
 
 # %% ../../nbs/sign/00_data.ipynb #803c5657
 def _check_clip(clip):
-    "A clip of an adapter: shapes, types, finite values where points were seen."
+    "Validate the arrays of an adapter's clip and set `seen`, timestamps and recording."
     file = clip.file or clip.name
     kinds = [k for k in ("points", "channels", "features") if getattr(clip, k) is not None]
     require(kinds, file, "clip", "points, channels or features", "none of them")
     for k in kinds:
-        x = np.asarray(getattr(clip, k), "float32")
-        n = 2 if k != "points" else 3
-        if (
-            x.ndim != n
-            or not len(x)
-            or len(x) != len(clip)
-            or (n == 3 and x.shape[2] not in (2, 3))
-        ):
-            raise InputError(
-                file,
-                k,
-                f"shape [T{',K,2' if n == 3 else ',C'}] with T at least 1",
-                str(list(x.shape)),
-            )
-        setattr(clip, k, x[..., :2] if n == 3 else check_finite(file, k, x, "frame"))
+        setattr(clip, k, _checked_array(file, k, np.asarray(getattr(clip, k), "float32"), clip))
     if clip.points is not None:
-        seen = np.isfinite(clip.points).all(2) & (clip.points != 0).any(2)
-        if clip.seen is not None:
-            _finite_points(
-                file,
-                "points",
-                clip.points,
-                seen := np.asarray(clip.seen, bool) & (clip.points != 0).any(2),
-            )
-        clip.seen = seen
-    clip.timestamps_ms = _timestamps(
-        file,
-        {} if clip.timestamps_ms is None else dict(timestamps_ms=np.asarray(clip.timestamps_ms)),
-        len(clip),
-        {},
-    )
+        nonzero = (clip.points != 0).any(2)
+        if clip.seen is None:
+            clip.seen = np.isfinite(clip.points).all(2) & nonzero
+        else:
+            seen = np.asarray(clip.seen, bool) & nonzero
+            _finite_points(file, "points", clip.points, seen)
+            clip.seen = seen
+    times = {}
+    if clip.timestamps_ms is not None:
+        times["timestamps_ms"] = np.asarray(clip.timestamps_ms)
+    clip.timestamps_ms = _timestamps(file, times, len(clip), {})
     clip.recording = clip.recording or clip.name
     return clip
 
+
+def _checked_array(file, kind, x, clip):
+    "Points `[T,K,2]` (a third coordinate is dropped), or finite channels or features `[T,C]`."
+    ndim = 3 if kind == "points" else 2
+    valid = x.ndim == ndim and len(x) and len(x) == len(clip)
+    if not valid or (ndim == 3 and x.shape[2] not in (2, 3)):
+        shape = "[T,K,2]" if ndim == 3 else "[T,C]"
+        raise InputError(file, kind, f"shape {shape} with T at least 1", str(list(x.shape)))
+    return x[..., :2] if ndim == 3 else check_finite(file, kind, x, "frame")
+
 # %% ../../nbs/sign/00_data.ipynb #0140c8ba
 def adapted_clips(
-    adapter,  # Function of a path that yields `Clip`s
-    path,  # What it is given
-    progress=None,  # For instance `tqdm`
+    adapter,  # Generator of `Clip`s from a path
+    path,  # Argument of the adapter
+    progress=None,  # Progress bar, for example `tqdm`
 ) -> tuple:  # List of `Clip`s, and the names as from `class_names`
-    "Clips of another layout; the names of their classes are sorted and numbered."
+    "Validate the clips of an adapter and number their sorted class names."
     clips, faults = _each(_check_clip, adapter(Path(path)), progress)
     raise_faults(path, faults)
     require(clips, path, "clips", "at least one", "none")
     names = {}
     for k in ("gloss", "category"):
-        values = [v for c in clips if (v := getattr(c, k)) != -1]
-        names[k] = [str(v) for v in sorted(set(values))]
-        number = {v: i for i, v in enumerate(sorted(set(values)))}
+        values = sorted({getattr(c, k) for c in clips} - {-1})
+        names[k] = [str(v) for v in values]
+        number = {v: i for i, v in enumerate(values)}
         for c in clips:
             setattr(c, k, number.get(getattr(c, k), -1))
-    if not names["category"]:  # a category for all, as a model has a head for it
+    if not names["category"]:  # one category for all, because every model has a category head
         names["category"] = ["sign"]
         for c in clips:
             c.category = 0
-    of = {g: {c.category for c in clips if c.gloss == g} for g in range(len(names["gloss"]))}
     if not all(c.signer for c in clips):
         warnings.warn(
-            f"{path}: no names of signers: how well signs of new people are recognised cannot be measured",
+            f"{path}: no names of signers: "
+            "how well signs of new people are recognised cannot be measured",
             stacklevel=2,
         )
-    return clips, dict(
-        names, category_of=[next(iter(o)) if len(o) == 1 else -1 for o in of.values()]
-    )
+    return clips, dict(names, category_of=_category_of(clips, len(names["gloss"])))
 
 # %% ../../nbs/sign/00_data.ipynb #0b50312d
 LEAKY = "leaky: the same signers are in training and test"
@@ -848,7 +825,7 @@ UNKNOWN = "no signers are known: how well signs of new people are recognised is 
 
 # %% ../../nbs/sign/00_data.ipynb #42265944
 def _given(clips, train, test):
-    "Item numbers of two lists of names or numbers."
+    "Item numbers of two lists of clip names or numbers. Raises InputError for unknown or shared clips."
     number = {c.name: i for i, c in enumerate(clips)}
     sides = []
     for side, items in dict(train=train, test=test).items():
@@ -868,77 +845,82 @@ def _given(clips, train, test):
 
 # %% ../../nbs/sign/00_data.ipynb #ae028975
 def _check_classes(clips, train, test):
-    "Raise when a gloss of the test side never occurs in training."
+    "Raise InputError if a gloss of the test clips has no training clip."
     absent = sorted({clips[i].gloss for i in test} - {clips[i].gloss for i in train} - {-1})
     if absent:
-        raise InputError(
-            "split",
-            "training",
-            "clips of every gloss",
-            f"none of gloss {absent[0]}"
-            + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
-        )
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        found = f"none of gloss {absent[0]}{others}"
+        raise InputError("split", "training", "clips of every gloss", found)
 
 # %% ../../nbs/sign/00_data.ipynb #7f2eb71e
 def split_clips(
     clips: list,  # `Clip`s
-    split: str = "signer",  # `signer`, `random` or `given`
-    fold: int = 0,  # Which signer, in the order of names, or which fold
-    folds: int = 5,  # Of the random split
-    seed: int = 42,  # Of the random split
+    split: str = "signer",  # `signer`, `leaky` or `given`
+    fold: int = 0,  # Which signer, in the order of names, or which random fold
+    folds: int = 5,  # Number of folds of the leaky split
+    seed: int = 42,  # Seed of the leaky split
     train=None,  # Names or numbers of clips, for `given`
     test=None,  # Names or numbers of clips, for `given`
-) -> tuple:  # Item numbers of both sides, and a note for the report
-    "Training and test clips; no recording is on both sides, and no gloss only in the test."
-    check_choice("parameters", "split", split, ("signer", "random", "given"))
+) -> tuple:  # Numbers of training and test clips, and a note for the report
+    """Split clips into training and test clips; no recording is in both.
+
+    Warns if signers are in both or unknown. Raises InputError if a test gloss has no training clip.
+    """
+    check_choice("parameters", "split", split, ("signer", "leaky", "given"))
     signers = np.array([c.signer for c in clips])
     recordings = np.array([c.recording or c.name for c in clips])
-    known = all(signers)
+    name = split
     if split == "given":
-        (a, b), name = _given(clips, train or (), test or ()), "given"
+        a, b = _given(clips, train or (), test or ())
     elif split == "signer":
-        if not known:
-            raise InputError(
-                "split",
-                "signer",
-                "a signer for every clip",
-                f"none for {clips[int((signers == '').argmax())].name}",
-                "use split=random, which measures less",
-            )
-        parts = leave_one_group_out(signers)
-        if not 0 <= fold < len(parts):
-            raise InputError(
-                "parameters", "fold", f"0 to {len(parts) - 1}, one a signer", str(fold)
-            )
-        name, a, b = parts[fold]
+        name, a, b = _leave_signer_out(clips, signers, fold)
     else:
-        if not 0 <= fold < folds:
-            raise InputError("parameters", "fold", f"0 to {folds - 1}", str(fold))
-        (a, b), name = (
-            group_kfold(recordings, [c.gloss for c in clips], folds, seed)[fold],
-            "random",
-        )
+        require(0 <= fold < folds, "parameters", "fold", f"0 to {folds - 1}", str(fold))
+        a, b = group_kfold(recordings, [c.gloss for c in clips], folds, seed)[fold]
     check_disjoint(recordings, a, b)
     _check_classes(clips, a, b)
-    note = "" if known and not set(signers[a]) & set(signers[b]) else LEAKY if known else UNKNOWN
+    note = _split_note(signers, a, b)
     if note:
         warnings.warn(f"split {name}: {note}", stacklevel=2)
     return a, b, f"signer {name} left out" if split == "signer" else note
 
+
+def _leave_signer_out(clips, signers, fold):
+    "Signer, training and test clips of one fold."
+    if not all(signers):
+        raise InputError(
+            "split",
+            "signer",
+            "a signer for every clip",
+            f"none for {clips[int((signers == '').argmax())].name}",
+            "use split=leaky, which measures less",
+        )
+    parts = leave_one_group_out(signers)
+    last = len(parts) - 1
+    require(0 <= fold <= last, "parameters", "fold", f"0 to {last}, one per signer", str(fold))
+    return parts[fold]
+
+
+def _split_note(signers, train, test):
+    "What limits the conclusions from a split; '' for disjoint signers."
+    if not all(signers):
+        return UNKNOWN
+    return LEAKY if set(signers[train]) & set(signers[test]) else ""
+
 # %% ../../nbs/sign/00_data.ipynb #dcfb8cb8
 class ClipData:
-    "Prepared clips, gathered by the batch."
+    "Prepared clips of a data set, with labels, as batches."
 
     def __init__(
         self,
         arrays: list,  # Prepared clips `[T,C]`, NaN where missing
-        clips: list,  # The `Clip`s they come from
+        clips: list,  # The corresponding `Clip`s
     ):
         require(
             len(arrays) == len(clips),
             "clips",
             "arrays",
-            f"{len(clips)}, one a clip",
+            f"{len(clips)}, one per clip",
             str(len(arrays)),
         )
         self.names = [c.name for c in clips]
@@ -947,15 +929,12 @@ class ClipData:
             table, np.arange(len(table)), np.zeros(len(table), int), table.lengths
         )
         self.lengths = self.windows.lengths
-        self.gloss, self.category = (
-            np.array([getattr(c, k) for c in clips]) for k in ("gloss", "category")
-        )
-        self.empty = np.array(
-            [bool(np.isnan(a).all()) for a in arrays]
-        )  # nobody seen: no clips to learn from
-        self.signer, self.recording = (
-            np.array([getattr(c, k) for c in clips]) for k in ("signer", "recording")
-        )
+        self.gloss = np.array([c.gloss for c in clips])
+        self.category = np.array([c.category for c in clips])
+        self.signer = np.array([c.signer for c in clips])
+        self.recording = np.array([c.recording for c in clips])
+        # clips without a visible person, which cannot be trained on
+        self.empty = np.array([bool(np.isnan(a).all()) for a in arrays])
         self._targets = dict(
             gloss=torch.from_numpy(self.gloss), category=torch.from_numpy(self.category)
         )
@@ -970,9 +949,9 @@ class ClipData:
 @patch
 def batch(
     self: ClipData,
-    index,  # Which clips, `[B]`
+    index,  # Numbers of the clips, `[B]`
 ) -> tuple:  # `(inputs, mask, targets)`
-    "Numbers and which are present `[B,T,C]`, real frames `[B,T]`, and gloss and category `[B]`."
+    "`channels` and `present` `[B,T,C]`; padding mask `[B,T]`, `True` at real frames; `gloss` and `category` `[B]`."
     index = torch.as_tensor(index)
     values, mask = self.windows.batch(index)
     missing = values.isnan()

@@ -1,4 +1,4 @@
-"""Keypoint transformer, frames or features through a GRU, and a small convolution net: each with a head for the gloss and one for the category.
+"""Keypoint transformer, InceptionV3-GRU over frames or features, small 1-D CNN and bidirectional GRU, each with one head for the gloss and one for the category.
 
 Docs: https://example.org/gcode_ml/sign/models.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://example.org/gcode_ml/sign/models.html.md"""
 
 # %% auto #0
 __all__ = ['BACKBONES', 'MODELS', 'MotionChannels', 'SignModel', 'SignTransformer', 'InceptionV3GRU', 'create_backbone',
-           'load_backbone', 'MaskedBatchNorm', 'GroupedLinear', 'ConvBlock', 'SignConv', 'EachView', 'BiGRU',
+           'load_backbone', 'MaskedBatchNorm', 'GroupedLinear', 'ConvBlock', 'SignConv', 'PerViewLoss', 'BiGRU',
            'create_model']
 
 # %% ../../nbs/sign/20_models.ipynb #11c58895
@@ -21,15 +21,18 @@ from ..signals.layers import SinusoidalPositions, masked_max, masked_mean, rever
 
 # %% ../../nbs/sign/20_models.ipynb #114f9374
 class MotionChannels(nn.Module):
-    "Coordinates, hands in their own frame, velocity, presence."
+    """Input channels of the models: coordinates, hands relative to their wrists, bones, velocity, presence.
+
+    Raises InputError when `channels` is odd, a hand has not 21 points, or a point is out of range.
+    """
 
     def __init__(
         self,
-        channels: int,  # C: two a point
-        hands=(),  # The 21 points of each hand, as numbers among the points; the wrist first
+        channels: int,  # C: x and y of each point
+        hands=(),  # Positions of the 21 points of each hand, wrist first
         velocity: bool = True,  # Append velocities
-        presence: bool = False,  # Append one presence channel a point
-        gain: float = 4.0,  # What a velocity is multiplied by
+        presence: bool = False,  # Append one presence channel per point
+        gain: float = 4.0,  # Factor of the velocities
         bones=(),  # Pairs of points whose direction and distance are appended
     ):
         super().__init__()
@@ -45,31 +48,29 @@ class MotionChannels(nn.Module):
             raise InputError(
                 "MotionChannels",
                 "hands",
-                f"21 points below {channels // 2} a hand",
+                f"21 points below {channels // 2} per hand",
                 str(self.hands),
             )
         if any(len(b) != 2 or max(b) >= channels // 2 for b in self.bones):
             raise InputError(
                 "MotionChannels", "bones", f"pairs of points below {channels // 2}", str(self.bones)
             )
-        if bones:  # columns of both ends, and for each new channel the columns that say whether the ends are there; they follow from the bones, so no file keeps them
-            ends = 2 * torch.tensor(self.bones).T
-            for k, v in dict(
-                ends=torch.stack([ends, ends + 1], -1).flatten(),
-                known=ends.repeat_interleave(3, -1),
-            ).items():
-                self.register_buffer(k, v, persistent=False)
+        if bones:  # both buffers follow from `bones`, so they are not saved
+            x_columns = 2 * torch.tensor(self.bones).T  # x of the first and of the second points
+            ends = torch.stack([x_columns, x_columns + 1], -1).flatten()
+            self.register_buffer("ends", ends, persistent=False)
+            # for each of a bone's three channels the columns of `present` of its two points
+            known = x_columns.repeat_interleave(3, -1)
+            self.register_buffer("known", known, persistent=False)
         self.size = (channels + len(self.hands) + 3 * len(self.bones)) * (
             1 + velocity
         ) + presence * channels // 2
 
 # %% ../../nbs/sign/20_models.ipynb #5be80c99
-def _differences(x, there):
-    "Steps from one frame to the next, where both are there; zero at the end."
-    following, known = (
-        torch.cat([v, v[:, -1:]], 1)[:, 1:] for v in (x, there)
-    )  # the last frame follows itself
-    return torch.where(known & there, following - x, 0.0)
+def _differences(x, present):
+    "Forward differences of `x` `[B,T,C]` where both frames are present; zero at the last frame."
+    following, known = (torch.cat([v, v[:, -1:]], 1)[:, 1:] for v in (x, present))
+    return torch.where(known & present, following - x, 0.0)
 
 # %% ../../nbs/sign/20_models.ipynb #29f57400
 @patch
@@ -78,89 +79,92 @@ def forward(
     inputs: dict,  # `channels` and `present`, `[B,T,C]`
     mask: Tensor,  # `[B,T]`
 ) -> Tensor:  # `[B,T,size]`
-    "`[B,T,size]` of `channels` and `present` `[B,T,C]`; zero where missing or padded."
+    "Input channels, zero at missing points and padded frames."
     present = inputs["present"] & mask[..., None]
-    return self.signals(torch.where(present, inputs["channels"], 0.0), present)
+    return self.from_points(torch.where(present, inputs["channels"], 0.0), present)
 
 # %% ../../nbs/sign/20_models.ipynb #57343472
 @patch
-def signals(
+def from_points(
     self: MotionChannels,
-    x: Tensor,  # `[B,T,C]`, zero where missing or padded
+    x: Tensor,  # `[B,T,C]`, zero at missing points and padded frames
     present: Tensor,  # `[B,T,C]`, `False` there
 ) -> Tensor:  # `[B,T,size]`
-    "What `forward` answers with, of coordinates that are zero where missing."
-    lines = self.directions(x, present) if self.bones else None
-    x, there = self.in_hand(x, present) if self.hands else (x, present)
+    "Input channels from coordinates that are already zero where missing."
+    bones, bones_present = self.bone_directions(x, present) if self.bones else (None, None)
+    x, known = self.relative_to_wrist(x, present) if self.hands else (x, present)
     if self.bones:
-        x, there = (torch.cat(p, -1) for p in zip((x, there), lines))
+        x = torch.cat((x, bones), -1)
+        known = torch.cat((known, bones_present), -1)
     parts = [x]
     if self.velocity:
-        parts.append(_differences(x, there) * self.gain)
+        parts.append(_differences(x, known) * self.gain)
     if self.presence:
         parts.append(present[..., ::2].to(x.dtype))
     return torch.cat(parts, -1) if len(parts) > 1 else x
 
 # %% ../../nbs/sign/20_models.ipynb #8616f51d
 @patch
-def in_hand(
+def relative_to_wrist(
     self: MotionChannels,
     x: Tensor,  # `[B,T,C]`
     present: Tensor,  # `[B,T,C]`
-) -> tuple:  # Channels `[B,T,C+hands]`, the last ones the log of a hand's size against its mean, and where they are there
-    "Hands relative to their wrists."
+) -> tuple:  # Channels and presence, both `[B,T,C+hands]`; the last are log sizes of the hands minus their means
+    "Points of each hand relative to its wrist, in units of the wrist-knuckle distance."
     points = x.unflatten(-1, (-1, 2))
     seen = present[..., ::2]
     sizes = []
     known = []
     for hand in self.hands:
-        h, s = points[:, :, hand], seen[:, :, hand]
-        there = s[:, :, 0] & s[:, :, 9]
-        size = (h[:, :, 9] - h[:, :, 0]).norm(dim=-1)
-        there = there & (size > 1e-6)
-        size = torch.where(there, size, 1.0)
-        local = torch.where(
-            (s & there[..., None])[..., None], (h - h[:, :, :1]) / size[..., None, None], 0.0
-        )
-        points = points.index_copy(
-            2, torch.tensor(hand, device=x.device), torch.cat([h[:, :, :1], local[:, :, 1:]], 2)
-        )
-        sizes.append(
-            torch.where(there, size.log() - masked_mean(size.log()[..., None], there), 0.0)
-        )
-        known.append(there)
-    return torch.cat([points.flatten(2), torch.stack(sizes, -1)], -1), torch.cat(
-        [present, torch.stack(known, -1)], -1
-    )
+        hand_points = points[:, :, hand]
+        hand_seen = seen[:, :, hand]
+        wrist = hand_points[:, :, :1]
+        size = (hand_points[:, :, 9] - hand_points[:, :, 0]).norm(dim=-1)  # wrist to knuckle
+        has_size = hand_seen[:, :, 0] & hand_seen[:, :, 9] & (size > 1e-6)
+        size = torch.where(has_size, size, 1.0)
+        is_known = (hand_seen & has_size[..., None])[..., None]
+        local = torch.where(is_known, (hand_points - wrist) / size[..., None, None], 0.0)
+        position = torch.tensor(hand, device=x.device)
+        points = points.index_copy(2, position, torch.cat([wrist, local[:, :, 1:]], 2))
+        log_size = size.log()
+        relative_size = log_size - masked_mean(log_size[..., None], has_size)
+        sizes.append(torch.where(has_size, relative_size, 0.0))
+        known.append(has_size)
+    channels = torch.cat([points.flatten(2), torch.stack(sizes, -1)], -1)
+    return channels, torch.cat([present, torch.stack(known, -1)], -1)
 
 # %% ../../nbs/sign/20_models.ipynb #0ec6ff12
 @patch
-def directions(
+def bone_directions(
     self: MotionChannels,
     x: Tensor,  # `[B,T,C]`
     present: Tensor,  # `[B,T,C]`
-) -> tuple:  # `[B,T,3*bones]`, and where both ends are there
-    "Direction and length of each bone."
+) -> tuple:  # Channels and presence, both `[B,T,3*bones]`
+    "Direction (two channels) and length (one) of each bone; zero where an end is missing."
     ends = x.index_select(-1, self.ends).unflatten(-1, (2, -1, 2))
-    way = ends[:, :, 1] - ends[:, :, 0]
-    square = way.square()
-    length = (square[..., :1] + square[..., 1:] + 1e-12).sqrt()  # the root of zero has no gradient
-    there = present.index_select(-1, self.known[0]) & present.index_select(-1, self.known[1])
-    return torch.where(there, torch.cat([way / (length + 0.1), length], -1).flatten(2), 0.0), there
+    vector = ends[:, :, 1] - ends[:, :, 0]
+    square = vector.square()
+    # 1e-12: the square root has no gradient at zero
+    length = (square[..., :1] + square[..., 1:] + 1e-12).sqrt()
+    known = present.index_select(-1, self.known[0]) & present.index_select(-1, self.known[1])
+    channels = torch.cat([vector / (length + 0.1), length], -1).flatten(2)
+    return torch.where(known, channels, 0.0), known
 
 # %% ../../nbs/sign/20_models.ipynb #38394498
 def _head(size, classes, hidden):
-    return (
-        nn.Sequential(
-            nn.Linear(size, hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(hidden, classes)
-        )
-        if hidden
-        else nn.Linear(size, classes)
+    "A linear classification head, with one hidden layer of `hidden` units unless that is 0."
+    if not hidden:
+        return nn.Linear(size, classes)
+    return nn.Sequential(
+        nn.Linear(size, hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(hidden, classes)
     )
 
 # %% ../../nbs/sign/20_models.ipynb #8eff086a
 class SignModel(nn.Module):
-    "What all models share: `embed`, then the two heads; by itself the mean of the channels, the smallest model there is."
+    """Base class: `embed`, dropout, and two heads. Used directly it averages the channels over time.
+
+    Raises InputError when `glosses` or `categories` is below 1.
+    """
 
     def __init__(
         self,
@@ -176,13 +180,12 @@ class SignModel(nn.Module):
                 "parameter", "glosses, categories", "at least 1 each", f"{glosses}, {categories}"
             )
         self.drop = nn.Dropout(dropout)
-        self.channels, self.gloss, self.category = (
-            size,
-            *(_head(size, n, hidden) for n in (glosses, categories)),
-        )
+        self.channels = size
+        self.gloss = _head(size, glosses, hidden)
+        self.category = _head(size, categories, hidden)
 
     def embed(self, inputs, mask):
-        "State before the heads, `[B,size]`."
+        "Pooled state before the heads, `[B,size]`."
         return masked_mean(torch.where(inputs["present"], inputs["channels"], 0.0), mask)
 
     def forward(self, inputs, mask):
@@ -193,7 +196,7 @@ class SignModel(nn.Module):
 # %% ../../nbs/sign/20_models.ipynb #1b2184d8
 @patch
 def program_inputs(self: SignModel) -> dict:  # Method -> input -> type and axes
-    "What an exported program takes."
+    "Inputs of the exported model."
     c = self.channels
     return dict(
         forward=dict(
@@ -205,21 +208,24 @@ def program_inputs(self: SignModel) -> dict:  # Method -> input -> type and axes
 
 # %% ../../nbs/sign/20_models.ipynb #a36d6c27
 class SignTransformer(SignModel):
-    "Transformer encoder over keypoints."
+    """Transformer encoder over keypoints (Vaswani et al. 2017), pre-norm (Xiong et al. 2020).
+
+    Raises InputError when `d_model` is odd or not divisible by `nhead`.
+    """
 
     def __init__(
         self,
-        channels: int = 156,  # Channels a frame
+        channels: int = 156,  # Channels per frame
         glosses: int = 105,  # Number of glosses
         categories: int = 10,  # Number of categories
-        d_model: int = 256,  # Size of a state
+        d_model: int = 256,  # Embedding dimension
         nhead: int = 8,  # Attention heads
-        num_layers: int = 4,  # Blocks
-        dim_feedforward: int = 1024,  # Size inside a block
+        num_layers: int = 4,  # Encoder blocks
+        dim_feedforward: int = 1024,  # Hidden size of the feed-forward layers
         dropout: float = 0.1,  # Dropout
         pooling: str = "mean",  # `mean`, `max` or `cls`
-        head: int = 128,  # Hidden layer of the heads
-        velocity: bool = False,  # Velocity and hand shapes too, see `MotionChannels`
+        head: int = 128,  # Hidden units of the heads
+        velocity: bool = False,  # Append velocities and hand shapes, see `MotionChannels`
         hands=(),  # Points of each hand, for `velocity`
     ):
         super().__init__(d_model, glosses, categories, dropout, head)
@@ -250,58 +256,60 @@ def embed(
     inputs: dict,  # `channels` and `present`
     mask: Tensor,  # `[B,T]`
 ) -> Tensor:  # `[B,d_model]`
-    "The pooled state; finite also where no step is real."
+    "The pooled state; finite also for a clip without a real frame."
     h = self.norm(self.begin(self.positions(self.project(self.motion(inputs, mask)))))
     real = mask
     if self.pooling == "cls":
         h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
         real = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
-    looked_at = real | ~real.any(1, keepdim=True)  # attention over nothing is not a number
-    h = self.encoder(h, src_key_padding_mask=~looked_at)
-    return (
-        h[:, 0]
-        if self.pooling == "cls"
-        else dict(mean=masked_mean, max=masked_max)[self.pooling](h, real)
-    )
+    attended = real | ~real.any(1, keepdim=True)  # softmax over no frame would be NaN
+    h = self.encoder(h, src_key_padding_mask=~attended)
+    if self.pooling == "cls":
+        return h[:, 0]
+    return masked_mean(h, real) if self.pooling == "mean" else masked_max(h, real)
 
 # %% ../../nbs/sign/20_models.ipynb #1db8f186
 def _last(h, mask):
-    "State `[B,D]` at the last real step; zero where there is none."
+    "State `[B,D]` at the last real frame; zero for a clip without one."
     index = (mask.sum(1) - 1).clamp_min(0)[:, None, None].expand(-1, 1, h.shape[2])
     return h.gather(1, index)[:, 0] * mask.any(1, keepdim=True)
 
 
 def _gru(inputs, outputs):
-    "A GRU with Xavier input weights, orthogonal recurrent weights and no bias at the start."
+    "A GRU initialised with Xavier input weights, orthogonal recurrent weights and zero biases."
     gru = nn.GRU(inputs, outputs, batch_first=True)
     for name, p in gru.named_parameters():
-        nn.init.zeros_(p) if "bias" in name else nn.init.orthogonal_(
-            p
-        ) if "hh" in name else nn.init.xavier_uniform_(p)
+        if "bias" in name:
+            nn.init.zeros_(p)
+        elif "hh" in name:
+            nn.init.orthogonal_(p)
+        else:
+            nn.init.xavier_uniform_(p)
     return gru
 
 # %% ../../nbs/sign/20_models.ipynb #23a7f4a4
 def _frozen(module, freeze):
-    "`module`, its parameters not to be trained if `freeze`."
+    "`module`, with parameters that require no gradient if `freeze`."
     return module.requires_grad_(not freeze)
 
 # %% ../../nbs/sign/20_models.ipynb #965fdfeb
 class InceptionV3GRU(SignModel):
-    "GRU over the features of frames; with a backbone, over frames."
+    "Two GRU layers over the features of frames, or over frames with an image backbone."
 
     def __init__(
         self,
-        channels: int = 2048,  # Features a frame
+        channels: int = 2048,  # Features per frame
         glosses: int = 105,  # Number of glosses
         categories: int = 10,  # Number of categories
         hidden1: int = 16,  # Units of the first GRU
-        hidden2: int = 12,  # Units of the second
-        dropout: float = 0.3,  # Dropout after each
-        backbone: str = "",  # Empty: features come from the file; `inception_v3` or `efficientnet_lite0`: frames `[B,T,3,H,W]` do
-        freeze_backbone: bool = True,  # The backbone does not learn, and stays in evaluation mode
+        hidden2: int = 12,  # Units of the second GRU
+        dropout: float = 0.3,  # Dropout after each GRU
+        backbone: str = "",  # `inception_v3` or `efficientnet_lite0` for frames `[B,T,3,H,W]`; empty: the inputs are features
+        freeze_backbone: bool = True,  # Keep the backbone's weights and batch-norm statistics fixed
     ):
         super().__init__(hidden2, glosses, categories, dropout)
-        self.channels, self.frozen = channels, freeze_backbone
+        self.channels = channels
+        self.frozen = freeze_backbone
         if backbone:
             self.backbone = _frozen(create_backbone(backbone), freeze_backbone)
         self.first = _gru(channels, hidden1)
@@ -309,13 +317,14 @@ class InceptionV3GRU(SignModel):
         self.between = nn.Dropout(dropout)
 
     def embed(self, inputs, mask):
-        "Last real state, `[B,hidden2]`."
-        x = (
-            self.features(inputs["frames"], mask)
-            if "frames" in inputs
-            else torch.where(inputs["present"] & mask[..., None], inputs["channels"], 0.0)
-        )
-        return _last(self.second(self.between(self.first(x)[0]))[0], mask)
+        "State at the last real frame, `[B,hidden2]`."
+        if "frames" in inputs:
+            x = self.features(inputs["frames"], mask)
+        else:
+            x = torch.where(inputs["present"] & mask[..., None], inputs["channels"], 0.0)
+        hidden, _ = self.first(x)
+        hidden, _ = self.second(self.between(hidden))
+        return _last(hidden, mask)
 
 # %% ../../nbs/sign/20_models.ipynb #99236799
 @patch
@@ -324,7 +333,7 @@ def features(
     frames: Tensor,  # `[B,T,3,H,W]`
     mask: Tensor,  # `[B,T]`
 ) -> Tensor:  # `[B,T,channels]`, zero where padded
-    "Features of the real frames."
+    "Backbone features of the real frames. Raises InputError for a model without a backbone."
     require(
         hasattr(self, "backbone"),
         "InceptionV3GRU",
@@ -342,7 +351,7 @@ def features(
 
 @patch
 def train(self: InceptionV3GRU, mode: bool = True):
-    "Training mode; a frozen backbone stays in evaluation mode, so that its batch norms keep their statistics."
+    "Set the training mode; a frozen backbone stays in evaluation mode and keeps its batch-norm statistics."
     nn.Module.train(self, mode)
     if hasattr(self, "backbone") and self.frozen:
         self.backbone.eval()
@@ -358,7 +367,7 @@ BACKBONES = {
 
 # %% ../../nbs/sign/20_models.ipynb #cbdcc425
 def _lite0():
-    "EfficientNet-Lite0 without classifier, its batch norms with the epsilon of the release."
+    "EfficientNet-Lite0 without classifier, with the batch-norm epsilon of the original release."
     net = import_module("timm").create_model("efficientnet_lite0", pretrained=False, num_classes=0)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -367,7 +376,7 @@ def _lite0():
 
 
 def _inception():
-    "InceptionV3 without classifier and without its second exit."
+    "InceptionV3 without classifier and auxiliary head."
     net = import_module("torchvision.models").inception_v3(
         weights=None, init_weights=False, aux_logits=True, transform_input=False
     )
@@ -380,12 +389,12 @@ def _inception():
 def create_backbone(
     name: str,  # `inception_v3` (torchvision) or `efficientnet_lite0` (timm)
 ) -> nn.Module:  # Frames `[N,3,H,W]` to features `[N,F]`, with random weights
-    "An image net without its classifier; needs the extra `vision`."
-    made = dict(inception_v3=_inception, efficientnet_lite0=_lite0)[
+    "An image network without its classifier. Raises InputError when the extra `vision` is not installed."
+    create = dict(inception_v3=_inception, efficientnet_lite0=_lite0)[
         check_choice("backbone", "name", name, BACKBONES)
     ]
     try:
-        return made()
+        return create()
     except (ImportError, RuntimeError) as e:
         raise InputError(
             "backbone",
@@ -397,7 +406,7 @@ def create_backbone(
 
 # %% ../../nbs/sign/20_models.ipynb #51cd1585
 def _tensors(path):
-    "Tensors of a file, read without unpickling; image nets are published as `.pth`, which is a `.pt` by another name."
+    "Tensors of a file by name, read without unpickling; `.pth` is another name for `.pt`."
     from gcode_ml.core.files import read_arrays
 
     if str(path).lower().endswith(".pth"):
@@ -417,51 +426,43 @@ def load_backbone(
     backbone: nn.Module,  # Receives the weights
     path,  # `.safetensors`, or `.pt` or `.pth` with plain tensors
     in_order: bool = False,  # Match by order instead of by name
-    ignore: tuple = (
-        "fc.",
-        "classifier.",
-        "AuxLogits.",
-    ),  # Beginnings of names that a backbone has no place for
+    ignore: tuple = ("fc.", "classifier.", "AuxLogits."),  # Prefixes of tensors that are skipped
 ) -> str:  # SHA-256 of the file
-    "Read weights of an image net."
+    "Load backbone weights from a file. Raises InputError for missing, unknown or misshapen tensors."
     import hashlib
     from pathlib import Path
 
     state = _tensors(path)
     own = backbone.state_dict()
     if in_order:
-        state = dict(
-            zip(
-                own,
-                (
-                    v
-                    for k, v in state.items()
-                    if k.split(".")[-1] != "num_batches_tracked"
-                    or any(n.endswith("num_batches_tracked") for n in own)
-                ),
-            )
-        )
+        counts_batches = any(n.endswith("num_batches_tracked") for n in own)
+        tensors = [
+            v
+            for k, v in state.items()
+            if counts_batches or k.split(".")[-1] != "num_batches_tracked"
+        ]
+        state = dict(zip(own, tensors))
     state = {k: v for k, v in state.items() if not k.startswith(ignore)}
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
-    if wrong or set(state) - set(own):
+    unknown = sorted(set(state) - set(own))
+    if wrong or unknown:
         raise InputError(
             path,
-            (wrong or sorted(set(state) - set(own)))[0],
+            (wrong or unknown)[0],
             f"the {len(own)} tensors of {type(backbone).__name__} in their shapes",
-            f"{len(wrong)} absent or of another shape, {len(set(state) - set(own))} unknown",
+            f"{len(wrong)} absent or of another shape, {len(unknown)} unknown",
         )
     backbone.load_state_dict(state)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../../nbs/sign/20_models.ipynb #b64c49cc
 class MaskedBatchNorm(nn.BatchNorm1d):
-    "Batch norm over `[B,T,D]` whose statistics come from real steps."
+    "Batch normalisation over `[B,T,D]` with statistics of the real frames only."
 
     def forward(self, x, mask=None):
-        "`x` normalised; in evaluation a fixed scale and shift. Without a mask every step is real."
-        if (
-            not self.training or (len(x) * x.shape[1] if mask is None else mask.sum()) < 2
-        ):  # by hand: torch spends more on its own kernel than on the net for a single clip
+        "Normalise `x`; without a mask every frame is real."
+        if not self.training or (len(x) * x.shape[1] if mask is None else mask.sum()) < 2:
+            # written out: for a single clip torch's own kernel costs more than the whole network
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             return x * scale + (self.bias - self.running_mean * scale)
         if mask is None or mask.all():
@@ -470,17 +471,17 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 # %% ../../nbs/sign/20_models.ipynb #9780e982
 class GroupedLinear(nn.Module):
-    "Linear layers side by side: each reads and writes a group of the channels of its own."
+    "Grouped linear layer: one `nn.Linear` per group of channels, initialised as such."
 
     def __init__(
         self,
-        inputs: int,  # Channels that each of them reads
-        outputs: int,  # Channels that each of them writes
-        groups: int = 2,  # How many
+        inputs: int,  # Input channels per group
+        outputs: int,  # Output channels per group
+        groups: int = 2,  # Number of groups
         bias: bool = True,  # With a bias
     ):
         super().__init__()
-        each = [nn.Linear(inputs, outputs, bias) for _ in range(groups)]  # for the usual start
+        each = [nn.Linear(inputs, outputs, bias) for _ in range(groups)]
         self.weight = nn.Parameter(torch.stack([l.weight.T for l in each]))
         self.bias = nn.Parameter(torch.cat([l.bias for l in each])) if bias else None
 
@@ -488,30 +489,29 @@ class GroupedLinear(nn.Module):
         "`[B,T,G*inputs]` to `[B,T,G*outputs]`."
         groups, size, _ = self.weight.shape
         y = x.reshape(-1, groups, size).transpose(0, 1)
-        y = (
-            torch.bmm(y, self.weight)
-            if self.bias is None
-            else torch.baddbmm(self.bias.view(groups, 1, -1), y, self.weight)
-        )
+        if self.bias is None:
+            y = torch.bmm(y, self.weight)
+        else:
+            y = torch.baddbmm(self.bias.view(groups, 1, -1), y, self.weight)
         return y.transpose(0, 1).reshape(*x.shape[:2], -1)
 
 
 def _linear(inputs, outputs, groups, bias=True):
-    return (
-        GroupedLinear(inputs, outputs, groups, bias)
-        if groups > 1
-        else nn.Linear(inputs, outputs, bias)
-    )
+    "A linear layer with `inputs` and `outputs` channels per group."
+    if groups > 1:
+        return GroupedLinear(inputs, outputs, groups, bias)
+    return nn.Linear(inputs, outputs, bias)
 
 # %% ../../nbs/sign/20_models.ipynb #b41a1e9c
 def _padding(mask):
-    return (
-        mask if torch.compiler.is_compiling() or torch.jit.is_tracing() or not mask.all() else None
-    )
+    "The padding mask, or `None` where no frame is padded; always the mask during export."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not mask.all():
+        return mask
+    return None
 
 
 def _mean(h, mask):
-    "`masked_mean` as a product, which makes no masked copy of the states."
+    "`masked_mean` as a matrix product, without a masked copy of the states."
     if mask is None:
         return h.sum(1) / h.shape[1]
     real = mask.to(h.dtype)
@@ -519,15 +519,19 @@ def _mean(h, mask):
 
 # %% ../../nbs/sign/20_models.ipynb #453a0e2c
 class ConvBlock(nn.Module):
-    "Pointwise, depthwise, gate, pointwise; added to what came in."
+    """Residual block: pointwise, depthwise convolution, batch norm, channel attention, pointwise.
+
+    Depthwise separable convolution (Chollet 2017) with efficient channel attention (ECA-Net,
+    Wang et al. 2020) and stochastic depth. Raises InputError for an even `kernel` or `gate`.
+    """
 
     def __init__(
         self,
         size: int,  # D, of all groups together
-        kernel: int = 11,  # Frames that a convolution sees, odd
-        drop_path: float = 0.1,  # Share of the clips that skip the block in training
-        gate: int = 5,  # Channels that the gate sees, odd
-        groups: int = 1,  # Nets side by side
+        kernel: int = 11,  # Kernel of the depthwise convolution in frames, odd
+        drop_path: float = 0.1,  # Stochastic depth: fraction of clips that skip the block in training
+        gate: int = 5,  # Kernel of the channel attention in channels, odd
+        groups: int = 1,  # Parallel networks
     ):
         super().__init__()
         require(
@@ -537,15 +541,15 @@ class ConvBlock(nn.Module):
             "odd numbers",
             f"{kernel}, {gate}",
         )
-        self.drop_path, self.groups = drop_path, groups
+        self.drop_path = drop_path
+        self.groups = groups
         self.widen = _linear(size // groups, 2 * size // groups, groups)
         self.narrow = _linear(2 * size // groups, size // groups, groups)
         depthwise = nn.Conv2d(
             2 * size, 2 * size, (kernel, 1), padding=(kernel // 2, 0), groups=2 * size, bias=False
         )
-        self.depthwise = depthwise.to(
-            memory_format=torch.channels_last
-        )  # otherwise torch turns every batch around, which takes twice as long
+        # otherwise torch converts the layout of every batch, which takes twice as long
+        self.depthwise = depthwise.to(memory_format=torch.channels_last)
         self.norm = MaskedBatchNorm(2 * size)
         self.gate = nn.Conv1d(1, 1, gate, padding=gate // 2, bias=False)
 
@@ -554,19 +558,19 @@ class ConvBlock(nn.Module):
 def forward(
     self: ConvBlock,
     x: Tensor,  # `[B,T,D]`
-    mask: Tensor = None,  # `[B,T]`; without it every step is real
+    mask: Tensor = None,  # `[B,T]`; without it every frame is real
 ) -> Tensor:  # `[B,T,D]`
-    "What came in, and what the block adds to it."
+    "The input plus the residual branch."
     h = nn.functional.silu(self.widen(x))
     if mask is not None:
         h = h * mask[..., None]
     h = self.depthwise(h.mT[..., None])[..., 0].mT
     h = self.norm(h, mask)
-    seen = self.gate.kernel_size[0]
-    around = nn.functional.pad(
-        _mean(h, mask).unflatten(1, (self.groups, -1)), (seen // 2, seen // 2)
-    ).unfold(2, seen, 1)
-    h = h * (around @ self.gate.weight.view(-1)).flatten(1)[:, None].sigmoid()
+    # channel attention: a convolution over the time means of neighbouring channels of a group
+    kernel = self.gate.kernel_size[0]
+    means = _mean(h, mask).unflatten(1, (self.groups, -1))
+    neighbours = nn.functional.pad(means, (kernel // 2, kernel // 2)).unfold(2, kernel, 1)
+    h = h * (neighbours @ self.gate.weight.view(-1)).flatten(1)[:, None].sigmoid()
     h = self.narrow(h)
     if self.training and self.drop_path:
         h = h * (torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path) / (1 - self.drop_path)
@@ -574,25 +578,25 @@ def forward(
 
 # %% ../../nbs/sign/20_models.ipynb #483b9306
 class SignConv(SignModel):
-    "Depthwise convolutions over coordinates and velocities."
+    "1-D CNN over coordinates and velocities, optionally with two views and mirror averaging."
 
     def __init__(
         self,
-        channels: int = 50,  # Coordinates a frame
+        channels: int = 50,  # Coordinates per frame
         glosses: int = 25,  # Number of glosses
         categories: int = 7,  # Number of categories
-        width: int = 0,  # Size of a state; 0: 96, or 64 for each of two views
+        width: int = 0,  # Channels of a hidden state; 0: 96, or 64 for each of two views
         num_layers: int = 4,  # Blocks
-        kernel: int = 11,  # Frames that a convolution sees
-        dropout: float = 0.5,  # Before the heads
-        drop_path: float = 0.1,  # Share of the clips that skip a block in training
-        attention: bool = False,  # The last block is one of a transformer
+        kernel: int = 11,  # Kernel of the depthwise convolutions in frames
+        dropout: float = 0.5,  # Dropout before the heads
+        drop_path: float = 0.1,  # Stochastic depth: fraction of clips that skip a block in training
+        attention: bool = False,  # The last block is a transformer encoder layer
         hands=(),  # Points of each hand, see `MotionChannels`
-        velocity: bool = True,  # Velocities too
-        presence: bool = False,  # A presence channel a point too
-        bones=(),  # Pairs of points whose direction counts, see `MotionChannels`
-        pairs=(),  # (left, right) points that a mirror exchanges; with them an answer is the mean over a clip and its mirror image
-        centred: bool = False,  # Also a net beside it that sees each point without its mean place, see `views`
+        velocity: bool = True,  # Append velocities
+        presence: bool = False,  # Append one presence channel per point
+        bones=(),  # Pairs of points whose directions are appended, see `MotionChannels`
+        pairs=(),  # (left, right) points that a mirror exchanges; if given, predictions are averaged over a clip and its mirror image
+        centred: bool = False,  # Add a parallel network that reads each point without its mean position, see `views`
     ):
         width = width or (64 if centred else 96)
         groups = 1 + centred
@@ -601,9 +605,10 @@ class SignConv(SignModel):
         self.channels = channels
         self.pairs = [list(p) for p in pairs]
         self.motion = MotionChannels(channels, hands, velocity, presence, bones=bones)
-        if pairs:  # they follow from the pairs, so no file keeps them
-            for k, v in zip(("columns", "sign"), _mirror_columns(channels, pairs)):
-                self.register_buffer(k, v, persistent=False)
+        if pairs:  # both buffers follow from `pairs`, so they are not saved
+            columns, sign = _mirror_columns(channels, pairs)
+            self.register_buffer("columns", columns, persistent=False)
+            self.register_buffer("sign", sign, persistent=False)
         self.stem = _linear(self.motion.size, width, groups, bias=False)
         self.norm = MaskedBatchNorm(groups * width)
         self.blocks = nn.ModuleList(
@@ -628,20 +633,15 @@ def views(
     inputs: dict,  # `channels` and `present`
     mask: Tensor,  # `[B,T]`
 ) -> Tensor:  # `[B,T,size]`, or `[B,T,2*size]`
-    "What the stem reads: the clip, and beside it the clip with the mean of each coordinate at zero."
+    "Input of the stem: the channels of the clip, and with `centred` those of the clip minus its time mean."
     if not self.centred:
         return self.motion(inputs, mask)
     present = inputs["present"] & mask[..., None]
     x = torch.where(present, inputs["channels"], 0.0)
-    moved = torch.where(
-        present, x - x.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp_min(1), 0.0
-    )
-    return torch.cat(
-        self.motion.signals(torch.cat([x, moved]), torch.cat([present, present]))
-        .unflatten(0, (2, -1))
-        .unbind(),
-        -1,
-    )
+    mean = x.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp_min(1)
+    centred = torch.where(present, x - mean, 0.0)
+    both = self.motion.from_points(torch.cat([x, centred]), torch.cat([present, present]))
+    return torch.cat(both.unflatten(0, (2, -1)).unbind(), -1)
 
 # %% ../../nbs/sign/20_models.ipynb #14ab8ea7
 @patch
@@ -649,39 +649,35 @@ def state(
     self: SignConv,
     inputs: dict,  # `channels` and `present`
     mask: Tensor,  # `[B,T]`
-) -> Tensor:  # `[B,2*width]`, of two views one after the other
-    "Mean state over the real steps of the clips as they are."
+) -> Tensor:  # `[B,2*width]`, or the concatenation of that for two views
+    "Mean state over the real frames, without mirror averaging."
     real = _padding(mask)
     h = self.norm(self.stem(self.views(inputs, mask)), real)
     for block in self.blocks:
         h = block(h, real)
     if self.attention is not None:
         h = self.attention(h, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
-    if self.training:
-        return _mean(
-            self.last(h), real
-        )  # in the order of rounding that the recorded runs were trained with
-    return self.last(_mean(h, real)[:, None])[
-        :, 0
-    ]  # a mean and a linear layer commute: one step in the place of all
+    if self.training:  # the order of rounding that the recorded runs were trained with
+        return _mean(self.last(h), real)
+    # the mean and a linear layer commute: apply the layer once instead of to every frame
+    return self.last(_mean(h, real)[:, None])[:, 0]
 
 # %% ../../nbs/sign/20_models.ipynb #f6889796
 def _mirror_columns(channels, pairs):
-    "Which channel is read for which in a mirror image around x = 0, and its sign."
+    "Permutation and signs of the channels that mirror a clip at x = 0, both `[C]`."
     order = torch.arange(channels // 2)
     for a, b in pairs:
         order[a], order[b] = b, a
-    return torch.stack([2 * order, 2 * order + 1], -1).flatten(), torch.tensor([-1.0, 1.0]).repeat(
-        channels // 2
-    )
+    columns = torch.stack([2 * order, 2 * order + 1], -1).flatten()
+    return columns, torch.tensor([-1.0, 1.0]).repeat(channels // 2)
 
 # %% ../../nbs/sign/20_models.ipynb #e8e6f4c1
 @patch
 def mirrored(
     self: SignConv,
     inputs: dict,  # `channels` and `present`
-) -> dict:  # The same of the mirror images
-    "Coordinates turned around, left and right points exchanged."
+) -> dict:  # Inputs of the mirror images
+    "Negate x and exchange left and right points."
     return dict(
         channels=inputs["channels"].index_select(-1, self.columns) * self.sign,
         present=inputs["present"].index_select(-1, self.columns),
@@ -694,11 +690,11 @@ def embed(
     inputs: dict,  # `channels` and `present`
     mask: Tensor,  # `[B,T]`
 ) -> Tensor:  # `[B,2*width]`
-    "Mean state over the real steps; after training also over the clip and its mirror image."
+    "Mean state over the real frames; in evaluation also over the clip and its mirror image."
     if self.training or not self.pairs:
         return self.state(inputs, mask)
-    turned = self.mirrored(inputs)
-    both = {k: torch.cat([inputs[k], turned[k]]) for k in ("channels", "present")}
+    mirror = self.mirrored(inputs)
+    both = {k: torch.cat([inputs[k], mirror[k]]) for k in ("channels", "present")}
     return self.state(both, torch.cat([mask, mask])).unflatten(0, (2, -1)).mean(0)
 
 # %% ../../nbs/sign/20_models.ipynb #c4aea8c3
@@ -707,24 +703,26 @@ def forward(
     self: SignConv,
     inputs: dict,  # `channels` and `present`
     mask: Tensor,  # `[B,T]`
-) -> dict:  # Logits `gloss` `[B,G]` and `category` `[B,K]`; in training of two views also `views`, the logits of each
-    "What the heads say."
+) -> dict:  # Logits `gloss` `[B,G]` and `category` `[B,K]`; in training with two views also `views`, the logits of each
+    "Logits of both heads."
     h = self.drop(self.embed(inputs, mask))
-    said = dict(gloss=self.gloss(h), category=self.category(h))
+    logits = dict(gloss=self.gloss(h), category=self.category(h))
     if not (self.training and self.centred):
-        return said
-    alone = [
+        return logits
+    # one view at a time, doubled so that the logits are the mean over the views
+    single = [
         (2 * h.unflatten(1, (2, -1)) * k[:, None]).flatten(1) for k in torch.eye(2, device=h.device)
     ]
-    return said | dict(views=[dict(gloss=self.gloss(v), category=self.category(v)) for v in alone])
+    views = [dict(gloss=self.gloss(v), category=self.category(v)) for v in single]
+    return logits | dict(views=views)
 
 # %% ../../nbs/sign/20_models.ipynb #35ddb339
-class EachView(nn.Module):
-    "A loss for each view that a model answers with by itself in training, mean over the views; elsewhere the loss as it is."
+class PerViewLoss(nn.Module):
+    "Mean of a loss over the predictions of each view; the loss itself for a prediction without `views`."
 
     def __init__(
         self,
-        loss: nn.Module,  # Of a prediction and a target
+        loss: nn.Module,  # Function of a prediction and a target
     ):
         super().__init__()
         self.loss = loss
@@ -739,11 +737,9 @@ class EachView(nn.Module):
 
     def forward(self, prediction, target):
         views = prediction.get("views")
-        return (
-            self.loss(prediction, target)
-            if views is None
-            else sum(self.loss({**prediction, **v}, target) for v in views) / len(views)
-        )
+        if views is None:
+            return self.loss(prediction, target)
+        return sum(self.loss({**prediction, **v}, target) for v in views) / len(views)
 
 # %% ../../nbs/sign/20_models.ipynb #a8cb895f
 class BiGRU(SignModel):
@@ -751,12 +747,12 @@ class BiGRU(SignModel):
 
     def __init__(
         self,
-        channels: int = 50,  # Coordinates a frame
+        channels: int = 50,  # Coordinates per frame
         glosses: int = 25,  # Number of glosses
         categories: int = 7,  # Number of categories
-        width: int = 64,  # Units a direction
+        width: int = 64,  # Units per direction
         num_layers: int = 2,  # Layers
-        dropout: float = 0.3,  # Between layers and before the heads
+        dropout: float = 0.3,  # Dropout between layers and before the heads
         hands=(),  # Points of each hand, see `MotionChannels`
     ):
         super().__init__(2 * width, glosses, categories, dropout)
@@ -769,15 +765,14 @@ class BiGRU(SignModel):
         )
 
     def embed(self, inputs, mask):
-        "Mean state over the real steps, `[B,2*width]`."
+        "Mean state over the real frames, `[B,2*width]`."
         h = self.motion(inputs, mask)
         for i, (ahead, back) in enumerate(zip(self.ahead, self.back)):
             if i:
                 h = self.between(h)
-            h = (
-                torch.cat([ahead(h)[0], reverse_padded(back(reverse_padded(h, mask))[0], mask)], -1)
-                * mask[..., None]
-            )
+            forward, _ = ahead(h)
+            backward, _ = back(reverse_padded(h, mask))
+            h = torch.cat([forward, reverse_padded(backward, mask)], -1) * mask[..., None]
         return masked_mean(h, mask)
 
 # %% ../../nbs/sign/20_models.ipynb #04ce7d72
@@ -792,9 +787,9 @@ MODELS = {
 # %% ../../nbs/sign/20_models.ipynb #f5f51b2a
 def create_model(
     name: str,  # Key of `MODELS`
-    **arguments,  # Of its class
-) -> tuple:  # The model, and the arguments it was made with
-    "A model by name."
+    **arguments,  # Arguments of its class
+) -> tuple:  # The model, and its arguments
+    "Create a model by name. Raises InputError for an unknown name or argument."
     import inspect
 
     cls = MODELS[check_choice("parameter", "model", name, MODELS)]

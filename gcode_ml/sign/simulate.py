@@ -1,4 +1,4 @@
-"""Made-up people who sign made-up signs, each in a way of their own.
+"""Simulated keypoint clips of signs, with signer-dependent variation.
 
 Docs: https://example.org/gcode_ml/sign/simulate.html.md"""
 
@@ -25,22 +25,22 @@ from .skeleton import mirror_points
 # %% ../../nbs/sign/06_simulate.ipynb #b08ae200
 @dataclass(frozen=True)
 class Gloss:
-    "A sign as a dictionary would describe it."
+    "Description of a sign: movement, handshape and repetitions."
 
-    name: str  # Its name
-    category: int  # Place and movement
-    keys: np.ndarray  # Key poses of the leading wrist, `[P,2]`
-    both: bool  # Does the other hand do the same, mirrored?
-    flexion: np.ndarray  # Of the five fingers, 0 straight to 1 closed
-    repeats: int  # How often the movement is made
+    name: str  # Name of the sign
+    category: int  # Category: location and type of movement
+    keys: np.ndarray  # Key positions of the dominant wrist, `[P,2]`
+    both: bool  # Whether the other hand makes the mirrored movement
+    flexion: np.ndarray  # Flexion of the five fingers, 0 (straight) to 1 (closed), `[5]`
+    repeats: int  # Number of repetitions of the movement
 
 # %% ../../nbs/sign/06_simulate.ipynb #defb1254
 def simulated_gloss(
-    number: int,  # Which sign
-    categories: int = 3,  # Number of categories: heights of the place, with straight or bent movements in turn
-    seed: int = 0,  # Of the language
-) -> Gloss:  # Always the same for the same numbers
-    "Invent a sign."
+    number: int,  # Number of the sign
+    categories: int = 3,  # Number of categories; each has its own height, and movements are straight and bent in turn
+    seed: int = 0,  # Seed of the vocabulary
+) -> Gloss:  # Deterministic for given arguments
+    "Sample a sign."
     random = np.random.default_rng([seed, number, 101])
     category = number % categories
     place = np.array([-0.35, -0.6 + 1.2 * category / max(categories - 1, 1)])
@@ -58,34 +58,37 @@ def simulated_gloss(
 # %% ../../nbs/sign/06_simulate.ipynb #6aca77b4
 @dataclass(frozen=True)
 class Style:
-    "A person in front of a camera; the defaults are those of nobody."
+    "A person in front of a camera; the defaults describe a neutral right-handed signer."
 
-    left: bool = False  # Does the left hand lead?
-    arms: float = 1.0  # Length of the arms
-    forearm: float = 1.0  # Length of the forearm over the upper arm
-    amplitude: float = 1.0  # Size of the movements
-    tempo: float = 1.0  # Their speed
-    bend: float = 0.0  # ln of the exponent that bends time
-    place: tuple = (0.0, 0.0)  # Habitual offset of the hands, shoulder widths
-    head: float = 0.3  # Idle seconds before the sign
-    tail: float = 0.3  # And after it
-    rest: tuple = (0.45, 1.45)  # Where a hand rests: beside, below
-    tilt: float = 0.0  # Of the body, radians
-    x: float = 0.5  # Of the middle of the shoulders, share of the picture's width
-    y: float = 0.4  # Share of its height
-    shoulders: float = 0.2  # Distance of the shoulders, share of its height
-    width: int = 800  # Of the picture, pixels
-    height: int = 800  # Of the picture, pixels
-    rate: int = 15  # Frames a second
-    jitter: float = 0.0  # Noise, shoulder widths
-    lost: float = 0.0  # Bursts a second in which a hand is not found
+    left: bool = False  # Whether the left hand is dominant
+    arms: float = 1.0  # Relative length of the arms
+    forearm: float = 1.0  # Ratio of forearm length to upper arm length
+    amplitude: float = 1.0  # Relative amplitude of the movements
+    tempo: float = 1.0  # Relative speed of the movements
+    bend: float = 0.0  # Natural logarithm of the exponent of the time warp; 0: none
+    place: tuple = (0.0, 0.0)  # Constant offset of the hands, in shoulder widths
+    head: float = 0.3  # Idle time before the sign, in seconds
+    tail: float = 0.3  # Idle time after the sign, in seconds
+    rest: tuple = (
+        0.45,
+        1.45,
+    )  # Rest position of a hand: lateral and downward distance from the origin, in shoulder widths
+    tilt: float = 0.0  # Tilt of the body, in radians
+    x: float = 0.5  # Horizontal position of the midpoint of the shoulders, as a fraction of the picture width
+    y: float = 0.4  # Vertical position of this point, as a fraction of the picture height
+    shoulders: float = 0.2  # Shoulder width, as a fraction of the picture height
+    width: int = 800  # Picture width in pixels
+    height: int = 800  # Picture height in pixels
+    rate: int = 15  # Frames per second
+    jitter: float = 0.0  # Standard deviation of the noise of coordinates, in shoulder widths
+    lost: float = 0.0  # Mean number of dropouts per hand and second
 
 # %% ../../nbs/sign/06_simulate.ipynb #1f87dddb
 def simulated_style(
-    number: int,  # Which person
-    seed: int = 0,  # Of the population
-) -> Style:  # Always the same for the same numbers
-    "Invent a person; one in eight is left-handed."
+    number: int,  # Number of the person
+    seed: int = 0,  # Seed of the population
+) -> Style:  # Deterministic for given arguments
+    "Sample a person, left-handed with probability 1/8."
     random = np.random.default_rng([seed, number, 202])
     u = random.uniform
     return Style(
@@ -112,23 +115,23 @@ def simulated_style(
 
 # %% ../../nbs/sign/06_simulate.ipynb #97bea1f2
 def minimum_jerk(
-    keys: np.ndarray,  # Places, `[P,2]`
-    at: np.ndarray,  # Where on the way, 0 to P-1, `[T]`
-) -> np.ndarray:  # `[T,2]`
-    "Way through the places, with a rest at each."
+    keys: np.ndarray,  # Positions, `[P,2]`
+    at: np.ndarray,  # Path parameter, 0 to P-1, `[T]`; other values are clipped
+) -> np.ndarray:  # Interpolated positions, `[T,2]`
+    "Minimum-jerk trajectory through the positions, with zero velocity at each."
     i = np.clip(np.floor(at).astype(int), 0, len(keys) - 2)
     r = np.clip(at - i, 0, 1)[:, None]
     return keys[i] + (keys[i + 1] - keys[i]) * (10 * r**3 - 15 * r**4 + 6 * r**5)
 
 # %% ../../nbs/sign/06_simulate.ipynb #02583ea0
 def elbow(
-    shoulder: np.ndarray,  # `[2]`
-    wrist: np.ndarray,  # Where the wrist should be, `[T,2]`
+    shoulder: np.ndarray,  # Position of the shoulder, `[2]`
+    wrist: np.ndarray,  # Target positions of the wrist, `[T,2]`
     upper: float,  # Length of the upper arm
     fore: float,  # Length of the forearm
-    side: int,  # 1 where the elbow points to larger x, -1 to smaller
-) -> tuple:  # Elbow and wrist, both `[T,2]`
-    "Inverse kinematics of two links."
+    side: int,  # 1 if the elbow points to larger x, -1 if to smaller
+) -> tuple:  # Positions of elbow and wrist, both `[T,2]`
+    "Inverse kinematics of a planar arm with two links."
     way = wrist - shoulder
     d = np.maximum(np.linalg.norm(way, axis=1), 1e-9)[:, None]
     reach = np.clip(d, abs(upper - fore) + 1e-3, (upper + fore) * 0.999)
@@ -141,13 +144,13 @@ def elbow(
 
 # %% ../../nbs/sign/06_simulate.ipynb #36d04584
 def finger_chain(
-    wrist: np.ndarray,  # `[T,2]`
-    direction: np.ndarray,  # Of the forearm, unit vectors `[T,2]`
-    flexion: np.ndarray,  # Of the five fingers, `[T,5]`
+    wrist: np.ndarray,  # Positions of the wrist, `[T,2]`
+    direction: np.ndarray,  # Unit vectors along the forearm, `[T,2]`
+    flexion: np.ndarray,  # Flexion of the five fingers, `[T,5]`
     side: int,  # 1 for the left hand, -1 for the right
-    size: float = 0.26,  # From the wrist to the middle knuckle
+    size: float = 0.26,  # Distance from the wrist to the knuckle of the middle finger
 ) -> np.ndarray:  # `[T,21,2]`, wrist first
-    "Points of a hand."
+    "Keypoints of a hand."
     base = np.array([0.9, 0.3, 0.0, -0.25, -0.5]) * side
     length = np.array([0.5, 0.95, 1.0, 0.97, 0.85])
     link = np.array([0.3, 0.42, 0.45, 0.42, 0.33])
@@ -201,7 +204,7 @@ _face = np.array(
 
 # %% ../../nbs/sign/06_simulate.ipynb #b0d2208e
 def _wrists(gloss, style, random, sway):
-    "Seconds of the frames, and the places of the leading and the other hand."
+    "Return times of the frames in seconds, positions of the dominant and the other hand, and the degree of movement (0 to 1)."
     rest = np.array(style.rest) * [-1, 1]
     middle = gloss.keys.mean(0)
     keys = (
@@ -225,7 +228,7 @@ def _wrists(gloss, style, random, sway):
 
 # %% ../../nbs/sign/06_simulate.ipynb #082a8b15
 def _arms(lead, other, style):
-    "Shoulders, elbows and wrists of both sides, and the directions of the forearms."
+    "Return shoulder, elbow, wrist and forearm direction for each side."
     upper = 0.82 * style.arms * 2 / (1 + style.forearm)
     fore = 0.74 * style.arms * 2 * style.forearm / (1 + style.forearm)
     parts = {}
@@ -237,12 +240,12 @@ def _arms(lead, other, style):
 
 # %% ../../nbs/sign/06_simulate.ipynb #05adaa32
 def body_points(
-    gloss: Gloss,  # What is signed
-    style: Style = Style(),  # By whom
-    seed=0,  # Of this repetition
-    sway: float = 1.0,  # Size of what differs between repetitions
-) -> tuple:  # Points `[T,78,2]` in shoulder widths, and seconds `[T]`
-    "Body, hands and face of a person who signs."
+    gloss: Gloss,  # The sign
+    style: Style = Style(),  # The signer
+    seed=0,  # Seed of this repetition
+    sway: float = 1.0,  # Scale of the variation between repetitions
+) -> tuple:  # Points `[T,78,2]` in shoulder widths, and times `[T]` in seconds
+    "Keypoints of body, hands and face while a person makes a sign."
     random = np.random.default_rng(seed)
     time, lead, other, moving = _wrists(gloss, style, random, sway)
     parts = _arms(lead, other, style)
@@ -275,12 +278,14 @@ def body_points(
 
 # %% ../../nbs/sign/06_simulate.ipynb #ded0bbc3
 def filmed(
-    points: np.ndarray,  # `[T,78,2]`, shoulder widths
-    time: np.ndarray,  # Seconds, `[T]`
-    style: Style,  # Framing and losses
-    seed=0,  # Of jitter and losses
-) -> tuple:  # Points `[T,78,2]` as shares of the picture, 0 where missing, and seen `[T,78]`
-    "A person in a picture."
+    points: np.ndarray,  # Keypoints `[T,78,2]`, in shoulder widths
+    time: np.ndarray,  # Times in seconds, `[T]`
+    style: Style,  # Framing, noise and dropouts
+    seed=0,  # Seed of noise and dropouts
+) -> (
+    tuple
+):  # Points `[T,78,2]` as fractions of the picture size, 0 where missing, and seen `[T,78]` bool
+    "Project keypoints into the picture, with noise and missing points."
     random = np.random.default_rng(seed)
     T = len(time)
     points = points + style.jitter * random.normal(size=points.shape)
@@ -298,15 +303,15 @@ def filmed(
 
 # %% ../../nbs/sign/06_simulate.ipynb #1d164619
 def simulated_clip(
-    gloss: int,  # Which sign
-    signer: int = 0,  # Which person
-    repetition: int = 1,  # Which time
-    seed: int = 0,  # Of language and population
+    gloss: int,  # Number of the sign
+    signer: int = 0,  # Number of the person
+    repetition: int = 1,  # Number of the repetition
+    seed: int = 0,  # Seed of vocabulary and population
     categories: int = 3,  # Number of categories
-    style: Style | None = None,  # Somebody else
-    sway: float = 1.0,  # Size of what differs between repetitions
-) -> Clip:  # Points as a file would hold them
-    "One clip."
+    style: Style | None = None,  # Replaces the sampled style of the person
+    sway: float = 1.0,  # Scale of the variation between repetitions
+) -> Clip:  # Clip with points in the layout of the files
+    "Simulate one clip."
     sign = simulated_gloss(gloss, categories, seed)
     style = style or simulated_style(signer, seed)
     points, time = body_points(sign, style, [seed, gloss, signer, repetition, 1], sway)
@@ -327,9 +332,9 @@ def simulated_clip(
 
 # %% ../../nbs/sign/06_simulate.ipynb #ddad9d67
 def write_clips(
-    folder,  # Where `labels.csv`, `glosses.csv` and `npz/*.npz` go
+    folder,  # Output folder of `labels.csv`, `glosses.csv` and `npz/*.npz`
     clips: list,  # `Clip`s with points
-    names: dict,  # `gloss`, `category`, `category_of`, as from `class_names`
+    names: dict,  # Keys `gloss`, `category` and `category_of`, as returned by `class_names`
 ) -> Path:  # The folder
     "Write clips in the layout that `read_clips` reads, atomically."
     folder = Path(folder)
@@ -383,15 +388,15 @@ def _csv(path, head, rows):
 
 # %% ../../nbs/sign/06_simulate.ipynb #8ed9df7b
 def simulate_clips(
-    folder,  # Where to write
+    folder,  # Output folder
     glosses: int = 8,  # Number of signs
     signers: int = 4,  # Number of people
-    repetitions: int = 4,  # Clips of each sign by each person
+    repetitions: int = 4,  # Number of clips per sign and person
     categories: int = 3,  # Number of categories
-    seed: int = 0,  # Of language, population and every clip
-    features: int = 0,  # Width of an array `X2048` that is written as well: random projections of the points; 0 writes none
+    seed: int = 0,  # Seed of vocabulary, population and clips
+    features: int = 0,  # Width of the additional array `X2048`, a random projection of the points; 0: not written
 ) -> Path:  # The folder
-    "A small set of clips, the same bytes for the same seed."
+    "Write a small set of clips; the files are byte-identical for the same seed. Raises InputError for a count below 1."
     for k, v in dict(
         glosses=glosses, signers=signers, repetitions=repetitions, categories=categories
     ).items():

@@ -1,4 +1,4 @@
-"""What the camera, the body and the habits of a person have put into a clip, taken out step by step.
+"""Normalise a clip for camera, body and handedness, step by step.
 
 Docs: https://example.org/gcode_ml/sign/skeleton.html.md"""
 
@@ -33,39 +33,35 @@ from gcode_ml.sign.data import (
 
 # %% ../../nbs/sign/05_skeleton.ipynb #08362bd2
 def to_pixels(
-    points: np.ndarray,  # `[T,K,2]`, shares of width and height
-    width: float = 0.0,  # Of the picture; 0 is unknown
-    height: float = 0.0,  # Of the picture; 0 is unknown
-) -> (
-    np.ndarray
-):  # `[T,K,2]` in one unit for both axes; the picture's height where the size is unknown
-    "Undo the division by width and height; a picture of unknown size counts as a square."
-    return (points * np.array([width, height] if width and height else [1, 1], "float32")).astype(
-        "float32"
-    )
+    points: np.ndarray,  # `[T,K,2]`, fractions of width and height
+    width: float = 0.0,  # Picture width in pixels; 0: unknown
+    height: float = 0.0,  # Picture height in pixels; 0: unknown
+) -> np.ndarray:  # `[T,K,2]` in pixels, or in picture heights where the size is unknown
+    "Undo the division by width and height; a picture of unknown size is taken as square."
+    size = [width, height] if width and height else [1, 1]
+    return (points * np.array(size, "float32")).astype("float32")
 
 # %% ../../nbs/sign/05_skeleton.ipynb #736a8029
 def fill_gaps(
-    points: np.ndarray,  # `[T,K,2]`; whatever stands at missing points is not read
+    points: np.ndarray,  # `[T,K,2]`; values at missing points are ignored
     seen: np.ndarray,  # `[T,K]` bool
     time: np.ndarray,  # Milliseconds, `[T]`
-    longest: int = 5,  # Most missing frames in a run that is filled
-) -> (
-    tuple
-):  # Points with 0 at missing ones, and the state `[T,K]`: 0 missing, 1 seen, 2 interpolated
-    "Interpolate short runs of missing points."
+    longest: int = 5,  # Maximum number of missing frames in an interpolated run
+) -> tuple:  # Points, 0 where missing; state `[T,K]`: 0 missing, 1 seen, 2 interpolated
+    "Interpolate short runs of missing points linearly in time."
     points = np.where(seen[..., None], points, np.float32(0))
     state = seen.astype("int8")
     if longest < 1 or seen.all():
         return points, state
     T = len(seen)
-    number = np.arange(len(seen))[:, None]
-    before = np.maximum.accumulate(np.where(seen, number, -1))
-    after = np.minimum.accumulate(np.where(seen, number, T)[::-1])[::-1]
+    frame = np.arange(len(seen))[:, None]
+    before = np.maximum.accumulate(np.where(seen, frame, -1))  # last seen frame, -1: none
+    after = np.minimum.accumulate(np.where(seen, frame, T)[::-1])[::-1]  # next seen frame, T: none
     t, k = np.nonzero(~seen & (before >= 0) & (after < T) & (after - before - 1 <= longest))
-    a, b = before[t, k], after[t, k]
-    share = ((time[t] - time[a]) / np.maximum(time[b] - time[a], 1)).astype("float32")[:, None]
-    points[t, k] = points[a, k] + (points[b, k] - points[a, k]) * share
+    a = before[t, k]
+    b = after[t, k]
+    weight = ((time[t] - time[a]) / np.maximum(time[b] - time[a], 1)).astype("float32")[:, None]
+    points[t, k] = points[a, k] + (points[b, k] - points[a, k]) * weight
     state[t, k] = 2
     return points, state
 
@@ -74,52 +70,54 @@ def wrist_speed(
     points: np.ndarray,  # `[T,K,2]`
     state: np.ndarray,  # `[T,K]`
     wrists: tuple,  # Left and right
-) -> np.ndarray:  # `[T]`, in units of the points a frame
-    "Way of both wrists since the frame before, |dx|+|dy|; a wrist that is missing in either frame does not count."
+) -> np.ndarray:  # `[T]`, in units of the points per frame
+    "Speed |dx|+|dy| summed over the wrists; a wrist that is missing in either frame counts as 0."
     if len(points) < 2:
         return np.zeros(len(points))
-    w = points[:, list(wrists)]
-    there = state[:, list(wrists)] > 0
-    way = (np.abs(np.diff(w, axis=0)).sum(2) * (there[1:] & there[:-1])).sum(1)
-    return np.append(way[:1], way)
+    positions = points[:, list(wrists)]
+    present = state[:, list(wrists)] > 0
+    steps = np.abs(np.diff(positions, axis=0)).sum(2)
+    speed = (steps * (present[1:] & present[:-1])).sum(1)
+    return np.append(speed[:1], speed)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #6ddaf10b
 def active_range(
     points: np.ndarray,  # `[T,K,2]`
     state: np.ndarray,  # `[T,K]`
     wrists: tuple,  # Left and right
-    share: float = 0.15,  # Of the 95th percentile of the speed
-    least: int = 6,  # With no more active frames than this the whole clip is kept
+    fraction: float = 0.15,  # Threshold as a fraction of the 95th percentile of the speed
+    min_active: int = 6,  # With this many active frames or fewer the whole clip is kept
 ) -> tuple:  # First frame, and the frame after the last
-    "The part of a clip in which the wrists move."
+    "Range of frames in which the wrists move."
     speed = wrist_speed(points, state, wrists)
-    active = np.flatnonzero(speed > share * np.percentile(speed, 95))
-    if len(active) <= least:
+    active = np.flatnonzero(speed > fraction * np.percentile(speed, 95))
+    if len(active) <= min_active:
         return 0, len(points)
     return max(int(active[0]) - 1, 0), min(int(active[-1]) + 1, len(points) - 1) + 1
 
 # %% ../../nbs/sign/05_skeleton.ipynb #63b416b9
 def _median_pair(points, state, a, b):
-    "Medians over the frames where both points were seen: middle `[2]`, and distance; `None` without such frames."
+    "Median midpoint `[2]` and median distance of two points over frames that show both; `None` without such frames."
     both = (state[:, a] == 1) & (state[:, b] == 1)
     if not both.any():
         return None
-    p, q = points[both, a], points[both, b]
+    p = points[both, a]
+    q = points[both, b]
     return np.median((p + q) / 2, axis=0), float(np.median(np.linalg.norm(p - q, axis=1)))
 
 # %% ../../nbs/sign/05_skeleton.ipynb #6e6ab85e
 def _torso(points, state, skeleton):
-    "Middle of the shoulders and their distance, as hips and nose make them likely."
+    "Midpoint and distance of the shoulders, estimated from hips and nose; `None` without these."
     hips = _median_pair(points, state, *skeleton.hips) if skeleton.hips else None
     nose = _median_pair(points, state, *skeleton.nose, *skeleton.nose) if skeleton.nose else None
     if hips is None or nose is None:
         return None
-    way = nose[0] - hips[0]
-    return hips[0] + 0.72 * way, float(np.linalg.norm(way)) / 2.08
+    torso = nose[0] - hips[0]
+    return hips[0] + 0.72 * torso, float(np.linalg.norm(torso)) / 2.08
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e2996857
 def _box(points, state):
-    "Centre of the box around all points seen, and their root mean square distance from it."
+    "Centre of the bounding box of all visible points, and their root mean square distance from it."
     p = points[state > 0]
     if not len(p):
         return None
@@ -128,47 +126,41 @@ def _box(points, state):
 
 # %% ../../nbs/sign/05_skeleton.ipynb #223a1969
 def _hand_frame(points, state, skeleton):
-    "Median wrist and median hand size of the hand that was seen more often."
+    "Median wrist position and median size of the hand that was seen more often; `None` without a hand."
     ranges = [skeleton.blocks[h] for h in skeleton.hands]
-    first, _ = max(ranges, key=lambda r: (state[:, r[0]] > 0).sum(), default=(None, None))
-    if first is None:
+    wrist, _ = max(ranges, key=lambda r: (state[:, r[0]] > 0).sum(), default=(None, None))
+    if wrist is None:
         return None
-    there = (state[:, first] > 0) & (state[:, first + 9] > 0)
-    if not there.any():
+    knuckle = wrist + 9
+    present = (state[:, wrist] > 0) & (state[:, knuckle] > 0)
+    if not present.any():
         return None
-    return np.median(points[there, first], axis=0), float(
-        np.median(np.linalg.norm(points[there, first + 9] - points[there, first], axis=1))
-    )
+    sizes = np.linalg.norm(points[present, knuckle] - points[present, wrist], axis=1)
+    return np.median(points[present, wrist], axis=0), float(np.median(sizes))
 
 # %% ../../nbs/sign/05_skeleton.ipynb #f883e5d5
 def reference_frame(
     points: np.ndarray,  # `[T,K,2]`
     state: np.ndarray,  # `[T,K]`
     skeleton: Skeleton,  # Where shoulders and hands are
-    kind: str = "body",  # `body`, or `hand` where no body is seen
-) -> tuple:  # Origin `[2]`, unit, and what they come from
-    "Origin and unit of a clip; a unit below 1e-6 is never used."
-    ways = (
-        dict(
-            shoulders=lambda: (
-                _median_pair(points, state, *skeleton.shoulders) if skeleton.shoulders else None
-            ),
-            torso=lambda: _torso(points, state, skeleton),
-        )
-        if kind == "body"
-        else {}
-    )
-    for name, way in (
-        ways
-        | dict(
-            hand=lambda: _hand_frame(points, state, skeleton) if kind == "hand" else None,
-            box=lambda: _box(points, state),
-        )
-    ).items():
-        frame = way()
+    kind: str = "body",  # `body`, or `hand` for clips without a body
+) -> tuple:  # Origin `[2]`, unit, and the method: `shoulders`, `torso`, `hand`, `box` or `none`
+    "Origin and unit of a clip from the first method that gives a unit of at least 1e-6."
+    for method, frame in _frames_by_method(points, state, skeleton, kind):
         if frame is not None and frame[1] >= 1e-6:
-            return frame[0].astype("float32"), frame[1], name
+            return frame[0].astype("float32"), frame[1], method
     return np.zeros(2, "float32"), 1.0, "none"
+
+
+def _frames_by_method(points, state, skeleton, kind):
+    "Yield name and (origin, unit) of each method in the order of preference."
+    if kind == "body":
+        if skeleton.shoulders:
+            yield "shoulders", _median_pair(points, state, *skeleton.shoulders)
+        yield "torso", _torso(points, state, skeleton)
+    if kind == "hand":
+        yield "hand", _hand_frame(points, state, skeleton)
+    yield "box", _box(points, state)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e36aeed7
 def normalise_points(
@@ -176,44 +168,39 @@ def normalise_points(
     center: np.ndarray,  # Origin, `[2]`
     width: float,  # Unit
 ) -> np.ndarray:  # `[T,K,2]` in shoulder widths, or hand sizes
-    "Points as seen from the body."
+    "Points in body coordinates."
     return (points - center) / np.float32(width)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #37d46483
 def hand_coordinates(
     points: np.ndarray,  # One hand, `[T,21,2]`
     state: np.ndarray,  # `[T,21]`
-) -> tuple:  # Points relative to the wrist in hand sizes `[T,21,2]`, and log of the size relative to its median `[T]`
-    "A hand as seen from its wrist; zeros where it is missing."
+) -> tuple:  # Points relative to the wrist in hand sizes `[T,21,2]`, and log of the size over its median `[T]`
+    "Wrist-relative coordinates of a hand; zeros where it is missing."
     size = np.linalg.norm(points[:, 9] - points[:, 0], axis=1)
-    there = (state[:, 0] > 0) & (state[:, 9] > 0) & (size > 1e-6)
-    unit = np.where(there, size, 1)
-    local = np.where(
-        (there[:, None] & (state > 0))[..., None], (points - points[:, :1]) / unit[:, None, None], 0
-    )
-    return local.astype("float32"), np.where(
-        there, np.log(unit / (np.median(size[there]) if there.any() else 1)), 0
-    ).astype("float32")
+    has_size = (state[:, 0] > 0) & (state[:, 9] > 0) & (size > 1e-6)
+    unit = np.where(has_size, size, 1)
+    known = (has_size[:, None] & (state > 0))[..., None]
+    local = np.where(known, (points - points[:, :1]) / unit[:, None, None], 0)
+    median = np.median(size[has_size]) if has_size.any() else 1
+    log_size = np.where(has_size, np.log(unit / median), 0)
+    return local.astype("float32"), log_size.astype("float32")
 
 # %% ../../nbs/sign/05_skeleton.ipynb #6efacadf
 def left_handed(
     points: np.ndarray,  # `[T,K,2]`
     state: np.ndarray,  # `[T,K]`
     skeleton: Skeleton,  # Where hands and wrists are
-) -> bool:  # Is the left hand the one that signs?
-    "Decide by the frames in which each hand was found, or by the way of each wrist."
-    left, right = (
-        ((state[:, a:b] > 0).any(1).sum() for a, b in (skeleton.blocks[h] for h in skeleton.hands))
-        if skeleton.hands
-        else (0, 0)
-    )
+) -> bool:  # Whether the left hand is dominant
+    "Compare the frames in which each hand was seen, or else the path lengths of the wrists."
+    left = right = 0
+    if skeleton.hands:
+        blocks = [skeleton.blocks[h] for h in skeleton.hands]
+        left, right = ((state[:, a:b] > 0).any(1).sum() for a, b in blocks)
     if left or right:
         return bool(left > right)
-    left, right = (
-        (wrist_speed(points, state, (w,)).sum() for w in skeleton.wrists)
-        if skeleton.wrists
-        else (0, 0)
-    )
+    if skeleton.wrists:
+        left, right = (wrist_speed(points, state, (w,)).sum() for w in skeleton.wrists)
     return bool(left > right)
 
 # %% ../../nbs/sign/05_skeleton.ipynb #4249d9d6
@@ -221,9 +208,9 @@ def mirror_points(
     points: np.ndarray,  # `[T,K,2]`
     state: np.ndarray,  # `[T,K]`
     pairs: tuple,  # (left, right) points
-    center: float = 0.0,  # x of the mirror
+    center: float = 0.0,  # x of the mirror axis
 ) -> tuple:  # Points and state of the mirror image
-    "Turn left and right around and exchange the points of each pair."
+    "Mirror a clip and exchange the points of each pair."
     order = np.arange(points.shape[1])
     for a, b in pairs:
         order[a], order[b] = b, a
@@ -234,33 +221,30 @@ def resample_points(
     points: np.ndarray,  # `[T,K,2]`, or `[T,C]`
     state: np.ndarray,  # `[T,K]`, or `[T,C]`
     time: np.ndarray,  # Milliseconds, not decreasing, `[T]`
-    frames: int,  # Length of the answer
-) -> tuple:  # Points and state at `frames` equal distances in time
-    "Read a clip linearly at another rate."
+    frames: int,  # Length of the result
+) -> tuple:  # Points and state at `frames` uniform times
+    "Resample a clip linearly in time."
     time = time if time[-1] > time[0] else np.arange(len(time))
     at = np.linspace(time[0], time[-1], frames)
     low = np.clip(np.searchsorted(time, at, "right") - 1, 0, max(len(time) - 2, 0))
     high = np.minimum(low + 1, len(time) - 1)
-    share = (
-        ((at - time[low]) / np.maximum(time[high] - time[low], 1e-9))
-        .clip(0, 1)
-        .astype("float32")[:, None]
-    )
-    a, b = state[low] > 0, state[high] > 0
-    weight = np.where(a & b, share, b.astype("float32"))
+    fraction = (at - time[low]) / np.maximum(time[high] - time[low], 1e-9)
+    fraction = fraction.clip(0, 1).astype("float32")[:, None]
+    low_present = state[low] > 0
+    high_present = state[high] > 0
+    weight = np.where(low_present & high_present, fraction, high_present.astype("float32"))
     if points.ndim == 3:
         weight = weight[..., None]
-    return points[low] + (points[high] - points[low]) * weight, np.where(
-        share < 0.5, state[low], state[high]
-    )
+    resampled = points[low] + (points[high] - points[low]) * weight
+    return resampled, np.where(fraction < 0.5, state[low], state[high])
 
 # %% ../../nbs/sign/05_skeleton.ipynb #9112b50a
 def kept_points(
     skeleton: Skeleton,  # The layout
-    points="auto",  # `auto`, or parts, names or numbers of points
+    points="auto",  # `auto`, or blocks, names or numbers of points
     clips=(),  # Training clips, for `auto`
 ) -> list:  # Numbers of the points, in order
-    "Points that a model reads; with a point its mirror image."
+    "Select the points of a model. Raises InputError if only one point of a pair is selected."
     if isinstance(points, str) and points == "auto":
         ever = np.zeros(len(skeleton), bool)
         for c in clips:
@@ -294,7 +278,7 @@ def kept_points(
 
 # %% ../../nbs/sign/05_skeleton.ipynb #c76f6824
 class NobodySeen(InputError):
-    "A clip without a single point that was seen."
+    "A clip without a single visible point."
 
 # %% ../../nbs/sign/05_skeleton.ipynb #0c5e56ac
 _nobody = "points", "a body or a hand that is seen", "none"
@@ -302,24 +286,23 @@ _nobody = "points", "a body or a hand that is seen", "none"
 # %% ../../nbs/sign/05_skeleton.ipynb #572e7218
 @dataclass
 class Preparation:
-    "From a clip as it was read to the array that a model reads."
+    "Converts a clip into the input array of a model. Raises InputError for invalid settings."
 
-    skeleton: str = (
-        "auto"  # `pose78`, `hands42`, `channels`, `features`; `auto`: that of the training clips
-    )
-    points: list | str = "auto"  # What `kept_points` takes
-    aspect: bool = True  # Undo the division by width and height
-    gaps: int = 5  # Longest run of missing frames that is filled; 0 fills nothing
+    # `pose78`, `hands42`, `channels`, `features`; `auto`: layout of the training clips
+    skeleton: str = "auto"
+    points: list | str = "auto"  # Selection for `kept_points`
+    aspect: bool = True  # Undo the division by picture width and height
+    gaps: int = 5  # Longest run of missing frames that is interpolated; 0: none
     trim: bool = True  # Cut idle ends
-    normalise: str = "auto"  # `body`, `hand`, `channels` or `none`; `auto`: what suits the skeleton
-    canonical_hand: bool = False  # Turn clips of left-handed people around
-    frames: int | None = 40  # Length, by resampling; `None` keeps each clip's own
-    rate: float = 0.0  # Frames a second where `frames` is `None`; 0 keeps each clip's own
-    long_clips: str = "resample"  # What is done with clips longer than `max_length`: `resample`, `truncate` or `refuse`
-    max_length: int = 300  # Longest clip
-    size: int = 0  # Numbers a frame where they are no points, from `fit`
-    center: list | None = None  # Mean of each of them, from `fit`
-    scale: list | None = None  # Spread of each of them, from `fit`
+    normalise: str = "auto"  # `body`, `hand`, `channels` or `none`; `auto`: by layout
+    canonical_hand: bool = False  # Mirror clips of left-handed signers
+    frames: int | None = 40  # Number of frames after resampling; `None` keeps each clip's length
+    rate: float = 0.0  # Frames per second if `frames` is `None`; 0 keeps each clip's rate
+    long_clips: str = "resample"  # Clips over `max_length`: `resample`, `truncate` or `refuse`
+    max_length: int = 300  # Maximum number of frames
+    size: int = 0  # Channels per frame of clips without points, from `fit`
+    center: list | None = None  # Mean of each channel, from `fit`
+    scale: list | None = None  # Standard deviation of each channel, from `fit`
 
     def __post_init__(self):
         self._settings()
@@ -327,7 +310,7 @@ class Preparation:
 # %% ../../nbs/sign/05_skeleton.ipynb #e7de01af
 @patch
 def _settings(self: Preparation):
-    "Refuse settings that mean nothing."
+    "Raise InputError for invalid settings."
     for k, choices in dict(
         skeleton=("auto", *SKELETONS, "channels", "features"),
         normalise=("auto", "body", "hand", "channels", "none"),
@@ -345,7 +328,7 @@ def fit(
     self: Preparation,
     clips: list,  # Training clips
 ) -> Preparation:  # Itself
-    "Settle what `auto` means, and fit mean and spread where clips are no points."
+    "Resolve `auto`, and fit mean and standard deviation of channels. Raises InputError for mixed layouts."
     require(clips, "preparation", "clips", "at least one", "none")
     if self.skeleton == "auto":
         self.skeleton = check_choice(
@@ -360,31 +343,38 @@ def fit(
         self.normalise = dict(pose78="body", hands42="hand", channels="channels", features="none")[
             self.skeleton
         ]
-    if self.skeleton in SKELETONS:
+    has_points = self.skeleton in SKELETONS
+    if has_points:
         self.points = kept_points(SKELETONS[self.skeleton], self.points, clips)
     else:
-        self.size = getattr(clips[0], self.skeleton).shape[1]
-        self.points = []
-        for c in clips:
-            self._check(c)
-        if self.normalise == "channels":
-            rows = np.concatenate([getattr(c, self.skeleton) for c in clips])
-            spread = rows.std(0)
-            self.center = rows.mean(0).tolist()
-            self.scale = np.where(spread > 1e-6, spread, 1).tolist()
-    if (self.skeleton in SKELETONS) == (self.normalise == "channels") and self.normalise != "none":
-        raise InputError(
-            "preparation",
-            "normalise",
-            "body, hand or none for points; channels or none for others",
-            self.normalise,
-        )
+        self._fit_channels(clips)
+    require(
+        self.normalise == "none" or has_points != (self.normalise == "channels"),
+        "preparation",
+        "normalise",
+        "body, hand or none for points; channels or none for others",
+        self.normalise,
+    )
     return self
+
+# %% ../../nbs/sign/05_skeleton.ipynb #17acc4c9
+@patch
+def _fit_channels(self: Preparation, clips):
+    "Fit width, mean and standard deviation of channels or features."
+    self.size = getattr(clips[0], self.skeleton).shape[1]
+    self.points = []
+    for c in clips:
+        self._check(c)
+    if self.normalise == "channels":
+        rows = np.concatenate([getattr(c, self.skeleton) for c in clips])
+        deviation = rows.std(0)
+        self.center = rows.mean(0).tolist()
+        self.scale = np.where(deviation > 1e-6, deviation, 1).tolist()
 
 # %% ../../nbs/sign/05_skeleton.ipynb #cbd368a7
 @patch
 def _check(self: Preparation, clip, width=True):
-    "Raise when a clip has not the layout that the preparation was fitted to."
+    "Raise InputError if a clip does not have the fitted layout."
     file = clip.file or clip.name
     has = (
         self.skeleton
@@ -396,57 +386,43 @@ def _check(self: Preparation, clip, width=True):
         raise InputError(
             file,
             self.skeleton,
-            f"{self.size} numbers a frame",
+            f"{self.size} channels per frame",
             str(getattr(clip, self.skeleton).shape[1]),
         )
 
 # %% ../../nbs/sign/05_skeleton.ipynb #f512b832
 @patch
 def _steps(self: Preparation, clip):
-    "Points, state, times and facts of a clip, at its own frames."
+    "Points, state, timestamps and facts of a clip before resampling."
     skeleton = SKELETONS[self.skeleton]
-    points, state = fill_gaps(
-        to_pixels(clip.points, clip.width, clip.height) if self.aspect else clip.points,
-        clip.seen,
-        clip.timestamps_ms,
-        self.gaps,
-    )
+    points = to_pixels(clip.points, clip.width, clip.height) if self.aspect else clip.points
+    points, state = fill_gaps(points, clip.seen, clip.timestamps_ms, self.gaps)
     if not state[:, self.points].any():
         raise NobodySeen(clip.file or clip.name, *_nobody)
     a, b = active_range(points, state, skeleton.wrists) if self.trim else (0, len(clip))
-    points, state = points[a:b], state[a:b]
-    center, width, how = (
-        reference_frame(points, state, skeleton, self.normalise)
-        if self.normalise != "none"
-        else (np.zeros(2, "float32"), 1.0, "none")
-    )
+    points = points[a:b]
+    state = state[a:b]
+    axis = 0.0  # x of the mirror
+    if self.normalise == "none":
+        center, width, method = np.zeros(2, "float32"), 1.0, "none"
+        axis = (clip.width if self.aspect and clip.width else 1.0) / 2
+    else:
+        center, width, method = reference_frame(points, state, skeleton, self.normalise)
     mirrored = self.canonical_hand and left_handed(points, state, skeleton)
     points = normalise_points(points, center, width)
     if mirrored:
-        points, state = mirror_points(
-            points,
-            state,
-            skeleton.pairs,
-            0.0
-            if self.normalise != "none"
-            else (clip.width if self.aspect and clip.width else 1.0) / 2,
-        )
+        points, state = mirror_points(points, state, skeleton.pairs, axis)
     points = points[:, self.points]
     state = state[:, self.points]
-    shares = {
-        k: float((state == v).mean()) for k, v in dict(missing=0, seen=1, interpolated=2).items()
-    }
-    return (
-        points,
-        state,
-        clip.timestamps_ms[a:b],
-        dict(first=a, last=b, normalised=how, mirrored=mirrored, **shares),
-    )
+    facts = dict(first=a, last=b, normalised=method, mirrored=mirrored)
+    for name, value in dict(missing=0, seen=1, interpolated=2).items():
+        facts[name] = float((state == value).mean())
+    return points, state, clip.timestamps_ms[a:b], facts
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e8b2c5ef
 @patch
 def _numbers(self: Preparation, clip):
-    "The same for numbers that are no points."
+    "The same for clips without points."
     x = getattr(clip, self.skeleton).astype("float32")
     if self.center is not None:
         x = (x - np.float32(self.center)) / np.float32(self.scale)
@@ -469,9 +445,9 @@ def _numbers(self: Preparation, clip):
 @patch
 def prepare(
     self: Preparation,
-    clip: Clip,  # As it was read
-) -> tuple:  # Array `[T,C]` with NaN where missing, and facts about what was done
-    "Prepare one clip."
+    clip: Clip,  # From `read_clip`
+) -> tuple:  # Array `[T,C]`, NaN where missing; facts about each step
+    "Prepare one clip. Raises `NobodySeen`, or InputError for another layout or a refused long clip."
     self._check(clip)
     x, state, time, facts = self._steps(clip) if self.skeleton in SKELETONS else self._numbers(clip)
     n = len(x)
@@ -481,14 +457,14 @@ def prepare(
         long=n > self.max_length,
         seconds=float(time[-1] - time[0]) / 1000,
     )
-    if facts["long"] and self.long_clips == "refuse":
-        raise InputError(
-            clip.file or clip.name,
-            "frames",
-            f"at most {self.max_length}",
-            str(n),
-            "long_clips can resample or truncate",
-        )
+    require(
+        not (facts["long"] and self.long_clips == "refuse"),
+        clip.file or clip.name,
+        "frames",
+        f"at most {self.max_length}",
+        str(n),
+        "long_clips can resample or truncate",
+    )
     if facts["long"] and self.long_clips == "truncate":
         x = x[: self.max_length]
         state = state[: self.max_length]
@@ -504,16 +480,19 @@ def prepare(
 # %% ../../nbs/sign/05_skeleton.ipynb #cf41c306
 @patch
 def __call__(self: Preparation, clip):
+    "The prepared array of a clip, `[T,C]`."
     return self.prepare(clip)[0]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #8e8a45a5
 @patch
 def facts(self: Preparation, clip):
+    "Facts about the preparation of a clip, see `prepare`."
     return self.prepare(clip)[1]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #619686d0
 @patch(as_prop=True)
 def channels(self: Preparation):
+    "Number of channels of the prepared array."
     return self.size or 2 * len(self.points)
 
 
@@ -528,7 +507,7 @@ def pairs(self: Preparation):
 
 @patch(as_prop=True)
 def blocks(self: Preparation):
-    "Part of the body -> positions among the kept points."
+    "Name of a block -> positions among the kept points."
     if self.skeleton not in SKELETONS:
         return {}
     return {
@@ -539,37 +518,32 @@ def blocks(self: Preparation):
 
 @patch(as_prop=True)
 def hands(self: Preparation):
-    "Positions of the left and the right hand among the kept points; empty where not all 21 are kept."
-    return {
-        side: b if len(b) == 21 else []
-        for side in ("left", "right")
-        for b in [self.blocks.get(f"{side}_hand", [])]
-    }
+    "Positions of the left and right hand among the kept points; empty unless all 21 are kept."
+    blocks = {side: self.blocks.get(f"{side}_hand", []) for side in ("left", "right")}
+    return {side: block if len(block) == 21 else [] for side, block in blocks.items()}
 
 
 @patch(as_prop=True)
 def wrists(self: Preparation):
-    return (
-        []
-        if self.skeleton not in SKELETONS
-        else [self.points.index(w) for w in SKELETONS[self.skeleton].wrists if w in self.points]
-    )
+    "Positions of the wrists among the kept points."
+    if self.skeleton not in SKELETONS:
+        return []
+    return [self.points.index(w) for w in SKELETONS[self.skeleton].wrists if w in self.points]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #8460eae5
 @patch
-def to_json(self: Preparation) -> dict:  # Plain values
-    "The state, for the bundle."
-    return dict(
-        asdict(self), points=self.points if isinstance(self.points, str) else list(self.points)
-    )
+def to_json(self: Preparation) -> dict:  # JSON-able
+    "Settings and fitted state, for the bundle."
+    points = self.points if isinstance(self.points, str) else list(self.points)
+    return dict(asdict(self), points=points)
 
 
 @patch(cls_method=True)
 def from_json(
     cls: Preparation,
-    state: dict,  # What `to_json` gave
+    state: dict,  # From `to_json`
 ) -> Preparation:  # The same preparation
-    "A preparation from its state."
+    "Create a preparation from its state. Raises InputError for unknown keys."
     for k in state:
         check_choice("preparation", "state", k, [f.name for f in fields(Preparation)])
     return Preparation(**state)
@@ -592,14 +566,14 @@ LINES78 = (
 
 @patch(as_prop=True)
 def bones(self: Preparation):
-    "Pairs of positions among the kept points of `LINES78`; none where points are not normalised by a body."
+    "Pairs of `LINES78` as positions among the kept points; empty without normalisation."
     if self.skeleton != "pose78" or self.normalise == "none":
         return []
     at = {p: i for i, p in enumerate(self.points)}
     return [(at[a], at[b]) for a, b in LINES78 if a in at and b in at]
 
 # %% ../../nbs/sign/05_skeleton.ipynb #e81bc4c9
-_version = 1  # of the steps above: a change in them must not find what the old ones have made
+_version = 1  # of the steps above; increase it when they change, to invalidate old cache files
 
 # %% ../../nbs/sign/05_skeleton.ipynb #d0986a8c
 def _key(clips, preparation):
@@ -632,52 +606,64 @@ def _cached(file, clips, channels):
 
 # %% ../../nbs/sign/05_skeleton.ipynb #0f49e93f
 def prepare_clips(
-    clips: list,  # As they were read
+    clips: list,  # From `read_clips`
     preparation: Preparation,  # Fitted
-    cache="",  # Folder of prepared clips; none by default
-    empty: str = "refuse",  # Clips in which nobody is seen: `refuse` them, or `keep` them as NaN with a warning
-    progress=None,  # For instance `tqdm`
+    cache="",  # Folder of the cache; none by default
+    empty: str = "refuse",  # Clips without a visible person: `refuse`, or `keep` them as NaN with a warning
+    progress=None,  # Progress bar, for example `tqdm`
 ) -> list:  # Arrays `[T,C]`
-    "Prepare clips, or take them from the cache; all faulty ones are told together."
+    """Prepare clips, or read them from the cache.
+
+    Warns about clips that are too long or show nobody. Raises InputError with the first faults of all clips.
+    """
     check_choice("parameters", "empty", empty, ("refuse", "keep"))
     file = Path(cache) / f"clips-{_key(clips, preparation)}.safetensors" if cache else None
-    done = _cached(file, clips, preparation.channels) if file else None
-    if done is None:
-        arrays = []
-        long = 0
-        faults = []
-        for c in progress(clips) if progress else clips:
-            try:
-                x, facts = preparation.prepare(c)
-            except NobodySeen:
-                x = np.full((preparation.frames or 1, preparation.channels), np.nan, "float32")
-                facts = dict(long=False)
-            except InputError as e:
-                faults.append(e)
-                continue
-            arrays.append(x)
-            long += facts["long"]
-        raise_faults("clips", faults)
-        done = arrays, long
+    prepared = _cached(file, clips, preparation.channels) if file else None
+    if prepared is None:
+        prepared = _prepare_all(clips, preparation, progress)
         if file:
-            _store(file, arrays, long)
-    if done[1]:
+            _store(file, *prepared)
+    arrays, long = prepared
+    if long:
         warnings.warn(
-            f"{done[1]} of {len(clips)} clips have more than {preparation.max_length} frames: {preparation.long_clips}",
+            f"{long} of {len(clips)} clips have more than {preparation.max_length} frames: "
+            f"{preparation.long_clips}",
             stacklevel=2,
         )
-    nobody = [c for c, x in zip(clips, done[0]) if np.isnan(x).all()]
+    nobody = [c for c, x in zip(clips, arrays) if np.isnan(x).all()]
     if empty == "refuse":
         raise_faults("clips", [NobodySeen(c.file or c.name, *_nobody) for c in nobody])
     elif nobody:
+        others = ", …" if len(nobody) > 1 else ""
         warnings.warn(
-            f"{len(nobody)} of {len(clips)} clips show nobody ({nobody[0].name}{', …' if len(nobody) > 1 else ''})",
+            f"{len(nobody)} of {len(clips)} clips show nobody ({nobody[0].name}{others})",
             stacklevel=2,
         )
-    return done[0]
+    return arrays
+
+
+def _prepare_all(clips, preparation, progress):
+    "Arrays of all clips, and the number of clips over `max_length`; a clip that shows nobody is NaN."
+    arrays = []
+    long = 0
+    faults = []
+    for c in progress(clips) if progress else clips:
+        try:
+            x, facts = preparation.prepare(c)
+        except NobodySeen:
+            x = np.full((preparation.frames or 1, preparation.channels), np.nan, "float32")
+            facts = dict(long=False)
+        except InputError as e:
+            faults.append(e)
+            continue
+        arrays.append(x)
+        long += facts["long"]
+    raise_faults("clips", faults)
+    return arrays, long
 
 # %% ../../nbs/sign/05_skeleton.ipynb #2b0bb0f8
 def _store(file, arrays, long):
+    "Write a cache file atomically."
     from safetensors.numpy import save_file
 
     with atomic_path(file) as f:

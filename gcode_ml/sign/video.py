@@ -1,4 +1,4 @@
-"""From a video to a clip of points, by a pose estimator that lives in an environment of its own.
+"""Extract keypoints from a video with MediaPipe Holistic in a separate environment.
 
 Docs: https://example.org/gcode_ml/sign/video.html.md"""
 
@@ -51,13 +51,13 @@ np.savez(target, X=x.reshape(len(x), 156), mask=s, timestamps_ms=np.round(np.ara
 
 # %% ../../nbs/sign/60_video.ipynb #7ae076a9
 def extract_clip(
-    video,  # File that OpenCV can read
-    python="",  # Python of the environment with mediapipe; this one by default
-    target="",  # `.npz` to be written; none is kept by default
-    visibility: float = 0.5,  # Smallest visibility of a point of the pose that counts as seen
-    seconds: float = 3600.0,  # Longest time that may pass
-) -> Clip:  # Without labels
-    "Let MediaPipe Holistic look at every frame."
+    video,  # Video file in a format that OpenCV can read
+    python="",  # Python executable of the environment with mediapipe; default: the current one
+    target="",  # Output `.npz` file; default: not kept
+    visibility: float = 0.5,  # Minimum visibility at which a point of the pose counts as seen
+    seconds: float = 3600.0,  # Timeout of the extraction, in seconds
+) -> Clip:  # Clip without labels
+    "Extract the keypoints of every frame with MediaPipe Holistic. Raises InputError if the extraction fails."
     video = Path(video)
     require(video.is_file(), video, "file", "a video", "nothing there")
     with tempfile.TemporaryDirectory() as folder:
@@ -89,27 +89,27 @@ def extract_clip(
     return clip
 
 # %% ../../nbs/sign/60_video.ipynb #3c66e7d3
-def _why(video, python, said):
-    "What the program's last line means."
-    if said.startswith("absent"):
+def _why(video, python, message):
+    "The InputError for the last line that the program printed."
+    if message.startswith("absent"):
         return InputError(
             python or sys.executable,
             "environment",
             "mediapipe==0.10.21 with its Holistic",
-            said.removeprefix("absent: ")[:120],
+            message.removeprefix("absent: ")[:120],
             "give the Python of an environment that has it",
         )
-    if said == "no frame":
+    if message == "no frame":
         return InputError(video, "content", "a video with frames", "none that could be read")
-    return InputError(video, "extraction", "points", said[:160])
+    return InputError(video, "extraction", "points", message[:160])
 
 # %% ../../nbs/sign/60_video.ipynb #07a4f0d2
 def hand_remarks(
-    clip: Clip,  # With both hands, `pose78`
-    touching: float = 0.25,  # Distance of the hands in shoulder widths below which they touch
-    small: float = 0.5,  # Size of a hand against its median below which its fingers point at the camera
-) -> dict:  # Share of the frames: `touching`, `pointing`, `turned`, `swapped`
-    "How often the estimate of the hands is likely to be wrong."
+    clip: Clip,  # Clip with the layout `pose78`
+    touching: float = 0.25,  # Maximum distance of the wrists of touching hands, in shoulder widths
+    small: float = 0.5,  # Maximum size of a hand pointing at the camera, relative to the median size of this hand
+) -> dict:  # Fractions of frames: `touching`, `pointing`, `turned`, `swapped`
+    "Fractions of frames in which the estimated hands are likely to be wrong. Raises InputError for another layout."
     if clip_layout(clip) != "pose78":
         raise InputError(clip.file or clip.name, "layout", "pose78", clip_layout(clip))
     p = to_pixels(clip.points, clip.width, clip.height)

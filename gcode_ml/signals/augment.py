@@ -6,10 +6,11 @@ Docs: https://example.org/gcode_ml/signals/augment.html.md"""
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'PATCH_PRESETS', 'along_steps', 'Augmentation', 'augment', 'register_augmentation',
-           'create_augmentation', 'Noise', 'Jitter', 'MagnitudeScale', 'MagnitudeWarp', 'resample', 'TimeWarp',
-           'CropResize', 'Crop', 'Speed', 'TimeShift', 'Permutation', 'TimeMask', 'CutOut', 'StepDropout',
-           'ChannelDropout', 'SpecAugment', 'PatchAugmentation', 'create_augmentations', 'RandomPolicy', 'Mirror',
-           'Affine', 'Rotation', 'Scale', 'Occlusion', 'input_tensor', 'Augment', 'oversampled_indices']
+           'create_augmentation', 'uniform_per_item', 'real_steps', 'Noise', 'Jitter', 'MagnitudeScale',
+           'MagnitudeWarp', 'resample', 'TimeWarp', 'CropResize', 'Crop', 'Speed', 'TimeShift', 'Permutation',
+           'TimeMask', 'CutOut', 'StepDropout', 'ChannelDropout', 'SpecAugment', 'PatchAugmentation',
+           'create_augmentations', 'RandomPolicy', 'as_points', 'Mirror', 'Affine', 'Rotation', 'Scale', 'Occlusion',
+           'input_tensor', 'Augment', 'oversampled_indices']
 
 # %% ../../nbs/signals/01_augment.ipynb #b8ab8ff1
 import inspect
@@ -104,13 +105,20 @@ def create_augmentation(
     return cls(**options)
 
 # %% ../../nbs/signals/01_augment.ipynb #6172db60
-def _uniform(x, low, high, *shape):
-    "One draw a sample, `[B,*shape]`."
+def uniform_per_item(
+    x: torch.Tensor,  # Batch `[B,...]`
+    low,  # Lower bound
+    high,  # Upper bound
+    *shape,  # Further axes of the result
+) -> torch.Tensor:  # `[B,*shape]`
+    "Independent uniform samples for each item of a batch."
     return torch.rand(len(x), *shape, device=x.device) * (high - low) + low
 
 
-def _real_steps(mask):
-    "Numbers of the steps `[1,T]` and the number of real ones `[B,1]`, at least 1."
+def real_steps(
+    mask: torch.Tensor,  # `True` at real steps, `[B,T]`
+) -> tuple:  # Step numbers `[1,T]`, and number of real steps `[B,1]`, at least 1
+    "Step numbers and lengths of a padded batch."
     return torch.arange(mask.shape[1], device=mask.device)[None], mask.sum(
         1, keepdim=True
     ).clamp_min(1)
@@ -167,7 +175,7 @@ class MagnitudeScale(Augmentation):
         self.limit, self.p = limit, p
 
     def change(self, x, mask):
-        return x * _uniform(x, 1 - self.limit, 1 + self.limit, 1, 1)
+        return x * uniform_per_item(x, 1 - self.limit, 1 + self.limit, 1, 1)
 
 # %% ../../nbs/signals/01_augment.ipynb #e64bca65
 @register_augmentation
@@ -185,7 +193,7 @@ class MagnitudeWarp(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        steps, length = _real_steps(mask)
+        steps, length = real_steps(mask)
         at = steps / (length - 1).clamp_min(1)
         cosines = torch.cos(
             math.pi * at[..., None] * torch.arange(1, self.waves + 1, device=x.device)
@@ -204,7 +212,7 @@ def resample(
     mask: Tensor,  # `True` where real, `[B,T]`, real steps first
 ) -> Tensor:  # `[B,S,C]`
     "Values between the steps, linearly interpolated; a sample without a real step gives its first value."
-    position = torch.minimum(position.clamp_min(0), _real_steps(mask)[1] - 1)
+    position = torch.minimum(position.clamp_min(0), real_steps(mask)[1] - 1)
     left = position.floor()
     low, high = (
         _take(x, i.long()) for i in (left, position.ceil())
@@ -235,7 +243,7 @@ class TimeWarp(Augmentation):
 
     def change(self, x, mask):
         return resample(
-            x, _real_steps(mask)[0] * _uniform(x, 1 - self.limit, 1 + self.limit, 1), mask
+            x, real_steps(mask)[0] * uniform_per_item(x, 1 - self.limit, 1 + self.limit, 1), mask
         )
 
 # %% ../../nbs/signals/01_augment.ipynb #274bbb2e
@@ -254,10 +262,10 @@ class CropResize(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        steps, length = _real_steps(mask)
-        part = _uniform(x, self.share, 1.0, 1)
+        steps, length = real_steps(mask)
+        part = uniform_per_item(x, self.share, 1.0, 1)
         at = (steps / (length - 1).clamp_min(1)).clamp_max(1)
-        start = _uniform(x, 0.0, 1.0, 1) * (1 - part)
+        start = uniform_per_item(x, 0.0, 1.0, 1) * (1 - part)
         if self.bend:
             at = at ** torch.exp(self.bend * torch.randn(len(x), 1, device=x.device))
         return resample(x, (start + part * at) * (length - 1), mask)
@@ -277,9 +285,9 @@ class Crop(Augmentation):
         self.share, self.p = share, p
 
     def change(self, x, mask):
-        steps, length = _real_steps(mask)
-        kept = (length * _uniform(x, self.share, 1.0, 1)).round().clamp_min(1)
-        start = (_uniform(x, 0.0, 1.0, 1) * (length - kept + 1)).floor()
+        steps, length = real_steps(mask)
+        kept = (length * uniform_per_item(x, self.share, 1.0, 1)).round().clamp_min(1)
+        start = (uniform_per_item(x, 0.0, 1.0, 1) * (length - kept + 1)).floor()
         real = (steps < kept) & mask.any(1, keepdim=True)
         return _take(x, torch.minimum(start + steps, length - 1).long()).masked_fill(
             ~real[..., None], 0.0
@@ -300,8 +308,8 @@ class Speed(Augmentation):
         self.limit, self.p = limit, p
 
     def change(self, x, mask):
-        steps, length = _real_steps(mask)
-        speed = _uniform(x, 1 - self.limit, 1 + self.limit, 1)
+        steps, length = real_steps(mask)
+        speed = uniform_per_item(x, 1 - self.limit, 1 + self.limit, 1)
         real = (steps < (length / speed).round().clamp_min(1)) & mask.any(1, keepdim=True)
         return resample(x, steps * speed, mask).masked_fill(~real[..., None], 0.0), real
 
@@ -321,13 +329,13 @@ class TimeShift(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        steps, length = _real_steps(mask)
+        steps, length = real_steps(mask)
         most = (
             (self.limit * length).floor()
             if self.limit < 1
             else torch.full_like(length, int(self.limit))
         )
-        first = most - ((2 * most + 1) * _uniform(x, 0.0, 1.0, 1)).floor()
+        first = most - ((2 * most + 1) * uniform_per_item(x, 0.0, 1.0, 1)).floor()
         if self.wrap and mask[:, -1].all():
             return _rolled(x, first[:, 0].long(), int(most.max()))
         source = steps + first
@@ -368,7 +376,7 @@ class Permutation(Augmentation):
         self.segments, self.p = segments, p
 
     def change(self, x, mask):
-        steps, length = _real_steps(mask)
+        steps, length = real_steps(mask)
         place = torch.rand(len(x), self.segments, device=x.device).argsort(1)
         segment = (steps * self.segments // length).clamp_max(self.segments - 1)
         key = torch.where(mask, place.gather(1, segment), self.segments)  # padding stays behind
@@ -408,7 +416,7 @@ class TimeMask(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        length = _real_steps(mask)[1]
+        length = real_steps(mask)[1]
         width = (length * self.share + 1e-4).floor()  # .1*30 is 3
         return _blank(x, _stretches(length, width, mask.shape[1])[..., None], self.fill)
 
@@ -430,7 +438,7 @@ class CutOut(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        length = _real_steps(mask)[1]
+        length = real_steps(mask)[1]
         width = (length // 2).clamp_max(self.size).expand(-1, self.holes)
         return _blank(x, _stretches(length, width, mask.shape[1])[..., None], self.fill)
 
@@ -468,7 +476,7 @@ class ChannelDropout(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        luck = _uniform(x, 0.0, 1.0, 1, x.shape[2])
+        luck = uniform_per_item(x, 0.0, 1.0, 1, x.shape[2])
         return _blank(x, (luck < self.share) & (luck < luck.amax(2, keepdim=True)), self.fill)
 
 # %% ../../nbs/signals/01_augment.ipynb #ecee6ac7
@@ -496,7 +504,7 @@ class SpecAugment(Augmentation):
 
     def change(self, x, mask):
         axis = -1 if self.time_axis == 1 else -2
-        length = _real_steps(mask)[1]
+        length = real_steps(mask)[1]
         bins = torch.full((len(x), 1), x.shape[axis], device=x.device)
         times = _stretches(length, _widths(length, self.time_masks, self.time_width), mask.shape[1])
         bands = _stretches(
@@ -605,8 +613,12 @@ class RandomPolicy(Augmentation):
         return (x, mask) if self.changes_mask else x
 
 # %% ../../nbs/signals/01_augment.ipynb #cc9777c7
-def _points(name, x, indices):
-    "`x` as points `[B,T,K,2]`; the largest index is checked."
+def as_points(
+    name: str,  # Name of the augmentation, for messages
+    x: torch.Tensor,  # Coordinates `[B,T,2K]`
+    indices,  # Point indices in use
+) -> torch.Tensor:  # Points `[B,T,K,2]`
+    "View coordinates as points; raises `InputError` for an odd width or an index too large."
     if x.shape[2] % 2:
         raise InputError(name, "channels", "x and y of each point", str(x.shape[2]))
     points = x.reshape(*x.shape[:2], -1, 2)
@@ -631,7 +643,7 @@ class Mirror(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        points = _points("Mirror", x, [i for pair in self.pairs for i in pair])
+        points = as_points("Mirror", x, [i for pair in self.pairs for i in pair])
         order = torch.arange(points.shape[2], device=x.device)
         for left, right in self.pairs:
             order[left], order[right] = right, left
@@ -661,7 +673,7 @@ class Affine(Augmentation):
 
     def change(self, x, mask):
         angle, scale, shear = (
-            _uniform(x, m - l, m + l)
+            uniform_per_item(x, m - l, m + l)
             for m, l in ((0, self.rotation), (1, self.scale), (0, self.shear))
         )
         cos = scale * angle.cos()
@@ -671,9 +683,9 @@ class Affine(Augmentation):
             .view(-1, 2, 2)
             .to(x.dtype)
         )  # transposed
-        points = _points("Affine", x, ()).flatten(1, 2)
+        points = as_points("Affine", x, ()).flatten(1, 2)
         return torch.baddbmm(
-            _uniform(x, -self.shift, self.shift, 1, 2).to(x.dtype), points, matrix
+            uniform_per_item(x, -self.shift, self.shift, 1, 2).to(x.dtype), points, matrix
         ).reshape(x.shape)
 
 # %% ../../nbs/signals/01_augment.ipynb #6d1a77cd
@@ -720,15 +732,15 @@ class Occlusion(Augmentation):
         self.p = p
 
     def change(self, x, mask):
-        points = _points("Occlusion", x, [i for g in self.groups.values() for i in g])
-        length = _real_steps(mask)[1]
+        points = as_points("Occlusion", x, [i for g in self.groups.values() for i in g])
+        length = real_steps(mask)[1]
         hit = torch.zeros(*points.shape[:3], dtype=torch.bool, device=x.device)
         luck = torch.rand(len(x), len(self.groups), device=x.device)
         for k, g in enumerate(self.groups.values()):
             chosen = luck[:, k] < (
                 self.share if len(self.groups) == 1 else luck.amax(1).clamp_max(self.share)
             )
-            width = (length * _uniform(x, self.least, 1.0, 1)).round()
+            width = (length * uniform_per_item(x, self.least, 1.0, 1)).round()
             hit[:, :, list(g)] |= (_stretches(length, width, mask.shape[1]) & chosen[:, None])[
                 ..., None
             ]

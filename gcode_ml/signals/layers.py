@@ -1,4 +1,4 @@
-"""Layers that know which steps of a padded batch are real, in plain torch.
+"""Mask-aware pooling, recurrent layers, dropout and position codes in plain torch.
 
 Docs: https://example.org/gcode_ml/signals/layers.html.md"""
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # %% ../../nbs/signals/00_layers.ipynb #e7034d19
 def masked_mean(
     h: Tensor,  # States, `[B,T,D]`
-    mask: Tensor,  # `True` where real, `[B,T]`
+    mask: Tensor,  # `True` at real steps, `[B,T]`
 ) -> Tensor:  # `[B,D]`; zero for an item without a real step
     "Mean over the real steps."
     m = mask.unsqueeze(-1).to(h.dtype)
@@ -25,7 +25,7 @@ def masked_mean(
 # %% ../../nbs/signals/00_layers.ipynb #e1164e59
 def masked_max(
     h: Tensor,  # States, `[B,T,D]`
-    mask: Tensor,  # `True` where real, `[B,T]`
+    mask: Tensor,  # `True` at real steps, `[B,T]`
 ) -> Tensor:  # `[B,D]`; zero for an item without a real step
     "Maximum over the real steps."
     top = h.masked_fill(~mask.unsqueeze(-1), torch.finfo(h.dtype).min).amax(1)
@@ -34,9 +34,9 @@ def masked_max(
 # %% ../../nbs/signals/00_layers.ipynb #54f54c69
 def reverse_padded(
     x: Tensor,  # Sequences, `[B,T,D]`
-    mask: Tensor,  # `True` where real, `[B,T]`, real steps first
+    mask: Tensor,  # `True` at real steps, `[B,T]`, real steps first
 ) -> Tensor:  # `[B,T,D]`
-    "Turn the real steps of each item around; padding stays behind them."
+    "Reverse the real steps of each item; padding stays at the end."
     steps = torch.arange(x.shape[1], device=x.device)[None]
     length = mask.sum(1, keepdim=True)
     index = torch.where(mask, length - 1 - steps, steps)
@@ -44,29 +44,29 @@ def reverse_padded(
 
 # %% ../../nbs/signals/00_layers.ipynb #abf06559
 class MaskedLSTM(nn.Module):
-    "One bidirectional LSTM layer whose answer does not depend on padding."
+    "Bidirectional LSTM layer whose output does not depend on padding."
 
     def __init__(
         self,
         inputs: int,  # Input size
-        outputs: int,  # Output size, half of it a direction
+        outputs: int,  # Output size, half of it per direction
     ):
         super().__init__()
         self.forwards = nn.LSTM(inputs, outputs // 2, batch_first=True)
         self.backwards = nn.LSTM(inputs, outputs - outputs // 2, batch_first=True)
 
     def forward(self, x, mask):
-        "States `[B,T,outputs]` of `x` `[B,T,inputs]`; zero where padded."
+        "Return states `[B,T,outputs]` of `x` `[B,T,inputs]`; zero where padded."
         ahead = self.forwards(x)[0]
         back = self.backwards(reverse_padded(x, mask))[0]
         return torch.cat([ahead, reverse_padded(back, mask)], -1) * mask.unsqueeze(-1)
 
 # %% ../../nbs/signals/00_layers.ipynb #fa94fd11
 class ByteDropout(nn.Dropout):
-    "Dropout from random bytes on a processor, PyTorch's own elsewhere."
+    "Dropout from random bytes on a CPU, PyTorch's own elsewhere."
 
     def forward(self, x):
-        "`x` with a share of about `p` set to zero, the rest scaled to keep the mean."
+        "Set a fraction of about `p` of `x` to zero and scale the rest to keep the mean."
         dropped = round(256 * self.p)
         if not self.training or not dropped or x.device.type != "cpu" or dropped > 255:
             return super().forward(x)
@@ -77,8 +77,8 @@ class ByteDropout(nn.Dropout):
 # %% ../../nbs/signals/00_layers.ipynb #b968c677
 def use_byte_dropout(
     module: nn.Module,  # Any model
-) -> nn.Module:  # The same, changed in place
-    "Put `ByteDropout` in the place of every `nn.Dropout`, and switch off dropout of attention weights, which needs `[heads,T,T]` numbers a layer."
+) -> nn.Module:  # The same model, changed in place
+    "Replace every `nn.Dropout` by `ByteDropout`; disable dropout of attention weights, which needs `[heads,T,T]` numbers per layer."
     for name, child in module.named_children():
         if type(child) is nn.Dropout:
             setattr(module, name, ByteDropout(child.p))
@@ -90,7 +90,7 @@ def use_byte_dropout(
 
 # %% ../../nbs/signals/00_layers.ipynb #222cf56d
 class SinusoidalPositions(nn.Module):
-    "Add the sinusoidal position code of Vaswani et al. 2017, eq. in 3.5; any length, nothing to learn."
+    "Add the sinusoidal position code of Vaswani et al. (2017), section 3.5; any length, no parameters."
 
     def __init__(
         self,
@@ -102,6 +102,6 @@ class SinusoidalPositions(nn.Module):
         )
 
     def forward(self, x):
-        "`x` `[B,T,size]` plus the code of each step."
+        "Return `x` `[B,T,size]` plus the code of each step."
         angle = torch.arange(x.shape[1], device=x.device)[:, None] * self.rate
         return x + torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Easy items first, and a decoder that slowly has to live with its own mistakes.
+"""Curriculum learning (easy items first) and scheduled sampling for decoders.
 
 Docs: https://example.org/gcode_ml/training/curriculum.html.md"""
 
@@ -15,7 +15,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
-from ..core.errors import InputError, check_choice, check_finite, require
+from ..core.errors import check_choice, check_finite, require
 from ..data.batch import BatchLoader
 from .callbacks import in_fit
 from .mixing import evaluation_mode
@@ -23,65 +23,66 @@ from .mixing import evaluation_mode
 # %% ../../nbs/training/08_curriculum.ipynb #df78a9cd
 @torch.no_grad()
 def item_losses(
-    model,  # A trained model
+    model,  # Trained model
     dataset,  # Data set with `batch(index)`
-    loss_func,  # A loss with an attribute `reduction`
-    batch_size: int = 64,  # Items a batch
-) -> np.ndarray:  # One value an item
-    "Loss of each item, for instance as its difficulty."
+    loss_func,  # Loss with an attribute `reduction`
+    batch_size: int = 64,  # Items per batch
+) -> np.ndarray:  # Loss per item, `[N]`
+    "Loss of each item in evaluation mode, for instance as its difficulty."
     before, loss_func.reduction = loss_func.reduction, "none"
     try:
         with evaluation_mode(model):
-            found = [
+            losses = [
                 loss_func(model(*batch[:-1]), batch[-1])
                 for batch in BatchLoader(dataset, batch_size)
             ]
     finally:
         loss_func.reduction = before
-    return torch.cat([f.flatten(1).mean(1) if f.dim() > 1 else f for f in found]).cpu().numpy()
+    per_item = [loss.flatten(1).mean(1) if loss.dim() > 1 else loss for loss in losses]
+    return torch.cat(per_item).cpu().numpy()
 
 # %% ../../nbs/training/08_curriculum.ipynb #b3cef33b
 def difficulty_order(
-    difficulty,  # One number an item, `[N]`; small is easy
-    groups=None,  # Group of each item, for instance its class, `[N]`
-    hardest_first: bool = False,  # The other way round, a control
-) -> np.ndarray:  # Indices of the items, easy ones first
-    "Order of the items by difficulty, within their groups where there are some."
-    key = check_finite("Curriculum", "difficulty", np.asarray(difficulty, float), "item") * (
-        -1 if hardest_first else 1
-    )
+    difficulty,  # Difficulty per item, `[N]`
+    groups=None,  # Group per item, for instance its class, `[N]`
+    hardest_first: bool = False,  # Reverse order, as a control
+) -> np.ndarray:  # Indices of the items, easiest first
+    "Order items by difficulty, within groups if given. Raises `InputError` if not finite."
+    values = check_finite("Curriculum", "difficulty", np.asarray(difficulty, float), "item")
+    key = values * (-1 if hardest_first else 1)
     for group in [] if groups is None else np.unique(groups):
         rows = np.flatnonzero(np.asarray(groups) == group)
-        key[rows] = (key[rows].argsort(kind="stable").argsort() + 0.5) / len(rows)
+        rank = key[rows].argsort(kind="stable").argsort()
+        key[rows] = (rank + 0.5) / len(rows)  # quantile within the group
     return key.argsort(kind="stable")
 
 # %% ../../nbs/training/08_curriculum.ipynb #6d515d76
 PACINGS = {
-    "linear": lambda share, start: start + (1 - start) * share,
-    "root": lambda share, start: math.sqrt(start**2 + (1 - start**2) * share),
-    "exponential": lambda share, start: start ** (1 - share),
+    "linear": lambda progress, start: start + (1 - start) * progress,
+    "root": lambda progress, start: math.sqrt(start**2 + (1 - start**2) * progress),
+    "exponential": lambda progress, start: start ** (1 - progress),
 }
 
 # %% ../../nbs/training/08_curriculum.ipynb #015055f4
 class Curriculum(Callback):
-    "Train on the easy items first; from epoch to epoch more of them take part."
+    "Curriculum learning: train on the easiest items first and add more in each epoch."
 
     def __init__(
         self,
-        difficulty="length",  # One number an item of the training set, small is easy; `length`; or a function of the data set
+        difficulty="length",  # Difficulty per item, `length`, or a function of the data set
         pacing: str = "linear",  # Key of `PACINGS`
-        start: float = 0.2,  # Share of the items in the first epoch
-        until: float = 0.5,  # When all take part: below 1 a share of the fit, from 1 on epochs
-        ordered: bool = False,  # Go from easy to hard within an epoch too, instead of shuffling
-        groups=None,  # Group of each item; each group enters at the same rate
-        hardest_first: bool = False,  # The other way round, a control
+        start: float = 0.2,  # Fraction of the items in the first epoch
+        until: float = 0.5,  # When all items are in use: fraction of the fit, or epochs from 1 on
+        ordered: bool = False,  # Also order the items within an epoch, instead of shuffling
+        groups=None,  # Group per item; all groups enter at the same rate
+        hardest_first: bool = False,  # Reverse order, as a control
     ):
         check_choice("Curriculum", "pacing", pacing, PACINGS)
         require(
             (0 < start <= 1 and until >= 0),
             "Curriculum",
             "start, until",
-            "a share above 0 and a length of at least 0",
+            "a fraction above 0 and a length of at least 0",
             f"{start!r}, {until!r}",
         )
         if isinstance(difficulty, str):
@@ -97,11 +98,12 @@ class Curriculum(Callback):
     def before_fit(self):
         self.run = in_fit(self.learn)
         if self.run:
-            self.epoch_rows, self.easy_first = [], self.rank(self.loader().dataset)
+            self.epoch_rows = []
+            self.ranked_items = self.rank(self.loader().dataset)
             self.loader().restrict()
 
     def before_train(self):
-        self.loader().restrict(self.easy_first[: self.count()], self.ordered)
+        self.loader().restrict(self.ranked_items[: self.count()], self.ordered)
 
     def after_epoch(self):
         self.epoch_rows.append(dict(curriculum_items=self.loader().n))
@@ -112,35 +114,38 @@ class Curriculum(Callback):
 # %% ../../nbs/training/08_curriculum.ipynb #37c72401
 @patch
 def loader(self: Curriculum):
-    "The loader of the training set, below that of a group of processes."
-    found = self.dls.train
-    return found if isinstance(found, BatchLoader) else found.dl
+    "Loader of the training set, unwrapped if it is shared by several processes."
+    loader = self.dls.train
+    return loader if isinstance(loader, BatchLoader) else loader.dl
 
 
 @patch
 def rank(self: Curriculum, dataset):
-    "The items of a data set, easy ones first."
-    difficulty = (
-        dataset.lengths
-        if isinstance(self.difficulty, str)
-        else self.difficulty(dataset)
-        if callable(self.difficulty)
-        else self.difficulty
-    )
+    "Indices of the items of a data set, easiest first."
+    if isinstance(self.difficulty, str):
+        difficulty = dataset.lengths
+    elif callable(self.difficulty):
+        difficulty = self.difficulty(dataset)
+    else:
+        difficulty = self.difficulty
     for name, values in dict(difficulty=difficulty, groups=self.groups).items():
-        if values is not None and len(values) != len(dataset):
-            raise InputError(
-                "Curriculum", name, f"{len(dataset)} values, one a training item", str(len(values))
-            )
+        number = len(dataset) if values is None else len(values)
+        require(
+            number == len(dataset),
+            "Curriculum",
+            name,
+            f"{len(dataset)} values, one per training item",
+            str(number),
+        )
     return difficulty_order(difficulty, self.groups, self.hardest_first)
 
 
 @patch
 def count(self: Curriculum):
-    "How many items take part in this epoch."
+    "Number of items in use in the current epoch."
     epochs = self.until if self.until >= 1 else self.until * self.n_epoch
-    share = min(1.0, self.epoch / epochs) if epochs else 1.0
-    return max(1, round(len(self.easy_first) * PACINGS[self.pacing](share, self.start)))
+    progress = min(1.0, self.epoch / epochs) if epochs else 1.0
+    return max(1, round(len(self.ranked_items) * PACINGS[self.pacing](progress, self.start)))
 
 # %% ../../nbs/training/08_curriculum.ipynb #754d3e39
 DECAYS = {
@@ -151,55 +156,39 @@ DECAYS = {
 
 # %% ../../nbs/training/08_curriculum.ipynb #811593c4
 def teacher_forcing(
-    epochs: float,  # Epochs done, a fraction within one
+    epochs: float,  # Number of epochs done, fractional within an epoch
     decay: str = "linear",  # Key of `DECAYS`
-    k: float = 10.0,  # `linear`: epochs to 0; `exponential`: factor an epoch, below 1; `inverse_sigmoid`: at least 1, more is slower
-    least: float = 0.0,  # Smallest chance
-) -> float:  # From `least` to 1
-    "Chance that a decoder is given the right token."
-    return max(
-        least, min(1.0, DECAYS[check_choice("teacher_forcing", "decay", decay, DECAYS)](epochs, k))
-    )
+    k: float = 10.0,  # Epochs to 0; factor per epoch, below 1; or time constant, at least 1
+    min_probability: float = 0.0,  # Lower bound of the probability
+) -> float:  # From `min_probability` to 1
+    "Probability of feeding the true token. `k` is explained in the order of `DECAYS`."
+    curve = DECAYS[check_choice("teacher_forcing", "decay", decay, DECAYS)]
+    return max(min_probability, min(1.0, curve(epochs, k)))
 
 # %% ../../nbs/training/08_curriculum.ipynb #84a7d17e
 class ScheduledSampling(Callback):
-    "Feed a decoder more and more of its own tokens."
+    "Scheduled sampling: feed a decoder an increasing fraction of its own predicted tokens."
 
-    order, run_valid = (
-        12,
-        False,
-    )  # after mixed precision has begun, and after every other change of the inputs
+    order, run_valid = 12, False  # inside mixed precision, after all other changes of the inputs
 
     def __init__(
         self,
-        decay: str = "linear",  # Key of `DECAYS`: how the chance of the right token falls
-        k: float = None,  # See `teacher_forcing`; by default the epochs of the fit, .9 or 5
-        start: float = 0.0,  # Epochs before the fall begins
-        least: float = 0.0,  # Smallest chance of the right token
-        predict="",  # Name of the logits `[B,L,V]` in the prediction, or a function of it that returns logits, or tokens `[B,L]`
-        greedy: bool = True,  # The most likely token; else one drawn from the logits
-        key: str = "tokens",  # Name of the decoder's tokens `[B,L]` in the inputs, the first one being a beginning
-        special=(0, 1, 2),  # Tokens that are neither replaced nor fed: padding, beginning, end
+        decay: str = "linear",  # Key of `DECAYS`: decay of the probability of the true token
+        k: float = None,  # See `teacher_forcing`; by default the number of epochs, 0.9 or 5
+        start: float = 0.0,  # Number of epochs before the decay starts
+        min_probability: float = 0.0,  # Lower bound of the probability of the true token
+        predict="",  # Key of the logits `[B,L,V]`, or function from prediction to logits or tokens
+        greedy: bool = True,  # Take the most likely token instead of sampling from the logits
+        key: str = "tokens",  # Key of the decoder's input tokens `[B,L]`, with a start token
+        special=(0, 1, 2),  # Tokens that are neither replaced nor fed: padding, start, end
     ):
         check_choice("ScheduledSampling", "decay", decay, DECAYS)
-        if (
-            k is not None
-            and not dict(linear=k > 0, exponential=0 < k < 1, inverse_sigmoid=k >= 1)[decay]
-        ):
-            raise InputError(
-                "ScheduledSampling",
-                "k",
-                dict(
-                    linear="a positive number",
-                    exponential="a number between 0 and 1",
-                    inverse_sigmoid="a number of at least 1",
-                )[decay],
-                repr(k),
-            )
+        if k is not None:
+            _check_decay_parameter(decay, k)
         self.decay = decay
         self.k = k
         self.start = start
-        self.least = least
+        self.min_probability = min_probability
         self.predict_ = predict
         self.greedy = greedy
         self.key = key
@@ -209,64 +198,68 @@ class ScheduledSampling(Callback):
         self.run = in_fit(self.learn)
         if self.run:
             self.epoch_rows = []
-            self.pace = (
-                self.k
-                or dict(linear=self.n_epoch, exponential=0.9, inverse_sigmoid=5.0)[self.decay]
-            )
+            defaults = dict(linear=self.n_epoch, exponential=0.9, inverse_sigmoid=5.0)
+            self.decay_k = self.k or defaults[self.decay]
 
     def after_epoch(self):
-        self.epoch_rows.append(dict(teacher_forcing=self.right_share))
+        self.epoch_rows.append(dict(teacher_forcing=self.probability))
+
+# %% ../../nbs/training/08_curriculum.ipynb #08523d22
+def _check_decay_parameter(decay, k):
+    "Raise `InputError` if `k` is out of range for the curve."
+    valid = dict(linear=k > 0, exponential=0 < k < 1, inverse_sigmoid=k >= 1)
+    expected = dict(
+        linear="a positive number",
+        exponential="a number between 0 and 1",
+        inverse_sigmoid="a number of at least 1",
+    )
+    require(valid[decay], "ScheduledSampling", "k", expected[decay], repr(k))
 
 # %% ../../nbs/training/08_curriculum.ipynb #d6496322
 @patch
 def own_tokens(self: ScheduledSampling, inputs, mask) -> torch.Tensor:  # `[B,L]`
-    "What the model would write behind each token."
+    "Token that the model predicts after each position."
     with torch.no_grad(), evaluation_mode(self.model):
         out = self.model(inputs, mask)
-    torch.clear_autocast_cache()  # weights that were cast without a gradient must not serve the second pass
+    # weights cast without a gradient must not be reused by the second pass
+    torch.clear_autocast_cache()
     if callable(self.predict_):
-        found = self.predict_(out)
+        predicted = self.predict_(out)
     elif self.predict_:
-        found = out[check_choice("ScheduledSampling", "predict", self.predict_, list(out))]
+        predicted = out[check_choice("ScheduledSampling", "predict", self.predict_, list(out))]
     else:
-        found = out
-    if not found.is_floating_point():
-        return found
-    return (
-        found.argmax(-1)
-        if self.greedy
-        else torch.distributions.Categorical(logits=found.float()).sample()
-    )
+        predicted = out
+    if not predicted.is_floating_point():
+        return predicted  # tokens
+    if self.greedy:
+        return predicted.argmax(-1)
+    return torch.distributions.Categorical(logits=predicted.float()).sample()
 
 # %% ../../nbs/training/08_curriculum.ipynb #cd9f9a92
 @patch
 def before_batch(self: ScheduledSampling):
-    "Replace some of the tokens that the decoder gets."
+    "Replace a random part of the input tokens by predicted ones."
     inputs, mask = self.xb
-    self.right_share = teacher_forcing(
-        self.epoch + self.iter / self.n_iter - self.start, self.decay, self.pace, self.least
-    )
-    if self.right_share == 1:
+    epochs = self.epoch + self.iter / self.n_iter - self.start
+    self.probability = teacher_forcing(epochs, self.decay, self.decay_k, self.min_probability)
+    if self.probability == 1:
         return
-    if not isinstance(inputs, dict) or self.key not in inputs:
-        raise InputError(
-            "ScheduledSampling",
-            "key",
-            f"one of {', '.join(inputs)}" if isinstance(inputs, dict) else "inputs with names",
-            repr(self.key),
-        )
-    right = inputs[self.key][:, 1:]
-    own = self.own_tokens(inputs, mask)[:, :-1]
-    special = torch.tensor(self.special, device=right.device)
-    change = (
-        (torch.rand(right.shape, device=right.device) >= self.right_share)
-        & ~torch.isin(right, special)
-        & ~torch.isin(own, special)
+    named = isinstance(inputs, dict)
+    require(
+        named and self.key in inputs,
+        "ScheduledSampling",
+        "key",
+        f"one of {', '.join(inputs)}" if named else "inputs with names",
+        repr(self.key),
     )
-    self.learn.xb = (
-        {
-            **inputs,
-            self.key: torch.cat([inputs[self.key][:, :1], torch.where(change, own, right)], 1),
-        },
-        mask,
+    true = inputs[self.key][:, 1:]
+    predicted = self.own_tokens(inputs, mask)[:, :-1]
+    special = torch.tensor(self.special, device=true.device)
+    replace = (
+        (torch.rand(true.shape, device=true.device) >= self.probability)
+        & ~torch.isin(true, special)
+        & ~torch.isin(predicted, special)
     )
+    first = inputs[self.key][:, :1]
+    tokens = torch.cat([first, torch.where(replace, predicted, true)], 1)
+    self.learn.xb = {**inputs, self.key: tokens}, mask

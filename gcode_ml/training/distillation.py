@@ -1,4 +1,4 @@
-"""A small model learns from the answers of a large one, and whether that was worth it.
+"""Knowledge distillation: train a small model on the predictions of a large one, and compare size, latency and accuracy.
 
 Docs: https://example.org/gcode_ml/training/distillation.html.md"""
 
@@ -8,9 +8,11 @@ Docs: https://example.org/gcode_ml/training/distillation.html.md"""
 __all__ = ['check_classes', 'Distill', 'threads', 'model_size', 'latencies', 'compare']
 
 # %% ../../nbs/training/09_distillation.ipynb #2cdbe784
+import operator
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,65 +21,65 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import save_model
 
-from ..core.errors import InputError, require
+from ..core.errors import require
 from ..data.batch import BatchLoader
 from .losses import Distillation, part
-from .schedules import teacher_answers
+from .schedules import teacher_logits
 
 # %% ../../nbs/training/09_distillation.ipynb #314f9cba
 def check_classes(
     teacher,  # Class names of the teacher, in its order
     student,  # Class names of the student, in its order
-    what: str = "Distill",  # Who asks, for the sentence
+    what: str = "Distill",  # Name of the caller, for the error message
 ):
-    "Refuse a teacher with other classes, or with another order of them."
+    "Raise `InputError` if teacher and student differ in their classes or the order of the classes."
     teacher = list(map(str, teacher))
     student = list(map(str, student))
     require(
         len(teacher) == len(student),
         what,
         "classes",
-        f"{len(student)}, as the student has",
-        f"{len(teacher)} of the teacher",
+        f"{len(student)}, as for the student",
+        f"{len(teacher)} for the teacher",
     )
     for i, (t, s) in enumerate(zip(teacher, student)):
         require(
             t == s,
             what,
             f"class {i}",
-            f"{s} as in the student",
-            f"{t} in the teacher",
+            f"{s}, as for the student",
+            f"{t} for the teacher",
             "train the teacher with the same list of classes",
         )
 
 # %% ../../nbs/training/09_distillation.ipynb #520e859f
 class Distill(Callback):
-    "Learn a teacher's answers beside the labels."
+    "Add the distillation term to any training loss."
 
-    order, run_valid = -7, False  # behind a mixture, before the loss is checked
+    order, run_valid = -7, False  # after mixing, before the check for a finite loss
 
     def __init__(
         self,
-        teacher: torch.nn.Module,  # A trained model with the inputs of the student; it is frozen
-        temperature: float = 4.0,  # T: how much the answers are softened
-        alpha: float = 0.7,  # Weight of the teacher; the learner's loss has the rest
-        head=None,  # Name of the logits, where the prediction is a dictionary
-        key=None,  # Name of the labels, where the target is a dictionary; `head` by default
-        ignore_index: int = -100,  # Label that does not count
-        classes=None,
-        teacher_classes=None,  # Class names of student and teacher, compared where both are given
+        teacher: torch.nn.Module,  # Trained model with the same inputs as the student; it is frozen
+        temperature: float = 4.0,  # Temperature T: softens the class probabilities
+        alpha: float = 0.7,  # Weight of the distillation term; the original loss has 1 - alpha
+        head=None,  # Key of the logits, if the prediction is a dictionary
+        key=None,  # Key of the labels, if the target is a dictionary; `head` by default
+        ignore_index: int = -100,  # Label to ignore
+        classes=None,  # Class names of the student
+        teacher_classes=None,  # Class names of the teacher, compared if both are given
     ):
         if classes is not None and teacher_classes is not None:
             check_classes(teacher_classes, classes)
-        # a function, which a snapshot leaves out
         self.key = key or head or "target"
         self.alpha = alpha
-        self.answers = teacher_answers(teacher, head)
-        self.distance = Distillation(
+        self.term = Distillation(
             temperature, alpha, ignore_index=ignore_index, head=head, key=self.key
         )
-        self.distance.alpha = 1.0
-        self.is_teacher = lambda model: model is teacher
+        self.term.alpha = 1.0
+        # the teacher is held by functions, which a snapshot does not save
+        self.teacher_logits = teacher_logits(teacher, head)
+        self.is_teacher = partial(operator.is_, teacher)
 
     def after_create(self):
         self.before_fit()
@@ -87,14 +89,16 @@ class Distill(Callback):
             not self.is_teacher(self.model),
             "Distill",
             "teacher",
-            "another model than the student",
+            "a model other than the student",
             "the student itself",
         )
 
     def after_loss(self):
-        target = dict(zip([self.key], self.yb)) if not isinstance(self.yb[0], dict) else self.yb[0]
-        distance = self.distance(self.pred, {**target, **self.answers(*self.xb)})
-        self.learn.loss_grad = self.alpha * distance + (1 - self.alpha) * self.loss_grad
+        (target,) = self.yb
+        if not isinstance(target, dict):
+            target = {self.key: target}
+        term = self.term(self.pred, {**target, **self.teacher_logits(*self.xb)})
+        self.learn.loss_grad = self.alpha * term + (1 - self.alpha) * self.loss_grad
         self.learn.loss = self.loss_grad.clone()
 
 # %% ../../nbs/training/09_distillation.ipynb #5ee197de
@@ -102,7 +106,7 @@ class Distill(Callback):
 def threads(
     count: int = 1,  # Number of threads
 ):
-    "Let torch use so many threads for a while."
+    "Context manager that sets the number of threads of PyTorch."
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -113,8 +117,8 @@ def threads(
 # %% ../../nbs/training/09_distillation.ipynb #8f065e99
 def model_size(
     model: torch.nn.Module,  # Any model
-) -> tuple:  # Number of parameters, and size in MB (10^6 bytes)
-    "Parameters, and the safetensors file of the weights and buffers."
+) -> tuple:  # Number of parameters, and file size in MB (10^6 bytes)
+    "Number of parameters, and size of the safetensors file of weights and buffers."
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.safetensors"
         save_model(model, str(file))
@@ -125,67 +129,66 @@ def model_size(
 def latencies(
     models: dict,  # Name -> model
     data,  # Data set with `batch(index)`
-    items: int = 30,  # Answers to measure; the items of the data set in turn
-) -> pd.DataFrame:  # Milliseconds, one row an answer, one column a model
-    "How long each model takes for single items."
+    items: int = 30,  # Number of predictions to measure; cycles through the data set
+) -> pd.DataFrame:  # Milliseconds, one row per prediction, one column per model
+    "Measure the latency of each model for single items."
     rows = []
     with threads(1):
         for i in range(items + 1):
             inputs, mask, _ = data.batch(np.array([i % len(data)]))
             times = {}
             for name, model in models.items():
-                began = time.perf_counter()
+                start = time.perf_counter()
                 model(inputs, mask)
-                times[name] = 1e3 * (time.perf_counter() - began)
+                times[name] = 1e3 * (time.perf_counter() - start)
             rows.append(times)
     return pd.DataFrame(rows[1:])
 
 # %% ../../nbs/training/09_distillation.ipynb #6fb5a416
 @torch.no_grad()
-def _right(model, data, batch_size, head, key):
-    "Whether each item, or each label of it, is answered rightly; and the number of classes."
-    right = []
+def _correct(model, data, batch_size, head, key):
+    "Whether each label is predicted correctly, `[N]`, and the number of classes."
+    correct = []
     for inputs, mask, target in BatchLoader(data, batch_size):
         logits = part(model(inputs, mask), head)
         labels = part(target, key or head, "target")
-        right.append((logits.argmax(-1) == labels)[labels >= 0])  # padded labels are negative
-    return torch.cat(right).numpy(), logits.shape[-1]
+        correct.append((logits.argmax(-1) == labels)[labels >= 0])  # padded labels are negative
+    return torch.cat(correct).numpy(), logits.shape[-1]
 
 # %% ../../nbs/training/09_distillation.ipynb #43df2e5c
 def compare(
-    models: dict,  # Name -> model, for instance teacher, student taught, and the student trained alone
-    data,  # Data set that none of them was trained on, or a loader of it
-    items: int = 30,  # Answers whose time is measured, at least 20
-    batch_size: int = 64,  # Items a batch, for the accuracy
-    head=None,  # Name of the logits, where predictions are dictionaries
-    key=None,  # Name of the labels, where targets are; `head` by default
-) -> pd.DataFrame:  # One row a model
-    "Parameters, size, latency and accuracy side by side, on the processor."
-    if items < 20:
-        raise InputError("compare", "items", "at least 20", str(items))
+    models: dict,  # Name -> model, for instance the teacher and two students, with and without it
+    data,  # Test data set, or a loader of it
+    items: int = 30,  # Number of predictions for the latency, at least 20
+    batch_size: int = 64,  # Items per batch for the accuracy
+    head=None,  # Key of the logits, if predictions are dictionaries
+    key=None,  # Key of the labels, if targets are dictionaries; `head` by default
+) -> pd.DataFrame:  # One row per model
+    "Compare models on the CPU by number of parameters, size, latency and accuracy."
+    require(items >= 20, "compare", "items", "at least 20", str(items))
     data = data.dataset if isinstance(data, BatchLoader) else data
     modes = {m: m.training for model in models.values() for m in model.modules()}
     for model in models.values():
         model.eval().cpu()
     try:
-        right = {n: _right(m, data, batch_size, head, key) for n, m in models.items()}
+        correct = {n: _correct(m, data, batch_size, head, key) for n, m in models.items()}
         times = latencies(models, data, items)
     finally:
         for m, training in modes.items():
             m.training = training
-    counts = {classes for _, classes in right.values()}
-    if len(counts) > 1:
-        raise InputError(
-            "compare",
-            "classes",
-            "models with the same classes",
-            ", ".join(f"{classes} of {n}" for n, (_, classes) in right.items()),
-        )
-    return pd.DataFrame([_row(n, m, times[n], right[n][0]) for n, m in models.items()])
+    counts = {name: classes for name, (_, classes) in correct.items()}
+    require(
+        len(set(counts.values())) < 2,
+        "compare",
+        "classes",
+        "models with the same number of classes",
+        ", ".join(f"{classes} for {name}" for name, classes in counts.items()),
+    )
+    return pd.DataFrame([_row(n, m, times[n], correct[n][0]) for n, m in models.items()])
 
 # %% ../../nbs/training/09_distillation.ipynb #fc9febd9
-def _row(name, model, times, right):
-    "One row of the comparison."
+def _row(name, model, times, correct):
+    "One row of the comparison; `times` in milliseconds."
     parameters, size = model_size(model)
     p50, p95, p99 = np.percentile(times, (50, 95, 99))
     return dict(
@@ -195,6 +198,6 @@ def _row(name, model, times, right):
         latency_ms=p50,
         latency_p95_ms=p95,
         latency_p99_ms=p99,
-        accuracy=right.mean(),
-        labels=len(right),
+        accuracy=correct.mean(),
+        labels=len(correct),
     )

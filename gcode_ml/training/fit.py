@@ -1,4 +1,4 @@
-"""Every option that the fits of all domains share: described once, checked once, and turned into optimiser, loss and callbacks.
+"""The training options shared by all domains: each is described and validated in one place, then turned into an optimiser, a loss and callbacks.
 
 Docs: https://example.org/gcode_ml/training/fit.html.md"""
 
@@ -45,11 +45,11 @@ from .monitors import GradientMonitor, Timing, UniqueTokens
 from .saved import load_saved
 from gcode_ml.training.schedules import (
     PRESETS,
+    ExtraTargets,
     LossParameters,
-    MoreTargets,
     create_optimizer,
     schedule,
-    teacher_answers,
+    teacher_logits,
 )
 from gcode_ml.training.speed import (
     Accumulation,
@@ -65,41 +65,52 @@ TRAINING = {}  # Name -> `Parameter`
 
 # %% ../../nbs/training/12_fit.ipynb #4db72a0b
 def _describe(*rows):
-    "Add options: name, default, comment."
+    "Add options to `TRAINING`, each given as (name, default, comment)."
     TRAINING.update({name: described(name, default, comment) for name, default, comment in rows})
 
 # %% ../../nbs/training/12_fit.ipynb #65d7b408
 _describe(
-    ("max_epochs", 10, "Epochs of each fit [1..100000]"),
-    ("batch_size", 32, "Items a batch [1..1000000]"),
+    ("max_epochs", 10, "Number of training epochs [1..100000]"),
+    ("batch_size", 32, "Items per batch [1..1000000]"),
     ("optimizer", "adamw", "Optimiser {adamw, sgd, rmsprop}"),
     (
         "preset",
         "none",
-        "Optimiser, learning rate, weight decay and momentum by one name, where these are left at their defaults {none, default, fast_convergence, strong_regularization, sgd_baseline}",
+        "Preset of optimiser, learning rate, weight decay and momentum; "
+        "options that differ from their defaults take precedence "
+        "{none, default, fast_convergence, strong_regularization, sgd_baseline}",
     ),
-    ("learning_rate", 1e-3, "Largest learning rate [1e-9..100]"),
-    ("weight_decay", 1e-2, "Weight decay [0..1]"),
+    ("learning_rate", 1e-3, "Peak learning rate of the schedule [1e-9..100]"),
+    (
+        "weight_decay",
+        1e-2,
+        "Weight decay coefficient (decoupled for AdamW, L2 penalty otherwise) [0..1]",
+    ),
     (
         "decay_on",
         "weights",
-        "What decays: weights without any bias or norm; the same and those biases of recurrent and attention layers that fastai overlooks; everything {weights, fastai, all}",
+        "Parameters with weight decay: all except biases and normalisation layers (weights); "
+        "also the biases of recurrent and attention layers, as in fastai (fastai); "
+        "all parameters (all) {weights, fastai, all}",
     ),
-    ("momentum", 0.9, "Share of the last step that is kept; the first beta of adamw [0..0.9999]"),
+    ("momentum", 0.9, "Momentum coefficient (beta1 for AdamW) [0..0.9999]"),
     (
         "optimizer_options",
         "",
-        "Options of that optimiser alone, such as betas: [0.9, 0.99], eps: 1e-5, or nesterov: true",
+        "Further arguments of the chosen optimiser as a mapping, such as "
+        "betas: [0.9, 0.99], eps: 1e-5, or nesterov: true",
     ),
     (
         "schedule",
         "one_cycle",
-        "Schedule of the learning rate {constant, cosine, one_cycle, plateau, warm_restarts, warmup_cosine, warmup_linear, noam, polynomial, flat_cosine}",
+        "Learning rate schedule {constant, cosine, one_cycle, plateau, warm_restarts, "
+        "warmup_cosine, warmup_linear, noam, polynomial, flat_cosine}",
     ),
     (
         "warmup",
         0.0,
-        "Line up before any schedule: below 1 a share of the fit, from 1 on epochs; 0: as the schedule has it [0..100000]",
+        "Length of the linear warm-up before the schedule: a fraction of the fit if below 1, "
+        "otherwise a number of epochs; 0: the schedule's own default [0..100000]",
     ),
     (
         "schedule_patience",
@@ -109,27 +120,32 @@ _describe(
     (
         "schedule_options",
         "",
-        "Options of that schedule alone, such as eta_min: 1e-5, or T_0: 5, T_mult: 2",
+        "Further arguments of the chosen schedule as a mapping, such as "
+        "eta_min: 1e-5, or T_0: 5, T_mult: 2",
     ),
 )
 
 # %% ../../nbs/training/12_fit.ipynb #584f0087
 _describe(
-    ("loss", "cross_entropy", "Loss of class labels {cross_entropy, focal, label_smoothing}"),
+    ("loss", "cross_entropy", "Classification loss {cross_entropy, focal, label_smoothing}"),
     (
         "label_smoothing",
         0.1,
-        "Share of a label that is spread over all classes, of loss=label_smoothing [0..0.99]",
+        "Label smoothing factor for loss=label_smoothing [0..0.99]",
     ),
     (
         "focal_gamma",
         2.0,
-        "How much less an item counts that is already right, of loss=focal [0..20]",
+        "Focusing parameter for loss=focal: down-weights well-classified items [0..20]",
     ),
-    ("class_weights", False, "Rare classes count more"),
-    ("teacher", "", "Folder of a bundle or a run whose model is the teacher"),
-    ("temperature", 4.0, "How much the answers of a teacher are softened [0.01..1000]"),
-    ("alpha", 0.7, "Weight of the teacher; the labels have the rest [0..1]"),
+    ("class_weights", False, "Weight the loss by inverse class frequency"),
+    ("teacher", "", "Folder of a bundle or a run whose model is the teacher for distillation"),
+    (
+        "temperature",
+        4.0,
+        "Distillation temperature: softens the class probabilities of the teacher [0.01..1000]",
+    ),
+    ("alpha", 0.7, "Weight of the distillation term; the labels have 1 - alpha [0..1]"),
 )
 
 # %% ../../nbs/training/12_fit.ipynb #d41a00e1
@@ -137,59 +153,70 @@ _describe(
     (
         "monitor",
         "valid_loss",
-        "Loss or metric that early stopping, plateau and the best weights go by",
+        "Loss or metric that decides on early stopping, the plateau schedule and the best weights",
     ),
     (
         "monitor_mode",
         "auto",
-        "Whether small or large values of it are good; auto: small ones of losses and errors {auto, min, max}",
+        "Whether the monitored value is minimised or maximised; "
+        "auto: min for losses and errors, max otherwise {auto, min, max}",
     ),
-    ("early_stop", 0, "Epochs without improvement before the fit stops; 0: never [0..100000]"),
-    ("min_delta", 0.0, "What counts as improvement: more than this [0..]"),
+    ("early_stop", 0, "Patience of early stopping in epochs; 0: no early stopping [0..100000]"),
+    ("min_delta", 0.0, "Minimum change of the monitored value that counts as an improvement [0..]"),
     (
         "save_best",
         "",
-        "Loss or metric whose best epoch keeps its weights in the run folder; empty: none",
+        "Loss or metric: the weights of its best epoch are saved in the run folder; empty: none",
     ),
-    ("restore_best", False, "End the fit with the best weights instead of the last"),
-    ("checkpoint_every", 0, "Keep the weights after every so many epochs; 0: do not [0..100000]"),
-    ("keep_last", 0, "How many of those to keep; 0: all [0..100000]"),
-    ("train_metrics", False, "Metrics on the training batches too"),
-    ("text_log", False, "Also a log of the epochs as text in the run folder"),
-    ("gradient_alert", 0.0, "Watch the norm of the gradient and warn above this; 0: do not [0..]"),
-    ("timing", False, "Seconds of epochs and batches and use of the GPU in the history"),
+    (
+        "restore_best",
+        False,
+        "Restore the best weights at the end of the fit instead of keeping the last",
+    ),
+    (
+        "checkpoint_every",
+        0,
+        "Epochs between regular checkpoints; 0: no regular checkpoints [0..100000]",
+    ),
+    ("keep_last", 0, "Number of most recent regular checkpoints to keep; 0: all [0..100000]"),
+    ("train_metrics", False, "Also compute the metrics on the training batches"),
+    ("text_log", False, "Also write a text log of the epochs to the run folder"),
+    ("gradient_alert", 0.0, "Gradient norm above which to warn; 0: do not monitor gradients [0..]"),
+    ("timing", False, "Record epoch time, batch time and GPU use in the history"),
     (
         "unique_tokens",
         0.0,
-        "Watch which tokens are predicted and warn below this share of them; 0: do not [0..1]",
+        "Fraction of the vocabulary below which the predicted tokens cause a warning; "
+        "0: do not monitor tokens [0..1]",
     ),
-    ("checkpoint_folder", "", "Folder of weights and logs; an experiment sets it"),
+    ("checkpoint_folder", "", "Folder for checkpoints and logs; set by the experiment"),
 )
 
 # %% ../../nbs/training/12_fit.ipynb #8a7e5f08
 _describe(
-    ("clip", 1.0, "Largest norm of the gradient; 0: any [0..]"),
-    ("accumulate", 1, "Batches a step; 1: no accumulation [1..100000]"),
+    ("clip", 1.0, "Maximum gradient norm (gradient clipping); 0: no clipping [0..]"),
+    ("accumulate", 1, "Batches per optimiser step (gradient accumulation) [1..100000]"),
     (
         "precision",
         "fp32",
-        "Numbers that layers compute in, where the device can {fp32, fp16, bf16}",
+        "Compute precision; fp32 where the device does not support the choice {fp32, fp16, bf16}",
     ),
-    ("compile_model", False, "Compile the model"),
+    ("compile_model", False, "Compile the model with torch.compile"),
     (
         "gradient_checkpointing",
         False,
-        "Compute repeated layers twice instead of keeping their states",
+        "Gradient checkpointing: recompute activations of repeated layers to save memory",
     ),
-    ("deterministic", False, "Deterministic algorithms"),
+    ("deterministic", False, "Use deterministic algorithms where PyTorch has them"),
     (
         "averaging",
         "none",
-        "Averages of the weights: ema along the fit, swa of the last epochs {none, ema, swa}",
+        "Weight averaging: exponential moving average (ema) or mean over the last epochs (swa) "
+        "{none, ema, swa}",
     ),
-    ("ema_decay", 0.999, "Share of the old average a step, of averaging=ema [0..0.999999]"),
-    ("swa_start", 0.75, "Share of the epochs after which averaging=swa begins [0..1]"),
-    ("processes", 1, "Processes that share each batch, on this machine [1..1024]"),
+    ("ema_decay", 0.999, "Decay per step for averaging=ema [0..0.999999]"),
+    ("swa_start", 0.75, "Fraction of the epochs after which averaging=swa starts [0..1]"),
+    ("processes", 1, "Data-parallel processes on this machine [1..1024]"),
 )
 
 # %% ../../nbs/training/12_fit.ipynb #7ee5cec8
@@ -197,59 +224,71 @@ _describe(
     (
         "augment",
         "",
-        "Augmentations, such as {noise: {std: 0.02}, time_warp: {}}; or light, medium, heavy",
+        "Augmentations as a mapping, such as {noise: {std: 0.02}, time_warp: {}}; "
+        "or a preset: light, medium, heavy",
     ),
     (
         "augment_share",
         1.0,
-        "Share of the samples that each augmentation changes, unless it says p itself [0..1]",
+        "Probability of applying an augmentation to a sample, unless its settings give p [0..1]",
     ),
     (
         "augment_policy",
         0,
-        "How many of the augmentations each sample gets, drawn anew; 0: all [0..1000]",
+        "Number of augmentations sampled at random for each sample; 0: all [0..1000]",
     ),
-    ("spec_augment", False, "Blank frequency bands and stretches of time"),
-    ("mixing", "none", "Mixtures of two samples {none, mixup, cutmix}"),
-    ("mixing_alpha", 0.4, "Their weights are drawn from Beta(alpha, alpha) [0.001..1000]"),
+    ("spec_augment", False, "SpecAugment: mask random frequency bands and time intervals"),
+    ("mixing", "none", "Mixing of pairs of samples {none, mixup, cutmix}"),
+    (
+        "mixing_alpha",
+        0.4,
+        "Parameter of the distribution Beta(alpha, alpha) of the mixing weight [0.001..1000]",
+    ),
     (
         "adversarial",
         0.0,
-        "Size of a change against the model, of half of the samples; 0: none [0..]",
+        "Perturbation epsilon of adversarial training (FGSM) on half of the samples; 0: off [0..]",
     ),
-    ("oversample", 1, "How often an item of a rare class occurs in an epoch [1..1000]"),
-    ("oversample_threshold", 0.01, "Rare is what has a smaller share of all labels [0..1]"),
+    ("oversample", 1, "Number of times an item of a rare class occurs per epoch [1..1000]"),
+    (
+        "oversample_threshold",
+        0.01,
+        "A class is rare if its fraction of all labels is below this threshold [0..1]",
+    ),
     (
         "progressive",
         "",
-        "Lengths in steps and the epochs of each, such as 32:2, 64:3; the last goes on",
+        "Progressive sequence length as pairs of steps:epochs, such as 32:2, 64:3; "
+        "the last length is used to the end of the fit",
     ),
     (
         "curriculum",
         0.0,
-        "Begin with this share of the items, easy ones first; 0: all from the beginning [0..1]",
+        "Curriculum: fraction of the items in the first epoch, easiest first; 0: off [0..1]",
     ),
     (
         "curriculum_until",
         0.5,
-        "When all take part: below 1 a share of the fit, from 1 on epochs [0..100000]",
+        "When the curriculum includes all items: a fraction of the fit if below 1, "
+        "otherwise a number of epochs [0..100000]",
     ),
     (
         "scheduled_sampling",
         "none",
-        "How the chance of the right token falls that a decoder is fed {none, linear, exponential, inverse_sigmoid}",
+        "Scheduled sampling: decay of the teacher forcing probability of a decoder "
+        "{none, linear, exponential, inverse_sigmoid}",
     ),
 )
 
 # %% ../../nbs/training/12_fit.ipynb #d8f2a57c
 class TrainingOptions:
-    "Values of all options, as attributes; of `loss`, which is a method, in `values`."
+    "Values of all options as attributes; the value of `loss`, which is a method, is in `values`."
 
     def __init__(
         self,
-        values: dict,  # Option -> value, all of them
+        values: dict,  # Option -> value, for all options
         defaults: dict,  # Option -> default value
-        optimizer: dict = None,  # Options of the optimiser that a preset brings
+        optimizer: dict = None,  # Further optimiser arguments set by a preset
     ):
         self.values = values
         self.defaults = defaults
@@ -263,35 +302,35 @@ class TrainingOptions:
         return self.values[name]
 
     def __repr__(self):
-        return f"TrainingOptions({', '.join(f'{k}={v!r}' for k, v in self.values.items() if v != TRAINING[k].default)})"
+        given = {k: v for k, v in self.values.items() if v != TRAINING[k].default}
+        return f"TrainingOptions({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     def changed(self, *names):
-        "Those of `names` that are not as the domain has them."
+        "Return the options among `names` whose values differ from the defaults of the domain."
         return [n for n in names if self.values[n] != self.defaults[n]]
 
 # %% ../../nbs/training/12_fit.ipynb #de858bf2
 def _with_preset(values, defaults):
-    "Values with those of the preset where they are the defaults, and what else it says of its optimiser."
+    "Apply a preset to options left at their defaults; also return its other arguments."
     if values["preset"] == "none":
         return values, {}
-    preset = dict(PRESETS[values["preset"]])
-    known = {
-        k: preset.pop(p)
-        for k, p in dict(
-            optimizer="name",
-            learning_rate="learning_rate",
-            weight_decay="weight_decay",
-            momentum="momentum",
-        ).items()
-        if p in preset
+    arguments = dict(PRESETS[values["preset"]])
+    names = dict(
+        optimizer="name",
+        learning_rate="learning_rate",
+        weight_decay="weight_decay",
+        momentum="momentum",
+    )
+    from_preset = {k: arguments.pop(name) for k, name in names.items() if name in arguments}
+    values = {
+        k: from_preset[k] if k in from_preset and v == defaults[k] else v for k, v in values.items()
     }
-    values = {k: known[k] if k in known and v == defaults[k] else v for k, v in values.items()}
-    return values, preset if values["optimizer"] == known["optimizer"] else {}
+    return values, arguments if values["optimizer"] == from_preset["optimizer"] else {}
 
 # %% ../../nbs/training/12_fit.ipynb #71b54c35
-def _check_settings(what):
-    "Settings of augmentations are of the type of their defaults; `InputError` otherwise."
-    for name, settings in what.items():
+def _check_settings(augmentations):
+    "Check names and types of augmentation settings. Raises `InputError` if one does not fit."
+    for name, settings in augmentations.items():
         require(
             isinstance(settings, (dict, type(None))),
             "parameter",
@@ -303,23 +342,29 @@ def _check_settings(what):
             AUGMENTATIONS[check_choice("parameter", "augment", name, AUGMENTATIONS)]
         ).parameters
         for k, v in (settings or {}).items():
-            wanted = known[check_choice(f"augmentation {name}", "option", k, known)].default
-            if isinstance(wanted, (int, float)) and not (isinstance(v, (int, float)) and v == v):
-                raise InputError(f"augmentation {name}", k, f"a number such as {wanted}", repr(v))
-    return what
+            default = known[check_choice(f"augmentation {name}", "option", k, known)].default
+            is_number = isinstance(v, (int, float)) and v == v  # not NaN
+            require(
+                is_number or not isinstance(default, (int, float)),
+                f"augmentation {name}",
+                k,
+                f"a number such as {default}",
+                repr(v),
+            )
+    return augmentations
 
 # %% ../../nbs/training/12_fit.ipynb #55befdba
 @patch
 def opt_func(self: TrainingOptions) -> object:  # `opt_func` of a `Learner`
-    "The optimiser of these options."
-    own = dict(
+    "Create the optimiser chosen by the options."
+    arguments = dict(
         adamw=dict(betas=(self.momentum, 0.999)), sgd=dict(momentum=self.momentum), rmsprop={}
     )[self.optimizer]
     return create_optimizer(
         self.optimizer,
         weight_decay=self.weight_decay,
         **{
-            **own,
+            **arguments,
             **self.preset_options,
             **flow_mapping(self.optimizer_options, "optimizer_options"),
         },
@@ -328,10 +373,10 @@ def opt_func(self: TrainingOptions) -> object:  # `opt_func` of a `Learner`
 # %% ../../nbs/training/12_fit.ipynb #1bccd4ae
 @patch
 def rate_schedule(self: TrainingOptions) -> object:  # A callback
-    "The schedule of the learning rate of these options."
-    own = dict(warmup=self.warmup) if self.warmup else {}
+    "Create the learning rate schedule chosen by the options."
+    arguments = dict(warmup=self.warmup) if self.warmup else {}
     if self.schedule == "plateau":
-        own |= dict(
+        arguments |= dict(
             patience=self.schedule_patience,
             monitor=self.monitor,
             mode=self.mode(self.monitor),
@@ -340,72 +385,64 @@ def rate_schedule(self: TrainingOptions) -> object:  # A callback
     return schedule(
         self.schedule,
         self.learning_rate,
-        **{**own, **flow_mapping(self.schedule_options, "schedule_options")},
+        **{**arguments, **flow_mapping(self.schedule_options, "schedule_options")},
     )
 
 
 @patch
 def mode(self: TrainingOptions, monitor):
-    "Whether the smallest or the largest value of `monitor` is best."
+    "Return `min` or `max`, whichever is best for `monitor`."
     if self.monitor_mode != "auto":
         return self.monitor_mode
-    return (
-        "min"
-        if any(
-            word in monitor.lower()
-            for word in ("loss", "error", "mae", "mse", "perplexity", "deviation", "distance")
-        )
-        else "max"
-    )
+    minimised = ("loss", "error", "mae", "mse", "perplexity", "deviation", "distance")
+    return "min" if any(word in monitor.lower() for word in minimised) else "max"
 
 # %% ../../nbs/training/12_fit.ipynb #93581915
 @patch
 def augmentations(
     self: TrainingOptions,
-    time_axis: int = 1,  # Axis of the inputs that the mask belongs to, for `spec_augment`
+    time_axis: int = 1,  # Time axis of the inputs, the axis the mask refers to; for `spec_augment`
 ) -> list:  # Augmentations of `signals.augment`
-    "The augmentations of these options."
+    "Create the augmentations chosen by the options."
     text = self.augment.strip()
-    what = (
-        {"patch_augmentation": dict(preset=text)}
-        if text in PATCH_PRESETS
-        else _check_settings(flow_mapping(text, "augment"))
-    )
+    if text in PATCH_PRESETS:
+        settings = {"patch_augmentation": dict(preset=text)}
+    else:
+        settings = _check_settings(flow_mapping(text, "augment"))
     if self.augment_share < 1:
-        what = {k: dict(p=self.augment_share) | (v or {}) for k, v in what.items()}
-    found = (
-        create_augmentations(what)
-        + [SpecAugment(time_axis=time_axis, p=self.augment_share)] * self.spec_augment
-    )
-    return [RandomPolicy(found, self.augment_policy)] if self.augment_policy else found
+        settings = {k: dict(p=self.augment_share) | (v or {}) for k, v in settings.items()}
+    created = create_augmentations(settings)
+    if self.spec_augment:
+        created = created + [SpecAugment(time_axis=time_axis, p=self.augment_share)]
+    return [RandomPolicy(created, self.augment_policy)] if self.augment_policy else created
 
 # %% ../../nbs/training/12_fit.ipynb #7aa86896
 @patch
 def lengths(self: TrainingOptions) -> list:  # Pairs (steps, epochs)
-    "Lengths of the stages of these options."
+    "Parse `progressive` into the stages of the sequence length. Raises `InputError` if malformed."
     try:
-        found = [
+        stages = [
             tuple(int(n) for n in stage.split(":"))
             for stage in self.progressive.split(",")
             if stage.strip()
         ]
     except ValueError:
-        found = [()]
+        stages = [()]
     require(
-        not any(len(s) != 2 or min(s) < 1 for s in found),
+        not any(len(stage) != 2 or min(stage) < 1 for stage in stages),
         "parameter",
         "progressive",
         "lengths and epochs such as 32:2, 64:3",
         repr(self.progressive),
     )
-    return found
+    return stages
 
 # %% ../../nbs/training/12_fit.ipynb #a478c58a
 def training_options(
-    given: dict = None,  # Option -> value, or its text
-    **defaults,  # The domain's own defaults
-) -> TrainingOptions:  # All options
-    "Check names, types, choices and ranges of options."
+    given: dict = None,  # Option -> value, or the value as text
+    **defaults,  # Defaults of the domain, where they differ from `TRAINING`
+) -> TrainingOptions:  # Validated options
+    "Check names, types, choices and ranges of options. Raises `InputError` for the first mistake."
     own = check_parameters(TRAINING, defaults, "default", "fit")
     values = check_parameters(
         {k: replace(p, default=own[k]) for k, p in TRAINING.items()}, given or {}, of="fit"
@@ -415,7 +452,7 @@ def training_options(
     options.opt_func()
     options.rate_schedule()
     options.augmentations()
-    options.lengths()  # what does not fit is found now
+    options.lengths()  # mistakes in any of these are reported now
     return options
 
 # %% ../../nbs/training/12_fit.ipynb #7a8e52ad
@@ -423,47 +460,48 @@ def training_options(
 def loss(
     self: TrainingOptions,
     labels=None,  # Labels of the training set, for class weights
-    classes: int = None,  # Number of classes; as many as the labels have by default
-    head=None,  # Name in the prediction, where it is a dictionary
-    key=None,  # Name in the target; `head` by default
-    ignore_index: int = -100,  # Label that does not count
+    classes: int = None,  # Number of classes; by default the largest label plus one
+    head=None,  # Key of the logits, if the prediction is a dictionary
+    key=None,  # Key of the labels in the target; `head` by default
+    ignore_index: int = -100,  # Label to ignore
 ) -> torch.nn.Module:  # Called with prediction and target
-    "The loss of class labels of these options; of several heads one each."
+    "Create the classification loss chosen by the options; with several heads, one per call."
     self.used.add("loss")
     kind = self.values["loss"]
-    own = dict(head=head, key=key, ignore_index=ignore_index)
+    arguments = dict(head=head, key=key, ignore_index=ignore_index)
     if self.teacher:
         if self.changed("class_weights") or kind == "focal":
             raise InputError(
                 "parameter",
                 "teacher",
-                "cross_entropy or label_smoothing without class weights beside it",
+                "cross_entropy or label_smoothing, without class weights",
                 "focal" if kind == "focal" else "class_weights",
             )
         self.heads.append(head)
         return Distillation(
             self.temperature,
             self.alpha,
-            _answer(head),
+            _teacher_key(head),
             self.label_smoothing if kind == "label_smoothing" else 0.0,
-            **(own | dict(key=key or head or "target")),
+            **(arguments | dict(key=key or head or "target")),
         )
     if self.class_weights:
-        own["weight"] = self._weights(labels, classes, ignore_index)
+        arguments["weight"] = self._class_weights(labels, classes, ignore_index)
     if kind == "focal":
-        own["gamma"] = self.focal_gamma
+        arguments["gamma"] = self.focal_gamma
     if kind == "label_smoothing":
-        own["label_smoothing"] = self.label_smoothing
-    return create_loss(kind, **own)
+        arguments["label_smoothing"] = self.label_smoothing
+    return create_loss(kind, **arguments)
 
 # %% ../../nbs/training/12_fit.ipynb #93b2cf35
-def _answer(head):
+def _teacher_key(head):
+    "Key of the teacher's logits for `head` in the target."
     return f"teacher_{head}" if head else "teacher"
 
 
 @patch
-def _weights(self: TrainingOptions, labels, classes, ignore_index):
-    "Weight of each class."
+def _class_weights(self: TrainingOptions, labels, classes, ignore_index):
+    "Inverse class frequencies of `labels`."
     require(
         labels is not None,
         "parameter",
@@ -477,19 +515,19 @@ def _weights(self: TrainingOptions, labels, classes, ignore_index):
 
 
 def _teacher(folder, heads):
-    "Function of the inputs that returns a teacher's answers for each head."
+    "Return a function that maps the inputs to the logits of a saved teacher, for each of `heads`."
     model = load_saved(folder)[0]
-    each = [teacher_answers(model, head, _answer(head)) for head in heads]
+    per_head = [teacher_logits(model, head, _teacher_key(head)) for head in heads]
 
-    def answers(*inputs):
-        return {k: v for answer in each for k, v in answer(*inputs).items()}
+    def logits(*inputs):
+        return {k: v for head_logits in per_head for k, v in head_logits(*inputs).items()}
 
-    return answers
+    return logits
 
 # %% ../../nbs/training/12_fit.ipynb #ff0c6b64
 @patch
 def _steps(self: TrainingOptions):
-    "Callbacks about how a step is made."
+    "Callbacks for the optimisation step."
     found = [FiniteLoss()]
     if self.clip:
         found.append(GradientClip(self.clip))
@@ -512,7 +550,7 @@ def _steps(self: TrainingOptions):
 # %% ../../nbs/training/12_fit.ipynb #7a0fbfb3
 @patch
 def _inputs(self: TrainingOptions, key, keys, time_axis):
-    "Callbacks about what the training batches go through."
+    "Callbacks that change the training batches."
     found = []
     if augmentations := self.augmentations(time_axis):
         found.append(Augment(augmentations, key))
@@ -531,48 +569,57 @@ def _inputs(self: TrainingOptions, key, keys, time_axis):
 
 @patch
 def _teaching(self: TrainingOptions, decoder, difficulty):
-    "Callbacks about what is learnt first, and from whom."
-    if self.scheduled_sampling != "none" and decoder is None:
-        raise InputError(
-            "parameter", "scheduled_sampling", "a recipe with a decoder of tokens", "one without"
-        )
-    found = (
-        [
-            Curriculum(
-                "length" if difficulty is None else difficulty,
-                start=self.curriculum,
-                until=self.curriculum_until,
-            )
-        ]
-        if self.curriculum
-        else []
+    "Callbacks for curriculum, scheduled sampling and distillation."
+    samples_tokens = self.scheduled_sampling != "none"
+    require(
+        decoder is not None or not samples_tokens,
+        "parameter",
+        "scheduled_sampling",
+        "a recipe with a decoder of tokens",
+        "one without",
     )
-    if self.scheduled_sampling != "none":
+    found = []
+    if self.curriculum:
+        difficulty = "length" if difficulty is None else difficulty
+        found.append(Curriculum(difficulty, start=self.curriculum, until=self.curriculum_until))
+    if samples_tokens:
         found.append(ScheduledSampling(self.scheduled_sampling, **decoder))
     if self.teacher:
         require(
             self.heads,
             "parameter",
             "teacher",
-            "a recipe whose loss can learn from one",
-            "a loss of another kind",
+            "a recipe whose loss supports distillation",
+            "a loss without distillation",
         )
-        require(self.mixing == "none", "parameter", "mixing", "none beside a teacher", self.mixing)
-        found.append(MoreTargets(_teacher(self.teacher, self.heads)))
+        require(self.mixing == "none", "parameter", "mixing", "none with a teacher", self.mixing)
+        found.append(ExtraTargets(_teacher(self.teacher, self.heads)))
     return found
 
 # %% ../../nbs/training/12_fit.ipynb #e6b0d1d6
 @patch
 def _records(self: TrainingOptions, tokens, folder):
-    "Callbacks about what is recorded and kept, and about the end."
-    if self.unique_tokens and tokens is None:
-        raise InputError(
-            "parameter", "unique_tokens", "a recipe that predicts tokens", "one that does not"
-        )
+    "Callbacks for recording, checkpoints and early stopping."
+    require(
+        tokens is not None or not self.unique_tokens,
+        "parameter",
+        "unique_tokens",
+        "a recipe that predicts tokens",
+        "one that does not",
+    )
     best = self.save_best or (self.monitor if self.restore_best or self.checkpoint_every else "")
-    if (best or self.text_log) and not folder:
-        raise InputError("parameter", "checkpoint_folder", "a folder for weights and logs", "none")
-    found = [TrainingMetrics()] * self.train_metrics + [Timing()] * self.timing
+    require(
+        folder or not (best or self.text_log),
+        "parameter",
+        "checkpoint_folder",
+        "a folder for weights and logs",
+        "none",
+    )
+    found = []
+    if self.train_metrics:
+        found.append(TrainingMetrics())
+    if self.timing:
+        found.append(Timing())
     if self.gradient_alert:
         found.append(GradientMonitor(alert=self.gradient_alert))
     if self.unique_tokens:
@@ -593,16 +640,16 @@ def _records(self: TrainingOptions, tokens, folder):
 @patch
 def callbacks(
     self: TrainingOptions,
-    folder=None,  # Folder of weights and logs; `checkpoint_folder` by default
-    fit: str = "",  # Name of this fit, a folder in it
-    key=None,  # Name of the tensor to change, where the inputs are a dictionary
-    keys=(),  # Entries of inputs and targets with a time axis, for `progressive`; `key` by default
+    folder=None,  # Folder for checkpoints and logs; `checkpoint_folder` by default
+    fit: str = "",  # Name of this fit, used as a subfolder
+    key=None,  # Key of the tensor to augment, if the inputs are a dictionary
+    keys=(),  # Keys of inputs and targets with a time axis, for `progressive`; `key` by default
     tokens: dict = None,  # Arguments of `UniqueTokens`: `vocabulary_size`, `predict`, `ignore`
     decoder: dict = None,  # Arguments of `ScheduledSampling`: `predict`, `key`, `special`
-    difficulty=None,  # One number a training item, small is easy, for `curriculum`; its length by default
-    time_axis: int = 1,  # Axis of the inputs that the mask belongs to
+    difficulty=None,  # Difficulty per training item for `curriculum`; its length by default
+    time_axis: int = 1,  # Time axis of the inputs, the axis the mask refers to
 ) -> list:  # Callbacks
-    "All callbacks that these options ask for."
+    "Create all callbacks chosen by the options."
     folder = folder or self.checkpoint_folder
     return [
         *self._steps(),
@@ -615,11 +662,11 @@ def callbacks(
 @patch
 def oversampled(
     self: TrainingOptions,
-    labels,  # Class of each item of the data set, `[N]`, or several `[N,L]`
-    indices,  # Items of the training set
-    ignore=None,  # A label that does not count, such as padding
-) -> np.ndarray:  # Items of an epoch
-    "The training set with items of rare classes repeated."
+    labels,  # Class of each item of the data set, `[N]`, or labels per step `[N,L]`
+    indices,  # Indices of the training items
+    ignore=None,  # Label to ignore, such as padding
+) -> np.ndarray:  # Indices of the items of one epoch
+    "Repeat the indices of items of rare classes (oversampling)."
     self.used.add("oversample")
     indices = np.asarray(indices)
     if self.oversample == 1:
@@ -633,7 +680,7 @@ def oversampled(
 # %% ../../nbs/training/12_fit.ipynb #429caf0b
 @patch
 def _check_used(self: TrainingOptions):
-    "Raise where an option was given that the recipe does not look at."
+    "Raise `InputError` if an option was given that the recipe does not use."
     groups = dict(
         loss=(
             "loss",
@@ -646,8 +693,8 @@ def _check_used(self: TrainingOptions):
         ),
         oversample=("oversample", "oversample_threshold"),
     )
-    for asked, names in groups.items():
-        if asked not in self.used and (changed := self.changed(*names)):
+    for method, names in groups.items():
+        if method not in self.used and (changed := self.changed(*names)):
             raise InputError(
                 "parameter",
                 changed[0],
@@ -659,10 +706,10 @@ def _check_used(self: TrainingOptions):
 @patch
 def learner(
     self: TrainingOptions,
-    dls,  # Loaders
+    dls,  # Data loaders
     model,  # Model
-    loss_func,  # Loss, for instance `self.loss(...)`
-    cbs=(),  # More callbacks
+    loss_func,  # Loss function, for instance `self.loss(...)`
+    cbs=(),  # Additional callbacks
     folder=None,
     fit: str = "",
     key=None,
@@ -672,12 +719,12 @@ def learner(
     difficulty=None,
     time_axis: int = 1,  # See `callbacks`
     **kwargs,  # For `Learner`
-) -> Learner:  # With these options in `options`
-    "A learner that is fitted by `fit`."
+) -> Learner:  # Learner whose attribute `options` holds these options
+    "Create the learner for `fit`."
     self._check_used()
-    own = self.callbacks(folder, fit, key, keys, tokens, decoder, difficulty, time_axis)
+    callbacks = self.callbacks(folder, fit, key, keys, tokens, decoder, difficulty, time_axis)
     if isinstance(loss_func, torch.nn.Module) and any(True for _ in loss_func.parameters()):
-        own.append(LossParameters())
+        callbacks.append(LossParameters())
     learn = Learner(
         dls,
         model,
@@ -686,7 +733,7 @@ def learner(
         lr=self.learning_rate,
         wd=self.weight_decay,
         wd_bn_bias=self.decay_on == "all",
-        cbs=[*own, *cbs],
+        cbs=[*callbacks, *cbs],
         **kwargs,
     )
     learn.options, learn.decay_on = self, self.decay_on
@@ -695,9 +742,9 @@ def learner(
 # %% ../../nbs/training/12_fit.ipynb #fe270bff
 def fit(
     learn,  # From `TrainingOptions.learner`
-    cbs=(),  # More callbacks of this fit
+    cbs=(),  # Additional callbacks for this fit
 ):
-    "Fit as the learner's options say."
+    "Fit a learner with its `options`; restores the best weights if `restore_best` is set."
     options = learn.options
     learn.fit(options.max_epochs, cbs=[options.rate_schedule(), *cbs])
     if options.restore_best:
@@ -705,9 +752,9 @@ def fit(
 
 # %% ../../nbs/training/12_fit.ipynb #4052a61d
 def training_values(
-    names: dict,  # `globals()` of a notebook
+    names: dict,  # Namespace of a notebook: `globals()`
 ) -> dict:  # Option -> value
-    "Those options that a notebook has values for."
+    "Collect the training options that are defined in a notebook."
     found = {k: names[k] for k in TRAINING if k in names}
     for k, v in found.items():
         require(
@@ -716,6 +763,6 @@ def training_values(
             k,
             "a value",
             type(v).__name__,
-            "give what the notebook imports or defines another name",
+            "rename the object that the notebook imports or defines",
         )
     return found

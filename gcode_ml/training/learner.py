@@ -1,4 +1,4 @@
-"""fastai's `Learner`, able to begin in the middle of an epoch.
+"""fastai's `Learner` with resumption within an epoch, weight decay selection, seeds and devices.
 
 Docs: https://example.org/gcode_ml/training/learner.html.md"""
 
@@ -19,21 +19,24 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 
-from ..core.errors import InputError
+from ..core.errors import require
 
 # %% ../../nbs/training/00_learner.ipynb #998b0a33
 class Learner(FastaiLearner):
-    "fastai's `Learner` that can begin with a later epoch and batch."
+    "fastai's `Learner`, able to start at a given epoch and batch."
 
-    resume_from = None  # `(epoch, batch, restore)`, set by a snapshot; `restore(at_epoch_start)`
-    fitting = False  # `validate` and `get_preds` send the events of a fit too
+    resume_from = (
+        None  # `(epoch, batch, restore)`, set by a snapshot; called as `restore(at_epoch_start)`
+    )
+    fitting = False  # True inside `fit`; `validate` and `get_preds` send the same events
 
     def fit(self, *args, **kwargs):
         self.fitting = True
         try:
             super().fit(*args, **kwargs)
         finally:
-            self.fitting, self.resume_from = False, None
+            self.fitting = False
+            self.resume_from = None
 
     def _do_fit(self):
         first, _, restore = self.resume_from or (0, 0, None)
@@ -57,7 +60,7 @@ class Learner(FastaiLearner):
 # %% ../../nbs/training/00_learner.ipynb #c2f39609
 @patch
 def _call_one(self: Learner, event_name):
-    "Call the callbacks that know the event."
+    "Call the callbacks that define the event. Raises `AttributeError` for an unknown event."
     if not hasattr(event, event_name):
         raise AttributeError(f"there is no event {event_name}")
     for cb in self.cbs.sorted("order"):
@@ -65,34 +68,31 @@ def _call_one(self: Learner, event_name):
             cb(event_name)
 
 # %% ../../nbs/training/00_learner.ipynb #f4ba94a1
-_norms = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+_NORMS = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 
 # %% ../../nbs/training/00_learner.ipynb #6720ba16
 def norm_and_bias(
-    model: nn.Module,  # A model
-    with_bias: bool = True,  # Biases too
-    overlooked: bool = True,  # Also biases with another name than `bias`: of `LSTM`, `GRU`, `MultiheadAttention`
-) -> list:  # Parameters
-    "Parameters of all normalisations, and biases."
+    model: nn.Module,  # Model
+    with_bias: bool = True,  # Include biases
+    all_biases: bool = True,  # Include biases not named `bias`: `LSTM`, `GRU`, `MultiheadAttention`
+) -> list:  # Parameters, without duplicates
+    "Parameters of all normalisation layers, and biases."
 
-    def counts(module, name):
-        if isinstance(module, _norms) or type(module).__name__.endswith("Norm"):
+    def selected(module, name):
+        if isinstance(module, _NORMS) or type(module).__name__.endswith("Norm"):
             return True
-        return with_bias and (
-            name == "bias" or overlooked and (name.startswith("bias") or name.endswith("bias"))
-        )
+        other_bias = name.startswith("bias") or name.endswith("bias")
+        return with_bias and (name == "bias" or all_biases and other_bias)
 
-    return list(
-        {
-            id(p): p
-            for m in model.modules()
-            for k, p in m.named_parameters(recurse=False)
-            if counts(m, k)
-        }.values()
-    )
+    found = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if selected(module, name):
+                found[id(parameter)] = parameter
+    return list(found.values())
 
 # %% ../../nbs/training/00_learner.ipynb #ca340104
-Learner.decay_on = "weights"  # `fastai` lets decay what it overlooks
+Learner.decay_on = "weights"  # with `fastai`, biases not named `bias` decay too
 
 
 @patch
@@ -101,10 +101,10 @@ def _bn_bias_state(self: Learner, with_bias):
 
 # %% ../../nbs/training/00_learner.ipynb #94cd46e2
 def set_seed(
-    seed: int,  # The one number that everything random comes from
-    deterministic: bool = False,  # Also ask torch for deterministic algorithms (slower on a GPU)
+    seed: int,  # Seed of all random number generators
+    deterministic: bool = False,  # Also use deterministic algorithms (slower on a GPU)
 ):
-    "Seed Python, NumPy and torch."
+    "Seed the random number generators of Python, NumPy and PyTorch."
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -115,18 +115,20 @@ def set_seed(
 # %% ../../nbs/training/00_learner.ipynb #06edd36d
 def pick_device(
     name: str = "auto",  # `auto`, `cpu`, `cuda` or `mps`
-) -> torch.device:  # The device
-    "The named device; `auto` takes CUDA, then Apple's MPS, then the CPU."
-    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if name != "auto" and not there.get(name.split(":")[0]):
-        raise InputError(
-            "parameter",
-            "device",
-            f"auto, or {' or '.join(k for k, v in there.items() if v)} on this machine",
-            repr(name),
-        )
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
+) -> torch.device:  # Device
+    "Select a device; `auto` prefers CUDA, then MPS. Raises `InputError` if it is not available."
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available()
+    if name == "auto" and cuda:
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        return torch.device("mps" if mps else "cpu")
+    available = [k for k, v in dict(cpu=True, cuda=cuda, mps=mps).items() if v]
+    require(
+        name.split(":")[0] in available,
+        "parameter",
+        "device",
+        f"auto, or {' or '.join(available)} on this machine",
+        repr(name),
+    )
+    return torch.device(name)

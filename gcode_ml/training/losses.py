@@ -1,4 +1,4 @@
-"""What a fit makes small: losses for classes, embeddings, students, measured values, laws of physics, and several of them at once.
+"""Loss functions for classification, contrastive learning, distillation, regression, physical constraints and multi-task learning.
 
 Docs: https://example.org/gcode_ml/training/losses.html.md"""
 
@@ -22,21 +22,21 @@ from ..core.errors import InputError, check_choice, require
 # %% ../../nbs/training/01_losses.ipynb #147eff65
 def part(
     value,  # A tensor, or a dictionary of tensors
-    name,  # Name in a dictionary; a tensor needs none
-    what: str = "prediction",  # What it is, for the sentence
-) -> Tensor:  # The tensor that a loss is about
-    "The named part of a dictionary; a tensor is its own only part."
+    name,  # Key in the dictionary; ignored for a tensor
+    what: str = "prediction",  # Description for the error message
+) -> Tensor:  # The selected tensor
+    "Select an entry of a dictionary; return a tensor unchanged. Raises `InputError` if missing."
     return value[check_choice("loss", what, name, value)] if isinstance(value, dict) else value
 
 # %% ../../nbs/training/01_losses.ipynb #37dd476e
 class Loss(nn.Module):
-    "What the losses of single heads have in common."
+    "Base class of losses for a single head."
 
     def __init__(
         self,
-        head=None,  # Name in the prediction, where it is a dictionary
-        key=None,  # Name in the target; `head` by default
-        reduction: str = "mean",  # `mean`, or `none`: a value an item
+        head=None,  # Key in the prediction, if it is a dictionary
+        key=None,  # Key in the target; `head` by default
+        reduction: str = "mean",  # `mean`, or `none` for one value per item
     ):
         super().__init__()
         self.head = head
@@ -44,18 +44,18 @@ class Loss(nn.Module):
         self.reduction = check_choice("loss", "reduction", reduction, ("mean", "none"))
 
     def parts(self, prediction, target):
-        "The two tensors that this loss compares."
+        "Select the two tensors that this loss compares."
         return part(prediction, self.head), part(target, self.key, "target")
 
 # %% ../../nbs/training/01_losses.ipynb #cc20a324
 class CrossEntropy(Loss):
-    "torch's `cross_entropy` of one head; with `reduction='mean'` divided by the weights of the labels."
+    "Cross entropy of one head; the mean is weighted by the class weights, as in PyTorch."
 
     def __init__(
         self,
-        weight=None,  # Weight of each class, `[C]`, for instance from `class_weights`
-        label_smoothing: float = 0.0,  # Share of a label that is spread over all classes
-        ignore_index: int = -100,  # Label that does not count
+        weight=None,  # Class weights `[C]`, for instance from `class_weights`
+        label_smoothing: float = 0.0,  # Label smoothing factor epsilon
+        ignore_index: int = -100,  # Label to ignore
         head=None,
         key=None,
         reduction: str = "mean",  # See `Loss`
@@ -65,7 +65,7 @@ class CrossEntropy(Loss):
             0 <= label_smoothing < 1,
             "loss",
             "label_smoothing",
-            "a share from 0 to below 1",
+            "a number from 0 to below 1",
             repr(label_smoothing),
         )
         self.label_smoothing = label_smoothing
@@ -79,11 +79,9 @@ class CrossEntropy(Loss):
     def forward(self, prediction, target):
         logits, labels = self.parts(prediction, target)
         values = self.values(logits, labels)
-        return (
-            values
-            if self.reduction == "none"
-            else values.sum() / self.counts(labels, values).sum().clamp_min(1e-12)
-        )
+        if self.reduction == "none":
+            return values
+        return values.sum() / self.item_weights(labels, values).sum().clamp_min(1e-12)
 
     def activation(self, prediction):
         return part(prediction, self.head).softmax(-1)
@@ -92,16 +90,16 @@ class CrossEntropy(Loss):
         return part(prediction, self.head).argmax(-1)
 
 # %% ../../nbs/training/01_losses.ipynb #e0a27494
-def _shaped(logits, labels):
-    "Whether labels are shares; `InputError` where they are neither shares nor whole numbers, one for each row of logits."
+def _are_soft(logits, labels):
+    "Whether labels are class probabilities. Raises `InputError` if their shape is wrong."
     soft = labels.is_floating_point()
-    if labels.shape != (logits.shape if soft else logits.shape[:-1]):
-        raise InputError(
-            "loss",
-            "target",
-            f"labels {list(logits.shape[:-1])} or shares {list(logits.shape)}",
-            f"{str(labels.dtype).split('.')[1]} {list(labels.shape)}",
-        )
+    require(
+        labels.shape == (logits.shape if soft else logits.shape[:-1]),
+        "loss",
+        "target",
+        f"labels {list(logits.shape[:-1])} or class probabilities {list(logits.shape)}",
+        f"{str(labels.dtype).split('.')[1]} {list(labels.shape)}",
+    )
     return soft
 
 # %% ../../nbs/training/01_losses.ipynb #1d987ae0
@@ -109,44 +107,45 @@ def _shaped(logits, labels):
 def values(
     self: CrossEntropy,
     logits: Tensor,  # `[...,C]`
-    labels: Tensor,  # `[...]` whole numbers, or shares `[...,C]`
-) -> Tensor:  # `[...]`, weights included
-    "Cross entropy of each item."
-    rows = labels.flatten(0, -2).to(logits) if _shaped(logits, labels) else labels.flatten().long()
+    labels: Tensor,  # Class indices `[...]`, or class probabilities `[...,C]`
+) -> Tensor:  # `[...]`, multiplied by the class weights
+    "Cross entropy per item."
+    if _are_soft(logits, labels):
+        flat_labels = labels.flatten(0, -2).to(logits)
+    else:
+        flat_labels = labels.flatten().long()
     weight = None if self.weight is None else self.weight.to(logits)
-    found = F.cross_entropy(
+    entropy = F.cross_entropy(
         logits.flatten(0, -2),
-        rows,
+        flat_labels,
         weight,
         ignore_index=self.ignore_index,
         reduction="none",
         label_smoothing=self.label_smoothing,
     )
-    return found.view(logits.shape[:-1])
+    return entropy.view(logits.shape[:-1])
 
 # %% ../../nbs/training/01_losses.ipynb #358baf9f
 @patch
-def counts(
+def item_weights(
     self: CrossEntropy,
-    labels: Tensor,  # Whole numbers, or shares
-    values: Tensor,  # Cross entropy of each
+    labels: Tensor,  # Class indices, or class probabilities
+    values: Tensor,  # Loss per item
 ) -> Tensor:  # Shaped like `values`
-    "How much each item counts in the mean: the weight of its label, 0 where that is ignored, 1 where labels are shares."
+    "Weight of each item in the mean: its class weight, 0 if ignored, 1 for class probabilities."
     if labels.is_floating_point():
         return torch.ones_like(values)
     real = labels != self.ignore_index
-    return (
-        real.to(values)
-        if self.weight is None
-        else torch.where(real, self.weight.to(values)[torch.where(real, labels, 0).long()], 0)
-    )
+    if self.weight is None:
+        return real.to(values)
+    return torch.where(real, self.weight.to(values)[torch.where(real, labels, 0).long()], 0)
 
 # %% ../../nbs/training/01_losses.ipynb #5d49114d
 def class_weights(
-    labels,  # Labels of the training set, whole numbers
+    labels,  # Class indices of the training set
     classes: int,  # Number of classes
 ) -> Tensor:  # `[classes]`
-    "Inverse frequencies, normalised to a mean of 1 over the items."
+    "Inverse class frequencies, normalised to a mean of 1 over the items."
     labels = torch.as_tensor(labels).flatten().long()
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:
         raise InputError(
@@ -155,18 +154,19 @@ def class_weights(
             f"whole numbers from 0 to {classes - 1}",
             f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "none",
         )
-    found = torch.bincount(labels, minlength=classes).float()
-    return torch.where(found > 0, len(labels) / ((found > 0).sum() * found.clamp_min(1)), 1.0)
+    counts = torch.bincount(labels, minlength=classes).float()  # n_c
+    occurring = (counts > 0).sum()  # K
+    return torch.where(counts > 0, len(labels) / (occurring * counts.clamp_min(1)), 1.0)
 
 # %% ../../nbs/training/01_losses.ipynb #be3fb5ed
 class Focal(CrossEntropy):
-    "Cross entropy that counts what is already right less."
+    "Focal loss (Lin et al. 2017, equation 5): down-weights well-classified items."
 
     def __init__(
         self,
-        gamma: float = 2.0,  # How much less; 0 is cross entropy
-        weight=None,  # Weight of each class, the paper's alpha
-        ignore_index: int = -100,  # Label that does not count
+        gamma: float = 2.0,  # Focusing parameter: down-weights well-classified items; 0: no effect
+        weight=None,  # Class weights `[C]`, alpha in the paper
+        ignore_index: int = -100,  # Label to ignore
         head=None,
         key=None,
         reduction: str = "mean",  # See `Loss`
@@ -177,12 +177,12 @@ class Focal(CrossEntropy):
 
     def values(self, logits, labels):
         require(
-            not _shaped(logits, labels),
+            not _are_soft(logits, labels),
             "focal",
             "target",
-            "whole numbers",
-            "shares",
-            "mix with cross_entropy",
+            "class indices",
+            "class probabilities",
+            "use cross_entropy for soft labels",
         )
         entropy = F.cross_entropy(
             logits.flatten(0, -2),
@@ -190,19 +190,17 @@ class Focal(CrossEntropy):
             ignore_index=self.ignore_index,
             reduction="none",
         ).view(labels.shape)
-        return (
-            (-torch.expm1(-entropy)).clamp_min(1e-12) ** self.gamma
-            * entropy
-            * self.counts(labels, entropy)
-        )  # 1-p without cancellation; its root has no slope at 0
+        # 1 - p_t without cancellation; clamped because its root has no finite slope at 0
+        one_minus_p = (-torch.expm1(-entropy)).clamp_min(1e-12)
+        return one_minus_p**self.gamma * entropy * self.item_weights(labels, entropy)
 
 # %% ../../nbs/training/01_losses.ipynb #1e63308f
 class SupervisedContrastive(Loss):
-    "Draw embeddings of one class together."
+    "Supervised contrastive loss (Khosla et al. 2020, equation 2)."
 
     def __init__(
         self,
-        temperature: float = 0.1,  # tau: small values look at the nearest only
+        temperature: float = 0.1,  # Temperature tau; small values emphasise the nearest embeddings
         head=None,
         key=None,
         reduction: str = "mean",  # See `Loss`; an anchor without a positive has the value 0
@@ -212,17 +210,14 @@ class SupervisedContrastive(Loss):
         self.temperature = temperature
 
     def forward(self, prediction, target):
-        "For embeddings `[B,D]` or `[B,V,D]` and labels `[B]`."
+        "Loss of embeddings `[B,D]` or `[B,V,D]` with labels `[B]`."
         z, labels = self.parts(prediction, target)
         views = z.shape[1] if z.dim() == 3 else 1
-        values, skipped = self.anchors(
-            F.normalize(z.float().flatten(0, -2), dim=-1), labels.repeat_interleave(views)
-        )
-        return (
-            values.view(-1, views).mean(1)
-            if self.reduction == "none"
-            else values.sum() / (~skipped).sum().clamp_min(1)
-        )
+        unit = F.normalize(z.float().flatten(0, -2), dim=-1)
+        values, skipped = self.anchors(unit, labels.repeat_interleave(views))
+        if self.reduction == "none":
+            return values.view(-1, views).mean(1)
+        return values.sum() / (~skipped).sum().clamp_min(1)
 
 # %% ../../nbs/training/01_losses.ipynb #99734cfb
 @patch
@@ -230,26 +225,26 @@ def anchors(
     self: SupervisedContrastive,
     z: Tensor,  # Embeddings of unit length, `[N,D]`
     labels: Tensor,  # `[N]`
-) -> tuple:  # Loss of each anchor, and whether it was skipped
-    "One value an anchor."
-    alike = z @ z.T / self.temperature
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive = (labels[:, None] == labels) & ~itself
-    log_share = alike - alike.masked_fill(itself, torch.finfo(alike.dtype).min).logsumexp(
-        1, keepdim=True
-    )
-    found = positive.sum(1)
-    return -torch.where(positive, log_share, 0).sum(1) / found.clamp_min(1), found == 0
+) -> tuple:  # Loss `[N]` of each anchor, and whether it has no positive `[N]`
+    "Loss per anchor: Khosla et al. 2020, equation 2."
+    similarity = z @ z.T / self.temperature  # z_i . z_a / tau
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels) & ~diagonal  # P(i)
+    others = similarity.masked_fill(diagonal, torch.finfo(similarity.dtype).min)  # A(i)
+    log_probability = similarity - others.logsumexp(1, keepdim=True)
+    positives = positive.sum(1)  # |P(i)|
+    loss = -torch.where(positive, log_probability, 0).sum(1) / positives.clamp_min(1)
+    return loss, positives == 0
 
 # %% ../../nbs/training/01_losses.ipynb #79adf2fc
 class Distillation(Loss):
-    "Answers of a teacher beside labels."
+    "Divergence from a teacher plus cross entropy of the labels (Hinton et al. 2015)."
 
     def __init__(
         self,
-        temperature: float = 4.0,  # T: how much the answers are softened
-        alpha: float = 0.7,  # Weight of the teacher; the labels have the rest
-        teacher: str = "teacher",  # Name of the teacher's logits in the target
+        temperature: float = 4.0,  # Temperature T: softens the class probabilities
+        alpha: float = 0.7,  # Weight of the distillation term; the labels have 1 - alpha
+        teacher: str = "teacher",  # Key of the teacher's logits in the target
         label_smoothing: float = 0.0,
         ignore_index: int = -100,  # See `CrossEntropy`
         head=None,
@@ -261,7 +256,7 @@ class Distillation(Loss):
             (temperature > 0 and 0 <= alpha <= 1),
             "distillation",
             "temperature, alpha",
-            "a positive number and a share",
+            "a positive number and a number from 0 to 1",
             f"{temperature!r}, {alpha!r}",
         )
         self.temperature = temperature
@@ -272,7 +267,7 @@ class Distillation(Loss):
     def forward(self, prediction, target):
         student, labels = self.parts(prediction, target)
         hard = self.hard(prediction, target)
-        real = self.hard.counts(labels, hard)
+        real = self.hard.item_weights(labels, hard)
         values = self.alpha * self.soft(student, target) * real + (1 - self.alpha) * hard
         return values if self.reduction == "none" else values.sum() / real.sum().clamp_min(1)
 
@@ -283,34 +278,35 @@ def soft(
     student: Tensor,  # Logits `[...,C]`
     target,  # Dictionary with the teacher's logits
 ) -> Tensor:  # `[...]`
-    "$T^2$ times the divergence of the student's answers from the teacher's."
+    "$T^2$ times the Kullback-Leibler divergence of the softened probabilities, teacher to student."
     require(
         isinstance(target, dict),
         "distillation",
         "target",
         f"a dictionary with {self.teacher!r}",
         "a tensor",
-        "add the callback MoreTargets(teacher_answers(model))",
+        "add the callback ExtraTargets(teacher_logits(model))",
     )
     teacher = part(target, self.teacher, "target").detach()
     require(
         teacher.shape == student.shape,
         "distillation",
         self.teacher,
-        f"logits {list(student.shape)} of the classes of the student",
+        f"logits {list(student.shape)} for the classes of the student",
         str(list(teacher.shape)),
     )
     s, t = ((x / self.temperature).log_softmax(-1) for x in (student, teacher))
-    return self.temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(-1)
+    divergence = F.kl_div(s, t, reduction="none", log_target=True).sum(-1)
+    return self.temperature**2 * divergence
 
 # %% ../../nbs/training/01_losses.ipynb #7a4f93b1
 class Regression(Loss):
-    "Error of predicted values, where a value was measured."
+    "Regression loss that ignores missing targets (NaN)."
 
     def __init__(
         self,
         measure: str = "squared",  # `squared`, `absolute`, or `huber`
-        delta: float = 1.0,  # Where `huber` turns from squared to absolute
+        delta: float = 1.0,  # Error at which `huber` changes from squared to absolute
         head=None,
         key=None,
         reduction: str = "mean",  # See `Loss`
@@ -322,23 +318,25 @@ class Regression(Loss):
         self.error = kinds[check_choice("loss", "measure", measure, kinds)]
 
     def forward(self, prediction, target):
-        said, measured = self.parts(prediction, target)
+        predicted, measured = self.parts(prediction, target)
         require(
-            said.shape == measured.shape,
+            predicted.shape == measured.shape,
             "loss",
             "target",
-            f"the shape of the prediction, {list(said.shape)}",
+            f"the shape of the prediction, {list(predicted.shape)}",
             str(list(measured.shape)),
         )
         known = ~measured.isnan()
         values = self.error(
-            said, torch.where(known, measured.to(said), said.detach()), reduction="none"
+            predicted,
+            torch.where(known, measured.to(predicted), predicted.detach()),
+            reduction="none",
         )
         return values if self.reduction == "none" else values.sum() / known.sum().clamp_min(1)
 
 # %% ../../nbs/training/01_losses.ipynb #4e498b51
 class _Composite(nn.Module):
-    "A loss of `losses`, a `ModuleList`."
+    "Base class of losses composed of `losses`, a `ModuleList`."
 
     @property
     def reduction(self):
@@ -351,28 +349,29 @@ class _Composite(nn.Module):
             loss.reduction = value
 
 
-def _items(values):
-    "A value an item, `[B]`."
+def _per_item(values):
+    "Mean per item, `[B]`."
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
 def _has_gradient(value):
-    return (
-        any(map(_has_gradient, value.values())) if isinstance(value, dict) else value.requires_grad
-    )
+    "Whether a tensor, or any tensor of a dictionary, requires a gradient."
+    if isinstance(value, dict):
+        return any(map(_has_gradient, value.values()))
+    return value.requires_grad
 
 # %% ../../nbs/training/01_losses.ipynb #c0e5dad8
 class PhysicsInformed(_Composite):
-    "A loss on data and the square of a residual."
+    "Physics-informed loss: data loss plus mean squared residual (Raissi et al. 2019)."
 
     def __init__(
         self,
         residual,  # `residual(prediction, target) -> tensor`, zero where the law holds
-        data=None,  # Loss on data; squared error by default
-        data_weight: float = 1.0,  # Weight of the data; 0 does not compute that loss
-        physics_weight: float = 0.1,  # Weight of the law; 0 does not compute the residual
-        square: bool = True,  # False: the residual is a penalty already, and its mean counts
-        reduction: str = "mean",  # `mean`, or `none`: a value an item
+        data=None,  # Data loss; squared error by default
+        data_weight: float = 1.0,  # Weight of the data loss; with 0 it is not computed
+        physics_weight: float = 0.1,  # Weight of the penalty; with 0 it is not computed
+        square: bool = True,  # Square the residual; False if it is a penalty already
+        reduction: str = "mean",  # `mean`, or `none` for one value per item
     ):
         super().__init__()
         require(
@@ -390,21 +389,19 @@ class PhysicsInformed(_Composite):
         self.reduction = reduction
 
     def forward(self, prediction, target):
-        terms = [
-            (w, f(prediction, target))
-            for w, f in ((self.data_weight, self.losses[0]), (self.physics_weight, self.penalty))
-            if w
-        ]
-        return sum(w * (_items(v) if self.reduction == "none" else v.mean()) for w, v in terms)
+        weighted = (self.data_weight, self.losses[0]), (self.physics_weight, self.penalty)
+        terms = [(w, term(prediction, target)) for w, term in weighted if w]
+        reduce = _per_item if self.reduction == "none" else torch.mean
+        return sum(w * reduce(values) for w, values in terms)
 
 # %% ../../nbs/training/01_losses.ipynb #08f0e516
 @patch
 def penalty(
     self: PhysicsInformed,
-    prediction,  # Of the model
-    target,  # Of the batch
-) -> Tensor:  # What the law is violated by, `[B,...]`
-    "The squared residual."
+    prediction,  # Prediction of the model
+    target,  # Target of the batch
+) -> Tensor:  # Penalty `[B,...]`
+    "Squared residual. Raises `InputError` if the residual has no gradient."
     residual = self.residual(prediction, target)
     if torch.is_grad_enabled() and _has_gradient(prediction) and not residual.requires_grad:
         raise InputError(
@@ -422,9 +419,9 @@ class MultiTask(_Composite):
 
     def __init__(
         self,
-        losses: dict,  # Name of the task, which is its head -> loss, a module with a `reduction`
-        weights: dict = None,  # Name -> weight; 1 where it is not given
-        reduction: str = "mean",  # `mean`, or `none`: a value an item
+        losses: dict,  # Task (name of its head) -> loss, a module with a `reduction`
+        weights: dict = None,  # Task -> weight; 1 by default
+        reduction: str = "mean",  # `mean`, or `none` for one value per item
     ):
         super().__init__()
         self.names = list(losses)
@@ -445,47 +442,45 @@ class MultiTask(_Composite):
         return sum(w * l for w, l in zip(self.fixed, self.values(prediction, target)) if w)
 
 # %% ../../nbs/training/01_losses.ipynb #13ce45a3
-def _own(value, name, loss):
-    "What a task is about: the part of its name, or all of it, also where the loss has a head of its own."
-    return (
-        value[name]
-        if isinstance(value, dict) and name in value and getattr(loss, "head", None) is None
-        else value
-    )
+def _task_entry(value, name, loss):
+    "Entry of a task, or the whole dictionary if it has no such entry or the loss selects its own."
+    if isinstance(value, dict) and name in value and getattr(loss, "head", None) is None:
+        return value[name]
+    return value
 
 # %% ../../nbs/training/01_losses.ipynb #656839b0
 @patch
 def values(
     self: MultiTask,
-    prediction,  # Dictionary of the heads
-    target,  # Dictionary of the targets
-) -> list:  # One tensor a task
-    "The loss of each task, before its weight."
+    prediction,  # Head -> prediction
+    target,  # Head -> target
+) -> list:  # One tensor per task
+    "Unweighted loss of each task."
     values = [
-        loss(_own(prediction, name, loss), _own(target, name, loss))
+        loss(_task_entry(prediction, name, loss), _task_entry(target, name, loss))
         for name, loss in zip(self.names, self.losses)
     ]
-    return values if self.reduction == "mean" else [*map(_items, values)]
+    return values if self.reduction == "mean" else [*map(_per_item, values)]
 
 # %% ../../nbs/training/01_losses.ipynb #9126405b
 def two_tasks(
-    losses: dict,  # Two losses by the names of their heads
-    alpha: float = 0.5,  # Weight of the first
-    beta: float = 0.5,  # Weight of the second
+    losses: dict,  # Head -> loss, two of them
+    alpha: float = 0.5,  # Weight of the first loss
+    beta: float = 0.5,  # Weight of the second loss
 ) -> MultiTask:
-    "Two heads and two weights."
+    "Weighted sum of two losses."
     require(len(losses) == 2, "two_tasks", "losses", "two", str(len(losses)))
     return MultiTask(losses, dict(zip(losses, (alpha, beta))))
 
 # %% ../../nbs/training/01_losses.ipynb #0bd2632d
 class UncertaintyWeighted(MultiTask):
-    "Sum of the losses of several tasks, weighted by what is learned of their noise."
+    "Multi-task loss with learned uncertainty weights (Kendall et al. 2018, equations 7 and 10)."
 
     def __init__(
         self,
-        losses: dict,  # Name of the task, which is its head -> loss
-        regressions=(),  # Names of those that are squared errors; the others are classifications
-        reduction: str = "mean",  # `mean`, or `none`: a value an item
+        losses: dict,  # Task (name of its head) -> loss
+        regressions=(),  # Tasks whose loss is a squared error; the others are classifications
+        reduction: str = "mean",  # `mean`, or `none` for one value per item
     ):
         super().__init__(losses, None, reduction)
         for name in regressions:
@@ -499,12 +494,14 @@ class UncertaintyWeighted(MultiTask):
 
     @property
     def weights(self):
+        "Current weight of each task."
         return dict(zip(self.names, (self.factors * torch.exp(-self.log_variances)).tolist()))
 
     def forward(self, prediction, target):
+        values = self.values(prediction, target)
         return sum(
-            f * torch.exp(-s) * l + s / 2
-            for f, s, l in zip(self.factors, self.log_variances, self.values(prediction, target))
+            factor * torch.exp(-s) * value + s / 2  # s = log(sigma^2)
+            for factor, s, value in zip(self.factors, self.log_variances, values)
         )
 
 # %% ../../nbs/training/01_losses.ipynb #27df1143
@@ -518,9 +515,9 @@ LOSSES = {
 # %% ../../nbs/training/01_losses.ipynb #e0f6b259
 def create_loss(
     name: str,  # Key of `LOSSES`
-    **options,  # Of that loss
+    **options,  # Arguments of the loss
 ) -> Loss:  # Called with prediction and target
-    "A loss by name."
+    "Create a loss by name. Raises `InputError` for an unknown name or option."
     make = LOSSES[check_choice("loss", "name", name, LOSSES)]
     for option in options:
         check_choice(f"loss {name}", "option", option, list(inspect.signature(make).parameters))

@@ -1,4 +1,4 @@
-"""Training on mixtures of two samples, and on samples shifted against the model.
+"""MixUp, CutMix and adversarial training.
 
 Docs: https://example.org/gcode_ml/training/mixing.html.md"""
 
@@ -14,23 +14,23 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
-from ..core.errors import InputError
+from ..core.errors import require
 from ..signals.augment import along_steps, input_tensor
 
 # %% ../../nbs/training/07_mixing.ipynb #5262535e
 class Mixing(Callback):
-    "What MixUp and CutMix share: partners, the weight, and the mixture of two losses. A subclass says in `mix` what becomes of the inputs."
+    "Base class of MixUp and CutMix: partners, weight and mixed loss. Subclasses define `mix`."
 
     order, run_valid = -8, False
 
     def __init__(
         self,
-        alpha: float = 0.4,  # The weight is drawn from Beta(alpha, alpha): .4 gives mostly almost whole samples, 1 all mixtures alike
-        p: float = 1.0,  # Share of the samples that get a partner
-        key: str = None,  # Name of the tensor to mix, where the inputs are a dictionary
-        target: str = None,  # Name of the target to mix, where they are a dictionary; all by default
-        weight: float = None,  # A fixed weight of the sample itself instead of a drawn one
-        time_axis: int = 1,  # Axis of the tensor that the mask belongs to; -1 for spectrograms
+        alpha: float = 0.4,  # The weight lambda is sampled from Beta(alpha, alpha); 1 is uniform
+        p: float = 1.0,  # Probability that a sample gets a partner
+        key: str = None,  # Key of the tensor to mix, if the inputs are a dictionary
+        target: str = None,  # Key of the target to mix, if targets are a dictionary; default: all
+        weight: float = None,  # Fixed weight of the sample itself instead of a random one
+        time_axis: int = 1,  # Time axis of the tensor, the axis of the mask; -1 for spectrograms
     ):
         self.alpha = alpha
         self.p = p
@@ -40,30 +40,27 @@ class Mixing(Callback):
         self.time_axis = time_axis
 
     def before_fit(self):
-        others = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, Mixing)]
-        if len(others) > 1:
-            raise InputError("callbacks", "mixing", "one of them", " and ".join(others))
+        names = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, Mixing)]
+        require(len(names) < 2, "callbacks", "mixing", "a single one", " and ".join(names))
 
     def before_batch(self):
-        (inputs, mask), size = self.xb, len(self.xb[1])
-        self.own = (
-            float(torch.distributions.Beta(self.alpha, self.alpha).sample())
-            if self.weight is None
-            else self.weight
-        )
-        here = torch.arange(size, device=mask.device)
+        inputs, mask = self.xb
+        size = len(mask)
+        if self.weight is None:
+            self.lam = float(torch.distributions.Beta(self.alpha, self.alpha).sample())
+        else:
+            self.lam = self.weight
+        itself = torch.arange(size, device=mask.device)
         other = torch.randperm(size, device=mask.device)
-        there = mask[:, 0]  # an empty sample takes no part
-        self.partner = torch.where(
-            (torch.rand(size, device=mask.device) < self.p) & there & there[other], other, here
-        )
-        if self.own < 1:
-            self.learn.xb = self.mix(
-                inputs, mask, input_tensor(inputs, self.key, type(self).__name__)
-            )
+        nonempty = mask[:, 0]
+        selected = torch.rand(size, device=mask.device) < self.p
+        self.partner = torch.where(selected & nonempty & nonempty[other], other, itself)
+        if self.lam < 1:
+            x = input_tensor(inputs, self.key, type(self).__name__)
+            self.learn.xb = self.mix(inputs, mask, x)
 
     def after_loss(self):
-        self.learn.loss_grad = self.mixed(self.pred, self.loss_grad)
+        self.learn.loss_grad = self.mixed_loss(self.pred, self.loss_grad)
         self.learn.loss = self.loss_grad.clone()
 
 # %% ../../nbs/training/07_mixing.ipynb #3ac6e149
@@ -71,114 +68,109 @@ from fastcore.basics import patch
 
 # %% ../../nbs/training/07_mixing.ipynb #b4d0b7c8
 @patch
-def mixed(
+def mixed_loss(
     self: Mixing,
-    pred,  # What the model said
-    loss,  # Its loss with the samples' own targets
-):  # The mixture with the loss of the partners' targets
-    "Mix the two losses; the first one alone if its weight is 1."
-    if self.own == 1:
+    pred,  # Prediction of the model
+    loss,  # Loss with the targets of the samples
+):  # Mixed loss
+    "Mix `loss` with the loss for the targets of the partners; unchanged if lambda is 1."
+    if self.lam == 1:
         return loss
     (target,) = self.yb
     if not isinstance(target, dict):
         other = target[self.partner]
     else:
         other = {k: v[self.partner] if self.target in (None, k) else v for k, v in target.items()}
-    return self.own * loss + (1 - self.own) * self.loss_func(pred, other)
+    return self.lam * loss + (1 - self.lam) * self.loss_func(pred, other)
 
 # %% ../../nbs/training/07_mixing.ipynb #4838d459
-def _parts(inputs):
-    "What is present, of inputs that say so."
+def _present(inputs):
+    "Mask of the present channels, or `None`."
     return inputs.get("present") if isinstance(inputs, dict) else None
 
 
-def _together(inputs, key, x, present):
-    "Inputs with another tensor, and with what is present in it."
+def _with_tensor(inputs, key, x, present):
+    "Inputs with the tensor `key` and the mask of the present channels replaced."
     if not isinstance(inputs, dict):
         return x
-    return {**inputs, key: x, **({} if present is None else dict(present=present))}
+    inputs = {**inputs, key: x}
+    return inputs if present is None else {**inputs, "present": present}
 
 # %% ../../nbs/training/07_mixing.ipynb #6f2e0619
 class MixUp(Mixing):
-    "Mix each sample with another one of its batch; masks are united."
+    "MixUp (Zhang et al. 2018): mix each sample with another of its batch; the masks are united."
 
     def mix(self, inputs, mask, x):
-        "Inputs and mask of the mixtures."
-        present = _parts(inputs)
+        "Inputs and mask of the mixed samples."
+        present = _present(inputs)
         union = mask | mask[self.partner]
-        where = along_steps(mask, x, self.time_axis)
+        real = along_steps(mask, x, self.time_axis)
         if present is not None:
-            where = where & present
-            present = present | (where & present)[self.partner]
-        y = torch.where(where, x, 0.0)
-        y = torch.where(
-            along_steps(union, x, self.time_axis),
-            self.own * y + (1 - self.own) * y[self.partner],
-            x,
-        )
-        return _together(inputs, self.key, y, present), union
+            real = real & present
+            present = present | (real & present)[self.partner]
+        y = torch.where(real, x, 0.0)
+        mixture = self.lam * y + (1 - self.lam) * y[self.partner]
+        mixture = torch.where(along_steps(union, x, self.time_axis), mixture, x)
+        return _with_tensor(inputs, self.key, mixture, present), union
 
 # %% ../../nbs/training/07_mixing.ipynb #2ec9b787
 def _paste(t, partner, start, width):
-    "Sequences `[B,T,...]` of one length with `width` steps from `start` `[B,1]` on taken from their partners; only those steps are touched."
+    "Replace `width` steps from `start` `[B,1]` on in `t` `[B,T,...]` by those of the partners."
     out = t.clone(memory_format=torch.contiguous_format)
-    chosen = (partner != torch.arange(len(t), device=t.device)).nonzero()
-    at = start[chosen[:, 0]] + torch.arange(width, device=t.device)
-    rows = out.view(len(t) * t.shape[1], *t.shape[2:])
-    rows.index_copy_(
-        0,
-        (at + t.shape[1] * chosen).flatten(),
-        t.reshape(rows.shape).index_select(0, (at + t.shape[1] * partner[chosen]).flatten()),
-    )
+    changed = (partner != torch.arange(len(t), device=t.device)).nonzero()
+    steps = start[changed[:, 0]] + torch.arange(width, device=t.device)
+    rows = out.view(len(t) * t.shape[1], *t.shape[2:])  # one row per item and step
+    to = (steps + t.shape[1] * changed).flatten()
+    source = (steps + t.shape[1] * partner[changed]).flatten()
+    rows.index_copy_(0, to, t.reshape(rows.shape).index_select(0, source))
     return out
 
 # %% ../../nbs/training/07_mixing.ipynb #1b01cd8f
 class CutMix(Mixing):
-    "Replace a stretch of each sample by that of another one of its batch."
+    "CutMix (Yun et al. 2019): replace a segment of each sample by that of another of its batch."
 
     def __init__(
         self,
-        alpha: float = 1.0,  # The weight is drawn from Beta(alpha, alpha)
-        p: float = 0.5,  # Share of the samples that get a partner
-        key: str = None,  # Name of the tensor to mix, where the inputs are a dictionary
-        target: str = None,  # Name of the target to mix, where they are a dictionary; all by default
-        weight: float = None,  # A fixed weight of the sample itself instead of a drawn one
-        time_axis: int = 1,  # Axis of the tensor that the mask belongs to; -1 for spectrograms
+        alpha: float = 1.0,  # The weight lambda is sampled from Beta(alpha, alpha); 1 is uniform
+        p: float = 0.5,  # Probability that a sample gets a partner
+        key: str = None,  # Key of the tensor to mix, if the inputs are a dictionary
+        target: str = None,  # Key of the target to mix, if targets are a dictionary; default: all
+        weight: float = None,  # Fixed weight of the sample itself instead of a random one
+        time_axis: int = 1,  # Time axis of the tensor, the axis of the mask; -1 for spectrograms
     ):
         super().__init__(alpha, p, key, target, weight, time_axis)
 
     def mix(self, inputs, mask, x):
-        "Inputs with stretches pasted in; the weight becomes what they are."
+        "Inputs with replaced segments; lambda is set to the fraction actually kept."
         steps = torch.arange(mask.shape[1], device=mask.device)[None]
         length = mask.sum(1, keepdim=True).clamp_min(1)
-        width = (length * (1 - self.own)).round()
+        width = (length * (1 - self.lam)).round()
         start = (torch.rand(len(x), 1, device=mask.device) * (length - width + 1)).floor()
 
         def pasted(t):
             t = t.transpose(1, self.time_axis)
-            if mask[:, -1].all():
-                return _paste(t, self.partner, start.long(), int(width[0])).transpose(
-                    1, self.time_axis
-                )
-            hit = (steps >= start) & (steps < start + width) & mask
-            return torch.where(
-                along_steps(hit, t), t[self.partner[:, None], steps % length[self.partner]], t
-            ).transpose(1, self.time_axis)
+            if mask[:, -1].all():  # equal lengths
+                out = _paste(t, self.partner, start.long(), int(width[0]))
+            else:
+                segment = (steps >= start) & (steps < start + width) & mask
+                partners = t[self.partner[:, None], steps % length[self.partner]]
+                out = torch.where(along_steps(segment, t), partners, t)
+            return out.transpose(1, self.time_axis)
 
         changed = self.partner != torch.arange(len(x), device=mask.device)
         if changed.any():
-            self.own = float(1 - (width / length)[changed].mean())
-        present = _parts(inputs)
-        return _together(
-            inputs, self.key, pasted(x), None if present is None else pasted(present)
-        ), mask
+            self.lam = float(1 - (width / length)[changed].mean())
+        present = _present(inputs)
+        if present is not None:
+            present = pasted(present)
+        return _with_tensor(inputs, self.key, pasted(x), present), mask
 
 # %% ../../nbs/training/07_mixing.ipynb #37858597
 @contextmanager
 def evaluation_mode(
-    model: nn.Module,  # Any model
+    model: nn.Module,  # Model
 ):
-    "Evaluation mode for a while, but for recurrent layers; afterwards each module is as it was."
+    "Context manager for evaluation mode, except for recurrent layers; restores all modes."
     modes = [(m, m.training) for m in model.modules()]
     try:
         for m, training in modes:
@@ -190,16 +182,16 @@ def evaluation_mode(
 
 # %% ../../nbs/training/07_mixing.ipynb #f3482df3
 class AdversarialTraining(Callback):
-    "Replace some samples of each training batch by adversarial ones, by the fast gradient sign method."
+    "Replace a part of each training batch by adversarial samples (Goodfellow et al. 2015)."
 
-    order, run_valid = 11, False  # after mixed precision has begun
+    order, run_valid = 11, False  # inside mixed precision
 
     def __init__(
         self,
-        epsilon: float = 0.01,  # Size of the change, in units of the inputs
-        share: float = 0.5,  # Share of the samples
-        key: str = None,  # Name of the tensor to change, where the inputs are a dictionary
-        time_axis: int = 1,  # Axis of the tensor that the mask belongs to; -1 for spectrograms
+        epsilon: float = 0.01,  # Size of the perturbation, in units of the inputs
+        share: float = 0.5,  # Fraction of the samples
+        key: str = None,  # Key of the tensor to perturb, if the inputs are a dictionary
+        time_axis: int = 1,  # Time axis of the tensor, the axis of the mask; -1 for spectrograms
     ):
         self.epsilon = epsilon
         self.share = share
@@ -208,30 +200,30 @@ class AdversarialTraining(Callback):
 
     def before_batch(self):
         inputs, mask = self.xb
-        present = _parts(inputs)
+        present = _present(inputs)
         x = input_tensor(inputs, self.key, "AdversarialTraining").detach()
-        chosen = along_steps(
-            (torch.rand(len(x), 1, device=x.device) < self.share) & mask, x, self.time_axis
-        )
+        chosen = (torch.rand(len(x), 1, device=x.device) < self.share) & mask
+        chosen = along_steps(chosen, x, self.time_axis)
         if present is not None:
             chosen = chosen & present
-        moved = torch.where(chosen, x + self.epsilon * self.gradient(inputs, mask, x).sign(), x)
-        self.learn.xb = _together(inputs, self.key, moved, present), mask
+        adversarial = x + self.epsilon * self.gradient(inputs, mask, x).sign()
+        adversarial = torch.where(chosen, adversarial, x)
+        self.learn.xb = _with_tensor(inputs, self.key, adversarial, present), mask
 
 # %% ../../nbs/training/07_mixing.ipynb #ed11f774
 @patch
 def gradient(
     self: AdversarialTraining,
     inputs,  # Inputs of the model
-    mask,  # `True` where real, `[B,T]`
-    x,  # The tensor among them to differentiate by
+    mask,  # True at real steps, `[B,T]`
+    x,  # Input tensor to differentiate with respect to
 ):  # `[B,T,C]`
-    "Gradient of the loss, mixed if the batch is, with respect to the inputs."
+    "Gradient of the loss (mixed if the batch is mixed) with respect to the inputs."
     x = x.clone().requires_grad_()
     with evaluation_mode(self.model):
-        pred = self.model(_together(inputs, self.key, x, _parts(inputs)), mask)
+        pred = self.model(_with_tensor(inputs, self.key, x, _present(inputs)), mask)
     loss = self.loss_func(pred, *self.yb)
     for cb in self.learn.cbs:
         if isinstance(cb, Mixing):
-            loss = cb.mixed(pred, loss)
+            loss = cb.mixed_loss(pred, loss)
     return torch.autograd.grad(loss, x)[0]

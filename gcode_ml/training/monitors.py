@@ -1,4 +1,4 @@
-"""What to watch while a fit runs: gradients, learning rate, time, memory, and a model that says always the same.
+"""Monitoring of a fit: gradients, learning rate, time, memory and mode collapse.
 
 Docs: https://example.org/gcode_ml/training/monitors.html.md"""
 
@@ -24,15 +24,15 @@ from .callbacks import Stopwatch, in_fit
 
 # %% ../../nbs/training/04_monitors.ipynb #13141c70
 class GradientMonitor(Callback):
-    "Global norm of the gradient before clipping, with a warning when it is large."
+    "Record the global gradient norm before clipping, and warn when it is large."
 
     order, run_valid = GradientClip.order - 0.5, False
 
     def __init__(
         self,
-        interval: int = 100,  # Steps from one measurement to the next
-        alert: float = 10.0,  # Warn above this norm, and when it is no number
-        bins: int = 0,  # Bins of a histogram of log10 |gradient| from -8 to 2 for each parameter; 0 for none
+        interval: int = 100,  # Number of steps between measurements
+        alert: float = 10.0,  # Norm above which to warn; NaN also causes a warning
+        bins: int = 0,  # Histogram bins of log10 |gradient| from -8 to 2 per parameter; 0 for none
     ):
         self.interval = interval
         self.alert = alert
@@ -58,55 +58,46 @@ class GradientMonitor(Callback):
             self.histograms.append(_histograms(gradients, self.bins))
         if not norm <= self.alert:
             warn(
-                f"the norm of the gradient is {norm:.3g} in epoch {self.epoch}, batch {self.iter}, above {self.alert:g}: clip it or lower the learning rate",
+                f"the gradient norm is {norm:.3g} in epoch {self.epoch}, batch {self.iter}, "
+                f"above {self.alert:g}: clip gradients or reduce the learning rate",
                 stacklevel=2,
             )
 
 # %% ../../nbs/training/04_monitors.ipynb #ceeb33dc
 def _histograms(gradients, bins):
-    "Counts of log10 |gradient| between -8 and 2, `[parameters,bins]`; what lies outside counts at the ends."
+    "Histograms of log10 |gradient| from -8 to 2, clamped to this range, `[parameters,bins]`."
     logs = [g.detach().float().abs().clamp(1e-8, 1e2).log10() for g in gradients]
     return np.stack([torch.histc(l, bins, -8, 2).int().cpu().numpy() for l in logs])
 
 # %% ../../nbs/training/04_monitors.ipynb #8b8e3ceb
-def peak_memory() -> float:  # MB; `None` where the system does not tell
-    "Largest resident size of this process so far."
+def peak_memory() -> float:  # MB, or `None` if not available (Windows)
+    "Peak resident set size of this process."
     try:
         import resource
     except ImportError:
         return None  # Windows
-    return round(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / (2**20 if sys.platform == "darwin" else 2**10),
-        1,
-    )
+    units_per_mb = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, else KB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb, 1)
 
 # %% ../../nbs/training/04_monitors.ipynb #49360ae1
-def gpu_use() -> (
-    dict
-):  # Peaks `gpu_memory_allocated` and `gpu_memory_reserved` in MB, `gpu_utilization` in percent; `None` where unknown
-    "What the GPU is doing; utilisation needs the package `nvidia-ml-py`."
+def gpu_use() -> dict:  # Peak memory in MB and utilisation in percent; `None` if not available
+    "GPU memory and utilisation; the utilisation needs the package `nvidia-ml-py`."
     names = "gpu_memory_allocated", "gpu_memory_reserved", "gpu_utilization"
     if not torch.cuda.is_available():
         return dict.fromkeys(names)
     try:
-        busy = torch.cuda.utilization()
+        utilization = torch.cuda.utilization()
     except (ImportError, RuntimeError):
-        busy = None
+        utilization = None
     return dict(
-        zip(
-            names,
-            (
-                round(torch.cuda.max_memory_allocated() / 2**20, 1),
-                round(torch.cuda.max_memory_reserved() / 2**20, 1),
-                busy,
-            ),
-        )
+        gpu_memory_allocated=round(torch.cuda.max_memory_allocated() / 2**20, 1),
+        gpu_memory_reserved=round(torch.cuda.max_memory_reserved() / 2**20, 1),
+        gpu_utilization=utilization,
     )
 
 # %% ../../nbs/training/04_monitors.ipynb #993b84b9
 class Timing(Callback):
-    "Seconds of each epoch, percentiles of its training batches, memory and GPU use; columns of the history."
+    "Add epoch time, percentiles of the batch time, memory and GPU use to the history."
 
     order = 52
 
@@ -127,11 +118,11 @@ class Timing(Callback):
             self.batch_seconds.append(lap)
 
     def after_epoch(self):
-        share = np.percentile(self.batch_seconds or [np.nan], (50, 95, 99)).tolist()
+        percentiles = np.percentile(self.batch_seconds or [np.nan], (50, 95, 99)).tolist()
         self.epoch_rows.append(
             dict(
                 epoch_seconds=self.elapsed + self.watch.lap(),
-                **dict(zip(("batch_p50", "batch_p95", "batch_p99"), share)),
+                **dict(zip(("batch_p50", "batch_p95", "batch_p99"), percentiles)),
                 peak_memory=peak_memory(),
                 **gpu_use(),
             )
@@ -139,16 +130,16 @@ class Timing(Callback):
 
 # %% ../../nbs/training/04_monitors.ipynb #45993484
 class UniqueTokens(Callback):
-    "How much of the vocabulary the model uses on the validation set; columns of the history."
+    "Add the number of distinct tokens predicted on the validation set to the history."
 
     order, run_train = 52, False
 
     def __init__(
         self,
-        vocabulary_size: int,  # Tokens that exist, numbered from 0
-        predict="",  # Key of the logits in the output, or a function of the learner that returns tokens; the output is logits where empty
-        target: float = 100 / 170,  # Warn below this share
-        ignore=(),  # Tokens that do not count: padding, start, end
+        vocabulary_size: int,  # Number of tokens; they are numbered from 0
+        predict="",  # Key of the logits, or function from learner to tokens; default: the output
+        target: float = 100 / 170,  # Fraction of the vocabulary below which to warn
+        ignore=(),  # Tokens to ignore: padding, start, end
     ):
         self.vocabulary_size = vocabulary_size
         self.predict_ = predict
@@ -167,23 +158,24 @@ class UniqueTokens(Callback):
         self.used = np.union1d(self.used, self.tokens())
 
     def after_epoch(self):
-        used, share = unique_tokens(self.used, self.vocabulary_size, self.ignore)
-        of = self.vocabulary_size - len({*self.ignore} & {*range(self.vocabulary_size)})
-        self.epoch_rows.append(dict(unique_tokens=used, unique_of=of, unique_share=share))
-        if share < self.target:
+        used, fraction = unique_tokens(self.used, self.vocabulary_size, self.ignore)
+        total = self.vocabulary_size - len({*self.ignore} & {*range(self.vocabulary_size)})
+        self.epoch_rows.append(dict(unique_tokens=used, unique_of=total, unique_share=fraction))
+        if fraction < self.target:
             warn(
-                f"{used} of {of} tokens are predicted in epoch {self.epoch}, below {self.target:.0%}: the model says always the same",
+                f"{used} of {total} tokens are predicted in epoch {self.epoch}, "
+                f"below {self.target:.0%}: possible mode collapse",
                 stacklevel=2,
             )
 
 # %% ../../nbs/training/04_monitors.ipynb #59865f8a
 @patch
 def tokens(self: UniqueTokens) -> np.ndarray:  # Integers of any shape
-    "Tokens that the model predicts for this batch."
+    "Tokens predicted for the current batch."
     if callable(self.predict_):
-        found = self.predict_(self.learn)
+        predicted = self.predict_(self.learn)
     else:
         if self.predict_:
             check_choice("UniqueTokens", "predict", self.predict_, list(self.pred))
-        found = (self.pred[self.predict_] if self.predict_ else self.pred).argmax(-1)
-    return torch.as_tensor(found).cpu().numpy()
+        predicted = (self.pred[self.predict_] if self.predict_ else self.pred).argmax(-1)
+    return torch.as_tensor(predicted).cpu().numpy()

@@ -1,4 +1,4 @@
-"""A law of physics as a part of the training loss, with a weight that may grow.
+"""A physical law as an additional term of the training loss, with an optional weight schedule.
 
 Docs: https://example.org/gcode_ml/training/physics.html.md"""
 
@@ -19,28 +19,31 @@ from .losses import PhysicsInformed
 
 # %% ../../nbs/training/10_physics.ipynb #f27893b1
 def ramp(
-    epochs: float,  # Epochs done, a fraction within one
-    delay: float = 0.0,  # Epochs without effect
-    rise: float = 0.0,  # Epochs from there to full effect; 0 is at once
+    epochs: float,  # Number of epochs done, fractional within an epoch
+    delay: float = 0.0,  # Number of epochs at zero
+    rise: float = 0.0,  # Length of the ramp in epochs; 0 is a step
 ) -> float:  # From 0 to 1
-    "Nothing, a line up, then all."
+    "Zero until `delay`, then a linear ramp to one."
     if epochs < delay:
         return 0.0
     return min(1.0, (epochs - delay) / rise) if rise else 1.0
 
 # %% ../../nbs/training/10_physics.ipynb #2435f827
 class PhysicsLoss(Callback):
-    "Add the violation of a law to the training loss."
+    "Add the weighted penalty for violating a physical law to the training loss."
 
-    order, run_valid = -6, False  # behind mixtures and teachers, before the loss is checked
+    order, run_valid = (
+        -6,
+        False,
+    )  # after mixing and distillation, before the check for a finite loss
 
     def __init__(
         self,
-        residual,  # `residual(prediction, target, inputs, mask) -> tensor`, zero where the law holds
-        weight: float = 0.1,  # Weight of the law beside the data
-        delay: float = 0.0,  # Epochs without the law
-        rise: float = 0.0,  # Epochs from there to the full weight
-        square: bool = True,  # False: the residual is a penalty already
+        residual,  # `residual(prediction, target, inputs, mask)`, zero where the law holds
+        weight: float = 0.1,  # Weight of the penalty
+        delay: float = 0.0,  # Number of epochs without the penalty
+        rise: float = 0.0,  # Length of the linear ramp to the full weight, in epochs
+        square: bool = True,  # Square the residual; False if it is a penalty already
     ):
         for name, value in dict(weight=weight, delay=delay, rise=rise).items():
             require(0 <= value < np.inf, "PhysicsLoss", name, "a number of at least 0", repr(value))
@@ -63,19 +66,19 @@ class PhysicsLoss(Callback):
 
 # %% ../../nbs/training/10_physics.ipynb #118098be
 @patch
-def penalty(self: PhysicsLoss) -> torch.Tensor:  # Mean over items and real steps
-    "How much the prediction for this batch violates the law."
+def penalty(self: PhysicsLoss) -> torch.Tensor:  # Scalar, the mean over items and real steps
+    "Mean penalty of the current batch."
     mask = self.xb[1]
-    found = self.law.penalty(self.pred, (*self.yb, *self.xb))
-    if found.shape[:2] != mask.shape:
-        return found.mean()
-    found = found.flatten(2).mean(2) if found.dim() > 2 else found
-    return torch.where(mask, found, 0.0).sum() / mask.sum().clamp_min(1)
+    values = self.law.penalty(self.pred, (*self.yb, *self.xb))
+    if values.shape[:2] != mask.shape:
+        return values.mean()
+    values = values.flatten(2).mean(2) if values.dim() > 2 else values
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 # %% ../../nbs/training/10_physics.ipynb #ca5fb504
 @patch
 def after_loss(self: PhysicsLoss):
-    "Add the penalty with the weight of the moment; without weight it is not computed."
+    "Add the penalty with its current weight; with weight 0 it is not computed."
     weight = self.weight * ramp(self.epoch + self.iter / self.n_iter, self.delay, self.rise)
     if not weight:
         return
@@ -94,7 +97,7 @@ def after_loss(self: PhysicsLoss):
 
 @patch
 def after_epoch(self: PhysicsLoss):
-    "One row of the history."
+    "Append the means of the epoch to the history."
     if not self.learn.fitting:
         return
     count, *sums = self.sums.tolist()

@@ -1,4 +1,4 @@
-"""A trained model from its folder: a description in JSON, weights in safetensors, and no code but the package's own.
+"""Load a trained model from its bundle: description in JSON, weights in safetensors, no pickle.
 
 Docs: https://example.org/gcode_ml/training/saved.html.md"""
 
@@ -16,32 +16,43 @@ from safetensors.torch import load_file
 
 from ..core.errors import InputError, require
 from ..core.files import read_json
+from ..core.renamed import current_arguments, current_class
 
 # %% ../../nbs/training/11_saved.ipynb #dd383bfc
 def _model_class(folder, name):
-    "A class of one of the package's `models` pages."
+    "Import a class of a `models` page. Raises `InputError` for any other name."
     module, _, cls = str(name).rpartition(".")
-    if not (module.startswith("gcode_ml.") and module.rsplit(".", 1)[-1] in ("models", "tiny")):
-        raise InputError(
-            folder / "bundle.json", "model", "a class of a gcode_ml models page", repr(name)
-        )
+    require(
+        module.startswith("gcode_ml.") and module.rsplit(".", 1)[-1] in ("models", "tiny"),
+        folder / "bundle.json",
+        "model",
+        "a class of a gcode_ml models page",
+        repr(name),
+    )
     try:
-        found = getattr(importlib.import_module(module), cls, None)
+        model_class = getattr(importlib.import_module(module), cls, None)
     except ImportError:
-        found = None
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
-        raise InputError(folder / "bundle.json", "model", f"a model in {module}", repr(cls))
-    return found
+        model_class = None
+    require(
+        isinstance(model_class, type) and issubclass(model_class, torch.nn.Module),
+        folder / "bundle.json",
+        "model",
+        f"a model in {module}",
+        repr(cls),
+    )
+    return model_class
 
 # %% ../../nbs/training/11_saved.ipynb #1afef94b
-def _said(error):
-    return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:90]}"
+def _summary(error):
+    "Type and first line of an exception."
+    message = str(error) or "no reason given"
+    return f"{type(error).__name__}: {message.splitlines()[0][:90]}"
 
 # %% ../../nbs/training/11_saved.ipynb #7b31eea0
 def load_saved(
-    folder,  # A bundle's folder, or a run's folder that has one
-) -> tuple:  # The model, in evaluation mode; the description; the bundle's folder
-    "Read a model; what does not fit is refused in a sentence."
+    folder,  # Folder of a bundle, or of a run with a bundle
+) -> tuple:  # Model in evaluation mode, contents of `bundle.json`, and folder of the bundle
+    "Load a model. Raises `InputError` if the description or the weights do not fit."
     folder = Path(folder)
     if (folder / "bundle" / "bundle.json").exists():
         folder = folder / "bundle"
@@ -50,17 +61,18 @@ def load_saved(
     for k in ("model", "arguments", "preprocessing", "facts"):
         if not isinstance(about, dict) or k not in about:
             raise InputError(folder / "bundle.json", k, "to be there", "no such key")
+    about["model"] = current_class(str(about["model"]))
     cls = _model_class(folder, about["model"])
     try:
-        model = cls(**about["arguments"])
+        model = cls(**current_arguments(about["arguments"], about["model"]))
     except Exception as e:
         raise InputError(
-            folder / "bundle.json", "arguments", f"those of {cls.__name__}", _said(e)
+            folder / "bundle.json", "arguments", f"those of {cls.__name__}", _summary(e)
         ) from None
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except Exception as e:
         raise InputError(
-            folder / "model.safetensors", "weights", f"those of {about['model']}", _said(e)
+            folder / "model.safetensors", "weights", f"those of {about['model']}", _summary(e)
         ) from None
     return model.eval(), about, folder

@@ -1,4 +1,4 @@
-"""Optimisers and schedules by name, and what some losses need from a fit.
+"""Optimisers and learning rate schedules by name, and callbacks that some losses need.
 
 Docs: https://example.org/gcode_ml/training/schedules.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://example.org/gcode_ml/training/schedules.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'PRESETS', 'SCHEDULES', 'adamw', 'sgd', 'rmsprop', 'create_optimizer', 'constant', 'cosine', 'one_cycle',
-           'warm_restarts', 'polynomial', 'flat_cosine', 'warmed_up', 'warmup_cosine', 'warmup_linear', 'noam',
-           'noam_rate', 'plateau', 'schedule_curve', 'Schedule', 'schedule', 'MoreTargets', 'teacher_answers',
+           'warm_restarts', 'polynomial', 'flat_cosine', 'with_warmup', 'warmup_cosine', 'warmup_linear', 'noam',
+           'noam_rate', 'plateau', 'schedule_curve', 'Schedule', 'schedule', 'ExtraTargets', 'teacher_logits',
            'LossParameters']
 
 # %% ../../nbs/training/02_schedules.ipynb #de684204
@@ -31,35 +31,38 @@ from fastai.optimizer import (
 )
 from fastcore.foundation import L
 
-from ..core.errors import InputError, check_choice, require
+from ..core.errors import check_choice, require
 from .callbacks import in_fit, monitored
 
 # %% ../../nbs/training/02_schedules.ipynb #edcf85e8
 def adamw(
-    params,  # Parameters, or a list of groups
+    params,  # Parameters, or a list of parameter groups
     lr: float = 1e-3,  # Learning rate
-    weight_decay: float = 1e-2,  # Decoupled weight decay
-    betas: tuple = (0.9, 0.999),  # Averages of the gradient and of its square
-    eps: float = 1e-8,  # Added to the denominator
+    weight_decay: float = 1e-2,  # Decoupled weight decay coefficient
+    betas: tuple = (
+        0.9,
+        0.999,
+    ),  # Decay rates of the running averages of the gradient and its square
+    eps: float = 1e-8,  # Added to the denominator for numerical stability
 ) -> Optimizer:
-    "AdamW: fastai's `Adam`, Loshchilov and Hutter 2019."
+    "AdamW (Loshchilov and Hutter 2019): fastai's `Adam`."
     return Adam(params, lr, mom=betas[0], sqr_mom=betas[1], eps=eps, wd=weight_decay)
 
 # %% ../../nbs/training/02_schedules.ipynb #c06c7fec
 def _nesterov_step(p, lr, mom, grad_avg, **kwargs):
-    "Step along the gradient as it will be after this one."
+    "Nesterov step: gradient plus momentum times its running sum."
     p.data.add_(p.grad.data + mom * grad_avg, alpha=-lr)
 
 # %% ../../nbs/training/02_schedules.ipynb #09b21aab
 def sgd(
-    params,  # Parameters, or a list of groups
+    params,  # Parameters, or a list of parameter groups
     lr: float = 1e-3,  # Learning rate
-    weight_decay: float = 0.0,  # Weight decay
-    momentum: float = 0.0,  # Share of the last step that is kept
-    nesterov: bool = False,  # Look ahead along the momentum
-    decoupled: bool = False,  # Decay beside the gradient instead of in it
+    weight_decay: float = 0.0,  # Weight decay coefficient
+    momentum: float = 0.0,  # Momentum coefficient
+    nesterov: bool = False,  # Use Nesterov momentum
+    decoupled: bool = False,  # Decoupled weight decay instead of an L2 penalty
 ) -> Optimizer:
-    "Gradient descent: fastai's `SGD`, and Nesterov's momentum, which it lacks."
+    "Stochastic gradient descent: fastai's `SGD`, plus Nesterov momentum."
     if not nesterov:
         return SGD(params, lr, mom=momentum, wd=weight_decay, decouple_wd=decoupled)
     require(momentum > 0, "sgd", "nesterov", "a positive momentum", repr(momentum))
@@ -73,14 +76,14 @@ def sgd(
 
 # %% ../../nbs/training/02_schedules.ipynb #81db1f75
 def rmsprop(
-    params,  # Parameters, or a list of groups
+    params,  # Parameters, or a list of parameter groups
     lr: float = 1e-3,  # Learning rate
-    weight_decay: float = 0.0,  # Weight decay
-    alpha: float = 0.99,  # Average of the squared gradient
-    eps: float = 1e-8,  # Added to the denominator
-    decoupled: bool = False,  # Decay beside the gradient instead of in it
+    weight_decay: float = 0.0,  # Weight decay coefficient
+    alpha: float = 0.99,  # Decay rate of the running average of the squared gradient
+    eps: float = 1e-8,  # Added to the denominator for numerical stability
+    decoupled: bool = False,  # Decoupled weight decay instead of an L2 penalty
 ) -> Optimizer:
-    "RMSProp: fastai's, without momentum."
+    "RMSProp: fastai's `RMSProp`, without momentum."
     return RMSProp(params, lr, sqr_mom=alpha, eps=eps, wd=weight_decay, decouple_wd=decoupled)
 
 # %% ../../nbs/training/02_schedules.ipynb #ff25aad0
@@ -89,26 +92,31 @@ OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "rmsprop": rmsprop}
 # %% ../../nbs/training/02_schedules.ipynb #a183e9da
 def create_optimizer(
     name: str = "adamw",  # Key of `OPTIMIZERS`
-    learning_rate: float = None,  # Becomes the learner's; by default it keeps its own
-    **options,  # Of that optimiser: `weight_decay`, `betas`, `momentum`, …
+    learning_rate: float = None,  # Learning rate; by default that of the learner
+    **options,  # Arguments of the optimiser: `weight_decay`, `betas`, `momentum`, …
 ) -> partial:  # `opt_func` of a `Learner`
-    "An optimiser by name."
+    "Create an optimiser by name. Raises `InputError` for an unknown name or option."
     make = OPTIMIZERS[check_choice("optimizer", "name", name, OPTIMIZERS)]
     known = [o for o in inspect.signature(make).parameters if o not in ("params", "lr")]
     for option, value in options.items():
         check_choice(f"optimizer {name}", "option", option, known)
-        if option == "weight_decay" and not value >= 0:
-            raise InputError(f"optimizer {name}", option, "a number of at least 0", repr(value))
+        require(
+            option != "weight_decay" or value >= 0,
+            f"optimizer {name}",
+            option,
+            "a number of at least 0",
+            repr(value),
+        )
     if learning_rate is None:
         return partial(make, **options)
     return partial(
-        make, lr=_positive(f"optimizer {name}", "learning_rate", learning_rate), **options
+        make, lr=_check_positive(f"optimizer {name}", "learning_rate", learning_rate), **options
     )
 
 # %% ../../nbs/training/02_schedules.ipynb #908f01cd
-def _positive(what, field, value):
-    "Return `value`, a positive finite number."
-    require(0 < value < math.inf, what, field, "a positive number", repr(value))
+def _check_positive(where, field, value):
+    "Return `value`. Raises `InputError` if it is not a positive finite number."
+    require(0 < value < math.inf, where, field, "a positive number", repr(value))
     return value
 
 # %% ../../nbs/training/02_schedules.ipynb #dcab8842
@@ -126,36 +134,36 @@ PRESETS = {
 # %% ../../nbs/training/02_schedules.ipynb #ef00f7c4
 def constant(
     learning_rate: float,  # Learning rate
-):  # Function of the share of the fit
-    "Always the same."
+):  # Function of the progress of the fit, from 0 to 1
+    "Constant learning rate."
     return SchedNo(learning_rate, learning_rate)
 
 # %% ../../nbs/training/02_schedules.ipynb #0cd11900
 def cosine(
-    learning_rate: float,  # Largest learning rate, at the beginning
-    eta_min: float = 1e-6,  # Smallest, at the end
-):  # Function of the share of the fit
-    "Half a cosine, fastai's `SchedCos`."
+    learning_rate: float,  # Peak learning rate, at the beginning
+    eta_min: float = 1e-6,  # Minimum learning rate, at the end
+):  # Function of the progress of the fit, from 0 to 1
+    "Cosine annealing: fastai's `SchedCos`."
     return SchedCos(learning_rate, min(eta_min, learning_rate))
 
 # %% ../../nbs/training/02_schedules.ipynb #ec50bfd5
 def one_cycle(
-    learning_rate: float,  # Largest learning rate, after the rise
-    rise: float = 0.25,  # Length of the rise
-    div: float = 25.0,  # The rise begins at this part of the largest
-    div_final: float = 1e5,  # The fall ends at this part of it
-):  # Function of the share of the fit
-    "Up and down again, Smith 2018; fastai's `combined_cos`."
+    learning_rate: float,  # Peak learning rate, after the rise
+    rise: float = 0.25,  # Length of the increase
+    div: float = 25.0,  # Initial learning rate = peak / div
+    div_final: float = 1e5,  # Final learning rate = peak / div_final
+):  # Function of the progress of the fit, from 0 to 1
+    "One-cycle schedule (Smith 2018): fastai's `combined_cos`."
     return combined_cos(rise, learning_rate / div, learning_rate, learning_rate / div_final)
 
 # %% ../../nbs/training/02_schedules.ipynb #5c3a9ff4
 def warm_restarts(
-    learning_rate: float,  # Largest learning rate, at the beginning of each period
+    learning_rate: float,  # Peak learning rate, at the beginning of each period
     T_0: float = 0.1,  # Length of the first period
-    T_mult: int = 2,  # How many times longer each period is than the one before
-    eta_min: float = 1e-6,  # Smallest learning rate, at the end of each period
-):  # Function of the share of the fit
-    "Half a cosine, again and again; Loshchilov and Hutter 2017."
+    T_mult: int = 2,  # Factor by which each period is longer than the previous one
+    eta_min: float = 1e-6,  # Minimum learning rate, at the end of each period
+):  # Function of the progress of the fit, from 0 to 1
+    "Cosine annealing with warm restarts (SGDR, Loshchilov and Hutter 2017)."
     require(
         (T_0 > 0 and T_mult >= 1),
         "warm_restarts",
@@ -163,98 +171,106 @@ def warm_restarts(
         "a positive length and a factor of at least 1",
         f"{T_0!r}, {T_mult!r}",
     )
-    half = cosine(learning_rate, eta_min)
+    annealing = cosine(learning_rate, eta_min)
 
-    def curve(share):
-        # what is added keeps a restart from falling a batch late by rounding
-        since = share / T_0 + 1e-9
+    def curve(progress):
+        # the offset prevents a restart from being one batch late due to rounding
+        position = progress / T_0 + 1e-9  # since the last restart, in units of T_0
         period = 1.0
-        while since >= period:
-            since, period = since - period, period * T_mult
-        return half(since / period)
+        while position >= period:
+            position -= period
+            period *= T_mult
+        return annealing(position / period)
 
     return curve
 
 # %% ../../nbs/training/02_schedules.ipynb #bdff13c3
 def polynomial(
-    learning_rate: float,  # Largest learning rate, at the beginning
-    eta_min: float = 0.0,  # Smallest, at the end
-    power: float = 2.0,  # 1 is a straight line
-):  # Function of the share of the fit
-    "A power of the share that is left."
-    fall = SchedPoly(min(eta_min, learning_rate), learning_rate, power)
-    return lambda share: fall(1 - share)
+    learning_rate: float,  # Peak learning rate, at the beginning
+    eta_min: float = 0.0,  # Minimum learning rate, at the end
+    power: float = 2.0,  # Exponent; 1 is linear
+):  # Function of the progress of the fit, from 0 to 1
+    "Polynomial decay: a power of the remaining fraction of the fit."
+    decay = SchedPoly(min(eta_min, learning_rate), learning_rate, power)
+    return lambda progress: decay(1 - progress)
 
 # %% ../../nbs/training/02_schedules.ipynb #e75cf6a7
 def flat_cosine(
-    learning_rate: float,  # Largest learning rate, from the beginning on
-    flat: float = 0.75,  # How long it stays
-    eta_min: float = 1e-6,  # Smallest, at the end
-):  # Function of the share of the fit
-    "Constant for long, then half a cosine, as in fastai's `fit_flat_cos`."
+    learning_rate: float,  # Learning rate of the constant part
+    flat: float = 0.75,  # Length of the constant part
+    eta_min: float = 1e-6,  # Minimum learning rate, at the end
+):  # Function of the progress of the fit, from 0 to 1
+    "Constant, then cosine annealing, as in fastai's `fit_flat_cos`."
     return combined_cos(flat, learning_rate, learning_rate, min(eta_min, learning_rate))
 
 # %% ../../nbs/training/02_schedules.ipynb #7930c72d
-def warmed_up(
-    curve,  # A schedule
-    warmup: float,  # Share of the fit that comes before it
-):  # Function of the share of the fit
-    "A line up to a schedule, which then has the rest of the fit."
+def with_warmup(
+    curve,  # Schedule
+    warmup: float,  # Fraction of the fit used for the warm-up
+):  # Function of the progress of the fit, from 0 to 1
+    "Linear warm-up before a schedule, which then covers the rest of the fit."
     require(0 <= warmup < 1, "schedule", "warmup", "less than the whole fit", repr(warmup))
     first = curve(0.0)
-    return lambda share: (
-        first * share / warmup if share < warmup else curve((share - warmup) / (1 - warmup))
-    )
+
+    def warmed_up(progress):
+        if progress < warmup:
+            return first * progress / warmup
+        return curve((progress - warmup) / (1 - warmup))
+
+    return warmed_up
 
 # %% ../../nbs/training/02_schedules.ipynb #02dd805e
 def warmup_cosine(
-    learning_rate: float,  # Largest learning rate
-    warmup: float = 0.1,  # Length of the way up
-    eta_min: float = 1e-6,  # Smallest learning rate, at the end
-):  # Function of the share of the fit
-    "A line up and half a cosine down."
-    return warmed_up(cosine(learning_rate, eta_min), warmup)
+    learning_rate: float,  # Peak learning rate
+    warmup: float = 0.1,  # Length of the warm-up
+    eta_min: float = 1e-6,  # Minimum learning rate, at the end
+):  # Function of the progress of the fit, from 0 to 1
+    "Linear warm-up, then cosine annealing."
+    return with_warmup(cosine(learning_rate, eta_min), warmup)
 
 # %% ../../nbs/training/02_schedules.ipynb #3b4d4148
 def warmup_linear(
-    learning_rate: float,  # Largest learning rate
-    warmup: float = 0.1,  # Length of the way up
-    eta_min: float = 0.0,  # Smallest learning rate, at the end
-):  # Function of the share of the fit
-    "A line up and a line down, as for BERT."
-    return warmed_up(polynomial(learning_rate, eta_min, 1.0), warmup)
+    learning_rate: float,  # Peak learning rate
+    warmup: float = 0.1,  # Length of the warm-up
+    eta_min: float = 0.0,  # Minimum learning rate, at the end
+):  # Function of the progress of the fit, from 0 to 1
+    "Linear warm-up, then linear decay, as for BERT."
+    return with_warmup(polynomial(learning_rate, eta_min, 1.0), warmup)
 
 # %% ../../nbs/training/02_schedules.ipynb #6a905274
 def noam(
-    learning_rate: float,  # Largest learning rate, at the end of the way up
-    warmup: float = 0.1,  # Length of the way up
-):  # Function of the share of the fit
-    "A line up, then down with the root of the batches; Vaswani et al. 2017, equation 3."
+    learning_rate: float,  # Peak learning rate, at the end of the warm-up
+    warmup: float = 0.1,  # Length of the warm-up
+):  # Function of the progress of the fit, from 0 to 1
+    "Linear warm-up, then inverse square root decay (Vaswani et al. 2017, equation 3)."
     require(warmup > 0, "noam", "warmup", "a positive length", repr(warmup))
-    return lambda share: (
-        learning_rate * min(share / warmup, math.sqrt(warmup / share) if share else 0.0)
-    )
+
+    def curve(progress):
+        decay = math.sqrt(warmup / progress) if progress else 0.0
+        return learning_rate * min(progress / warmup, decay)
+
+    return curve
 
 # %% ../../nbs/training/02_schedules.ipynb #295c75a7
 def noam_rate(
-    d_model: int,  # Size of a state
-    warmup_steps: int,  # Batches of the way up
-    factor: float = 1.0,  # Multiplies it
-) -> float:  # Largest learning rate, for `noam`
-    "Largest learning rate of the original transformer."
+    d_model: int,  # Model dimension
+    warmup_steps: int,  # Number of warm-up steps
+    factor: float = 1.0,  # Factor of the learning rate
+) -> float:  # Peak learning rate, for `noam`
+    "Peak learning rate of the original transformer (Vaswani et al. 2017, equation 3)."
     return factor * (d_model * warmup_steps) ** -0.5
 
 # %% ../../nbs/training/02_schedules.ipynb #57c38f8a
 def plateau(
-    learning_rate: float,  # Largest learning rate, at the beginning
-    values=(),  # The monitored value of each epoch so far
-    mode: str = "min",  # Whether the `min` or the `max` is best
-    factor: float = 0.5,  # What the learning rate is multiplied by
-    patience: int = 10,  # Epochs without improvement that are put up with
-    min_delta: float = 0.0,  # What counts as improvement: more than this
-    eta_min: float = 0.0,  # Smallest learning rate
-):  # Function of the share of the fit, constant until the next epoch
-    "Smaller when nothing gets better: torch's `ReduceLROnPlateau`."
+    learning_rate: float,  # Peak learning rate, at the beginning
+    values=(),  # Monitored value of each epoch so far
+    mode: str = "min",  # `min` or `max`: whether the value is minimised or maximised
+    factor: float = 0.5,  # Factor by which the learning rate is reduced
+    patience: int = 10,  # Number of epochs without improvement to tolerate
+    min_delta: float = 0.0,  # Minimum change that counts as an improvement
+    eta_min: float = 0.0,  # Minimum learning rate
+):  # Function of the progress of the fit, constant until the next epoch
+    "Reduce on plateau: PyTorch's `ReduceLROnPlateau`."
     check_choice("plateau", "mode", mode, ("min", "max"))
     require(0 < factor < 1, "plateau", "factor", "a number between 0 and 1", repr(factor))
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
@@ -283,62 +299,67 @@ SCHEDULES = {
 }
 
 # %% ../../nbs/training/02_schedules.ipynb #92a91747
-_lengths = ("warmup", "T_0", "rise", "flat")
+_LENGTHS = ("warmup", "T_0", "rise", "flat")
 
 
-def _options(name):
+def _option_names(name):
     "Names of the options of a schedule."
-    own = [
-        o
-        for o in inspect.signature(SCHEDULES[name]).parameters
-        if o not in ("learning_rate", "values")
+    names = [
+        option
+        for option in inspect.signature(SCHEDULES[name]).parameters
+        if option not in ("learning_rate", "values")
     ]
-    return own + ["warmup"] * ("warmup" not in own) + ["monitor"] * (name == "plateau")
+    if "warmup" not in names:
+        names.append("warmup")
+    if name == "plateau":
+        names.append("monitor")
+    return names
 
 
-def _share(length, epochs, field):
-    "A length as a share of `epochs`."
-    share = length / epochs if length >= 1 else length
-    if not 0 <= share <= 1 + 1e-9:
-        raise InputError(
-            "schedule",
-            field,
-            f"at least 0 and at most the {epochs:g} epochs there are",
-            repr(length),
-        )
-    return min(share, 1)
+def _as_fraction(length, epochs, field):
+    "Convert a length to a fraction of `epochs`. Raises `InputError` if it is out of range."
+    fraction = length / epochs if length >= 1 else length
+    require(
+        0 <= fraction <= 1 + 1e-9,
+        "schedule",
+        field,
+        f"at least 0 and at most the number of epochs, {epochs:g}",
+        repr(length),
+    )
+    return min(fraction, 1)
 
 # %% ../../nbs/training/02_schedules.ipynb #9d60a9e7
 def schedule_curve(
     name: str,  # Key of `SCHEDULES`
-    learning_rate: float,  # Largest learning rate
-    epochs: int,  # Epochs of the fit, for lengths of 1 and more
-    **options,  # Of that schedule; `warmup` of every one
-):  # Function of the share of the fit
-    "A schedule by name, for a fit of so many epochs."
+    learning_rate: float,  # Peak learning rate
+    epochs: int,  # Number of epochs of the fit, for lengths in epochs
+    **options,  # Arguments of the schedule; all schedules accept `warmup`
+):  # Function of the progress of the fit, from 0 to 1
+    "Create a schedule by name. Raises `InputError` for unknown names and lengths out of range."
     check_choice("schedule", "name", name, SCHEDULES)
     for option in options:
-        check_choice(f"schedule {name}", "option", option, [*_options(name), "values"])
+        check_choice(f"schedule {name}", "option", option, [*_option_names(name), "values"])
     make, before = SCHEDULES[name], 0
     if "warmup" not in inspect.signature(make).parameters:
-        before = _share(options.pop("warmup", 0), epochs, "warmup")
+        before = _as_fraction(options.pop("warmup", 0), epochs, "warmup")
+    remaining = epochs * (1 - before) or 1  # epochs after the warm-up
     options = {
-        k: _share(v, epochs * (1 - before) or 1, k) if k in _lengths else v
+        k: _as_fraction(v, remaining, k) if k in _LENGTHS else v
         for k, v in options.items()
         if k != "monitor"
-    }  # epochs stay epochs after a warm-up
-    curve = make(_positive("schedule", "learning_rate", learning_rate), **options)
-    return warmed_up(curve, before) if before else curve
+    }
+    curve = make(_check_positive("schedule", "learning_rate", learning_rate), **options)
+    return with_warmup(curve, before) if before else curve
 
 # %% ../../nbs/training/02_schedules.ipynb #fa124e05
 class Schedule(ParamScheduler):
-    "Set the learning rate of each batch; outside of a fit, `lr_find` included, do nothing."
+    "Set the learning rate of each batch of a fit; inactive in `lr_find`."
 
     def __init__(
         self,
         schedule_name: str,  # Key of `SCHEDULES`
-        learning_rate: float,  # Largest learning rate
-        options: dict,  # Of that schedule
+        learning_rate: float,  # Peak learning rate
+        options: dict,  # Arguments of the schedule
     ):
         super().__init__({})
         self.schedule_name = schedule_name
@@ -351,16 +372,16 @@ class Schedule(ParamScheduler):
         if not self.run:
             return
         if self.monitor:
-            monitored(self.learn, self.monitor)  # a wrong name is found at once
-        self.draw()
+            monitored(self.learn, self.monitor)  # report an unknown name early
+        self.make_curve()
         super().before_fit()
 
     def before_epoch(self):
         if self.monitor:
-            self.draw(values=monitored(self.learn, self.monitor))
+            self.make_curve(values=monitored(self.learn, self.monitor))
 
-    def draw(self, **values):
-        "Make the curve for the epochs of this fit."
+    def make_curve(self, **values):
+        "Create the learning rate curve for the epochs of this fit."
         self.scheds = {
             "lr": schedule_curve(
                 self.schedule_name, self.learning_rate, self.n_epoch, **self.options, **values
@@ -370,82 +391,80 @@ class Schedule(ParamScheduler):
 # %% ../../nbs/training/02_schedules.ipynb #6eb71c0a
 def schedule(
     name: str,  # Key of `SCHEDULES`
-    learning_rate: float,  # Largest learning rate
-    **options,  # Of that schedule: `eta_min`, `T_0`, `patience`, …; `warmup` of every one, `monitor` of `plateau`
+    learning_rate: float,  # Peak learning rate
+    **options,  # Arguments of the schedule, and `warmup`; for `plateau` also `monitor`
 ) -> Schedule:  # A callback
-    "Schedule of the learning rate."
+    "Create a callback for a learning rate schedule. Raises `InputError` for unknown names."
     check_choice("schedule", "name", name, SCHEDULES)
     for option in options:
-        check_choice(f"schedule {name}", "option", option, _options(name))
-    _positive("schedule", "learning_rate", learning_rate)
+        check_choice(f"schedule {name}", "option", option, _option_names(name))
+    _check_positive("schedule", "learning_rate", learning_rate)
     return Schedule(name, learning_rate, options)
 
 # %% ../../nbs/training/02_schedules.ipynb #7a75bae6
-class MoreTargets(Callback):
-    "Give the loss a dictionary with more in it than the target of the batch."
+class ExtraTargets(Callback):
+    "Add tensors to the target of the loss; metrics see the original target."
 
     order = -20
 
     def __init__(
         self,
-        more,  # `more(*inputs) -> dict` of tensors, for instance `teacher_answers(model)`
-        target: str = "target",  # Name of the batch's own target, where that is a tensor
+        extra,  # `extra(*inputs) -> dict` of tensors, for instance `teacher_logits(model)`
+        target: str = "target",  # Key of the original target, if that is a tensor
     ):
-        # a snapshot leaves a partial out
-        self.more = partial(more)
+        self.extra = partial(extra)  # a snapshot does not save a partial
         self.target = target
-        self.plain = None
+        self.original = None
 
     def after_pred(self):
         if not len(self.yb):
             return
-        self.plain, (y,) = self.yb, self.yb
-        self.learn.yb = (
-            {**(y if isinstance(y, dict) else {self.target: y}), **self.more(*self.xb)},
-        )
+        self.original = self.yb
+        (y,) = self.yb
+        targets = y if isinstance(y, dict) else {self.target: y}
+        self.learn.yb = ({**targets, **self.extra(*self.xb)},)
 
     def after_loss(self):
-        if self.plain is not None:
-            self.learn.yb, self.plain = self.plain, None
+        if self.original is not None:
+            self.learn.yb = self.original
+            self.original = None
 
 # %% ../../nbs/training/02_schedules.ipynb #88f7e173
-def teacher_answers(
-    teacher: torch.nn.Module,  # A trained model with the inputs of the student; it is set to evaluation and frozen
-    head=None,  # Name of the logits, where its prediction is a dictionary
-    name: str = "teacher",  # Name in the target
-):  # For `MoreTargets`
-    "Function of the inputs that returns a teacher's logits, without a gradient."
+def teacher_logits(
+    teacher: torch.nn.Module,  # Trained model; it is frozen and set to evaluation mode
+    head=None,  # Key of the logits, if the prediction is a dictionary
+    name: str = "teacher",  # Key of the logits in the target
+):  # Function for `ExtraTargets`
+    "Return a function that maps the inputs to the logits of a teacher, without a gradient."
     teacher.requires_grad_(False)
 
-    def answers(*inputs):
-        teacher.eval().to(
-            next(t for x in inputs for t in (x.values() if isinstance(x, dict) else [x])).device
-        )
+    def logits(*inputs):
+        tensors = (t for x in inputs for t in (x.values() if isinstance(x, dict) else [x]))
+        teacher.eval().to(next(tensors).device)
         with torch.no_grad():
-            found = teacher(*inputs)
-        return {name: found[head] if head else found}
+            prediction = teacher(*inputs)
+        return {name: prediction[head] if head else prediction}
 
-    return answers
+    return logits
 
 # %% ../../nbs/training/02_schedules.ipynb #92b0a929
 class LossParameters(Callback):
-    "Let the optimiser train the parameters of the loss too."
+    "Add the parameters of the loss to the optimiser."
 
     def after_create(self):
         split, loss = self.learn.splitter, self.loss_func
 
         def with_loss(model):
             groups = split(model)
-            return [
-                *(groups if isinstance(groups[0], (list, tuple, L)) else [groups]),
-                list(loss.parameters()),
-            ]
+            if not isinstance(groups[0], (list, tuple, L)):
+                groups = [groups]
+            return [*groups, list(loss.parameters())]
 
         self.learn.splitter = with_loss
 
     def before_fit(self):
         if self.opt is None:
-            return  # `validate` before any fit
+            return  # `validate` before the first fit
         known = {id(p) for group in self.opt.param_lists for p in group}
         self.gradients = []
         for p in self.loss_func.parameters():
@@ -453,11 +472,12 @@ class LossParameters(Callback):
                 id(p) in known,
                 "LossParameters",
                 "optimiser",
-                "one that knows the parameters of the loss",
-                "an older one",
-                "give the callback to the Learner as it is made",
+                "one with the parameters of the loss",
+                "one created without them",
+                "pass the callback to the Learner when it is created",
             )
-            self.opt.state[p]["do_wd"], p.grad = False, None
+            self.opt.state[p]["do_wd"] = False
+            p.grad = None
         if hasattr(self.learn, "lr_finder"):
             self.before = partial(
                 self.loss_func.load_state_dict,
@@ -469,7 +489,7 @@ class LossParameters(Callback):
             return
         for p, g in zip(self.loss_func.parameters(), self.gradients):
             if p.grad is None:
-                p.grad = g.to(p, copy=True)  # what had been accumulated before an interruption
+                p.grad = g.to(p, copy=True)  # gradient accumulated before an interruption
 
     def after_batch(self):
         if self.training:

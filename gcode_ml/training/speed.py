@@ -1,4 +1,4 @@
-"""Train faster or in less memory, and know what it changes in the result.
+"""Faster training or less memory: mixed precision, compilation, gradient checkpointing, gradient accumulation, progressive length; and deterministic algorithms.
 
 Docs: https://example.org/gcode_ml/training/speed.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://example.org/gcode_ml/training/speed.html.md"""
 
 # %% auto #0
 __all__ = ['check_mixed_precision', 'MixedPrecision', 'has_compiler', 'Compile', 'repeated_modules', 'GradientCheckpointing',
-           'Accumulation', 'Deterministic', 'random_stretch', 'ProgressiveLength']
+           'Accumulation', 'Deterministic', 'random_crop', 'ProgressiveLength']
 
 # %% ../../nbs/training/06_speed.ipynb #5ad6e2e6
 import importlib.util
@@ -26,60 +26,57 @@ from fastcore.foundation import L
 from torch.amp import GradScaler
 from torch.utils.checkpoint import checkpoint
 
-from ..core.errors import InputError, check_choice, require
+from ..core.errors import check_choice, require
 from .learner import pick_device
 
 # %% ../../nbs/training/06_speed.ipynb #0594579c
 def check_mixed_precision(
     device: str = "auto",  # `auto`, `cpu`, `cuda` or `mps`
-) -> dict:  # The device, and whether it computes in `bf16`, `fp16` and `tf32`
-    "What the machine has in hardware and is used here; a processor that merely emulates bfloat16 is slower with it."
+) -> dict:  # Keys `device`, `bf16`, `fp16`, `tf32`: device type, and support of each format
+    "Formats with hardware support; emulated bfloat16 is slower than float32 and does not count."
     kind = pick_device(device).type
-    has = dict(device=kind, bf16=False, fp16=False, tf32=False)
+    supported = dict(device=kind, bf16=False, fp16=False, tf32=False)
     if kind == "cpu":
-        has["bf16"] = any(
-            v is True
-            for k, v in getattr(torch.cpu, "get_capabilities", dict)().items()
-            if "bf16" in k
-        )
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        supported["bf16"] = any(v is True for k, v in capabilities.items() if "bf16" in k)
     if kind == "cuda":
-        has.update(
+        supported.update(
             bf16=torch.cuda.is_bf16_supported(including_emulation=False),
             fp16=True,
             tf32=torch.cuda.get_device_capability()[0] >= 8,
         )
-    return has
+    return supported
 
 # %% ../../nbs/training/06_speed.ipynb #56ab133b
 class MixedPrecision(FastaiMixedPrecision):
-    "fastai's mixed precision, on processors too; a warning and no effect where the device does not have it."
+    "Mixed precision on CUDA and on CPUs with bfloat16; a warning and no effect on other devices."
 
     def __init__(
         self,
         dtype: str = "bf16",  # `bf16` or `fp16`
-        **kwargs,  # For `GradScaler`, which `fp16` uses: `init_scale`, `growth_interval`, …
+        **kwargs,  # Arguments of `GradScaler` for `fp16`: `init_scale`, `growth_interval`, …
     ):
         super().__init__(check_choice("MixedPrecision", "dtype", dtype, ("bf16", "fp16")), **kwargs)
-        self.dtype_, self.scaler_state = dtype, {}
+        self.dtype_ = dtype
+        self.scaler_state = {}
 
     def before_fit(self):
         kind = self.dls.device.type
         self.run = check_mixed_precision(kind)[self.dtype_]
         if not self.run:
             return warn(
-                f"this {kind} does not compute in {self.dtype_}: the fit goes on in float32",
+                f"this {kind} device does not support {self.dtype_}: the fit continues in float32",
                 stacklevel=2,
             )
-        self.autocast = torch.autocast(
-            kind, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[self.dtype_]
-        )
+        dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16)
+        self.autocast = torch.autocast(kind, dtype=dtypes[self.dtype_])
         self.scales = L()
         self.scaler_state = {}
         self.learn.scaler = GradScaler(kind, enabled=self.dtype_ == "fp16", **self.kwargs)
 
     def before_train(self):
         if self.scaler_state:
-            self.learn.scaler.load_state_dict(self.scaler_state)  # a snapshot has put it there
+            self.learn.scaler.load_state_dict(self.scaler_state)  # restored by a snapshot
 
     def after_batch(self):
         if self.training:
@@ -88,21 +85,21 @@ class MixedPrecision(FastaiMixedPrecision):
 # %% ../../nbs/training/06_speed.ipynb #620ad89b
 def has_compiler(
     device: str = "auto",  # Device of the fit
-) -> bool:  # Whether `torch.compile` can work
-    "Whether the machine has what makes code for the device: a C++ compiler, or Triton for CUDA."
+) -> bool:  # Whether `torch.compile` is available
+    "Whether the machine has a compiler for the device: a C++ compiler, or Triton for CUDA."
     if pick_device(device).type == "cuda":
         return importlib.util.find_spec("triton") is not None
     return any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c)
 
 # %% ../../nbs/training/06_speed.ipynb #ba8450eb
 class Compile(Callback):
-    "Compile the model in place before the fit; a warning and no effect where there is no compiler."
+    "Compile the model in place before the fit; a warning and no effect without a compiler."
 
     def __init__(
         self,
         backend: str = "inductor",  # `eager` and `aot_eager` trace the model and need no compiler
-        dynamic: bool = True,  # One program for all lengths
-        **kwargs,  # For `torch.compile`
+        dynamic: bool = True,  # Compile once for all sequence lengths
+        **kwargs,  # Arguments of `torch.compile`
     ):
         self.backend = backend
         self.kwargs = dict(kwargs, dynamic=dynamic)
@@ -113,15 +110,15 @@ class Compile(Callback):
             return
         if self.backend == "inductor" and not has_compiler(self.dls.device.type):
             return warn(
-                "there is no compiler on this machine: the model runs as it is", stacklevel=2
+                "no compiler found on this machine: the model is not compiled", stacklevel=2
             )
         self.learn.model.compile(backend=self.backend, **self.kwargs)
 
 # %% ../../nbs/training/06_speed.ipynb #fbddf4fb
 def repeated_modules(
-    model,  # A model
-) -> list:  # Their names
-    "The members of every `ModuleList`, the outermost where they are nested."
+    model,  # Model
+) -> list:  # Names of submodules
+    "Members of every outermost `ModuleList`."
     lists = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
     outer = [n for n in lists if not any(n.startswith(o + ".") for o in lists)]
     return [
@@ -130,37 +127,34 @@ def repeated_modules(
 
 # %% ../../nbs/training/06_speed.ipynb #d2a460dd
 def _checkpointed(forward, *args, **kwargs):
-    "Call `forward` and keep its inputs only; random numbers are drawn again as they were."
-    return (
-        checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        if torch.is_grad_enabled()
-        else forward(*args, **kwargs)
-    )
+    "Call `forward` with gradient checkpointing; the recomputation uses the same random numbers."
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
 
 # %% ../../nbs/training/06_speed.ipynb #8dda3284
 class GradientCheckpointing(Callback):
-    "Trade time for memory in some modules, during the fit."
+    "Gradient checkpointing of some modules during the fit: less memory, more time."
 
     def __init__(
         self,
-        names=(),  # Submodules such as `encoder.layers.0`; those that repeat by default
+        names=(),  # Names of submodules such as `encoder.layers.0`; by default `repeated_modules`
     ):
         self.names = list(names)
 
     def modules(self):
-        "The modules in question."
+        "Modules to checkpoint. Raises `InputError` for an unknown name, or if there are none."
         names = self.names or repeated_modules(self.model)
         require(
             names,
             "GradientCheckpointing",
             "names",
             "names of submodules",
-            "none, and a model without a list of modules",
+            "none, and a model without a `ModuleList`",
         )
+        known = [k for k, _ in self.model.named_modules()]
         for n in names:
-            check_choice(
-                "GradientCheckpointing", "names", n, [k for k, _ in self.model.named_modules()]
-            )
+            check_choice("GradientCheckpointing", "names", n, known)
         return [self.model.get_submodule(n) for n in names]
 
     def before_fit(self):
@@ -174,11 +168,11 @@ class GradientCheckpointing(Callback):
 
 # %% ../../nbs/training/06_speed.ipynb #6adcac93
 class Accumulation(GradientAccumulation):
-    "One step for every `items` items: equal to a batch of that size where the loss is a mean over items."
+    "One step per `items` items; equals a batch of that size if the loss is a mean over items."
 
     def __init__(
         self,
-        items: int = 64,  # Items a step, a multiple of the batch size
+        items: int = 64,  # Items per step, a multiple of the batch size
     ):
         super().__init__(items)
         self.count = 0
@@ -189,7 +183,7 @@ class Accumulation(GradientAccumulation):
 
     def before_step(self):
         size = find_bs(self.learn.yb)
-        self.learn.loss_grad *= self.n_acc / size  # as it was, for the records
+        self.learn.loss_grad *= self.n_acc / size  # undo the scaling by fastai
         self.count += size
         if self.count < self.n_acc and self.iter + 1 < self.n_iter:
             raise CancelBatchException()
@@ -201,7 +195,7 @@ class Accumulation(GradientAccumulation):
 
 # %% ../../nbs/training/06_speed.ipynb #fbc17d18
 class Deterministic(Callback):
-    "Deterministic algorithms during the fit, with a warning where there is none."
+    "Use deterministic algorithms during the fit; PyTorch warns of operations without one."
 
     order = -20
 
@@ -215,7 +209,8 @@ class Deterministic(Callback):
         torch.backends.cudnn.benchmark = False
         if self.dls.device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
             warn(
-                "set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts: without it matrix products on this GPU are not deterministic",
+                "set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts: "
+                "without it matrix products on this GPU are not deterministic",
                 stacklevel=2,
             )
 
@@ -224,58 +219,62 @@ class Deterministic(Callback):
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 # %% ../../nbs/training/06_speed.ipynb #1e98a228
-def random_stretch(
-    mask: torch.Tensor,  # `True` where real, `[B,T]`, real steps first
-    length: int,  # Longest stretch
-) -> tuple:  # Steps to take, `[B,S]`, and the mask of the stretch, `[B,S]`; S is `length`, or T where that is shorter
-    "A random stretch of each sequence; a sequence that is short enough is taken whole."
+def random_crop(
+    mask: torch.Tensor,  # True at real steps, `[B,T]`, padding at the end
+    length: int,  # Maximum length of the crop
+) -> tuple:  # Indices of the steps `[B,S]` and mask of the crop `[B,S]` with S = min(length, T)
+    "Random crop of each sequence; a sequence of at most `length` steps is not cropped."
     steps = mask.sum(1)
     size = min(length, mask.shape[1])
-    room = (steps - length).clamp_min(0) + 1
-    start = (torch.rand(len(steps)).to(mask.device) * room).long().minimum(room - 1)
-    place = torch.arange(size, device=mask.device)[None]
-    return (start[:, None] + place).clamp_max(mask.shape[1] - 1), place < steps[:, None]
+    starts = (steps - length).clamp_min(0) + 1  # number of possible start positions
+    start = (torch.rand(len(steps)).to(mask.device) * starts).long().minimum(starts - 1)
+    offset = torch.arange(size, device=mask.device)[None]
+    return (start[:, None] + offset).clamp_max(mask.shape[1] - 1), offset < steps[:, None]
 
 # %% ../../nbs/training/06_speed.ipynb #6c10f5aa
 class ProgressiveLength(Callback):
-    "Train on random stretches whose length grows from stage to stage."
+    "Train on random crops whose length increases from stage to stage."
 
     order, run_valid = -2, False
 
     def __init__(
         self,
-        schedule,  # Pairs (length in steps, epochs); the last length goes on to the end
-        keys=(),  # Entries with a time axis where inputs or targets are dictionaries; `targets` for a target tensor `[B,T,…]`
+        schedule,  # Pairs (length in steps, number of epochs); the last length is used to the end
+        keys=(),  # Keys of entries with a time axis; `targets` for a target tensor `[B,T,…]`
     ):
         self.schedule = [tuple(map(int, s)) for s in schedule]
         self.keys = list(keys)
-        if not self.schedule or min(map(min, self.schedule)) < 1:
-            raise InputError(
-                "ProgressiveLength", "schedule", "pairs of length and epochs from 1", repr(schedule)
-            )
+        require(
+            self.schedule and min(map(min, self.schedule)) >= 1,
+            "ProgressiveLength",
+            "schedule",
+            "pairs of length and epochs, both at least 1",
+            repr(schedule),
+        )
 
     def length(self):
-        "Length in this epoch."
-        stage = np.searchsorted(np.cumsum([n for _, n in self.schedule]), self.epoch, "right")
+        "Length in the current epoch."
+        ends = np.cumsum([epochs for _, epochs in self.schedule])
+        stage = np.searchsorted(ends, self.epoch, "right")
         return self.schedule[min(stage, len(self.schedule) - 1)][0]
 
     def before_batch(self):
         inputs, mask = self.xb
-        if isinstance(inputs, dict) and not {*self.keys} & {*inputs}:
-            raise InputError(
-                "ProgressiveLength", "keys", f"some of {', '.join(inputs)}", repr(self.keys)
-            )
-        steps, short = random_stretch(mask, self.length())
-        self.learn.xb = self._cut(inputs, "inputs", steps, short), short
-        self.learn.yb = tuple(self._cut(y, "targets", steps, short) for y in self.yb)
+        if isinstance(inputs, dict):
+            known = f"some of {', '.join(inputs)}"
+            require({*self.keys} & {*inputs}, "ProgressiveLength", "keys", known, repr(self.keys))
+        steps, short = random_crop(mask, self.length())
+        self.learn.xb = self._crop(inputs, "inputs", steps, short), short
+        self.learn.yb = tuple(self._crop(y, "targets", steps, short) for y in self.yb)
 
 # %% ../../nbs/training/06_speed.ipynb #e9bb4112
 @patch
-def _cut(self: ProgressiveLength, value, name, steps, mask):
-    "`value` at `steps`, zero behind its end, where it has a time axis."
+def _crop(self: ProgressiveLength, value, name, steps, mask):
+    "`value` at `steps`, zero at padded steps; unchanged if it has no time axis."
     if isinstance(value, dict):
-        return {k: self._cut(v, k, steps, mask) for k, v in value.items()}
+        return {k: self._crop(v, k, steps, mask) for k, v in value.items()}
     if name not in self.keys and name != "inputs":
         return value
-    taken = value[torch.arange(len(steps), device=steps.device)[:, None], steps]
-    return taken.masked_fill(~mask.reshape(*mask.shape, *[1] * (taken.dim() - 2)), 0)
+    items = torch.arange(len(steps), device=steps.device)[:, None]
+    cropped = value[items, steps]
+    return cropped.masked_fill(~mask.reshape(*mask.shape, *[1] * (cropped.dim() - 2)), 0)

@@ -1,4 +1,4 @@
-"""A data set, a model and a learner that train in a second, for lessons and tests.
+"""A small data set, model and learner that train in a second, for examples and tests.
 
 Docs: https://example.org/gcode_ml/training/tiny.html.md"""
 
@@ -20,14 +20,14 @@ from .learner import Learner, set_seed
 
 # %% ../../nbs/training/13_tiny.ipynb #7503b4a2
 class TinySequences:
-    "Noisy oscillations of three frequencies, 20 to 40 steps long, `sources` of them."
+    "Noisy oscillations of three frequencies with 20 to 40 steps."
 
     classes = 3
 
     def __init__(
         self,
-        sources: int = 64,  # Number of sequences, each a source of its own
-        channels: int = 2,  # Sine and cosine, then noise channels
+        sources: int = 64,  # Number of sequences; each is a source of its own
+        channels: int = 2,  # Channels: sine, cosine, then noise
         seed: int = 0,  # Seed of frequencies, phases, lengths and noise
     ):
         rng = np.random.default_rng(seed)
@@ -45,22 +45,23 @@ class TinySequences:
 
 # %% ../../nbs/training/13_tiny.ipynb #6b66588b
 def _oscillation(rng, label, channels):
-    "One sequence `[T,channels]` of class `label`."
+    "Sample a sequence `[T,channels]` of class `label`."
     steps = np.arange(rng.integers(20, 41))
     angle = 2 * np.pi * (0.05 * (label + 1) * rng.uniform(0.9, 1.1) * steps + rng.uniform())
-    clean = np.stack([np.sin(angle), np.cos(angle)] + [0 * angle] * (channels - 2), 1)[:, :channels]
+    signals = [np.sin(angle), np.cos(angle)] + [0 * angle] * (channels - 2)
+    clean = np.stack(signals, 1)[:, :channels]
     return clean + 0.3 * rng.standard_normal(clean.shape)
 
 # %% ../../nbs/training/13_tiny.ipynb #5733ac0f
 class TinyClassifier(nn.Module):
-    "Two convolutions and a mean over the real steps: about 1,000 parameters."
+    "Two convolutions and mean pooling over the real steps; about 1,000 parameters."
 
     def __init__(
         self,
         channels: int = 2,  # Input channels
         classes: int = 3,  # Output classes
         width: int = 16,  # Hidden size
-        dropout: float = 0.0,  # Dropout before the head
+        dropout: float = 0.0,  # Dropout probability before the head
     ):
         super().__init__()
         self.convs = nn.ModuleList([nn.Conv1d(i, width, 5, padding=2) for i in (channels, width)])
@@ -74,14 +75,14 @@ class TinyClassifier(nn.Module):
 
 # %% ../../nbs/training/13_tiny.ipynb #417fb06b
 def tiny_learner(
-    cbs=None,  # Callbacks to show
-    loss_func=None,  # Cross entropy by default
-    model=None,  # `TinyClassifier` by default
+    cbs=None,  # Callbacks
+    loss_func=None,  # Loss; cross entropy by default
+    model=None,  # Model; `TinyClassifier` by default
     seed: int = 0,  # Seed of weights, order and data
-    batch_size: int = 16,  # Items a batch
-    **kwargs,  # For `Learner`
-) -> Learner:  # Trains in a second
-    "A learner on `TinySequences`."
+    batch_size: int = 16,  # Items per batch
+    **kwargs,  # Arguments of `Learner`
+) -> Learner:  # Learner that trains in a second
+    "Create a learner for `TinySequences`."
     set_seed(seed)
     dls = dataloaders(
         TinySequences(96, seed=seed), TinySequences(48, seed=seed + 1000), batch_size, seed=seed

@@ -1,4 +1,4 @@
-"""The same motion seen in a mirror: exact for a machine that is the same in both directions.
+"""Reflect the axes of training windows; exact for a machine that is symmetric in both directions.
 
 Docs: https://example.org/gcode_ml/trajectory/augment.html.md"""
 
@@ -19,7 +19,7 @@ def reflected_signs(
     features,  # Names of the features
     axis: int,  # 0 reflects X, 1 reflects Y
 ) -> np.ndarray:  # 1 or -1 for each feature
-    "What a reflection of one axis does to each feature."
+    "Sign of each feature under a reflection of one axis. Raises `InputError` for position features."
     own = {0: ("vx", "ax", "jx", "cos", "mean_vx"), 1: ("vy", "ay", "jy", "sin", "mean_vy")}[axis]
     if bad := [
         f
@@ -31,17 +31,17 @@ def reflected_signs(
 
 # %% ../../nbs/trajectory/10_augment.ipynb #9a76b207
 class ReflectAxes(Callback):
-    "Reflect X, Y or both in some of the training windows."
+    "Reflect X, Y or both in a random fraction of the training windows."
 
     order, run_valid = -4, False
 
     def __init__(
         self,
-        windows=None,  # `TrajectoryWindows` with a scale: the names and spreads of the features
-        share: float = 0.5,  # Share of the windows in which an axis is reflected, for each axis
+        windows=None,  # `TrajectoryWindows` with a standardizer
+        fraction: float = 0.5,  # Probability of a reflection, for each axis
     ):
-        require(0 <= share <= 1, "ReflectAxes", "share", "from 0 to 1", repr(share))
-        self.windows, self.share = windows, share
+        require(0 <= fraction <= 1, "ReflectAxes", "fraction", "from 0 to 1", repr(fraction))
+        self.windows, self.fraction = windows, fraction
 
     def before_fit(self):
         names, c = self.windows.features, self.windows.scale
@@ -53,9 +53,11 @@ class ReflectAxes(Callback):
     def before_batch(self):
         (inputs, mask), (target,) = self.xb, self.yb
         x = inputs["features"]
-        hit = torch.rand(2, len(x), device=x.device) < self.share
-        s = torch.where(hit[..., None], self.signs.to(x.device)[:, None], 1.0).prod(0)[:, None]
-        axes = torch.where(hit.T, -1.0, 1.0)[:, None]
+        reflected = torch.rand(2, len(x), device=x.device) < self.fraction
+        s = torch.where(reflected[..., None], self.signs.to(x.device)[:, None], 1.0).prod(0)[
+            :, None
+        ]
+        axes = torch.where(reflected.T, -1.0, 1.0)[:, None]
         both = {k: inputs[k] * axes for k in ("filter", "drive") if k in inputs}
         self.learn.xb = (
             dict(inputs, features=s * x + (s - 1) * self.offset.to(x.device), **both),

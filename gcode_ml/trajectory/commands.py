@@ -19,25 +19,40 @@ SIMULATES = (".gcode", ".gco", ".g", ".nc", ".ngc")
 def add_simulate_options(
     parser,  # Of `gcode_ml simulate`
 ):
-    "What a G-code file can be simulated with."
+    "Add the options for simulating a G-code file."
     parser.add_argument(
-        "--layers", default="sampled:5", help="of a G-code file: all, sampled:N, a:b"
+        "--layers", default="sampled:5", help="layers of a G-code file to keep: all, sampled:N, a:b"
     )
     parser.add_argument(
         "--machine",
         default="bedslinger",
-        help="of a G-code file: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED, joined by +",
+        help="machines for a G-code file: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED, "
+        "joined by +",
     )
     parser.add_argument(
-        "--rate", type=float, default=500.0, help="of a G-code file: samples a second that are kept"
+        "--rate", type=float, default=500.0, help="samples per second stored for a G-code file"
     )
 
 # %% ../../nbs/trajectory/60_commands.ipynb #c0ebea25
+def _summary_row(series):
+    "Size and RMS error of a series."
+    row = dict(
+        part=series.part.name,
+        machine=series.machine["name"],
+        layers=series.part.runs.layer.nunique(),
+        samples=len(series.errors),
+        motion_s=series.part.note["seconds"],
+    )
+    for k, axis in enumerate("xy"):
+        row[f"RMS {axis}, µm"] = 1e3 * (series.errors[:, k].astype(float) ** 2).mean() ** 0.5
+    return row
+
+
 def simulate_file(
     path,  # G-code file
-    a,  # Words of the command
+    a,  # Parsed arguments
 ):
-    "Plan a program, simulate machines, and add it to a collection."
+    "Plan a program, simulate it on machines, add it to a collection and print the errors."
     import tempfile
 
     import pandas as pd
@@ -51,35 +66,22 @@ def simulate_file(
     for m in names if a.quiet else tqdm(names):
         collect(path, folder, a.layers, m, a.rate)
     found = read_collection(folder, [Path(path).stem], [m.replace(":", "_") for m in names])
-    rows = [
-        dict(
-            part=s.part.name,
-            machine=s.machine["name"],
-            layers=s.part.runs.layer.nunique(),
-            samples=len(s.errors),
-            motion_s=s.part.note["seconds"],
-            **{
-                f"RMS {c}, µm": 1e3 * (s.errors[:, k].astype(float) ** 2).mean() ** 0.5
-                for k, c in enumerate("xy")
-            },
-        )
-        for s in found
-    ]
+    rows = [_summary_row(s) for s in found]
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda x: f"{x:.2f}"))
-    for i in found[0].part.note["issues"][:5]:
-        print(f"assumed  {i}")
+    for issue in found[0].part.note["issues"][:5]:
+        print(f"assumed  {issue}")
     if a.output:
         print(f"collection {a.output}")
 
 # %% ../../nbs/trajectory/60_commands.ipynb #a91f984e
 def modes_of(
-    model: str,  # A bundle's folder, or `filter`
+    model: str,  # Folder of a bundle, or `filter`
     path,  # G-code file
     frequency=None,  # Hz in x and y, with `filter`
     damping=None,  # Damping ratios, with `filter`
-    large: float = 32.0,  # Megabytes from which the first block that extrudes speaks for the file
+    large: float = 32.0,  # Size in megabytes from which only the first extruding block is used
 ) -> tuple:  # [(frequency, damping)] of x and y, and the predicted error `[T,2]` in mm or `None`
-    "Modes to correct for."
+    "Modes to correct for: those given, or those fitted to the errors that a bundle predicts on the file."
     if model == "filter":
         require(
             frequency,
@@ -88,8 +90,9 @@ def modes_of(
             "that of x and y in Hz, with --model filter",
             "none",
         )
-        f = list(frequency) * (3 - len(frequency))
-        z = list(damping or [0.1]) * (3 - len(damping or [0.1]))
+        damping = damping or [0.1]
+        f = list(frequency) * (3 - len(frequency))  # one value applies to both axes
+        z = list(damping) * (3 - len(damping))
         return list(zip(f[:2], z[:2])), None
     from gcode_ml.gcode.planner import program_blocks
     from gcode_ml.lab.bundle import load_bundle
@@ -105,25 +108,21 @@ def modes_of(
         "a model of trajectory",
         str(bundle.facts.get("domain")),
     )
-    whole = Path(path).stat().st_size < large * 1e6
-    part = part_of(
-        path
-        if whole
-        else next(
-            (own for _, own, _ in program_blocks(path, lenient=True) if own.extruding.any()), path
-        ),
-        bundle.preprocessing["rate"],
-    )
+    is_whole = Path(path).stat().st_size < large * 1e6
+    program = path
+    if not is_whole:
+        blocks = (motion for _, motion, _ in program_blocks(path, lenient=True))
+        program = next((motion for motion in blocks if motion.extruding.any()), path)
+    part = part_of(program, bundle.preprocessing["rate"])
     error = predict_part(bundle, part)
-    return fit_filter(
-        [Series(part, dict(name="model"), error)], "second_order"
-    ).weights, error if whole else None
+    modes = fit_filter([Series(part, dict(name="model"), error)], "second_order").weights
+    return modes, error if is_whole else None
 
 # %% ../../nbs/trajectory/60_commands.ipynb #e7bac3e5
 def read_record(
     path,  # `.csv` or `.parquet` with columns `t` in s, `x`, `y`, `error_x`, `error_y` in mm
-) -> tuple:  # Position and error, mm, `[T,2]` each, and samples a second
-    "A record of what a machine was told and how far it was off."
+) -> tuple:  # Commanded position and error, mm, `[T,2]` each, and samples per second
+    "Read the measurement of a calibration print. Raises `InputError` for missing columns, values that are not finite, or uneven times."
     import numpy as np
     import pandas as pd
 
@@ -158,12 +157,12 @@ def read_record(
 
 # %% ../../nbs/trajectory/60_commands.ipynb #668d72f8
 def correct_command(a):
-    "`gcode_ml correct`: a program that the machine prints with less error, proven by printing it again in simulation."
+    "Run `gcode_ml correct`: write a program with a smaller contour error, verified in simulation."
     from gcode_ml.trajectory.correct import (
         correct_file,
-        identified_machine,
-        uncertain_machines,
-        unknown_machines,
+        identify_machine,
+        machine_prior_samples,
+        perturbed_machines,
     )
     from gcode_ml.trajectory.simulate import named_machine
 
@@ -175,57 +174,60 @@ def correct_command(a):
         "a bundle, filter, or a record of the machine",
         "neither",
     )
-    machine = identified_machine(*read_record(a.record)) if a.record else None
-    modes, error = (
-        (list(zip(machine.frequency, machine.damping)), None)
-        if a.record
-        else modes_of(a.model, a.file, a.frequency, a.damping)
-    )
-    family = (
-        None
-        if a.spread is None
-        else uncertain_machines(modes, a.spread, machine=machine)
-        if machine or a.identified
-        else unknown_machines(modes, a.spread)
-    )
+    machine = identify_machine(*read_record(a.record)) if a.record else None
+    if a.record:
+        modes = list(zip(machine.frequency, machine.damping))
+        error = None
+    else:
+        modes, error = modes_of(a.model, a.file, a.frequency, a.damping)
+    machines = None
+    if a.spread is not None:
+        machines = (
+            perturbed_machines(modes, a.spread, machine=machine)
+            if machine or a.identified
+            else machine_prior_samples(modes, a.spread)
+        )
     done = correct_file(
         a.file,
         a.output,
         modes,
         a.method,
-        family,
+        machines,
         error,
         a.firmware,
         tuple(a.bed),
         a.lenient,
         identified=a.identified,
         machine=machine,
-        more=[named_machine(m) for m in a.judge],
+        extra_machines=[named_machine(m) for m in a.judge],
     )
-    print(f"chosen   {done.method}")
-    print(
-        "mode     "
-        + ", ".join(f"{axis} {f:.2f} Hz, damping {z:.3f}" for axis, (f, z) in zip("xy", done.modes))
-    )
-    print(
-        done.table.to_string(index=False, float_format=lambda x: f"{x:.2f}")
-        + "   µm RMS, simulation only"
-    )
-    if done.limits:
-        print(
-            f"advice   {done.method}; acceleration up to {done.limits['acceleration']:g} mm/s²; speeds near {', '.join(f'{v:g}' for v in sorted({*done.limits['avoid_x'], *done.limits['avoid_y']}))} mm/s shake the machine"
-        )
+    _print_correction(done)
     print(f"written  {a.output}")
+
+
+def _print_correction(done):
+    "Print method, modes, errors and advice of a `Correction`."
+    modes = [f"{axis} {f:.2f} Hz, damping {z:.3f}" for axis, (f, z) in zip("xy", done.modes)]
+    print(f"chosen   {done.method}")
+    print("mode     " + ", ".join(modes))
+    table = done.table.to_string(index=False, float_format=lambda x: f"{x:.2f}")
+    print(table + "   µm RMS, simulation only")
+    if done.limits:
+        speeds = sorted({*done.limits["avoid_x"], *done.limits["avoid_y"]})
+        print(
+            f"advice   {done.method}; acceleration up to {done.limits['acceleration']:g} mm/s²; "
+            f"speeds near {', '.join(f'{v:g}' for v in speeds)} mm/s excite the resonance"
+        )
 
 # %% ../../nbs/trajectory/60_commands.ipynb #005c33d7
 def add_commands(
-    command,  # `command(name, function, help, *words)` makes a command
+    command,  # `command(name, function, help, *positional)` adds a command and returns its parser
 ):
-    "The commands of this domain."
+    "Add the commands of this domain."
     sub = command(
         "correct",
         correct_command,
-        "a G-code file that is printed with less error",
+        "correct a G-code file for the dynamics of a machine",
         "file",
         group="trajectory",
     )
@@ -234,10 +236,15 @@ def add_commands(
     sub.add_argument(
         "--method",
         default="safe",
-        help="safe (chosen so that no machine of a family is worse), full (with --record), robust or inverse (resampled path), shaper (the best for the firmware), ZV, MZV, ZVD, EI, 2HUMP, 3HUMP, or vertices",
+        help="safe (selected so that the error falls on every plausible machine), full (with --record), "
+        "robust or inverse (resampled path), shaper (the best for the firmware), ZV, MZV, ZVD, EI, "
+        "2HUMP, 3HUMP, or vertices",
     )
     sub.add_argument(
-        "--frequency", type=float, nargs="+", help="Hz, of x and y, with --model filter"
+        "--frequency",
+        type=float,
+        nargs="+",
+        help="natural frequency of x and y in Hz, with --model filter",
     )
     sub.add_argument(
         "--damping", type=float, nargs="+", help="damping ratio of x and y, with --model filter"
@@ -245,7 +252,7 @@ def add_commands(
     sub.add_argument(
         "--identified",
         action="store_true",
-        help="the constants were measured on the machine that prints",
+        help="the modes were measured on the machine that prints",
     )
     sub.add_argument(
         "--record",
@@ -254,29 +261,30 @@ def add_commands(
     sub.add_argument(
         "--spread",
         type=float,
-        help="how far frequencies may be off; 0.2, of an identified machine 0.1",
+        help="relative error of the frequencies; default 0.2, for an identified machine 0.1",
     )
     sub.add_argument(
         "--judge",
         nargs="*",
         default=[],
-        help="more machines to print on: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED",
+        help="further machines to evaluate on: soft, bedslinger, hard, worn, corexy, NAME:SEED, "
+        "random:SEED",
     )
     sub.add_argument(
         "--firmware",
         default="klipper",
         choices=["klipper", "marlin"],
-        help="firmware that sets a shaper",
+        help="firmware that runs the input shaper",
     )
     sub.add_argument(
         "--bed",
         type=float,
         nargs="+",
         default=[220.0, 220.0, 250.0],
-        help="space of the machine, mm: its size, or six numbers, least position first",
+        help="build volume, mm: its size, or six numbers, lowest position first",
     )
     sub.add_argument(
         "--lenient",
         action="store_true",
-        help="leave out lines that cannot be read, and say so, instead of refusing the file",
+        help="skip lines that cannot be read, with a warning, instead of refusing the file",
     )

@@ -1,4 +1,4 @@
-"""How far predictions of the path error are from it, by axis and part, in micrometres; how far a path is from its contour; and five pictures.
+"""Scores of predicted tracking errors per axis and part, the contour error of a path, the training loss, and five plots.
 
 Docs: https://example.org/gcode_ml/trajectory/evaluate.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://example.org/gcode_ml/trajectory/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['KEYS', 'MEASURES', 'covered_rows', 'predict_rows', 'settled_rows', 'error_scores', 'part_scores', 'score_table',
-           'beaten_filters', 'contour_error', 'path_scores', 'trajectory_comparison', 'error_distribution',
-           'error_correlation', 'per_axis_error', 'sequence_prediction']
+           'compare_with_filters', 'contour_error', 'path_scores', 'TrajectoryLoss', 'trajectory_comparison',
+           'error_distribution', 'error_correlation', 'per_axis_error', 'sequence_prediction']
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #42f42818
 import matplotlib.pyplot as plt
@@ -15,15 +15,17 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from torch import nn
 
 from ..core.errors import require
+from ..training.losses import Regression
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #6e94dd13
 def covered_rows(
     windows,  # `TrajectoryWindows`
-    index,  # Which windows
+    index,  # Window numbers
 ) -> np.ndarray:  # Mask over all rows of the errors
-    "Rows that windows cover."
+    "Rows covered by windows."
     first = (
         windows.run_table.error_first.to_numpy()[windows.recording[index]] + windows.start[index]
     )
@@ -34,7 +36,7 @@ def covered_rows(
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #3bade9d5
 def _chunks(length, size):
-    "First row, last row, and rows to keep from, of windows that overlap by half."
+    "Start, stop and first row to keep of windows that overlap by half."
     if length <= size:
         return [(0, length, 0)]
     starts = [*range(0, length - size, size // 2), length - size]
@@ -46,8 +48,8 @@ def _chunks(length, size):
     return found
 
 
-def _answer(model, features, filter, static):
-    "Error in mm of one run, `[T,2]`."
+def _predict_run(model, features, filter, static):
+    "Predicted error of one run, mm, `[T,2]`."
     spans = (
         [(0, len(features), 0)] if model.unbounded else _chunks(len(features), len(model.positions))
     )
@@ -65,11 +67,11 @@ def _answer(model, features, filter, static):
 def predict_rows(
     model,  # Model of the `models` page, with its scale
     windows,  # `TrajectoryWindows` with the input `filter`
-    index,  # Windows whose runs are wanted
+    index,  # Windows whose runs are predicted
     device="cpu",  # Device of the model
-    progress=None,  # For instance `tqdm`
+    progress=None,  # Progress bar, such as `tqdm`
 ) -> np.ndarray:  # Error in mm of all rows, `[N,2]`; NaN in other runs
-    "Predict the runs in which windows lie."
+    "Predict the runs that contain windows."
     model.eval()
     out = np.full((len(windows.errors), 2), np.nan, "float32")
     runs = np.unique(windows.recording[index])
@@ -83,15 +85,15 @@ def predict_rows(
             windows.extra["filter"][e] * std,
             torch.tensor([r.layer_time, r.layer], dtype=torch.float32),
         )
-        out[e] = _answer(model, *(v.to(device) for v in values)).cpu().numpy()
+        out[e] = _predict_run(model, *(v.to(device) for v in values)).cpu().numpy()
     return out
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #a5919bb0
 def settled_rows(
     windows,  # `TrajectoryWindows`
-    history: int = 128,  # Rows of a run that are left out where it does not begin at the program's start
+    history: int = 128,  # Rows left out at the start of a run, unless the program starts there
 ) -> np.ndarray:  # Mask over all rows of the errors
-    "Rows whose past is in the series."
+    "Rows whose recent past is in the series."
     keep = np.ones(len(windows.errors), bool)
     for r in windows.run_table.itertuples():
         part = windows.series[r.series].part
@@ -106,8 +108,8 @@ def settled_rows(
 # %% ../../nbs/trajectory/40_evaluate.ipynb #8e60eb6c
 def error_scores(
     actual: np.ndarray,  # Error, mm, `[N,2]`
-    predicted: np.ndarray,  # What was said, mm, `[N,2]`
-) -> pd.DataFrame:  # A row an axis: `MAE`, `RMSE`, `R²`, `p50` to `p99`
+    predicted: np.ndarray,  # Predicted error, mm, `[N,2]`
+) -> pd.DataFrame:  # One row per axis: `MAE`, `RMSE`, `R²`, `p50` to `p99`
     "Scores of predicted errors."
     require(
         actual.shape == predicted.shape,
@@ -119,20 +121,20 @@ def error_scores(
     rows = []
     for axis, columns in (("x", [0]), ("y", [1]), ("xy", [0, 1])):
         a = actual[:, columns].astype(float)
-        left = (actual - predicted)[:, columns].astype(float)
+        residual = (actual - predicted)[:, columns].astype(float)
         total = ((a - a.mean(0)) ** 2).sum()
         rows.append(
             dict(
                 axis=axis,
                 **{
-                    "R²": 1 - (left**2).sum() / total if total else np.nan,
-                    "RMSE": 1e3 * np.sqrt((left**2).mean()),
-                    "MAE": 1e3 * np.abs(left).mean(),
+                    "R²": 1 - (residual**2).sum() / total if total else np.nan,
+                    "RMSE": 1e3 * np.sqrt((residual**2).mean()),
+                    "MAE": 1e3 * np.abs(residual).mean(),
                 },
                 **{
                     f"p{p}": v
                     for p, v in zip(
-                        (50, 90, 95, 99), 1e3 * np.percentile(np.abs(left), (50, 90, 95, 99))
+                        (50, 90, 95, 99), 1e3 * np.percentile(np.abs(residual), (50, 90, 95, 99))
                     )
                 },
             )
@@ -144,9 +146,9 @@ def part_scores(
     windows,  # `TrajectoryWindows`
     index,  # Test windows
     predicted: np.ndarray,  # Of all rows, mm, `[N,2]`
-    **columns,  # What they belong to: `name`, `split`, `fold`, `seed`
-) -> pd.DataFrame:  # A row a part, machine and axis
-    "Scores of each part, on rows whose past is in the series."
+    **columns,  # Columns to add: `name`, `split`, `fold`, `seed`
+) -> pd.DataFrame:  # One row per part, machine and axis
+    "Scores of each part, on rows whose recent past is in the series."
     rows = covered_rows(windows, index) & settled_rows(windows)
     bounds = np.cumsum([0] + [len(s.errors) for s in windows.series])
     found = []
@@ -168,7 +170,7 @@ MEASURES = ("R²", "RMSE", "MAE", "p50", "p90", "p95", "p99")
 def score_table(
     scores: pd.DataFrame,  # From `part_scores`
 ) -> pd.DataFrame:  # `name`, `measure`, `split`, `value`, `low`, `high`, `seeds`
-    "Mean over parts and folds, then over seeds, with one standard deviation of the seeds to each side."
+    "Mean over parts and folds, then over seeds; `low` and `high` are one standard deviation over seeds away."
     long = scores.melt([*KEYS, "axis", "part", "machine"], list(MEASURES), var_name="measure")
     long = long[
         (long.axis == "xy") != long.measure.isin(["R²", "RMSE"])
@@ -194,12 +196,12 @@ def score_table(
     )
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #afc8bd8f
-def beaten_filters(
+def compare_with_filters(
     scores: pd.DataFrame,  # From `part_scores`
     name: str,  # The model
     others,  # The filters
-) -> pd.DataFrame:  # A row a split, part and axis: `model`, `std`, `best`, `filter`, `met`
-    "Where a model is better than every filter."
+) -> pd.DataFrame:  # One row per split, part and axis: `model`, `std`, `best`, `filter`, `met`
+    "Compare a model with the best filter, per part and axis."
     s = scores[scores.axis != "xy"]
     own = (
         s[s.name == name]
@@ -224,9 +226,9 @@ def beaten_filters(
 def contour_error(
     actual: np.ndarray,  # Position, mm, `[T,2]`
     reference: np.ndarray,  # Programmed position at the same instants, mm, `[T,2]`
-    rate: float = 1000.0,  # Samples a second
-    reach: float = 0.045,  # How far in time the path is searched, s
-    rows: np.ndarray = None,  # Samples that are wanted; all by default
+    rate: float = 1000.0,  # Samples per second
+    reach: float = 0.045,  # Half-width of the search in time, s
+    rows: np.ndarray = None,  # Samples to evaluate; all by default
     block: int = 1 << 15,  # Samples at a time
 ) -> np.ndarray:  # mm, `[len(rows)]`
     "Distance from the programmed path."
@@ -256,10 +258,10 @@ def contour_error(
 def path_scores(
     actual: np.ndarray,  # mm, `[T,2]`
     reference: np.ndarray,  # mm, `[T,2]`
-    keep: np.ndarray = None,  # Samples that count, for instance those of walls
-    rate: float = 1000.0,  # Samples a second
+    keep: np.ndarray = None,  # Samples to score, such as those on walls
+    rate: float = 1000.0,  # Samples per second
 ) -> dict:  # µm: `tracking` and `contour` RMS, and p50, p95, p99 and the largest contour error
-    "How far a path is from the programmed one."
+    "Tracking and contour error of a path."
     rows = np.arange(len(actual)) if keep is None else np.flatnonzero(keep)
     require(len(rows), "path", "samples", "at least one that counts", "none")
     c = 1e3 * contour_error(actual, reference, rate, rows=rows)
@@ -271,6 +273,31 @@ def path_scores(
         max=float(c.max()),
     )
 
+# %% ../../nbs/trajectory/40_evaluate.ipynb #5de054ce
+class TrajectoryLoss(nn.Module):
+    "Loss of the tracking error plus the weighted squared error of the layer temperatures."
+
+    def __init__(
+        self,
+        measure: str = "absolute",  # Loss of the tracking error: `absolute`, `huber` or `squared`
+        thermal: float = 0.3,  # Weight of the temperatures
+    ):
+        super().__init__()
+        self.path = Regression(measure, head="error")
+        self.heat = Regression("squared", head="thermal")
+        self.weight = thermal
+
+    def forward(self, prediction, target):
+        loss = self.path(prediction, target)
+        if not self.weight or "thermal" not in prediction:
+            return loss
+        return loss + self.weight * self.heat(
+            prediction,
+            dict(
+                thermal=torch.where(target["thermal_mask"][..., None], target["thermal"], torch.nan)
+            ),
+        )
+
 # %% ../../nbs/trajectory/40_evaluate.ipynb #cd4025ed
 def _axes(ax, n=1, size=(6, 2.5)):
     return ax if ax is not None else plt.subplots(1, n, figsize=size, layout="constrained")[1]
@@ -279,11 +306,11 @@ def _axes(ax, n=1, size=(6, 2.5)):
 def trajectory_comparison(
     position: np.ndarray,  # Programmed, mm, `[T,2]`
     actual: np.ndarray,  # Error, mm, `[T,2]`
-    predicted: np.ndarray,  # Error that was said, mm, `[T,2]`
-    magnify: float = 50.0,  # How much larger errors are drawn
+    predicted: np.ndarray,  # Predicted error, mm, `[T,2]`
+    magnify: float = 50.0,  # Magnification of the errors
     ax=None,  # Axes
 ):  # The axes
-    "A stretch of the path, with errors drawn larger."
+    "Plot a section of the path with magnified errors."
     ax = _axes(ax, size=(4, 3.5))
     for e, name, style in (
         (0 * actual, "programmed", "k:"),
@@ -298,15 +325,15 @@ def trajectory_comparison(
 
 # %% ../../nbs/trajectory/40_evaluate.ipynb #b68142ef
 def error_distribution(
-    left: dict,  # Name -> what is left of the error, mm, `[N,2]`
+    residuals: dict,  # Name -> residual error, mm, `[N,2]`
     ax=None,  # Axes
 ):  # The axes
-    "Distribution of what is left, both axes together."
+    "Plot the distribution of residual errors, both axes together."
     ax = _axes(ax)
-    for name, e in left.items():
+    for name, e in residuals.items():
         values = np.sort(1e3 * np.abs(e).ravel())[:: max(e.size // 2000, 1)]
         ax.plot(values, np.linspace(0, 1, len(values)), lw=1.2, label=name)
-    ax.set(xlabel="|error left|, µm", ylabel="share below", ylim=(0, 1))
+    ax.set(xlabel="|residual error|, µm", ylabel="fraction below", ylim=(0, 1))
     ax.legend(fontsize=7, frameon=False)
     sns.despine(ax=ax)
     return ax
@@ -317,7 +344,7 @@ def error_correlation(
     predicted: np.ndarray,  # mm, `[N,2]`
     axs=None,  # Two axes
 ):  # The axes
-    "Said against simulated, for each axis."
+    "Plot predicted against simulated errors per axis."
     axs = _axes(axs, 2)
     for k, (ax, name) in enumerate(zip(axs, "xy")):
         step = max(len(actual) // 3000, 1)
@@ -339,7 +366,7 @@ def per_axis_error(
     measure: str = "RMSE",  # Measure
     ax=None,  # Axes
 ):  # The axes
-    "A bar a method and axis, mean over parts."
+    "Bar chart of a measure per method and axis, mean over parts."
     ax = _axes(ax)
     t = scores[scores.axis != "xy"].groupby(["name", "axis"], sort=False)[measure].mean().unstack()
     t.plot.bar(ax=ax, width=0.7, rot=30, color=["C0", "C1"])
@@ -351,16 +378,16 @@ def per_axis_error(
 # %% ../../nbs/trajectory/40_evaluate.ipynb #8e67890b
 def sequence_prediction(
     actual: np.ndarray,  # mm, `[T,2]`
-    said: dict,  # Name -> predicted error, mm, `[T,2]`
-    rate: float = 500.0,  # Samples a second
+    predictions: dict,  # Name -> predicted error, mm, `[T,2]`
+    rate: float = 500.0,  # Samples per second
     axs=None,  # Two axes
 ):  # The axes
-    "One stretch in time."
+    "Plot errors over time."
     axs = _axes(axs, 2, (7, 2.2))
     t = np.arange(len(actual)) / rate
     for k, (ax, axis) in enumerate(zip(axs, "xy")):
         ax.plot(t, 1e3 * actual[:, k], "k", lw=1.2, label="simulated")
-        for name, e in said.items():
+        for name, e in predictions.items():
             ax.plot(t, 1e3 * e[:, k], "--", lw=1, label=name)
         ax.set(xlabel="s", ylabel=f"error in {axis}, µm")
         sns.despine(ax=ax)

@@ -1,4 +1,4 @@
-"""Linear and identified filters from planned motion to error: baselines of every table, and what the networks stand on.
+"""Linear and identified filters from planned motion to tracking error: the baselines of every table, and the base of the networks.
 
 Docs: https://example.org/gcode_ml/trajectory/filters.html.md"""
 
@@ -21,16 +21,16 @@ from .simulate import error_filter
 
 # %% ../../nbs/trajectory/30_filters.ipynb #bebec121
 FILTERS = ("zero", "fir", "harmonics", "sign", "second_order")
-PENALTY = 1e-2  # of squared weights, velocities in mm/s
+PENALTY = 1e-2  # ridge penalty, for velocities in mm/s
 
 # %% ../../nbs/trajectory/30_filters.ipynb #60afd12e
 def filter_columns(
     velocity: np.ndarray,  # Mean velocity of each interval of one axis, mm/s, `[T]`
     position: np.ndarray,  # Position of the axis at the end of the interval, mm, `[T]`
     kind: str = "sign",  # `fir`, `harmonics` or `sign`
-    taps: int = 128,  # Velocities to look back at
+    taps: int = 128,  # Number of past velocities
 ) -> np.ndarray:  # `[T,C]`
-    "Columns of a linear filter; before its start a run is taken to have had its first velocity."
+    "Columns of a linear filter; the first velocity of a run is repeated before its start."
     padded = np.concatenate([np.full(taps - 1, velocity[0]), velocity])
     columns = [
         np.lib.stride_tricks.sliding_window_view(padded, taps)[:, ::-1],
@@ -44,7 +44,7 @@ def filter_columns(
 
 
 def _direction(velocity):
-    "Sign of the last velocity that was not zero."
+    "Sign of the last nonzero velocity; 0 before the first."
     moving = velocity != 0
     last = np.maximum.accumulate(np.where(moving, np.arange(len(velocity)), -1))
     return np.where(last >= 0, np.sign(velocity[last]), 0.0)
@@ -55,18 +55,16 @@ class ErrorFilter:
     "A fitted filter."
 
     kind: str  # Name in `FILTERS`
-    rate: float  # Samples a second
-    weights: list = field(
-        default_factory=list, repr=False
-    )  # Of each axis; frequency and damping of `second_order`
-    taps: int = 128  # Velocities that a linear filter looks back at
-    machines: dict = field(
-        default_factory=dict, repr=False
-    )  # Name of a machine -> weights that were fitted on it alone
+    rate: float  # Samples per second
+    # Weights of each axis; frequency in Hz and damping ratio for `second_order`
+    weights: list = field(default_factory=list, repr=False)
+    taps: int = 128  # Number of past velocities of a linear filter
+    # Name of a machine -> weights fitted on that machine alone
+    machines: dict = field(default_factory=dict, repr=False)
 
 # %% ../../nbs/trajectory/30_filters.ipynb #32988751
 def _pieces(part, errors, rows):
-    "Runs of a series: axis by axis velocity, position and error, and which of their rows count."
+    "Velocity, position and error of each run of a series, and the rows to fit on."
     velocity = part.velocities().astype(float)
     for a, b in zip(part.runs["first"], part.runs["stop"]):
         keep = slice(None) if rows is None else np.flatnonzero(rows[a:b])
@@ -75,8 +73,8 @@ def _pieces(part, errors, rows):
         yield velocity[a:b], part.position[a:b].astype(float), errors[a:b].astype(float), keep
 
 
-def _products(series, rows, taps, block=16384):
-    "Sums of products of the columns with each other and with the error, of both axes."
+def _products(series, rows, taps):
+    "Gram matrix of the columns and their products with the error, for both axes."
     sums = [[0.0, 0.0], [0.0, 0.0]]
     for s, r in zip(series, rows):
         for velocity, position, error, keep in _pieces(s.part, s.errors, r):
@@ -95,22 +93,22 @@ def _ridge(sums, kind, taps):
 
 # %% ../../nbs/trajectory/30_filters.ipynb #fc4a4e0f
 def oscillator_error(
-    position: np.ndarray,  # Of one axis, mm, `[T]`
-    velocity: float,  # At the start, mm/s
+    position: np.ndarray,  # Position of one axis, mm, `[T]`
+    velocity: float,  # Velocity at the start, mm/s
     frequency: float,  # Hz
     damping: float,  # Damping ratio
-    rate: float,  # Samples a second
+    rate: float,  # Samples per second
 ) -> np.ndarray:  # mm, `[T]`
-    "Error of one mode that has been moving at constant speed."
+    "Error of one mode after motion at constant velocity."
     b, a = error_filter(frequency, damping, rate)
     return lfilter(b, a, position - position[0] - velocity * np.arange(len(position)) / rate)
 
 # %% ../../nbs/trajectory/30_filters.ipynb #3f347d09
-def _fit_second_order(series, rows, rate, most=60_000):
-    "Frequency and damping of each axis."
+def _fit_second_order(series, rows, rate, max_rows=60_000):
+    "Least-squares frequency in Hz and damping ratio of each axis."
     runs = [p for s, r in zip(series, rows) for p in _pieces(s.part, s.errors, r)]
     size = np.cumsum([len(p[0]) for p in runs])
-    step = max(int(np.ceil(size[-1] / most)), 1)
+    step = max(int(np.ceil(size[-1] / max_rows)), 1)
     runs = runs[:: min(step, max(len(runs) // 3, 1))]
 
     def misfit(q, k):
@@ -126,27 +124,19 @@ def _fit_second_order(series, rows, rate, most=60_000):
     for k in range(2):
         grid = [np.log([f, 0.1]) for f in np.geomspace(15, min(100, rate / 4.1), 24)]
         best = min(grid, key=lambda q: misfit(q, k))
-        found.append(
-            np.exp(
-                minimize(
-                    misfit,
-                    best,
-                    (k,),
-                    method="Nelder-Mead",
-                    options=dict(maxiter=80, xatol=1e-4, fatol=1e-12),
-                ).x
-            ).tolist()
-        )
+        options = dict(maxiter=80, xatol=1e-4, fatol=1e-12)
+        fit = minimize(misfit, best, (k,), method="Nelder-Mead", options=options)
+        found.append(np.exp(fit.x).tolist())
     return found
 
 # %% ../../nbs/trajectory/30_filters.ipynb #b6cf3c54
 def fit_filters(
-    series: list,  # `Series` to learn from
+    series: list,  # `Series` to fit on
     kinds=FILTERS,  # Names in `FILTERS`
-    rows: list = None,  # Rows that count, a mask for each series; all by default
-    taps: int = 128,  # Velocities that a linear filter looks back at
+    rows: list = None,  # Rows to fit on, one mask per series; all by default
+    taps: int = 128,  # Number of past velocities of a linear filter
 ) -> dict:  # Name -> fitted `ErrorFilter`
-    "Fit filters."
+    "Fit several filters in one pass."
     for k in kinds:
         check_choice("filter", "kind", k, FILTERS)
     require(series, "filter", "series", "at least one", "none")
@@ -184,10 +174,10 @@ def fit_filters(
 
 # %% ../../nbs/trajectory/30_filters.ipynb #d960285f
 def fit_filter(
-    series: list,  # `Series` to learn from
+    series: list,  # `Series` to fit on
     kind: str = "sign",  # Name in `FILTERS`
-    rows: list = None,  # Rows that count, a mask for each series; all by default
-    taps: int = 128,  # Velocities that a linear filter looks back at
+    rows: list = None,  # Rows to fit on, one mask per series; all by default
+    taps: int = 128,  # Number of past velocities of a linear filter
 ) -> ErrorFilter:  # Fitted
     "Fit one filter."
     return fit_filters(series, [kind], rows, taps)[kind]
@@ -197,12 +187,12 @@ def fit_filter(
 def predict(
     self: ErrorFilter,
     part,  # `Part`
-    machine: str = "",  # Machine with weights of its own; those for all machines together where it has none
+    machine: str = "",  # Name of a machine; without weights of its own, those of all machines are used
 ) -> np.ndarray:  # mm, `[T,2]` float32
-    "Error that the filter expects on every row of a part."
+    "Predict the error on every row of a part."
     weights = self.machines.get(machine, self.weights)
     if part.rate != self.rate:
-        raise InputError(part.name, "rate", f"{self.rate:g} samples a second", f"{part.rate:g}")
+        raise InputError(part.name, "rate", f"{self.rate:g} samples per second", f"{part.rate:g}")
     if self.kind == "zero":
         return np.zeros((len(part.features), 2), "float32")
 

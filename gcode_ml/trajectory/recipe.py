@@ -1,4 +1,4 @@
-"""The one place that wires series, filter, windows, model and loss of a trajectory fit, and what a finished model is asked.
+"""Build a `Learner` from series, filter, windows, model and loss; predict with and evaluate a bundle.
 
 Docs: https://example.org/gcode_ml/trajectory/recipe.html.md"""
 
@@ -30,26 +30,32 @@ from .augment import ReflectAxes, reflected_signs
 from gcode_ml.trajectory.data import (
     PARTS,
     Part,
-    Scale,
     Series,
+    Standardizer,
     TrajectoryWindows,
     check,
     collect,
-    fit_scale,
+    fit_standardizer,
     part_family,
     read_collection,
     split_windows,
     trajectory_features,
     write_samples,
 )
-from .evaluate import covered_rows, part_scores, predict_rows, score_table
+from gcode_ml.trajectory.evaluate import (
+    TrajectoryLoss,
+    covered_rows,
+    part_scores,
+    predict_rows,
+    score_table,
+)
 from .filters import FILTERS, ErrorFilter, fit_filters
-from .models import MODELS, OscillatorLaw, TrajectoryLoss
+from .models import MODELS, OscillatorLaw
 from .simulate import error_filter
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #d9388804
 def _programs(data):
-    "Names and files of the parts of a folder: those of `PARTS` where they are, else every G-code file."
+    "Names and files of the parts in a folder: those of `PARTS` if present, else every G-code file."
     folder = Path(data)
     if folder.is_file():
         return {folder.stem: folder}
@@ -67,13 +73,13 @@ def load_series(
     data="",  # Collection, folder of G-code, G-code file; generated parts when empty
     machine: str = "hard",  # Machines as `named_machine` takes them, joined by +
     layers: str = "sampled:5",  # Layers of each part: `all`, `sampled:N`, `a:b`
-    folder="",  # Where the collection is kept; a temporary folder by default
+    folder="",  # Folder of the collection; temporary by default
     seed: int = 0,  # Seed of generated parts
-    rate: float = 500.0,  # Samples a second
+    rate: float = 500.0,  # Samples per second
     parts: str = "",  # Names or families of parts, joined by +; all when empty
-    progress=None,  # For instance `tqdm`
-) -> tuple:  # List of `Series`, and what they are: `kind`, `folder` (the collection), `checksum`, `parts`, `machines`, `hours`
-    "Series of a run."
+    progress=None,  # Progress bar, such as `tqdm`
+) -> tuple:  # List of `Series`, and facts about them: `kind`, `folder` (the collection), `checksum`, `parts`, `machines`, `hours`
+    "Load or simulate the series of a run."
     machines = [m for m in machine.split("+") if m]
     names = [m.replace(":", "_") for m in machines]
     if data and any(Path(data).glob("*/motion.json")):
@@ -126,8 +132,8 @@ SPLITS = dict(
 def split_groups(
     series: list,  # `Series`
     split: str = "part",  # See `prepare_windows`
-) -> list:  # Names of the folds
-    "What is left out, fold by fold; leaky splits have one fold."
+) -> list:  # What each fold leaves out
+    "Left-out groups, one per fold; leaky splits have one fold."
     check_choice("parameter", "split", split, SPLITS)
     if split not in ("part", "machine", "both"):
         return [""]
@@ -144,11 +150,11 @@ def split_groups(
 def fitted_filters(
     windows: TrajectoryWindows,  # Windows
     train,  # Training windows
-    test,  # Test windows, on whose rows nothing is fitted
+    test,  # Test windows; nothing is fitted on their rows
     kinds=("sign",),  # Names in `FILTERS`
-    identify: str = "pooled",  # `pooled`: all machines have one filter; `machine`: each has its own
+    identify: str = "pooled",  # `pooled`: one filter for all machines; `machine`: one per machine
 ) -> dict:  # Name -> `ErrorFilter`
-    "Filters that have seen what the model sees."
+    "Fit filters on the data that the model is trained on."
     check_choice("parameter", "identify", identify, ("pooled", "machine"))
     bounds = np.cumsum([0] + [len(s.errors) for s in windows.series])
     rows, tested = (
@@ -186,17 +192,17 @@ def fitted_filters(
 def prepare_windows(
     series: list,  # From `load_series`
     split: str = "part",  # `part`, `machine`, `random` (leaks) or `layer` (leaks)
-    fold: int = 0,  # Which family or machine is the test set
+    fold: int = 0,  # Number of the left-out family or machine
     seed: int = 42,  # Seed of the split
-    sequence_length: int = 128,  # Steps a window
+    sequence_length: int = 128,  # Steps per window
     stride: int = 4,  # Steps between windows
-    harmonics: bool = False,  # Position waves as features
-    base="sign",  # Filter that is fitted, see `FILTERS`, or one that has been, as a dict or an `ErrorFilter`
+    harmonics: bool = False,  # Use `HARMONICS` as features
+    base="sign",  # Filter to fit, see `FILTERS`, or a fitted one as a dict or an `ErrorFilter`
     identify: str = "pooled",  # See `fitted_filters`
 ) -> (
     tuple
 ):  # `TrajectoryWindows` with scale and input `filter`, (train, valid, test), `ErrorFilter`
-    "Windows that are split and scaled, and the filter that the model stands on."
+    "Split and standardise windows, and fit the filter that the model corrects."
     if isinstance(base, str):
         check_choice("parameter", "base", base, FILTERS)
     groups = split_groups(series, split)
@@ -204,7 +210,7 @@ def prepare_windows(
         raise InputError("parameter", "fold", f"from 0 to {len(groups) - 1}", str(fold))
     windows = TrajectoryWindows(series, sequence_length, stride, harmonics, intervals=True)
     sets = split_windows(windows, SPLITS[split], groups[fold], seed=seed + fold)
-    scale = fit_scale(windows, sets[0])
+    scale = fit_standardizer(windows, sets[0])
     found = (
         fitted_filters(windows, sets[0], sets[2], [base], identify)[base]
         if isinstance(base, str)
@@ -219,7 +225,7 @@ def prepare_windows(
 
 # %% ../../nbs/trajectory/50_recipe.ipynb #a64e80ec
 def _law(windows, train, test, weight, control):
-    "The law of one mode as a callback, its right side as the input `drive`; the control has a wrong frequency."
+    "Physics residual of one mode as a callback, with its right-hand side as the input `drive`; the control has a wrong frequency."
     if not weight:
         return []
     modes = fitted_filters(windows, train, test, ["second_order"])["second_order"].weights
@@ -240,7 +246,7 @@ def _law(windows, train, test, weight, control):
 
 
 def _arguments(model, windows, size, layers, heads, dropout, thermal):
-    "What the model's class is called with."
+    "Constructor arguments of the model."
     given = (
         dict(features=len(windows.features), dropout=dropout, thermal=thermal > 0)
         | ({"size": size} if size else {})
@@ -258,28 +264,28 @@ def recipe(
     split: str = "part",  # See `prepare_windows`
     fold: int = 0,  # See `prepare_windows`
     model: str = "tcn",  # Name in `MODELS`
-    base="sign",
-    identify: str = "pooled",  # Filter under the model, see `prepare_windows`
-    lambda_physics: float = 0.0,  # Weight of the law of one mode
-    physics_control: bool = False,  # The law with a wrong frequency
-    thermal: float = 0.3,  # Weight of the layer temperatures; 0 leaves them out
+    base="sign",  # Filter that the model corrects, see `prepare_windows`
+    identify: str = "pooled",  # See `fitted_filters`
+    lambda_physics: float = 0.0,  # Weight of the physics residual of one mode
+    physics_control: bool = False,  # Use a wrong frequency in the physics residual
+    thermal: float = 0.3,  # Weight of the layer temperatures; 0: not predicted
     measure: str = "absolute",  # Loss of the error: `absolute`, `huber`, `squared`
-    noise_level: float = 0.0,  # Noise on standardised features, while training
-    mirror: float = 0.0,  # Share of the training windows in which an axis is reflected; needs `harmonics=False`
-    sequence_length: int = 128,
-    stride: int = 4,
+    noise_level: float = 0.0,  # Standard deviation of noise on standardised features, in training
+    mirror: float = 0.0,  # Fraction of the training windows in which an axis is reflected; needs `harmonics=False`
+    sequence_length: int = 128,  # See `prepare_windows`
+    stride: int = 4,  # See `prepare_windows`
     harmonics: bool = True,  # See `prepare_windows`
-    d_model: int = 0,
-    num_layers: int = 0,
-    heads: int = 8,
-    dropout: float = 0.0,  # Size of the model; 0 is its own
-    seed: int = 42,  # Seed of everything
+    d_model: int = 0,  # Size of a state; 0: the default of the model
+    num_layers: int = 0,  # Number of layers; 0: the default of the model
+    heads: int = 8,  # Attention heads of the transformer
+    dropout: float = 0.0,  # Dropout probability
+    seed: int = 42,  # Seed of weights and batches
     device: str = "auto",  # Device
-    workers="auto",  # Loader processes
-    cbs=(),  # More callbacks
+    workers="auto",  # Number of loader processes
+    cbs=(),  # Further callbacks
     **training,  # Shared options of `training.fit`
 ) -> Learner:  # With `learn.windows`, `learn.filter`, `learn.arguments`, and window numbers `learn.train`, `learn.valid`, `learn.test`
-    "A prediction of the path error ready to fit."
+    "Build a `Learner` that predicts the tracking error."
     check_choice("parameter", "model", model, MODELS)
     if noise_level:
         training = dict(
@@ -322,7 +328,7 @@ def recipe(
 def preprocessing(
     learn,  # From `recipe`
 ) -> dict:  # JSON-able
-    "State that turns motion into inputs."
+    "State that converts motion to inputs."
     w = learn.windows
     return dict(
         filter=asdict(learn.filter),
@@ -336,9 +342,9 @@ def preprocessing(
 # %% ../../nbs/trajectory/50_recipe.ipynb #e2705c6f
 def part_of(
     program,  # G-code file, `Program` or `Plan`
-    rate: float = 500.0,  # Samples a second
-) -> Part:  # One run a layer
-    "Motion of a whole program, without the temperatures."
+    rate: float = 500.0,  # Samples per second
+) -> Part:  # One run per layer
+    "Motion of a whole program; the thermal targets are NaN."
     motion = program if isinstance(program, Plan) else plan(program)
     s = sample(motion, rate, ("x", "y", "layer"))
     layer = s["layer"]
@@ -371,11 +377,11 @@ def part_of(
 def predict_part(
     bundle,  # From `lab.bundle.load_bundle`
     part: Part,  # From `part_of` or a collection
-    machine: str = "",  # Machine of the training whose own filter is meant; that of all machines otherwise
+    machine: str = "",  # Training machine whose filter is used; by default that of all machines
 ) -> np.ndarray:  # Error, mm, `[T,2]`
-    "Error that a bundle's model expects on a part."
+    "Predict the error of a part with a bundle."
     state = bundle.preprocessing
-    scale = Scale(**state["scale"])
+    scale = Standardizer(**state["scale"])
     windows = TrajectoryWindows(
         [Series(part, dict(name="unknown"), np.zeros((len(part.features), 2), "float32"))],
         1,
@@ -392,7 +398,7 @@ def predict_part(
         ", ".join(scale.features),
     )
     if part.rate != scale.rate:
-        raise InputError(part.name, "rate", f"{scale.rate:g} samples a second", f"{part.rate:g}")
+        raise InputError(part.name, "rate", f"{scale.rate:g} samples per second", f"{part.rate:g}")
     windows.attach(
         "filter", [ErrorFilter(**state["filter"]).predict(part, machine) / scale.error_std]
     )
@@ -402,8 +408,8 @@ def predict_part(
 def predict_bundle(
     bundle,  # From `lab.bundle.load_bundle`
     path,  # G-code file, or a part's folder in a collection
-) -> pd.DataFrame:  # A row a sample: `t` in s, `layer`, `x`, `y`, `error_x`, `error_y` in mm
-    "Predict the path error of a part."
+) -> pd.DataFrame:  # One row per sample: `t` in s, `layer`, `x`, `y`, `error_x`, `error_y` in mm
+    "Predict the tracking error of a program or of a part in a collection."
     path = Path(path)
     rate = bundle.preprocessing["rate"]
     part = (
@@ -426,9 +432,9 @@ def predict_bundle(
 def evaluate_bundle(
     bundle,  # From `lab.bundle.load_bundle`
     data,  # What `load_series` takes; programs are simulated on the machines of the training
-    progress=None,  # For instance `tqdm`
+    progress=None,  # Progress bar, such as `tqdm`
 ) -> tuple:  # Table of measures, and facts about the data
-    "Score a bundle and its filter on parts; parts that it was trained on are scored apart."
+    "Score a bundle and its filter on parts; parts used in training are scored separately."
     state = bundle.preprocessing
     series, facts = load_series(
         data, "+".join(re.sub(r"_(\d+)$", r":\1", m) for m in state["machines"]), progress=progress
@@ -442,12 +448,12 @@ def evaluate_bundle(
     for s in series:
         w = TrajectoryWindows([s], 1, 1)
         kind = dict(split="trained on" if s.part.name in known else "new", fold=0, seed=0)
-        for name, said in (
+        for name, predicted in (
             ("zero", 0 * s.errors),
             ("filter", ErrorFilter(**state["filter"]).predict(s.part, s.machine["name"])),
             ("model", predict_part(bundle, s.part, s.machine["name"])),
         ):
-            found.append(part_scores(w, np.arange(len(w)), said, name=name, **kind))
+            found.append(part_scores(w, np.arange(len(w)), predicted, name=name, **kind))
     scores = pd.concat(found)
     return score_table(scores).drop(columns="seeds"), dict(
         facts=facts, parts=scores.to_dict("records")
@@ -459,18 +465,18 @@ def simulate(
     data: str = "",  # Folder of G-code or a G-code file; small generated parts when empty
     machine: str = "hard",  # Machines joined by +: soft, bedslinger, hard, worn, corexy, NAME:SEED, random:SEED
     layers: str = "sampled:5",  # Layers of each part: all, sampled:N, a:b
-    rate: float = 500.0,  # Samples a second [1..2000]
-    samples: int = 0,  # Also write every nth window as sample_*.pt, in train/, val/ and test/; 0 does not [0..]
+    rate: float = 500.0,  # Samples per second [1..2000]
+    samples: int = 0,  # Also write every nth window as sample_*.pt, in train/, val/ and test/; 0: none [0..]
     seed: int = 0,  # Seed of generated parts [0..]
-    progress=None,  # For instance `tqdm`
+    progress=None,  # Progress bar, such as `tqdm`
 ):
-    "A collection of planned motion and simulated errors."
+    "Make a collection of planned motion and simulated errors."
     series, _ = load_series(data, machine, layers, folder, seed, rate, progress)
     if not samples:
         return
     windows = TrajectoryWindows(series)
     sets = split_windows(windows, "family")
-    fit_scale(windows, sets[0])
+    fit_standardizer(windows, sets[0])
     write_samples(
         windows,
         Path(folder) / "samples",

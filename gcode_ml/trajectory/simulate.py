@@ -1,4 +1,4 @@
-"""What a belt-driven machine does with a planned motion: resonance, play, motor ripple, input shapers, extrusion and layer temperature.
+"""Simulate a belt-driven machine that follows a planned motion: resonance, backlash, motor ripple, input shaping, extrusion and layer temperature.
 
 Docs: https://example.org/gcode_ml/trajectory/simulate.html.md"""
 
@@ -6,9 +6,10 @@ Docs: https://example.org/gcode_ml/trajectory/simulate.html.md"""
 
 # %% auto #0
 __all__ = ['EFFECTS', 'MACHINES', 'SHAPERS', 'error_filter', 'axis_error', 'exact_error', 'Machine', 'random_machine',
-           'random_process', 'vary_machine', 'named_machine', 'play', 'motor_positions', 'tracking_error',
-           'simulation_rate', 'shaper', 'residual_vibration', 'smoothing', 'shape', 'extrusion_flow', 'Thermal',
-           'healing', 'layer_temperatures', 'point_ages', 'point_temperatures', 'fin_temperature', 'simulate_part']
+           'random_process', 'vary_machine', 'named_machine', 'backlash', 'nonlinear_mode', 'motor_positions',
+           'tracking_error', 'simulation_rate', 'shaper_impulses', 'residual_vibration', 'shaper_smoothing',
+           'apply_input_shaper', 'extrusion_flow', 'Thermal', 'healing', 'layer_temperatures', 'point_ages',
+           'point_temperatures', 'fin_temperature', 'simulate_part']
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b413d47e
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,33 +27,34 @@ from ..gcode.planner import Plan, plan, sample
 def error_filter(
     frequency: float,  # Natural frequency, Hz
     damping: float,  # Damping ratio, between 0 and 1
-    rate: float,  # Samples a second
+    rate: float,  # Samples per second
 ) -> tuple:  # Numerator and denominator for `scipy.signal.lfilter`
-    "Filter from commanded position to error, exact for positions that are linear between samples."
+    "Discrete filter of H(s) from commanded position to error, exact for positions that are linear between samples. Raises `InputError` for a frequency of a quarter of the rate or more, or a damping ratio outside 0 to 1."
     if not 0 < frequency < rate / 4:
         raise InputError(
             "machine",
             "frequency",
-            f"above 0 and below a quarter of {rate:g} samples a second",
+            f"above 0 and below a quarter of {rate:g} samples per second",
             f"{frequency:g} Hz",
         )
     if not 0 < damping < 1:
         raise InputError("machine", "damping", "between 0 and 1", f"{damping:g}")
-    w, h = 2 * np.pi * frequency, 1 / rate
-    wd = w * np.sqrt(1 - damping**2)
-    decay = np.exp(-damping * w * h)
-    return -decay * np.sin(wd * h) / (wd * h) * np.array([1, -2, 1]), np.array(
-        [1, -2 * decay * np.cos(wd * h), decay**2]
-    )
+    w = 2 * np.pi * frequency  # rad/s
+    h = 1 / rate  # s
+    wd = w * np.sqrt(1 - damping**2)  # damped frequency, rad/s
+    decay = np.exp(-damping * w * h)  # of one sample
+    numerator = -decay * np.sin(wd * h) / (wd * h) * np.array([1, -2, 1])
+    denominator = np.array([1, -2 * decay * np.cos(wd * h), decay**2])
+    return numerator, denominator
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #82993568
 def axis_error(
     position: np.ndarray,  # Commanded position, mm, `[T]`
     frequency: float,  # Hz
     damping: float,  # Damping ratio
-    rate: float = 1000.0,  # Samples a second
+    rate: float = 1000.0,  # Samples per second
 ) -> np.ndarray:  # Actual minus commanded position, mm, `[T]`
-    "Error of an axis that stands still at the first sample."
+    "Tracking error of one axis with one mode, at rest at the first sample."
     coefficients = error_filter(frequency, damping, rate)
     state = np.zeros(2)
     error = np.empty(len(position))
@@ -60,7 +62,7 @@ def axis_error(
     for k in range(0, len(position), size):
         error[k : k + size], state = lfilter(
             *coefficients, position[k : k + size] - position[0], zi=state
-        )  # blocks that stay in the cache
+        )  # in blocks that fit the cache
     return error
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #2946f599
@@ -68,50 +70,43 @@ def exact_error(
     t: np.ndarray,  # Times after the start, s
     frequency: float,  # Hz
     damping: float,  # Damping ratio
-    step: float = 0.0,  # Jump of the position, mm
-    speed: float = 0.0,  # Jump of the speed, mm/s
+    step: float = 0.0,  # Position step, mm
+    speed: float = 0.0,  # Velocity step, mm/s
     acceleration: float = 0.0,  # Constant acceleration, mm/s²
 ) -> np.ndarray:  # mm
-    "Error after a start from rest, in closed form."
-    w = 2 * np.pi * frequency
-    wd = w * np.sqrt(1 - damping**2)
+    "Closed-form tracking error after a start from rest."
+    w = 2 * np.pi * frequency  # rad/s
     root = np.sqrt(1 - damping**2)
+    wd = w * root  # damped frequency, rad/s
     decay = np.exp(-damping * w * t)
     c = np.cos(wd * t)
     s = np.sin(wd * t)
-    return (
-        -step * decay * (c - damping / root * s)
-        - speed / wd * decay * s
-        - acceleration / w**2 * (1 - decay * (c + damping / root * s))
-    )
+    from_step = -step * decay * (c - damping / root * s)
+    from_speed = speed / wd * decay * s
+    from_acceleration = acceleration / w**2 * (1 - decay * (c + damping / root * s))
+    return from_step - from_speed - from_acceleration
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f144a43a
 @dataclass(frozen=True)
 class Machine:
-    "Constants of a machine; pairs are X and Y."
+    "Constants of a machine; pairs are for X and Y. Raises `InputError` for constants out of range."
 
-    name: str = "machine"  # For tables
+    name: str = "machine"  # Name shown in tables
     kind: str = "cartesian"  # `cartesian`, `bedslinger` (Y carries the part) or `corexy`
-    frequency: tuple = (55.0, 40.0)  # First mode, Hz
-    damping: tuple = (0.08, 0.08)  # Its damping ratios
-    second_gain: float = 0.0  # Share of the second mode in the motion
-    second_ratio: float = 2.2  # Its frequency as a multiple of the first
-    second_damping: float = 0.05  # Its damping ratio
-    belt_slope: float = (
-        0.0  # Relative change of the belt's stiffness 110 mm from the centre of the bed
-    )
-    ripple: tuple = ()  # Motor and pulley: (amplitude mm, period mm, phase rad) each
-    steps: float = 0.0  # Motor steps a mm; 0 does not round
-    friction: float = (
-        0.0  # Coulomb friction over stiffness, mm: how far an axis is held from its rest
-    )
-    backlash: float = 0.0  # Play, total width, mm
+    frequency: tuple = (55.0, 40.0)  # Natural frequency of the first mode, Hz
+    damping: tuple = (0.08, 0.08)  # Damping ratio of the first mode
+    second_gain: float = 0.0  # Fraction of the motion in the second mode
+    second_ratio: float = 2.2  # Frequency of the second mode over that of the first
+    second_damping: float = 0.05  # Damping ratio of the second mode
+    belt_slope: float = 0.0  # Relative change of belt stiffness 110 mm off the bed's centre
+    ripple: tuple = ()  # Motor and pulley: triples of amplitude in mm, period in mm, phase in rad
+    steps: float = 0.0  # Microsteps per mm; 0: no rounding
+    friction: float = 0.0  # Coulomb friction over stiffness: largest offset at rest, mm
+    backlash: float = 0.0  # Total width, mm
     belt_ratio: float = 1.0  # CoreXY: stiffness of belt A over that of belt B
-    moving_mass: float = (
-        0.0  # Bed-slinger: kg that Y moves without the part; 0 does not let the part's mass grow
-    )
+    moving_mass: float = 0.0  # Bed-slinger: mass on Y without the part, kg; 0: constant mass
     pressure_advance: float = 0.0  # s
-    nozzle_lag: float = 0.0  # Time constant of the flow, s
+    nozzle_lag: float = 0.0  # Time constant of the nozzle flow, s
 
     def __post_init__(self):
         check_choice("machine", "kind", self.kind, ("cartesian", "bedslinger", "corexy"))
@@ -122,7 +117,7 @@ class Machine:
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f9730b4b
 def _check_machine(m):
-    "Raise `InputError` for constants without a meaning."
+    "Raise `InputError` for constants out of range."
     for name in ("frequency", "damping"):
         require(
             len(getattr(m, name)) == 2,
@@ -150,7 +145,7 @@ def _check_machine(m):
             0 <= getattr(m, name) < np.inf,
             "machine",
             name,
-            "a number not below 0",
+            "a number of at least 0",
             str(getattr(m, name)),
         )
     if not (
@@ -185,7 +180,7 @@ EFFECTS = dict(
 def without(
     self: Machine,
     *effects,  # Names in `EFFECTS`
-) -> Machine:  # A machine that lacks them
+) -> Machine:  # The machine without them
     "Switch effects off."
     for e in effects:
         check_choice("machine", "effect", e, EFFECTS)
@@ -197,7 +192,7 @@ def without(
 def only(
     self: Machine,
     *effects,  # Names in `EFFECTS`
-) -> Machine:  # A machine with these and its first mode
+) -> Machine:  # The machine with its first mode and these effects
     "Switch all other effects off."
     for e in effects:
         check_choice("machine", "effect", e, EFFECTS)
@@ -205,6 +200,7 @@ def only(
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #c03ca5ec
 def _spring(mass, stiffness, damping):
+    "Natural frequency in Hz and damping ratio of a mass in kg on a spring in N/m with a damper in N s/m."
     return np.sqrt(stiffness / mass) / (2 * np.pi), damping / (2 * np.sqrt(stiffness * mass))
 
 
@@ -241,46 +237,42 @@ MACHINES = dict(
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f2f21e21
 def random_machine(
-    seed: int,  # Which machine
-    kind: str = "",  # `cartesian`, `bedslinger` or `corexy`; drawn when empty
+    seed: int,  # Seed; the same seed gives the same machine
+    kind: str = "",  # `cartesian`, `bedslinger` or `corexy`; sampled when empty
 ) -> Machine:  # A machine
-    "Draw the constants of a machine."
+    "Sample the constants of a machine."
     rng = np.random.default_rng([seed, 5])
 
-    def u(a, b):
-        return float(rng.uniform(a, b))
+    def uniform(low, high):
+        return float(rng.uniform(low, high))
 
     kind = kind or str(rng.choice(["cartesian", "bedslinger", "corexy"]))
-    ripple = tuple((u(0, 0.006), p, u(0, 2 * np.pi)) for p in (0.2, 0.8, 2.0))
+    ripple = tuple((uniform(0, 0.006), p, uniform(0, 2 * np.pi)) for p in (0.2, 0.8, 2.0))
     constants = dict(
-        frequency=(u(35, 90), u(25, 60)),
-        damping=(u(0.03, 0.15), u(0.03, 0.15)),
-        second_gain=u(0, 0.3),
-        second_ratio=u(1.5, 3),
-        second_damping=u(0.03, 0.1),
-        belt_slope=u(-0.15, 0.15),
+        frequency=(uniform(35, 90), uniform(25, 60)),
+        damping=(uniform(0.03, 0.15), uniform(0.03, 0.15)),
+        second_gain=uniform(0, 0.3),
+        second_ratio=uniform(1.5, 3),
+        second_damping=uniform(0.03, 0.1),
+        belt_slope=uniform(-0.15, 0.15),
         ripple=ripple,
         steps=float(rng.choice([0.0, 80.0, 160.0])),
-        friction=u(0, 0.02),
-        backlash=u(0, 0.03),
-        pressure_advance=u(0, 0.08),
-        nozzle_lag=u(0.03, 0.08),
+        friction=uniform(0, 0.02),
+        backlash=uniform(0, 0.03),
+        pressure_advance=uniform(0, 0.08),
+        nozzle_lag=uniform(0.03, 0.08),
     )
     if kind == "corexy":
-        constants["belt_slope"], constants["friction"], constants["belt_ratio"] = (
-            0.0,
-            0.0,
-            u(0.85, 1.15),
-        )
+        constants |= dict(belt_slope=0.0, friction=0.0, belt_ratio=uniform(0.85, 1.15))
     if kind == "bedslinger":
-        constants["moving_mass"] = u(0.3, 0.8)
+        constants["moving_mass"] = uniform(0.3, 0.8)
     return Machine(f"random_{seed}", kind, **constants)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #c8e03fc5
 def random_process(
-    seed: int,  # Which settings
+    seed: int,  # Seed; the same seed gives the same settings
 ) -> dict:  # For `plan(..., override=…)`
-    "Draw acceleration, jerk or junction deviation, and a factor of the speed."
+    "Sample an acceleration, a jerk or junction deviation, and a speed factor."
     rng = np.random.default_rng([seed, 6])
     corner = (
         dict(jerk=float(rng.uniform(5, 20)))
@@ -295,19 +287,19 @@ def random_process(
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #408cf20e
 def vary_machine(
-    machine: Machine,  # The machine as built
-    seed: int,  # Which other one of its make
+    machine: Machine,  # The nominal machine
+    seed: int,  # Seed of the variation
     spread: float = 0.2,  # Largest relative change of a constant
 ) -> Machine:  # Named after the machine and the seed
-    "Draw a machine of the same make."
+    "Sample a machine of the same design with varied constants."
     rng = np.random.default_rng([seed, 7])
 
-    def u(v):
-        return float(v * rng.uniform(1 - spread, 1 + spread))
+    def varied(value):
+        return float(value * rng.uniform(1 - spread, 1 + spread))
 
-    some = {k: tuple(map(u, getattr(machine, k))) for k in ("frequency", "damping")}
-    some |= {
-        k: u(getattr(machine, k))
+    constants = {k: tuple(map(varied, getattr(machine, k))) for k in ("frequency", "damping")}
+    constants |= {
+        k: varied(getattr(machine, k))
         for k in (
             "second_gain",
             "second_ratio",
@@ -320,15 +312,15 @@ def vary_machine(
     return replace(
         machine,
         name=f"{machine.name}_{seed}",
-        ripple=tuple((u(a), p, u(phase)) for a, p, phase in machine.ripple),
-        **some,
+        ripple=tuple((varied(a), p, varied(phase)) for a, p, phase in machine.ripple),
+        **constants,
     )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #6e35a34c
 def named_machine(
-    name,  # A `Machine`, a name in `MACHINES`, `NAME:SEED` for another one of its make, or `random:SEED`
-) -> Machine:  # The machine
-    "A machine by its name."
+    name,  # A `Machine`, a name in `MACHINES`, `NAME:SEED` for a variation of it, or `random:SEED`
+) -> Machine:
+    "Look up or sample a machine by its name. Raises `InputError` for an unknown name."
     if isinstance(name, Machine):
         return name
     kind, colon, seed = str(name).partition(":")
@@ -343,11 +335,11 @@ def named_machine(
     return MACHINES[name]
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #3a0d5019
-def play(
+def backlash(
     x: np.ndarray,  # Position of the drive, mm, `[T]`
     width: float,  # Width of the gap, mm
-) -> np.ndarray:  # Position of what it drives, mm, `[T]`
-    "Backlash, starting in the middle of the gap."
+) -> np.ndarray:  # Position of the carriage, mm, `[T]`
+    "Position behind a drive with backlash, starting in the middle of the gap."
     r = width / 2
     n = len(x)
     lanes = int(np.ceil(np.sqrt(n)))
@@ -367,11 +359,11 @@ def play(
     return table.T.ravel()[:n]
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #7b84bc62
-_presliding = 0.002  # mm
+_presliding = 0.002  # travel over which friction changes its sign, mm
 
 
 def _rungekutta(p, v, u0, u1, h, w2, c, slope, hold):
-    "One step of length `h` from (p, v) with the input going from `u0` to `u1`; `hold` is the friction's acceleration."
+    "One Runge-Kutta step of length `h` from position `p` and velocity `v`, with the input going from `u0` to `u1`; `hold` is the acceleration by friction."
     du = (u1 - u0) / h
 
     def acc(p, v, u):
@@ -389,7 +381,7 @@ def _rungekutta(p, v, u0, u1, h, w2, c, slope, hold):
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #7a467c3a
 def _run_lanes(u, state, rate, w2, c, slope, friction, substeps):
-    "Advance all lanes; `u` is `[L+1,lanes]`, `w2` `[L,lanes]` or a number. Positions `[L,lanes]` and the end states."
+    "Integrate all lanes; `u` is `[L+1,lanes]`, `w2` `[L,lanes]` or a scalar. Returns positions `[L,lanes]` and end states `[3,lanes]`."
     p, v, f = state.copy()
     out = np.empty((len(u) - 1, u.shape[1]))
     h = 1 / rate / substeps
@@ -416,8 +408,17 @@ def _run_lanes(u, state, rate, w2, c, slope, friction, substeps):
     return out, np.stack([p, v, f])
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b9a698db
-def _nonlinear_mode(u, frequency, damping, rate, slope=0.0, friction=0.0, growth=None, substeps=4):
-    "Position of one axis that follows `u` `[T]`; `growth` is the factor of its moving mass, `[T]`."
+def nonlinear_mode(
+    u: np.ndarray,  # Position of the motor, mm, `[T]`
+    frequency: float,  # Hz
+    damping: float,  # Damping ratio
+    rate: float,  # Samples per second
+    slope: float = 0.0,  # See `Machine.belt_slope`
+    friction: float = 0.0,  # See `Machine.friction`, mm
+    growth: np.ndarray = None,  # Factor on the moving mass, `[T]`
+    substeps: int = 4,  # Runge-Kutta steps per sample
+) -> np.ndarray:  # Position of the axis, mm, `[T]`
+    "Follow a motor with position-dependent stiffness, friction or growing mass, by Runge-Kutta integration."
     n = len(u)
     w = 2 * np.pi * frequency
     size = int(min(max(25 / (damping * w) * rate, n / 4096), n))
@@ -451,27 +452,25 @@ def motor_positions(
     x: np.ndarray,  # Commanded X, mm
     y: np.ndarray,  # Commanded Y, mm
     machine: Machine,  # With `steps` and `ripple`
-) -> tuple:  # X and Y that the motors hold, mm
-    "What the motors make of the command."
+) -> tuple:  # X and Y of the motors, mm
+    "Positions of the motors for a command, with microsteps and ripple."
     if not (machine.ripple or machine.steps):
         return x, y
     motors = (x + y, x - y) if machine.kind == "corexy" else (x, y)
     held = []
     for q in motors:
-        at = np.round(q * machine.steps) / machine.steps if machine.steps else q
-        held.append(
-            at
-            + sum(a * np.sin(2 * np.pi / period * q + phase) for a, period, phase in machine.ripple)
+        rounded = np.round(q * machine.steps) / machine.steps if machine.steps else q
+        ripple = sum(
+            a * np.sin(2 * np.pi / period * q + phase) for a, period, phase in machine.ripple
         )
-    return (
-        ((held[0] + held[1]) / 2, (held[0] - held[1]) / 2)
-        if machine.kind == "corexy"
-        else tuple(held)
-    )
+        held.append(rounded + ripple)
+    if machine.kind == "corexy":
+        return (held[0] + held[1]) / 2, (held[0] - held[1]) / 2
+    return tuple(held)
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #f2041e0c
-def _modes(machine):
-    "Frequencies, damping and shapes of the two coupled modes; column i of `shape` takes (x, y) to mode i, its inverse back."
+def _coupled_modes(machine):
+    "Frequencies in Hz and damping ratios of the two coupled modes, the matrix from (x, y) to modal coordinates, and its inverse."
     fx, fy = machine.frequency
     ratio = (machine.belt_ratio - 1) / (machine.belt_ratio + 1)
     square, vectors = np.linalg.eigh([[fx**2, ratio * fx * fy], [ratio * fx * fy, fy**2]])
@@ -486,31 +485,37 @@ def _modes(machine):
     )
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #2bc96be6
-def _first_mode(u, machine, rate, fed):
-    "Errors of the first mode of both axes against the motors' positions `u` `[2,T]`."
-    if machine.belt_slope or machine.friction or (machine.moving_mass and fed is not None):
-        if machine.kind == "corexy" and machine.belt_ratio != 1:
-            raise InputError(
-                "machine",
-                "belt_ratio",
-                "1 together with friction or belt_slope on a CoreXY",
-                f"{machine.belt_ratio:g}",
-            )
-        growth = (
-            1 + np.pi * 1.75**2 / 4 * np.maximum(fed, 0) * 1.24e-6 / machine.moving_mass
-            if machine.moving_mass and machine.kind == "bedslinger" and fed is not None
-            else None
+def _mass_growth(machine, filament):
+    "Moving mass of Y over its mass without the part, `[T]`; `None` where it is constant. PLA of 1.24 mg/mm³."
+    if not (machine.moving_mass and machine.kind == "bedslinger" and filament is not None):
+        return None
+    return 1 + np.pi * 1.75**2 / 4 * np.maximum(filament, 0) * 1.24e-6 / machine.moving_mass
+
+
+def _nonlinear_first_mode(u, machine, rate, filament):
+    "Errors of the first mode of both axes by integration."
+    if machine.kind == "corexy" and machine.belt_ratio != 1:
+        raise InputError(
+            "machine",
+            "belt_ratio",
+            "1 together with friction or belt_slope on a CoreXY",
+            f"{machine.belt_ratio:g}",
         )
-        return [
-            _nonlinear_mode(
-                v, f, z, rate, machine.belt_slope, machine.friction, growth if k else None
-            )
-            - v
-            for k, (v, f, z) in enumerate(zip(u, machine.frequency, machine.damping))
-        ]
+    growth = (None, _mass_growth(machine, filament))  # the part moves with Y
+    slope, friction = machine.belt_slope, machine.friction
+    return [
+        nonlinear_mode(v, f, z, rate, slope, friction, g) - v
+        for v, f, z, g in zip(u, machine.frequency, machine.damping, growth)
+    ]
+
+
+def _first_mode(u, machine, rate, filament):
+    "Errors of the first mode of both axes relative to the motors' positions `u` `[2,T]`."
+    if machine.belt_slope or machine.friction or (machine.moving_mass and filament is not None):
+        return _nonlinear_first_mode(u, machine, rate, filament)
     if machine.kind != "corexy" or machine.belt_ratio == 1:
         return [axis_error(v, f, z, rate) for v, f, z in zip(u, machine.frequency, machine.damping)]
-    frequency, damping, to, back = _modes(machine)
+    frequency, damping, to, back = _coupled_modes(machine)
     modal = np.stack(
         [
             axis_error(to[i, 0] * u[0] + to[i, 1] * u[1], frequency[i], damping[i], rate)
@@ -524,20 +529,20 @@ def tracking_error(
     x: np.ndarray,  # Commanded X, mm, `[T]`
     y: np.ndarray,  # Commanded Y, mm, `[T]`
     machine: Machine,  # Its constants
-    rate: float = 1000.0,  # Samples a second
-    fed: np.ndarray = None,  # Filament fed so far, mm, `[T]`: for the growing mass of the part
+    rate: float = 1000.0,  # Samples per second
+    filament: np.ndarray = None,  # Filament fed so far, mm, `[T]`: for the growing mass of the part
 ) -> tuple:  # Errors in X and Y, mm, `[T]` each
-    "Error of both axes of a machine."
+    "Simulated tracking error of both axes."
     g = machine.second_gain
     motors = motor_positions(x, y, machine)
-    errors = _first_mode(motors, machine, rate, fed)
+    errors = _first_mode(motors, machine, rate, filament)
     for k, (motor, command) in enumerate(zip(motors, (x, y))):
         if g:
-            errors[k] = (1 - g) * errors[k] + g * axis_error(
-                motor, machine.second_ratio * machine.frequency[k], machine.second_damping, rate
-            )
+            second_frequency = machine.second_ratio * machine.frequency[k]
+            second = axis_error(motor, second_frequency, machine.second_damping, rate)
+            errors[k] = (1 - g) * errors[k] + g * second
         if machine.backlash:
-            errors[k] = play(motor + errors[k], machine.backlash) - command
+            errors[k] = backlash(motor + errors[k], machine.backlash) - command
         elif motor is not command:
             errors[k] = errors[k] + (motor - command)
     return tuple(errors)
@@ -545,12 +550,24 @@ def tracking_error(
 # %% ../../nbs/trajectory/05_simulate.ipynb #b8f57a5d
 def simulation_rate(
     machine: Machine,  # A machine
-) -> float:  # Samples a second
-    "1 kHz, or 2 kHz when a first mode lies above 80 Hz or a second one above 240 Hz."
+) -> float:  # Samples per second
+    "Sampling rate of a simulation: 1 kHz, or 2 kHz when a first mode is above 80 Hz or a second mode above 240 Hz."
     second = machine.second_ratio * max(machine.frequency) if machine.second_gain else 0.0
     return 2000.0 if max(machine.frequency) > 80 or second > 240 else 1000.0
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #36bd4ee8
+def _zv(K, v):
+    return [1, K], (0, 0.5)
+
+
+def _zvd(K, v):
+    return [1, 2 * K, K**2], (0, 0.5, 1)
+
+
+def _ei(K, v):
+    return [(1 + v) / 4, (1 - v) * K / 2, (1 + v) * K**2 / 4], (0, 0.5, 1)
+
+
 def _hump2(K, v):
     X = np.cbrt(v**2 * (np.sqrt(1 - v**2) + 1))
     a = (3 * X**2 + 2 * X + 3 * v**2) / (16 * X)
@@ -569,27 +586,21 @@ def _mzv(K, v):
     return [a, (np.sqrt(2) - 1) * k, a * k**2], (0, 0.375, 0.75)
 
 
-_shapers = dict(
-    ZV=lambda K, v: ([1, K], (0, 0.5)),
-    MZV=_mzv,
-    ZVD=lambda K, v: ([1, 2 * K, K**2], (0, 0.5, 1)),
-    EI=lambda K, v: ([(1 + v) / 4, (1 - v) * K / 2, (1 + v) * K**2 / 4], (0, 0.5, 1)),
-    HUMP2=_hump2,
-    HUMP3=_hump3,
-)
+# Amplitudes and times in units of t_d, from K and the tolerated vibration v
+_shapers = dict(ZV=_zv, MZV=_mzv, ZVD=_zvd, EI=_ei, HUMP2=_hump2, HUMP3=_hump3)
 _shapers |= {"2HUMP": _hump2, "3HUMP": _hump3, "2HUMP_EI": _hump2, "3HUMP_EI": _hump3}
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #0ecf99ca
 SHAPERS = ("ZV", "MZV", "ZVD", "EI", "2HUMP", "3HUMP")
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #b68fe63b
-def shaper(
+def shaper_impulses(
     kind: str,  # One of `SHAPERS`
     frequency: float,  # Hz
     damping: float = 0.1,  # Damping ratio
-    tolerance: float = 0.05,  # Vibration that EI and its humps tolerate
-) -> tuple:  # Amplitudes, which sum to 1, and times in s, centred on their mean
-    "Impulses of an input shaper."
+    tolerance: float = 0.05,  # Tolerated vibration of EI and its multi-hump variants
+) -> tuple:  # Amplitudes, which sum to 1, and times in s, with mean 0
+    "Impulses of an input shaper (Singer and Seering 1990; Singhose, Seering and Singer 1994; MZV as in Klipper)."
     check_choice("shaper", "kind", kind, _shapers)
     if not (frequency > 0 and 0 <= damping < 1):
         raise InputError(
@@ -609,62 +620,53 @@ def residual_vibration(
     impulses: tuple,  # Amplitudes and times
     frequency,  # Hz, number or array
     damping: float = 0.1,  # Damping ratio
-) -> np.ndarray:  # Share of the vibration that one impulse would leave
-    "Vibration that is left after the last impulse."
+) -> np.ndarray:  # Fraction of the vibration after a single impulse
+    "Residual vibration after the last impulse."
     amplitude, time = impulses
     w = 2 * np.pi * np.asarray(frequency, float)[..., None]
-    before = time[-1] - time
-    return (
-        np.abs(
-            (
-                amplitude * np.exp(-damping * w * before + 1j * w * np.sqrt(1 - damping**2) * time)
-            ).sum(-1)
-        )
-        / amplitude.sum()
-    )
+    elapsed = time[-1] - time  # s
+    phasor = np.exp(-damping * w * elapsed + 1j * w * np.sqrt(1 - damping**2) * time)
+    return np.abs((amplitude * phasor).sum(-1)) / amplitude.sum()
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #cd118590
-def smoothing(
+def shaper_smoothing(
     impulses: tuple,  # Amplitudes and times
     acceleration: float = 5000.0,  # mm/s²
 ) -> float:  # mm
-    "How far a turn back is rounded off, as Klipper counts it."
+    "Rounding of a 180-degree turn, as defined by Klipper."
     amplitude, time = impulses
     mean = (amplitude * time).sum() / amplitude.sum()
     return float((amplitude * acceleration / 2 * (time - mean) ** 2).sum() / amplitude.sum())
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #56fce68f
-def shape(
+def apply_input_shaper(
     position: np.ndarray,  # Commanded position, mm, `[T]`
     impulses: tuple,  # Amplitudes and times
-    rate: float = 1000.0,  # Samples a second
+    rate: float = 1000.0,  # Samples per second
 ) -> np.ndarray:  # Shaped position, mm, `[T]`
-    "Apply a shaper; the ends are held."
+    "Apply an input shaper; the first and last position are held beyond the ends."
     n = len(position)
     out = np.zeros(len(position))
-    for a, t in zip(*impulses):
-        whole = int(np.floor(t * rate))
-        part = t * rate - whole
-        kernel = np.array([1 - part, part])
-        reach = abs(whole) + 2
-        padded = np.concatenate(
-            [np.full(reach, position[0]), position, np.full(reach, position[-1])]
-        )
-        first = reach - whole
-        out += a * (
-            kernel[0] * padded[first : first + n] + kernel[1] * padded[first - 1 : first - 1 + n]
-        )
+    for amplitude, time in zip(*impulses):
+        whole = int(np.floor(time * rate))
+        fraction = time * rate - whole
+        pad = abs(whole) + 2
+        padded = np.concatenate([np.full(pad, position[0]), position, np.full(pad, position[-1])])
+        first = pad - whole
+        current = padded[first : first + n]
+        previous = padded[first - 1 : first - 1 + n]
+        out += amplitude * ((1 - fraction) * current + fraction * previous)
     return out
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #1a435a66
 def extrusion_flow(
-    fed: np.ndarray,  # Filament fed, mm, `[T]`
+    filament: np.ndarray,  # Filament fed so far, mm, `[T]`
     machine: Machine,  # With `pressure_advance` and `nozzle_lag`
-    rate: float = 1000.0,  # Samples a second
+    rate: float = 1000.0,  # Samples per second
     diameter: float = 1.75,  # Of the filament, mm
-) -> tuple:  # Flow asked for and flow out of the nozzle, mm³/s, `[T]` each
-    "Flow that the program means, and what comes out."
-    flow = np.gradient(fed) * rate * np.pi * diameter**2 / 4
+) -> tuple:  # Commanded flow and flow out of the nozzle, mm³/s, `[T]` each
+    "Commanded and actual flow of an extruder with a first-order lag."
+    flow = np.gradient(filament) * rate * np.pi * diameter**2 / 4
     out = flow + machine.pressure_advance * np.gradient(flow) * rate
     if machine.nozzle_lag:
         b, a, _ = cont2discrete(([1.0], [machine.nozzle_lag, 1.0]), 1 / rate, "foh")
@@ -674,31 +676,29 @@ def extrusion_flow(
 # %% ../../nbs/trajectory/05_simulate.ipynb #401d9082
 @dataclass(frozen=True)
 class Thermal:
-    "Constants of polylactide and a printer, SI units and °C."
+    "Thermal constants of polylactide (PLA) and a printer, in SI units and °C."
 
     density: float = 1240.0  # kg/m³
     capacity: float = 1200.0  # J/(kg K)
     conductivity: float = 0.13  # W/(m K)
-    height: float = 2e-4  # Of a layer, m
-    convection: float = 44.0  # Top, W/(m² K)
-    radiation: float = 10.0  # Top, W/(m² K)
-    side: float = 54.0  # Rim, W/(m² K)
-    bed_contact: float = 150.0  # W/(m² K)
+    height: float = 2e-4  # Layer height, m
+    convection: float = 44.0  # At the top, W/(m² K)
+    radiation: float = 10.0  # At the top, W/(m² K)
+    side: float = 54.0  # At the rim, W/(m² K)
+    bed_contact: float = 150.0  # Between the first layer and the bed, W/(m² K)
     rim: float = 500.0  # Perimeter over area, 1/m: 500 thin and hollow, 150 bulky
-    deposit: float = 200.0  # Temperature of what is laid down, °C
-    bed: float = 60.0  # °C
-    ambient: float = 25.0  # °C
-    glass: float = 60.0  # Glass transition, °C
-    activation: float = 6e4  # Of the welding time, J/mol
-    reference: float = 473.0  # K at which the welding time is `welding`
-    welding: float = (
-        0.1  # Welding time at `reference`, s: a calibration constant, not a measured one
-    )
-    depth: int = 60  # Layers below the top that are followed
+    deposit: float = 200.0  # Temperature of deposited material, °C
+    bed: float = 60.0  # Bed temperature, °C
+    ambient: float = 25.0  # Air temperature, °C
+    glass: float = 60.0  # Glass transition temperature, °C
+    activation: float = 6e4  # Activation energy of the welding time, J/mol
+    reference: float = 473.0  # Temperature at which the welding time is `welding`, K
+    welding: float = 0.1  # Welding time at `reference`, s: a calibration constant, not measured
+    depth: int = 60  # Layers below the top whose temperature is simulated
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #77cd1b01
 def _stack(n, th, frozen):
-    "Matrix (diagonal, off-diagonal) and heat of a stack of n layers, W/(m² K) and W/m²; `frozen` is the temperature below, `None` for the bed."
+    "Conductance matrix (diagonal, off-diagonal; W/(m² K)) and heat input (W/m²) of a stack of n layers; `frozen` is the temperature of the layer below, `None` for the bed."
     across = th.conductivity / th.height
     rim = th.side * th.rim * th.height
     diagonal = np.full(n, rim)
@@ -723,44 +723,43 @@ def _cool(temperature, seconds, th, frozen):
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #baa299f2
 def healing(
-    temperature: np.ndarray,  # Of the contact, °C, `[T]`
+    temperature: np.ndarray,  # Contact temperature, °C, `[T]`
     seconds: np.ndarray,  # Times, s, `[T]`
     thermal: Thermal = Thermal(),  # Constants
-) -> float:  # 0 to 1
-    "Share of full strength that a contact reaches."
+) -> float:  # D_h, 0 to 1
+    "Degree of healing: fraction of full strength that a contact reaches (Wool and O'Connor 1981; Yang and Pitchumani 2002)."
     kelvin = temperature + 273.15
-    speed = np.where(
-        temperature > thermal.glass,
-        np.exp(-thermal.activation / 8.314 * (1 / kelvin - 1 / thermal.reference))
-        / thermal.welding,
-        0,
+    # 1 / t_w(T), 1/s
+    rate = (
+        np.exp(-thermal.activation / 8.314 * (1 / kelvin - 1 / thermal.reference)) / thermal.welding
     )
-    return float(min(1, max(np.trapezoid(speed, seconds), 0) ** 0.25))
+    rate = np.where(temperature > thermal.glass, rate, 0)
+    return float(min(1, max(np.trapezoid(rate, seconds), 0) ** 0.25))
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #989b512a
 def layer_temperatures(
-    seconds,  # Time that each layer takes, s
+    seconds,  # Duration of each layer, s
     thermal: Thermal = Thermal(),  # Constants
-) -> pd.DataFrame:  # One row a layer: substrate and interface in °C, adhesion 0 to 1, seconds
-    "Temperature below each layer when it arrives, of the contact then, and how well it welds."
+) -> pd.DataFrame:  # One row per layer: substrate and interface in °C, adhesion 0 to 1, seconds
+    "Temperature of the substrate and of the contact when each layer is deposited, and its degree of healing."
     stack = np.zeros(0)
     rows = []
-    for n, time in enumerate(np.asarray(seconds, float)):
+    for n, duration in enumerate(np.asarray(seconds, float)):
         substrate = stack[-1] if n else thermal.bed
         stack = np.append(stack, thermal.deposit)
         low = max(len(stack) - thermal.depth, 0)
-        clock = np.concatenate([np.linspace(0, min(time, 12.0), 241), [time]])
-        followed = _cool(stack[low:], clock, thermal, stack[low - 1] if low else None)
-        contact = followed[:-1, -2:].mean(1) if n else (followed[:-1, -1] + thermal.bed) / 2
+        clock = np.concatenate([np.linspace(0, min(duration, 12.0), 241), [duration]])
+        simulated = _cool(stack[low:], clock, thermal, stack[low - 1] if low else None)
+        contact = simulated[:-1, -2:].mean(1) if n else (simulated[:-1, -1] + thermal.bed) / 2
         rows.append(
             (
                 substrate,
                 (thermal.deposit + substrate) / 2,
                 healing(contact, clock[:-1], thermal),
-                time,
+                duration,
             )
         )
-        stack[low:] = followed[-1]
+        stack[low:] = simulated[-1]
     return pd.DataFrame(
         rows, columns=["substrate", "interface", "adhesion", "seconds"]
     ).rename_axis("layer")
@@ -771,12 +770,12 @@ def point_ages(
     y: np.ndarray,  # mm, `[T]`
     t: np.ndarray,  # s, `[T]`
     layer: np.ndarray,  # Layer of each sample, `[T]`
-    laid: np.ndarray,  # Where material is laid down, mask `[T]`
-    cell: float = 1.0,  # Raster, mm
-) -> np.ndarray:  # s, `[T]`; NaN where nothing lies below or nothing is laid down
-    "How long ago the material below each point was laid down."
-    k = np.flatnonzero(laid)
-    at = pd.DataFrame(
+    extruding: np.ndarray,  # Samples that deposit material, mask `[T]`
+    cell: float = 1.0,  # Cell size of the raster, mm
+) -> np.ndarray:  # s, `[T]`; NaN where no material lies below or none is deposited
+    "Age of the material below each point."
+    k = np.flatnonzero(extruding)
+    cells = pd.DataFrame(
         dict(
             i=np.floor(x[k] / cell).astype(int),
             j=np.floor(y[k] / cell).astype(int),
@@ -784,23 +783,22 @@ def point_ages(
             t=t[k],
         )
     )
-    last = at.groupby(["i", "j", "layer"]).t.max()
+    last = cells.groupby(["i", "j", "layer"]).t.max()
     below = last.groupby(["i", "j"]).shift(1)
     age = np.full(len(x), np.nan)
-    age[k] = t[k] - below.reindex(pd.MultiIndex.from_frame(at[["i", "j", "layer"]])).to_numpy()
+    age[k] = t[k] - below.reindex(pd.MultiIndex.from_frame(cells[["i", "j", "layer"]])).to_numpy()
     return age
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #ecd4f5f3
 def point_temperatures(
     ages: np.ndarray,  # From `point_ages`, s, `[T]`
     layer: np.ndarray,  # Layer of each sample, from 0, `[T]`
-    seconds,  # Time that each layer takes, s
+    seconds,  # Duration of each layer, s
     thermal: Thermal = Thermal(),  # Constants
-) -> np.ndarray:  # Substrate, contact in °C, adhesion 0 to 1, `[T,3]`; NaN where `ages` is
-    "Temperatures and welding of each point, from the time since the layer below was laid there."
+) -> np.ndarray:  # Substrate and contact in °C, adhesion 0 to 1, `[T,3]`; NaN where `ages` is NaN
+    "Temperatures and degree of healing at each point, from the age of the material below it."
     table = layer_temperatures(seconds, thermal)
     found = np.full((len(ages), 3), np.nan)
-    fresh = np.full(2, thermal.deposit)
     grid = np.linspace(0, max(np.nanmax(ages, initial=1.0), 1.0), 200)
     clock = np.linspace(0, 12.0, 121)
     for n in np.unique(layer[~np.isnan(ages)]):
@@ -823,12 +821,12 @@ def point_temperatures(
 
 # %% ../../nbs/trajectory/05_simulate.ipynb #15caa680
 def fin_temperature(
-    distance,  # Behind the nozzle, mm, number or array
-    speed: float,  # Of the nozzle, mm/s
-    width: float = 0.4,  # Of the strand, mm
+    distance,  # Distance behind the nozzle, mm, number or array
+    speed: float,  # Speed of the nozzle, mm/s
+    width: float = 0.4,  # Width of the strand, mm
     thermal: Thermal = Thermal(),  # Constants
 ) -> np.ndarray:  # °C
-    "Temperature along a fresh strand."
+    "Temperature along a fresh strand, by the fin equation (Bellehumeur, Li and others 2004)."
     v = speed * 1e-3
     w = width * 1e-3
     h = thermal.height
@@ -844,19 +842,23 @@ def fin_temperature(
 def simulate_part(
     program,  # A `Plan`, a `Program` or the path of a file
     machine="bedslinger",  # A `Machine`, or its name as `named_machine` takes it
-    rate: float = None,  # Samples a second; by the machine's frequencies
+    rate: float = None,  # Samples per second; by default from `simulation_rate`
     start: float = 0.0,  # First time, s
     stop: float = None,  # Time after the last, s
-    shapers: tuple = None,  # Impulses for X and Y, see `shaper`
+    shapers: tuple = None,  # Impulses for X and Y, see `shaper_impulses`
     columns=("t", "x", "y", "layer", "type", "line"),  # Columns of `sample` to keep
 ) -> dict:  # Those columns, and error_x and error_y in mm
-    "Plan, sample and simulate; the error is that of the actual against the programmed position."
+    "Plan, sample and simulate a program. The error is the actual minus the programmed position."
     motion = program if isinstance(program, Plan) else plan(program)
     machine = named_machine(machine)
     rate = rate or simulation_rate(machine)
     needed = ["x", "y"] + (["e"] if machine.moving_mass and machine.kind == "bedslinger" else [])
     s = sample(motion, rate, tuple(dict.fromkeys([*columns, *needed])), start, stop)
-    x, y = (shape(s[c], i, rate) for c, i in zip("xy", shapers)) if shapers else (s["x"], s["y"])
+    x, y = (
+        (apply_input_shaper(s[c], i, rate) for c, i in zip("xy", shapers))
+        if shapers
+        else (s["x"], s["y"])
+    )
     errors = tracking_error(x, y, machine, rate, s.get("e"))
     if shapers:
         errors = [e + (v - s[c]) for e, v, c in zip(errors, (x, y), "xy")]

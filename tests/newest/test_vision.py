@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from gcode_ml.core.errors import InputError
 from gcode_ml.data.windows import length_mask
 from gcode_ml.sign.data import read_clip
+from gcode_ml.sign.frames import extract_features
 from gcode_ml.sign.models import BACKBONES, InceptionV3GRU, create_backbone, load_backbone
-from gcode_ml.sign.recipe import extract_features, recipe
+from gcode_ml.sign.recipe import recipe
 from gcode_ml.sign.simulate import simulate_clips
 from gcode_ml.training.fit import fit
 
