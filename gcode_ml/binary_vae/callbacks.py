@@ -1,4 +1,4 @@
-"""What changes during the fit of a binary latent space, and what watches over it.
+"""Annealing, auxiliary loss terms, channel noise, early stopping and checks for training a binary latent space.
 
 Docs: https://example.org/gcode_ml/binary_vae/callbacks.html.md"""
 
@@ -23,22 +23,23 @@ from ..training.callbacks import epochs_since_best, in_fit, monitored
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #22aa3b4f
 class BetaWarmup(Callback):
-    "Let the weight of the KL divergence grow."
+    "Linear warm-up of the KL weight."
 
     def __init__(
         self,
         beta_max: float = 1.0,  # Final weight
-        epochs: float = 10,  # Epochs until it is reached; 0: at once
+        epochs: float = 10,  # Length of the warm-up in epochs; 0 for none
     ):
         self.beta_max, self.epochs = beta_max, epochs
 
     def before_batch(self):
-        if self.training:
-            self.loss_func.beta = (
-                self.beta_max * min(1.0, (self.epoch + self.iter / self.n_iter + 1) / self.epochs)
-                if self.epochs
-                else self.beta_max
-            )
+        if not self.training:
+            return
+        if self.epochs:
+            elapsed = self.epoch + self.iter / self.n_iter + 1
+            self.loss_func.beta = self.beta_max * min(1.0, elapsed / self.epochs)
+        else:
+            self.loss_func.beta = self.beta_max
 
     def before_validate(self):
         self.loss_func.beta = self.beta_max
@@ -46,25 +47,13 @@ class BetaWarmup(Callback):
     def after_fit(self):
         self.loss_func.beta = self.beta_max
 
-# %% ../../nbs/binary_vae/30_callbacks.ipynb #095c33cb
-class _Note(Callback):
-    "Remember a value after every training batch, for lessons."
-
-    order, run_valid = 90, False
-
-    def __init__(self, value):
-        self.value, self.seen = value, []
-
-    def after_batch(self):
-        self.seen.append(self.value(self.learn))
-
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #1470aec6
 class FreeBits(Callback):
-    "Let the KL divergence of each block cost nothing below a floor while training (Kingma et al. 2016)."
+    "Free bits (Kingma et al. 2016): no penalty on the KL divergence of a block below a threshold, in training only."
 
     def __init__(
         self,
-        nats: float = 0.1,  # The floor
+        nats: float = 0.1,  # Threshold per block
     ):
         self.nats = nats
 
@@ -79,31 +68,31 @@ class FreeBits(Callback):
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #c74cc233
 class TemperatureAnneal(Callback):
-    "Cool the concrete relaxation: `max(least, start exp(-rate step))`."
+    "Exponential decay of the Concrete temperature: `max(minimum, start exp(-rate step))`."
 
     run_valid = False
 
     def __init__(
         self,
-        start: float = 1.0,  # First temperature
-        least: float = 0.3,  # Last temperature
-        rate: float = 1e-3,  # Decay a step
+        start: float = 1.0,  # Initial temperature
+        minimum: float = 0.3,  # Final temperature
+        rate: float = 1e-3,  # Decay rate per step
     ):
         self.start = start
-        self.least = least
+        self.minimum = minimum
         self.rate = rate
 
     def before_batch(self):
         self.model.temperature = max(
-            self.least, self.start * math.exp(-self.rate * self.train_iter)
+            self.minimum, self.start * math.exp(-self.rate * self.train_iter)
         )
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #c3f24908
 def consistency(
     code,  # `BlockCode`
-    logits,  # `[B,N]`
-):  # One number
-    "Mean divergence of the raw bits from the decoded ones."
+    logits,  # Logits of the code bits, `[B,N]`
+):  # Scalar
+    "Mean KL divergence of the raw bit posteriors from the decoded ones."
     mean = code.bit_probability(code.log_posterior(logits), coded=True).detach()
     entropy = -(torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean))
     return (F.binary_cross_entropy_with_logits(logits, mean, reduction="none") - entropy).mean()
@@ -116,26 +105,25 @@ class Consistency(Callback):
 
     def __init__(
         self,
-        weight: float = 0.01,  # Its weight
+        weight: float = 0.01,  # Weight of the term
     ):
         self.weight = weight
 
     def after_loss(self):
-        self.learn.loss_grad = self.loss_grad + self.weight * consistency(
-            self.model.code, self.pred["logits"]
-        )
+        term = consistency(self.model.code, self.pred["logits"])
+        self.learn.loss_grad = self.loss_grad + self.weight * term
         self.learn.loss = self.loss_grad.clone()
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #bde29030
 class Sleep(Callback):
-    "Train the encoder on the decoder's own images of random words."
+    "Sleep phase: train the encoder on images that the decoder generates from random words. Texts are not supported and left unchanged."
 
     run_valid = False
 
     def __init__(
         self,
         weight: float = 1.0,  # Weight of the term
-        words: int = 64,  # Random words a batch
+        words: int = 64,  # Random words per batch
     ):
         self.weight, self.words = weight, words
 
@@ -152,21 +140,20 @@ class Sleep(Callback):
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #face930f
 class ChannelNoise(Callback):
-    "Send code words through a noisy channel while training."
+    "Send code words through a noisy channel in training. Raises `InputError` for an unknown channel or a rate out of range."
 
     def __init__(
         self,
-        channel: str = "bsc",  # `bsc` flips bits, `awgn` adds Gaussian noise
-        rate: float = 0.05,  # Probability that a hard decision on a bit is wrong, 0 to .5
+        channel: str = "bsc",  # `bsc` inverts bits, `awgn` adds Gaussian noise
+        rate: float = 0.05,  # Hard-decision bit error probability, 0 to below .5
     ):
         self.channel = check_choice("parameter", "channel", channel, ("bsc", "awgn"))
         self.rate = rate
         require(0 <= rate < 0.5, "parameter", "channel_rate", "0 to below 0.5", repr(rate))
-        self.deviation = (
-            1 / torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - rate)).item()
-            if rate
-            else 0.0
-        )
+        self.deviation = 0.0
+        if rate:
+            normal = torch.distributions.Normal(0.0, 1.0)
+            self.deviation = 1 / normal.icdf(torch.tensor(1 - rate)).item()
 
     def before_fit(self):
         self.model.noise = self.send if in_fit(self.learn) else None
@@ -175,11 +162,9 @@ class ChannelNoise(Callback):
         self.model.noise = None
 
     def send(self, codes):
-        "What arrives: bits with flips, or bits plus noise."
-        if self.channel == "awgn":
-            return codes + self.deviation / 2 * torch.randn_like(
-                codes
-            )  # a bit step is half of a sign step
+        "Received values of code words: inverted bits, or bits with additive noise."
+        if self.channel == "awgn":  # the distance of two bits is half of that of two signs
+            return codes + self.deviation / 2 * torch.randn_like(codes)
         flips = (torch.rand_like(codes) < self.rate).to(codes.dtype)
         return codes * (1 - 2 * flips) + flips
 
@@ -187,11 +172,11 @@ class ChannelNoise(Callback):
 class LossTerms(Callback):
     "Record the terms of the loss of each epoch."
 
-    order = 51  # behind the recorder
+    order = 51  # after the recorder
 
     def __init__(
         self,
-        warmup: float = 0,  # Epochs before which no epoch counts as best
+        warmup: float = 0,  # Epochs of warm-up, which have no score
     ):
         self.warmup = warmup
 
@@ -229,17 +214,16 @@ class LossTerms(Callback):
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #9eb01be8
 class BestWeights(Callback):
-    "Stop when the score has not improved for some epochs, and end with the best weights."
+    "Early stopping on `score`, with the best weights restored at the end. Raises `InputError` for a patience below 1."
 
     order = 66
 
     def __init__(
         self,
-        patience: int = 10,  # Epochs without improvement, at least 1
-        min_delta: float = 0.0,  # What counts as improvement: more than this
+        patience: int = 10,  # Epochs without improvement before the fit stops, at least 1
+        min_delta: float = 0.0,  # Smallest change that counts as an improvement
     ):
-        if patience < 1:
-            raise InputError("parameter", "patience", "at least 1", repr(patience))
+        require(patience >= 1, "parameter", "patience", "at least 1", repr(patience))
         self.patience = patience
         self.min_delta = min_delta
         self.best = {}
@@ -251,7 +235,7 @@ class BestWeights(Callback):
             self.best, self.waited = {}, 0
 
     def scores(self):
-        "Scores so far, from the first epoch that counts on."
+        "Scores of the epochs since the end of the warm-up."
         values = monitored(self.learn, "score")
         return values[np.isfinite(values)]
 
@@ -271,13 +255,13 @@ class BestWeights(Callback):
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #13f554b6
 class LossRecord(Callback):
-    "Write loss, validation loss, KL and beta of each epoch as columns."
+    "Write loss, validation loss, KL and beta of each epoch as columns of a text file."
 
     order = 57
 
     def __init__(
         self,
-        path,  # The file
+        path,  # File to write
     ):
         self.path = Path(path)
 
@@ -293,7 +277,7 @@ class LossRecord(Callback):
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #f0a82c1d
 class ProgressLine(Callback):
-    "Say how the fit goes beside its bar."
+    "Show the current loss terms beside the progress bar."
 
     order = 59
 
@@ -306,12 +290,16 @@ class ProgressLine(Callback):
         if not self.training:
             return
         best = next((cb for cb in self.learn.cbs if isinstance(cb, BestWeights)), None)
-        past = self.recorder.values[-1][1:2] if self.recorder.values else []
-        self.line = (
-            f"loss={self.recorder.smooth_loss.value.item():.2f}, kl={self.pred['kl'].detach().sum(-1).mean().item():.2f}, beta={self.loss_func.beta:.2f}"
-            + "".join(f", val_loss={v:.2f}" for v in past)
-            + (f", patience={best.waited}/{best.patience}" if best else "")
-        )
+        last_validation = self.recorder.values[-1][1:2] if self.recorder.values else []
+        parts = [
+            f"loss={self.recorder.smooth_loss.value.item():.2f}",
+            f"kl={self.pred['kl'].detach().sum(-1).mean().item():.2f}",
+            f"beta={self.loss_func.beta:.2f}",
+            *(f"val_loss={v:.2f}" for v in last_validation),
+        ]
+        if best:
+            parts.append(f"patience={best.waited}/{best.patience}")
+        self.line = ", ".join(parts)
         if hasattr(self.learn, "progress") and hasattr(self.progress, "pbar"):
             self.progress.pbar.comment = self.line
         if hasattr(self.learn, "run_progress"):
@@ -319,11 +307,11 @@ class ProgressLine(Callback):
 
     def after_epoch(self):
         if hasattr(self.learn, "run_progress"):
-            self.learn.run_progress.text = self.fit_name  # what is recorded carries the name alone
+            self.learn.run_progress.text = self.fit_name  # the history records the name only
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #9706cec8
 class EncoderGradient(Callback):
-    "Record the gradient of the reconstruction at the encoder's last layer, and stop when it is zero."
+    "Record the norm of the reconstruction gradient at the encoder's last layer. Raises `InputError` when it is zero."
 
     order, run_valid = -4, False  # before the loss is differentiated
 
@@ -335,15 +323,7 @@ class EncoderGradient(Callback):
     def after_loss(self):
         if self.iter:
             return
-        last = [p for p in self.model.encoder.parameters() if p.requires_grad][-2]
-        found = (
-            torch.autograd.grad(
-                self.pred["fit"].mean(), last, retain_graph=True, allow_unused=True
-            )[0]
-            if self.pred["fit"].requires_grad
-            else None
-        )
-        size = 0.0 if found is None else found.norm().item()
+        size = self.gradient_norm()
         require(
             size != 0,
             "model",
@@ -354,9 +334,19 @@ class EncoderGradient(Callback):
         )
         self.epoch_rows.append(dict(encoder_gradient=size))
 
+    def gradient_norm(self):
+        "Norm of the gradient of the mean `fit`; zero if the encoder does not contribute to it."
+        last = [p for p in self.model.encoder.parameters() if p.requires_grad][-2]
+        if not self.pred["fit"].requires_grad:
+            return 0.0
+        gradient = torch.autograd.grad(
+            self.pred["fit"].mean(), last, retain_graph=True, allow_unused=True
+        )[0]
+        return 0.0 if gradient is None else gradient.norm().item()
+
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #6b2ae08d
 class FiniteTerms(Callback):
-    "Stop at the first training batch with a term that is NaN or infinite."
+    "Raise `InputError` at the first training batch with a loss term that is NaN or infinite."
 
     order, run_valid = -10, False
 
@@ -372,22 +362,22 @@ class FiniteTerms(Callback):
             "fit",
             f"{bad} in epoch {self.epoch}, batch {self.iter}",
             "finite numbers",
-            "others",
-            "lower the learning rate or look at the data",
+            "NaN or infinity",
+            "lower the learning rate or check the data",
         )
 
 # %% ../../nbs/binary_vae/30_callbacks.ipynb #fd3d730e
 class ExactAudit(Callback):
-    "After a fit, check that exact ELBO, importance bounds and log likelihood stand in their order; the table is kept as `table`."
+    "After the fit, check the order of exact ELBO, importance-weighted bounds and log likelihood. The result is kept in `table`. Models with more than 12 information bits are skipped."
 
-    order, run_valid = 67, False  # with the best weights back
+    order, run_valid = 67, False  # after the best weights are restored
 
     def __init__(
         self,
-        rows: int = 500,  # Validation items, from the first on
-        samples=(1, 8, 64),  # Importance samples
-        seed: int = 0,  # Seed of the samples
-        strict: bool = True,  # Raise when the order is broken
+        rows: int = 500,  # Number of validation items
+        samples=(1, 8, 64),  # Numbers of importance samples
+        seed: int = 0,  # Random seed
+        strict: bool = True,  # Raise `InputError` for a violated bound
     ):
         self.rows = rows
         self.samples = tuple(samples)
@@ -401,14 +391,9 @@ class ExactAudit(Callback):
         from gcode_ml.binary_vae.evaluate import audit_bounds, bound_violations
 
         data = self.dls.valid.dataset
-        self.table = audit_bounds(
-            self.model,
-            *data.batch(np.arange(min(self.rows, len(data))))[:2],
-            samples=self.samples,
-            seed=self.seed,
-        )
-        broken = bound_violations(self.table)
-        if broken and self.strict:
-            raise InputError(
-                "audit", "bound", broken[0].split(", found ")[0], broken[0].split(", found ")[1]
-            )
+        x, mask, *_ = data.batch(np.arange(min(self.rows, len(data))))
+        self.table = audit_bounds(self.model, x, mask, samples=self.samples, seed=self.seed)
+        violations = bound_violations(self.table)
+        if violations and self.strict:
+            expected, found = violations[0].split(", found ")[:2]
+            raise InputError("audit", "bound", expected, found)

@@ -425,9 +425,9 @@ class DataSets:
     valid: np.ndarray  # Indices of the validation items
     test: np.ndarray  # Indices of the test items
     name: str  # Name of the set
-    more: dict = field(default_factory=dict)  # Further test sets, name -> indices
+    extra_tests: dict = field(default_factory=dict)  # Further test sets, name -> indices
     facts: dict = field(default_factory=dict)  # Kind, folder, checksum, rows
-    extra: dict = field(default_factory=dict)  # What the generator knows: `words`, `bits`, `flip`
+    ground_truth: dict = field(default_factory=dict)  # Known for simulated data: `words`, `bits`, `flip`
 
 # %% ../../nbs/binary_vae/00_data.ipynb #0c027f32
 def _load_digits(folder, protocol, limit):
@@ -521,8 +521,8 @@ def data_name(
 def load_data(
     data="",  # `digits` (also ''), `bars`, `fmnist`, `bmnist`, `smiles`, `gcode`, a folder, or `NAME:FOLDER`
     protocol: str = "small",  # `small` or `full`
-    split: str = "position",  # `position` (honest), or `shuffled` (leaky)
-    seed: int = 0,  # Seed of the shuffled split
+    split: str = "position",  # `position` (by position), or `leaky` (random items)
+    seed: int = 0,  # Seed of the leaky split
     limit: int = 0,  # Only so many training items; 0: all
     root="",  # Folder of the folders of real sets, for a name alone
     progress=None,  # For instance `tqdm`

@@ -195,7 +195,7 @@ def _check_fit(block, kind, estimator, ecc_type, ecc_R, beta_max, warmup, wake, 
 # %% ../../nbs/binary_vae/50_recipe.ipynb #a1e98146
 def recipe(
     data="",  # `digits`, `bars`, a folder, `NAME:FOLDER`, or what `load_data` returned
-    split: str = "position",  # `position` (honest) or `shuffled` (leaky)
+    split: str = "position",  # `position` or `leaky` (random items)
     protocol: str = "small",  # `small` or `full`
     subset: int = 0,  # Only so many training items; 0: all
     parameter_set: int = 1,
