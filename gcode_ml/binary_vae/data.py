@@ -427,7 +427,9 @@ class DataSets:
     name: str  # Name of the set
     extra_tests: dict = field(default_factory=dict)  # Further test sets, name -> indices
     facts: dict = field(default_factory=dict)  # Kind, folder, checksum, rows
-    ground_truth: dict = field(default_factory=dict)  # Known for simulated data: `words`, `bits`, `flip`
+    ground_truth: dict = field(
+        default_factory=dict
+    )  # Known for simulated data: `words`, `bits`, `flip`
 
 # %% ../../nbs/binary_vae/00_data.ipynb #0c027f32
 def _load_digits(folder, protocol, limit):

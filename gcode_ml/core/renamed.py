@@ -30,6 +30,8 @@ class Renamed:
 # %% ../../nbs/core/03_renamed.ipynb #1d9cef3e
 RENAMED = (
     Renamed("module", "gcode_ml.core.tiny", "gcode_ml.training.tiny"),
+    Renamed("callback", "terms", "loss_terms"),
+    Renamed("callback", "more_targets", "extra_targets"),
     Renamed("value", "share", "fraction", "sign.validation"),
 )
 

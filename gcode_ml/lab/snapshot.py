@@ -243,9 +243,10 @@ def _restore(self: Snapshot, header, tensors, at_epoch_start):
         p.grad = grads[k].to(p, copy=True) if k in grads else None
     if isinstance(learn.loss_func, torch.nn.Module):
         learn.loss_func.load_state_dict(unpack(state["loss"], tensors))
+    saved = {current_name("callback", name): value for name, value in state["callbacks"].items()}
     for name, cb in self._kept_callbacks().items():
-        if name in state["callbacks"]:
-            _unpack_attributes(cb, state["callbacks"][name], tensors)
+        if name in saved:
+            _unpack_attributes(cb, saved[name], tensors)
     for k, v in state["learner"].items():
         setattr(learn, k, unpack(v, tensors))
     self.epoch_start = unpack(state["epoch_start"], tensors)
