@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from ..core.errors import InputError, require
 from ..core.files import atomic_path
+from ..core.renamed import current_name
 
 # %% ../../nbs/lab/03_snapshot.ipynb #5c4dc7e3
 def _pack_tensor(value, tensors):
