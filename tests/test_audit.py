@@ -116,7 +116,7 @@ def test_holdout_gives_each_class_its_share():
             "expected a name for every item, found none at item 1",
         ),
         (lambda: group_holdout(["a", "b"], share=1.0), "a share between 0 and 1"),
-        (lambda: leave_one_group_out([]), "expected one name an item"),
+        (lambda: leave_one_group_out([]), "expected one name per item"),
         (lambda: random_split(1), "two or more items"),
         (
             lambda: check_disjoint(["a", "a", "b"], [0], [1, 2], "split.json"),
