@@ -374,7 +374,7 @@ def test_teacher_with_other_classes(records, bundle, tmp_path, refused):
     about = json.loads((folder / "bundle.json").read_text())
     about["preprocessing"]["classes"] = about["preprocessing"]["classes"][::-1]
     (folder / "bundle.json").write_text(json.dumps(about))
-    assert "class 0: expected outer as in the student, found ball in the teacher" in refused(
+    assert "class 0: expected outer, as for the student, found ball for the teacher" in refused(
         recipe, records, model="cnn", window=3000, teacher=str(folder)
     )
 

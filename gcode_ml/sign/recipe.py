@@ -27,7 +27,9 @@ from .data import ClipData, clip_layout
 from .frames import FrameData
 from .loading import clip_sets, load_clips, load_train_valid, with_class_counts
 from .models import BACKBONES, MODELS, PerViewLoss, create_model, load_backbone
-from gcode_ml.sign.predict import (
+from gcode_ml.sign.predict import (  # noqa: F401  two of them are part of the contract of a domain
+    evaluate_bundle,
+    predict_bundle,
     prediction_table,
     preprocessing_state,
 )
