@@ -312,7 +312,7 @@ def test_options_of_every_fit(whole, command):
     run, _ = whole
     assert run.path("checkpoints", "fold-0", "best.safetensors").exists()
     code, out, _ = command("parameters", "fingerprint")
-    own, _, shared = out.partition("\noptions of every fit\n")
+    own, _, shared = out.partition("\noptions shared by all fits\n")
     assert code == 0
     assert "d_model = " in own
     assert "schedule = " in own

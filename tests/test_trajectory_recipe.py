@@ -361,7 +361,7 @@ def test_modes_of_a_large_file_come_from_its_beginning(learn, tmp_path, monkeypa
 def test_bundle_refuses_another_rate(bundle, refused):
     from gcode_ml.gcode.reader import parse_gcode
 
-    assert "500 samples a second" in refused(
+    assert "500 samples per second" in refused(
         predict_part, bundle, part_of(parse_gcode(part_program("tube", 1, layers=1)), 250.0)
     )
 
