@@ -13,9 +13,9 @@ from fastai.callback.core import Callback
 from torch import nn
 
 import gcode_ml
+from gcode_ml.core.domain import domain_names, find_domain
 from gcode_ml.data.windows import length_mask
 from gcode_ml.fingerprint.models import LineLoss
-from gcode_ml.lab.experiment import domain_recipe, domains
 from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.signals.layers import MaskedLSTM, masked_max, masked_mean, reverse_padded
 from gcode_ml.training.fit import fit
@@ -236,12 +236,12 @@ def test_loss_of_missing_channels():
     assert torch.equal(loss(out, targets), loss(other, wrong))
 
 
-WITH_RECIPE = [d for d in domains() if hasattr(examples().get(d), "RECIPE")]
+WITH_RECIPE = [d for d in domain_names() if hasattr(examples().get(d), "RECIPE")]
 
 
 def test_every_recipe_has_sizes():
     "Every domain has a small configuration of its recipe."
-    assert domains() == WITH_RECIPE, "give tests/examples_<domain>.py a RECIPE"
+    assert domain_names() == WITH_RECIPE, "give tests/examples_<domain>.py a RECIPE"
 
 
 @pytest.fixture(scope="module", params=WITH_RECIPE)
@@ -251,7 +251,7 @@ def recipe(request, tmp_path_factory):
     sizes = sizes(tmp_path_factory.mktemp(request.param)) if callable(sizes) else sizes
 
     def make(**kwargs):
-        return domain_recipe(request.param).recipe(
+        return find_domain(request.param).recipe(
             **{"seed": 1, "device": "cpu", "max_epochs": 2, **sizes, **kwargs}
         )
 

@@ -10,9 +10,10 @@ from fastai.metrics import accuracy
 from safetensors.torch import save_file
 from torch import nn
 
+from gcode_ml.core.domain import domain_names, find_domain
 from gcode_ml.core.errors import InputError
 from gcode_ml.core.files import write_json
-from gcode_ml.lab.experiment import domain_recipe, domains, experiment_notebook
+from gcode_ml.lab.experiment import experiment_notebook
 from gcode_ml.lab.parameters import read_parameters
 from gcode_ml.lab.snapshot import Snapshot
 from gcode_ml.training import speed
@@ -468,7 +469,7 @@ def test_values_of_a_notebook(refused):
 def with_experiment():
     "Domains with an experiment notebook."
     found = []
-    for domain in domains():
+    for domain in domain_names():
         try:
             experiment_notebook(domain)
         except InputError:
@@ -480,7 +481,7 @@ def with_experiment():
 @pytest.mark.parametrize("domain", with_experiment())
 def test_notebook_has_the_defaults_of_the_recipe(domain):
     "The parameters cell lists the defaults of the domain, and other options with the shared default."
-    defaults = domain_recipe(domain).DEFAULTS
+    defaults = find_domain(domain).defaults
     cell = read_parameters(experiment_notebook(domain), shared=False)
     training_options({}, **defaults)  # they pass their own check
     own = {k: v for k, v in defaults.items() if v != TRAINING[k].default}

@@ -11,12 +11,12 @@ __all__ = ['show_result', 'run_command', 'parameters_command', 'runs_command', '
 
 # %% ../../nbs/lab/07_cli.ipynb #ac7eab01
 import argparse
-import importlib
 import inspect
 import sys
 import warnings
 from pathlib import Path
 
+from ..core.domain import commands_of_domains, domain_names, find_domain
 from ..core.errors import InputError, check_choice, require
 
 # %% ../../nbs/lab/07_cli.ipynb #e7631b5e
@@ -146,18 +146,11 @@ def check_command(args):
     "Check data files before a run: print one sentence per fault, exit code 2 if there is any."
     from tqdm.auto import tqdm
 
-    from gcode_ml.lab.experiment import domain_recipe
-
-    check = domain_recipe(args.domain).check
+    domain = find_domain(args.domain)
     values = _typed_values(args.parameter)
     for name in values:
-        check_choice(
-            "check",
-            "parameter",
-            name,
-            [k for k in inspect.signature(check).parameters if k not in ("path", "progress")],
-        )
-    faults = check(args.path, progress=None if args.quiet else tqdm, **values)
+        check_choice("check", "parameter", name, domain.options("check"))
+    faults = domain.check(args.path, progress=None if args.quiet else tqdm, **values)
     if faults or hasattr(faults, "summary"):
         print("\n".join([*faults, getattr(faults, "summary", "")]).strip())
     else:
@@ -180,7 +173,6 @@ def evaluate_command(args):
     "Score the model of a finished run on another data folder; the result is also written as JSON."
     from gcode_ml.core.files import write_json
     from gcode_ml.lab.bundle import load_bundle
-    from gcode_ml.lab.experiment import domain_recipe
     from gcode_ml.lab.reports import finished_result
     from gcode_ml.lab.runs import find_run, table_records
 
@@ -188,7 +180,7 @@ def evaluate_command(args):
     finished_result(run)
     from tqdm.auto import tqdm
 
-    table, facts = domain_recipe(run.domain).evaluate_bundle(
+    table, facts = find_domain(run.domain).evaluate(
         load_bundle(run.folder), args.data, progress=None if args.quiet else tqdm
     )
     file = (
@@ -206,22 +198,10 @@ def evaluate_command(args):
     print(f"result {short_path(file)}")
 
 # %% ../../nbs/lab/07_cli.ipynb #786c9bcb
-def _command_modules(page="commands"):
-    "Modules that add commands, by the name of their subpackage."
-    import gcode_ml
-
-    return {
-        p.parent.name: importlib.import_module(f"gcode_ml.{p.parent.name}.{page}")
-        for p in sorted(Path(gcode_ml.__file__).parent.glob(f"*/{page}.py"))
-    }
-
-
-def _exports(modules):
+def _exports(commands):
     "Export formats that domains add, with their functions."
     return {
-        k: function
-        for module in modules.values()
-        for k, function in getattr(module, "EXPORTS", {}).items()
+        name: function for added in commands.values() for name, function in added.exports.items()
     }
 
 # %% ../../nbs/lab/07_cli.ipynb #08f99f57
@@ -234,7 +214,7 @@ def export_command(args):
 
     run = find_run(args.run, args.runs)
     finished_result(run)
-    if own := _exports(_command_modules()).get(args.format):
+    if own := _exports(commands_of_domains()).get(args.format):
         return print(f"files {short_path(own(run, args.output))}")
     bundle = load_bundle(run.folder)
     print(
@@ -258,9 +238,7 @@ def predict_command(args):
 
         table = predict_arrays(bundle, args.input, args.format, args.trust)
     else:
-        from gcode_ml.lab.experiment import domain_recipe
-
-        table = domain_recipe(bundle.facts["domain"]).predict_bundle(bundle, args.input)
+        table = find_domain(bundle.facts["domain"]).predict(bundle, args.input)
     table.to_csv(sys.stdout, index=False, float_format="%.6g")
     return 2 if table.attrs.get("faults") else 0  # a domain predicts what it can read
 
@@ -295,55 +273,39 @@ def record_command(args):
     )
 
 # %% ../../nbs/lab/07_cli.ipynb #88f3a8bb
-def _own_values(function, values):
-    "Check given values against the defaults in the signature of `function`."
-    import inspect
-
+def _own_values(domain, values):
+    "Check given values against the options of the domain's simulation."
     from gcode_ml.core.options import Parameter, check_parameters
 
-    known = {
-        k: Parameter(k, p.default)
-        for k, p in inspect.signature(function).parameters.items()
-        if p.default is not p.empty and k != "progress"
-    }
+    known = {k: Parameter(k, default) for k, default in domain.options("simulate").items()}
     return check_parameters(known, values, of="simulation")
 
 # %% ../../nbs/lab/07_cli.ipynb #26bc180a
 def simulate_command(args):
     "Simulate the data of a domain, or the execution of a single G-code file."
-    from gcode_ml.lab.experiment import domain_recipe, domains
-    from gcode_ml.lab.parameters import given_values
-
-    suffix = Path(args.target).suffix.lower()
-    of_files = {
-        s: module
-        for module in _command_modules().values()
-        for s in getattr(module, "SIMULATES", ())
-    }
-    if suffix in of_files:
-        return of_files[suffix].simulate_file(args.target, args)
-    if args.target not in domains():
-        raise InputError(
-            "simulate",
-            "target",
-            f"one of {', '.join(domains())}"
-            + (f", or a file {' '.join(sorted(of_files))}" if of_files else ""),
-            repr(args.target),
-        )
-    simulate = getattr(domain_recipe(args.target), "simulate", None)
-    require(
-        simulate is not None, "simulate", args.target, "a domain with a simulation", "one without"
-    )
-    require(args.output, "simulate", "--output", "a folder for the data", "none")
-    values = _own_values(simulate, given_values(args.parameter))
     from tqdm.auto import tqdm
 
-    if "progress" in simulate.__code__.co_varnames and not args.quiet:
-        values["progress"] = tqdm
-    simulate(args.output, **values)
-    print(
-        f"{sum(f.is_file() for f in Path(args.output).rglob('*'))} files below {short_path(args.output)}"
+    from gcode_ml.lab.parameters import given_values
+
+    of_files = {s: added for added in commands_of_domains().values() for s in added.simulates}
+    suffix = Path(args.target).suffix.lower()
+    if suffix in of_files:
+        return of_files[suffix].simulate_file(args.target, args)
+    require(
+        args.target in domain_names(),
+        "simulate",
+        "target",
+        f"one of {', '.join(domain_names())}, or a file {' '.join(sorted(of_files))}",
+        repr(args.target),
     )
+    domain = find_domain(args.target)
+    require(args.output, "simulate", "--output", "a folder for the data", "none")
+    values = _own_values(domain, given_values(args.parameter))
+    if "progress" in inspect.signature(domain.simulate).parameters and not args.quiet:
+        values["progress"] = tqdm
+    domain.simulate(args.output, **values)
+    files = sum(f.is_file() for f in Path(args.output).rglob("*"))
+    print(f"{files} files below {short_path(args.output)}")
 
 # %% ../../nbs/lab/07_cli.ipynb #1b695a8c
 def sweep_command(args):
@@ -522,7 +484,7 @@ def _add_result_commands(command):
     )
 
 # %% ../../nbs/lab/07_cli.ipynb #bceeeb4f
-def _add_model_commands(command, modules):
+def _add_model_commands(command, added):
     "Add the commands for trained models."
     sub = command("export", export_command, "export the model of a finished run", "run")
     sub.add_argument(
@@ -531,7 +493,7 @@ def _add_model_commands(command, modules):
     sub.add_argument(
         "--format",
         default="all",
-        choices=["exported", "onnx", "torchscript", "all", *_exports(modules)],
+        choices=["exported", "onnx", "torchscript", "all", *_exports(added)],
         help="file format; all: exported, onnx (with int8) and torchscript (default: %(default)s)",
     )
     sub = command("predict", predict_command, "apply a bundle to an input", "bundle", "input")
@@ -548,7 +510,7 @@ def _add_model_commands(command, modules):
     )
 
 
-def _add_data_commands(command, modules):
+def _add_data_commands(command, added):
     "Add the commands for data."
     sub = command("check", check_command, "check data before a run", "domain", "path")
     sub.add_argument(
@@ -566,9 +528,9 @@ def _add_data_commands(command, modules):
         metavar="NAME=VALUE",
         help="set a parameter of the simulation; may be repeated",
     )
-    for module in modules:
-        if hasattr(module, "add_simulate_options"):
-            module.add_simulate_options(sub)
+    for commands in added.values():
+        if commands.add_simulate_options:
+            commands.add_simulate_options(sub)
 
 # %% ../../nbs/lab/07_cli.ipynb #68856cc8
 def add_commands(
@@ -647,19 +609,19 @@ def parser() -> argparse.ArgumentParser:  # For all commands
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command = _Commands(top)
-    modules = _command_modules()
+    added = commands_of_domains()
     command.group = "experiments"
     _add_run_commands(command)
     add_commands(command)
     command.group = "results"
     _add_result_commands(command)
     command.group = "models"
-    _add_model_commands(command, modules)
+    _add_model_commands(command, added)
     command.group = "data"
-    _add_data_commands(command, modules.values())
-    for part, module in modules.items():
-        command.group = part
-        module.add_commands(command)
+    _add_data_commands(command, added)
+    for name, commands in added.items():
+        command.group = name
+        commands.add(command)
     top.epilog = f"{command}\n\n`gcode_ml COMMAND --help` lists a command's arguments."
     return top
 
